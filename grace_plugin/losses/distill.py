@@ -1,0 +1,205 @@
+"""Gated decoupled knowledge distillation from logits (arXiv 2601.22709, section on GDKD).
+
+What it does. At a supervised position with correct token y, the Kullback-Leibler divergence from teacher to student
+splits into two questions: *is it y?* (TCKD, a divergence between two coins) and *if it is not y, what else?* (NCKD, a
+divergence between the two distributions over the other tokens). Plain distillation weighs the second one by
+``1 - P_T(y)``, so exactly where the teacher is sure its knowledge of the alternatives is lost; decoupling gives both
+a weight of their own, and a gate turns positions down at which the teacher itself does not know.
+
+    KL(P_T || P_S) = TCKD + (1 - P_T(y)) * NCKD                     (equal temperatures)
+    DKD            = (alpha * TCKD + beta * NCKD) * T^2
+    gate           = exp(-k * H(P_T at T = 1) / log V)
+
+What it refuses. A temperature that is not positive; logits that are not two matrices of one shape. Ids a vocabulary
+lacks are either cut from both sides or set to ``-inf`` on both sides: the results are the same. A student ``-inf``
+where the teacher has mass is an infinite divergence, and is returned as such.
+
+What it costs. The gradient is written by hand and needs one [N, V] matrix; nothing else of that size outlives the call.
+``log(1 - p)`` is taken from the log-odds of y against the logsumexp of the other tokens, never as ``1 - exp(log p)``,
+which cancels to 0 for a confident teacher and kills the gradient.
+
+Legend: N supervised positions, V common vocabulary. All values are in nats, float32 (float64 for float64 inputs).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
+
+from grace_plugin.losses.precision import loss_dtype
+
+
+class DecoupledTerms(NamedTuple):
+    """Both divergences and all that their gradient needs.
+
+    With u the student's logit at temperature T (``logit / T``), ``d tckd / d u = pull * (onehot(y) - others_s)`` and
+    ``d nckd / d u = others_s - others_t``.
+    """
+
+    tckd: Tensor  # [N], nats
+    nckd: Tensor  # [N], nats
+    pull: Tensor  # [N], P_S(y) - P_T(y)
+    others_s: Tensor  # [N, V], student renormalised over the tokens that are not y; 0 at y
+    others_t: Tensor  # [N, V], the same of the teacher
+
+
+def decoupled_terms(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> DecoupledTerms:
+    """TCKD, NCKD and the parts of their gradients. Builds no autograd graph of its own.
+
+    Args:
+        student_logits: [N, V], any floating type.
+        teacher_logits: [N, V], any floating type; its own device and type may differ in precision, not in shape.
+        targets: [N] int64, the correct token of each position, inside [0, V).
+        temperature: T > 0, the same on both sides.
+    """
+    dtype = loss_dtype(student_logits, teacher_logits)
+    with torch.no_grad():
+        odds_s, log_others_s = _split(student_logits.to(dtype), targets, temperature)
+        odds_t, log_others_t = _split(teacher_logits.to(dtype), targets, temperature)
+        tckd = _weighted_gap(logsigmoid(odds_t), logsigmoid(odds_s))
+        tckd = tckd + _weighted_gap(logsigmoid(-odds_t), logsigmoid(-odds_s))
+        nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=-1)
+        # The difference of two probabilities near 1 is the difference of their complements, which does not cancel.
+        from_above = torch.sigmoid(-odds_t) - torch.sigmoid(-odds_s)
+        from_below = torch.sigmoid(odds_s) - torch.sigmoid(odds_t)
+        pull = torch.where(odds_t > 0, from_above, from_below)
+        return DecoupledTerms(tckd, nckd, pull, log_others_s.exp_(), log_others_t.exp_())
+
+
+def _split(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-odds of the target against all others [N], and log-probabilities of the others among themselves [N, V]."""
+    column = targets.unsqueeze(-1)
+    scaled = logits / temperature
+    target = scaled.gather(-1, column)
+    others = scaled.scatter_(-1, column, -math.inf)
+    mass = torch.logsumexp(others, dim=-1, keepdim=True)
+    # Without a single other token the mass is -inf, and -inf - (-inf) would be NaN: such a row has no others at all.
+    others = others.sub_(torch.where(mass == -math.inf, 0.0, mass))
+    return (target - mass).squeeze(-1), others
+
+
+def _weighted_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p * (log p - log q), and 0 where p is 0, whatever q is."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0)
+
+
+def add_decoupled_gradient(
+    grad_logits: Tensor, terms: DecoupledTerms, targets: Tensor, weights: tuple[Tensor, Tensor], temperature: float
+) -> Tensor:
+    """Add ``sum_i weights[0][i] * TCKD_i + weights[1][i] * NCKD_i`` differentiated by the student's logits, in place.
+
+    Args:
+        grad_logits: [N, V], changed and returned.
+        terms: of the same N positions; its matrices are used up.
+        targets: [N] int64.
+        weights: two [N] tensors, the weight of each position's TCKD and of its NCKD.
+        temperature: as given to :func:`decoupled_terms`.
+    """
+    weight_tckd, weight_nckd = (weight.unsqueeze(-1) / temperature for weight in weights)
+    toward_target = weight_tckd * terms.pull.unsqueeze(-1)
+    grad_logits.addcmul_(terms.others_s, weight_nckd - toward_target)
+    grad_logits.addcmul_(terms.others_t, -weight_nckd)
+    return grad_logits.scatter_add_(-1, targets.unsqueeze(-1), toward_target)
+
+
+class _DecoupledKD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        alpha: float,
+        beta: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        terms = decoupled_terms(student_logits, teacher_logits, targets, temperature)
+        ctx.settings = (temperature, alpha, beta)
+        ctx.grad_dtype = student_logits.dtype
+        ctx.save_for_backward(terms.pull, terms.others_s, terms.others_t, targets)
+        return terms.tckd, terms.nckd, _combine(terms.tckd, terms.nckd, temperature, alpha, beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tckd: Tensor, grad_nckd: Tensor, grad_dkd: Tensor) -> tuple[Tensor | None, ...]:
+        pull, others_s, others_t, targets = ctx.saved_tensors
+        temperature, alpha, beta = ctx.settings
+        scale = temperature * temperature
+        weights = (grad_tckd + alpha * scale * grad_dkd, grad_nckd + beta * scale * grad_dkd)
+        terms = DecoupledTerms(grad_tckd, grad_nckd, pull, others_s, others_t)
+        grad = add_decoupled_gradient(torch.zeros_like(others_s), terms, targets, weights, temperature)
+        return grad.to(ctx.grad_dtype), None, None, None, None, None
+
+
+def _combine(tckd: Tensor, nckd: Tensor, temperature: float, alpha: float, beta: float) -> Tensor:
+    return (alpha * tckd + beta * nckd) * (temperature * temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that no softmax can be taken at."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a positive finite number, got {temperature}; the default is 2.0")
+
+
+def decoupled_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 4.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decoupled distillation of every position: ``(TCKD [N], NCKD [N], DKD [N])`` in nats, ungated, not reduced.
+
+    Differentiable (once) by ``student_logits`` only; the teacher is a constant.
+
+    Args:
+        student_logits: [N, V], any floating type.
+        teacher_logits: [N, V].
+        targets: [N] int64 inside [0, V): supervised positions only, no ignore index.
+        temperature: T > 0; the divergences are taken at T, DKD carries the factor T^2.
+        alpha: weight of TCKD in DKD.
+        beta: weight of NCKD in DKD.
+
+    Raises:
+        ValueError: a temperature that is not positive, or shapes that do not agree.
+    """
+    check_temperature(temperature)
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must be "
+            "two [positions, vocabulary] matrices of one shape; cut both to the common vocabulary first"
+        )
+    if targets.shape != student_logits.shape[:1]:
+        raise ValueError(f"{tuple(targets.shape)} targets for {student_logits.shape[0]} positions; give one per row")
+    outputs: tuple[Tensor, Tensor, Tensor] = _DecoupledKD.apply(
+        student_logits, teacher_logits.detach(), targets, temperature, alpha, beta
+    )
+    return outputs
+
+
+@torch.no_grad()
+def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
+    """How much each position counts: ``(gate [N] in [exp(-k), 1], entropy [N] in nats)``, without gradient.
+
+    ``gate = exp(-k * H / log V)`` with H the entropy of the teacher's distribution at temperature 1 and V the number
+    of ids that are not cut (``-inf``) in that row; with k = 1 this is the published gate, about 0.92 at 1 nat.
+
+    Args:
+        teacher_logits: [N, V], any floating type.
+        sharpness: k >= 0; 0 opens every gate fully.
+    """
+    logits = teacher_logits.to(loss_dtype(teacher_logits))
+    log_p = torch.log_softmax(logits, dim=-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
+    log_ids = (logits > -math.inf).sum(dim=-1).to(logits.dtype).log()
+    share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
+    return torch.exp(-sharpness * share), entropy

@@ -1,0 +1,233 @@
+"""Language-model head, cross-entropy and distillation in one pass by chunk of positions.
+
+What it does. Only supervised positions reach the head (a tenth of a usual image conversation), and they reach it
+``chunk`` at a time: logits of student and teacher, both losses, and the gradient with respect to the logits are formed
+for a chunk, multiplied back onto hidden state and weight at once, and dropped. The forward pass thus already holds
+every gradient; the backward pass multiplies by the incoming one.
+
+    loss = ce_scale * sum_i CE_i  +  kd_scale * sum_i gate_i * DKD_i
+
+What it refuses. A head with fewer rows than the common vocabulary, a teacher without gates, mismatched rows.
+
+What it costs. Memory of about six float32 matrices [chunk, V] whatever N is, one float32 gradient [V_s, d_s] when the
+student's head is trained and none when it is frozen. Matrix products run in the type of the hidden state; everything
+between them runs in float32. Both sides are cut to the common vocabulary, so padded rows carry no probability mass.
+
+Legend: N supervised positions, V common vocabulary, V_s and V_t rows of each head, d_s and d_t hidden widths. Nats.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grace_plugin.losses.distill import add_decoupled_gradient, check_temperature, confidence_gate, decoupled_terms
+from grace_plugin.losses.precision import full_precision, loss_dtype
+from grace_plugin.losses.projection import Gradients, Head, check_head, check_rows, cut
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The loss of N positions, and its parts as detached sums on the same device (0-dimensional)."""
+
+    loss: Tensor  # differentiable by hidden_s, weight_s, bias_s
+    ce_sum: Tensor  # sum of CE, nats
+    gated_dkd_sum: Tensor  # sum of gate * DKD, nats
+    gated_tckd_sum: Tensor  # sum of gate * TCKD at T, without alpha and T^2
+    gated_nckd_sum: Tensor  # sum of gate * NCKD at T, without beta_dkd and T^2
+    gate_sum: Tensor  # sum of gates
+    positions: int  # N
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    alpha: float
+    beta_dkd: float
+    chunk: int
+    form_gradients: bool
+
+
+@torch.no_grad()
+def teacher_gates(
+    hidden_t: Tensor,
+    weight_t: Tensor,
+    bias_t: Tensor | None,
+    *,
+    vocabulary: int,
+    sharpness: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Gate [N] and entropy [N] (nats) of the teacher's positions from its final hidden states, by chunk.
+
+    Args:
+        hidden_t: [N, d_t], final (normed) hidden states at the supervised positions.
+        weight_t: [V_t, d_t], V_t >= vocabulary.
+        bias_t: [V_t] or None.
+        vocabulary: V, ids that both tokenizers share; further rows are cut.
+        sharpness: exponent of the gate.
+        chunk: positions whose logits exist at one time.
+
+    Raises:
+        ValueError: the head does not fit the hidden states or the vocabulary.
+    """
+    check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
+    dtype = loss_dtype(hidden_t)
+    gate = torch.empty(hidden_t.shape[0], dtype=dtype, device=hidden_t.device)
+    entropy = torch.empty_like(gate)
+    with full_precision(hidden_t):
+        head = cut(hidden_t, weight_t, bias_t, vocabulary)
+        for start in range(0, hidden_t.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            gate[rows], entropy[rows] = confidence_gate(head.logits(hidden_t[rows], dtype), sharpness)
+    return gate, entropy
+
+
+def _constant(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    return scale.detach().to(dtype) if isinstance(scale, Tensor) else scale
+
+
+class _DistillationHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_s: Tensor,
+        weight_s: Tensor,
+        bias_s: Tensor | None,
+        student: Head,
+        hidden_t: Tensor | None,
+        teacher: Head | None,
+        targets: Tensor,
+        gate: Tensor | None,
+        scales: tuple[Tensor | float, Tensor | float],
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = loss_dtype(hidden_s, hidden_t)
+        needs = tuple(settings.form_gradients and need for need in ctx.needs_input_grad[:3])
+        gradients = Gradients(hidden_s, weight_s, bias_s, needs, dtype)  # type: ignore[arg-type]
+        sums = torch.zeros(4, dtype=dtype, device=hidden_s.device)
+        for start in range(0, hidden_s.shape[0], settings.chunk):
+            rows = slice(start, start + settings.chunk)
+            logits_s = student.logits(hidden_s[rows], dtype)
+            logits_t = None if hidden_t is None or teacher is None else teacher.logits(hidden_t[rows], dtype)
+            weight = None if gate is None else gate[rows]
+            parts, grad = _chunk(logits_s, logits_t, targets[rows], weight, scales, settings)
+            sums += parts
+            if any(needs):
+                gradients.add(rows, grad, hidden_s[rows], student)
+        ctx.save_for_backward(*gradients.all())
+        ctx.dtypes = (hidden_s.dtype, weight_s.dtype, None if bias_s is None else bias_s.dtype)
+        loss = scales[0] * sums[0] + (scales[1] * sums[1] if gate is not None else 0.0)
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, *[None] * 7)
+
+
+def _chunk(
+    logits_s: Tensor,
+    logits_t: Tensor | None,
+    targets: Tensor,
+    gate: Tensor | None,
+    scales: tuple[Tensor | float, Tensor | float],
+    settings: _Settings,
+) -> tuple[Tensor, Tensor]:
+    """Sums [CE, gated DKD, gated TCKD, gated NCKD] of one chunk, and the loss differentiated by its logits [n, V]."""
+    column = targets.unsqueeze(-1)
+    log_p = torch.log_softmax(logits_s, dim=-1)
+    ce_sum = -log_p.gather(-1, column).sum()
+    grad = log_p.exp_()
+    grad.scatter_add_(-1, column, torch.full_like(column, -1, dtype=grad.dtype))
+    grad *= scales[0]
+    zero = torch.zeros_like(ce_sum)
+    if logits_t is None or gate is None:
+        return torch.stack([ce_sum, zero, zero, zero]), grad
+    terms = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
+    square = settings.temperature * settings.temperature
+    tckd_sum = (gate * terms.tckd).sum()
+    nckd_sum = (gate * terms.nckd).sum()
+    dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)
+    weight = scales[1] * square * gate
+    weights = (settings.alpha * weight, settings.beta_dkd * weight)
+    add_decoupled_gradient(grad, terms, targets, weights, settings.temperature)
+    return torch.stack([ce_sum, dkd_sum, tckd_sum, nckd_sum]), grad
+
+
+def distillation_head(
+    hidden_s: Tensor,
+    weight_s: Tensor,
+    bias_s: Tensor | None,
+    hidden_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    targets: Tensor,
+    gate: Tensor | None,
+    *,
+    vocabulary: int,
+    ce_scale: Tensor | float,
+    kd_scale: Tensor | float = 0.0,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    beta_dkd: float = 4.0,
+    chunk: int = 1024,
+) -> HeadOutput:
+    """Cross-entropy plus gated decoupled distillation of N positions, from hidden states, by chunk.
+
+    The divisors (tokens and gates of the whole accumulation window over all ranks) come in through the two scales, so
+    the sum over micro-batches does not depend on how the window was cut.
+
+    Args:
+        hidden_s: [N, d_s], the student's final (normed) hidden states, bfloat16 or float32.
+        weight_s: [V_s, d_s]; its gradient is formed only when it requires one.
+        bias_s: [V_s] or None.
+        hidden_t: [N, d_t], or None for cross-entropy alone (then weight_t, bias_t, gate and kd_scale are not used).
+        weight_t: [V_t, d_t].
+        bias_t: [V_t] or None.
+        targets: [N] int64 inside [0, vocabulary).
+        gate: [N], from :func:`teacher_gates`.
+        vocabulary: V, ids that both tokenizers share; further rows of either head are cut, for CE as well.
+        ce_scale: factor of the CE sum, number or 0-dimensional tensor on the device (a constant: no gradient).
+        kd_scale: factor of the gated DKD sum, for instance beta / sum of gates (a constant).
+        temperature: T of both divergences.
+        alpha: weight of TCKD.
+        beta_dkd: weight of NCKD.
+        chunk: positions whose logits exist at one time.
+
+    Returns:
+        :class:`HeadOutput`; N == 0 gives an exact zero through which backward still runs.
+
+    Raises:
+        ValueError: shapes that do not fit, a vocabulary a head does not hold, or a teacher without head or gate.
+    """
+    check_temperature(temperature)
+    check_head("student", hidden_s, weight_s, bias_s, vocabulary, chunk)
+    check_rows("targets", targets, hidden_s)
+    with full_precision(hidden_s):
+        student = cut(hidden_s.detach(), weight_s.detach(), None if bias_s is None else bias_s.detach(), vocabulary)
+        teacher = None
+        dtype = loss_dtype(hidden_s, hidden_t)
+        if hidden_t is not None:
+            if weight_t is None or gate is None:
+                raise ValueError("hidden_t is given without weight_t or gate; pass both, or hidden_t=None for CE alone")
+            check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
+            check_rows("teacher hidden states", hidden_t, hidden_s)
+            check_rows("gates", gate, hidden_s)
+            hidden_t = hidden_t.detach()
+            gate = gate.detach().to(dtype)
+            teacher = cut(hidden_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), vocabulary)
+        used_gate = None if teacher is None else gate
+        scales = (_constant(ce_scale, dtype), _constant(kd_scale, dtype))
+        settings = _Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled())
+        loss, sums = _DistillationHead.apply(
+            hidden_s, weight_s, bias_s, student, hidden_t, teacher, targets, used_gate, scales, settings
+        )
+    gate_sum = sums.new_zeros(()) if used_gate is None else used_gate.sum()
+    return HeadOutput(loss, *sums.detach().unbind(), gate_sum=gate_sum, positions=hidden_s.shape[0])

@@ -1,0 +1,80 @@
+"""The matrix products around a chunk of logits: hidden states times a head, and gradients times both.
+
+What it does. ``cut`` takes the rows of a head that belong to the common vocabulary, in the type its hidden states are
+multiplied in. ``Gradients`` holds what the loss is differentiated by and is filled chunk by chunk.
+
+What it refuses. Shapes that do not fit each other, and a head with fewer rows than the common vocabulary; the message
+names the side.
+
+What it costs. One copy of the head when its type differs from the hidden states' (a bfloat16 copy of a float32 master
+weight); one float32 matrix of the head's size when the head is trained.
+
+Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """A head cut to the common vocabulary, in the type its hidden states are multiplied in."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n, d] -> [n, V] in ``dtype``."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias).to(dtype)
+
+
+def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> Head:
+    bias = None if bias is None else bias[:vocabulary].to(hidden.dtype)
+    return Head(weight[:vocabulary].to(hidden.dtype), bias)
+
+
+def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position, got {chunk}")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{side}: hidden states {tuple(hidden.shape)} do not fit a head of {tuple(weight.shape)}; "
+            "give [positions, width] and [rows, width]"
+        )
+    if not 1 <= vocabulary <= weight.shape[0] or (bias is not None and bias.shape[0] < vocabulary):
+        raise ValueError(
+            f"{side}: a head of {weight.shape[0]} rows does not hold a common vocabulary of {vocabulary} ids; "
+            "pass the number of ids both tokenizers share"
+        )
+
+
+def check_rows(name: str, given: Tensor, hidden_s: Tensor) -> None:
+    if given.shape[0] != hidden_s.shape[0]:
+        raise ValueError(f"{given.shape[0]} {name} for {hidden_s.shape[0]} student positions; give one per position")
+
+
+class Gradients:
+    """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype
+    ) -> None:
+        # float16 cannot hold a gradient already divided by the window's tokens; bfloat16 and float32 can.
+        self.product_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
+        self.hidden = torch.empty_like(hidden, dtype=self.product_dtype) if needs[0] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
+
+    def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, head: Head) -> None:
+        vocabulary = grad_logits.shape[1]
+        grad = grad_logits.to(self.product_dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad @ head.weight.to(self.product_dtype)
+        if self.weight is not None:
+            self.weight[:vocabulary] += grad.T @ hidden.to(self.product_dtype)
+        if self.bias is not None:
+            self.bias[:vocabulary] += grad_logits.sum(dim=0)
+
+    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
