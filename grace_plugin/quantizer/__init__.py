@@ -1,0 +1,32 @@
+"""Learned group scales: fake quantization that trains exactly what the checkpoint will hold. Pure torch."""
+
+from grace_plugin.quantizer.attach import PARAMETER, Attached, Format, attach
+from grace_plugin.quantizer.cache import StepCounter, WeightCache
+from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.scales import (
+    check_format,
+    code_range,
+    group_count,
+    start_scales,
+    stored_scale,
+    validate_group,
+)
+
+__all__ = [
+    "PARAMETER",
+    "Attached",
+    "Format",
+    "StepCounter",
+    "WeightCache",
+    "attach",
+    "check_format",
+    "clipped",
+    "code_range",
+    "codes",
+    "dequantize",
+    "fake_quantize",
+    "group_count",
+    "start_scales",
+    "stored_scale",
+    "validate_group",
+]

@@ -1,0 +1,228 @@
+"""Put learned fake quantization on the linear layers of a model, and take it off again.
+
+What it does. ``attach`` gives every listed layer a parameter ``weight_log_scale`` [out, groups] and a forward that
+multiplies by the fake-quantized weight. ``freeze`` reads codes and scales, ``bake`` writes ``code * scale`` into the
+weights, ``detach`` restores the layers to what they were.
+
+What it refuses. Everything wrong with any layer is reported in one error before the first layer is touched: a width the
+group does not divide, a weight that is not there yet (already sharded), a dtype that would round the shipped weight, a
+layer listed twice or attached before. A failure half way leaves the model as it was.
+
+What it costs. One float32 number per group, and the cache of ``quantizer.cache``. Scales are allocated by the layer's
+shape, so attach *before* sharding (FSDP, ZeRO-3): they are then sharded and saved like any other parameter.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grace_plugin.quantizer.cache import StepCounter, WeightCache
+from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.scales import check_format, holds, start_scales, stored_scale, validate_group
+
+PARAMETER = "weight_log_scale"
+"""Name of the learned scales on a layer; theta = log s, float32 [out, groups]."""
+
+_STATE = "_grace_fake_quant"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What one layer is quantized to."""
+
+    group_size: int | None
+    num_bits: int
+    stored_dtype: torch.dtype
+
+
+@dataclass
+class _LayerState:
+    format: Format
+    cache: WeightCache | None
+    previous_forward: Any  # an instance forward that stood on the layer before, or None
+
+
+def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """Forward of an attached layer: the fake-quantized weight in place of the weight."""
+    state: _LayerState = self.__dict__[_STATE]
+    weight = fake_quantize(
+        self.weight,
+        getattr(self, PARAMETER),
+        group_size=state.format.group_size,
+        num_bits=state.format.num_bits,
+        stored_dtype=state.format.stored_dtype,
+        cache=state.cache,
+    )
+    return nn.functional.linear(input, weight, self.bias)
+
+
+class Attached:
+    """The layers that carry learned scales, by name; made by :func:`attach`."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], counter: StepCounter) -> None:
+        self._linears = dict(linears)
+        self._counter = counter
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The attached layers by name."""
+        return dict(self._linears)
+
+    @property
+    def scales(self) -> dict[str, nn.Parameter]:
+        """theta of each layer by name: the optimizer's second group (10x the rate, no decay)."""
+        return {name: getattr(linear, PARAMETER) for name, linear in self._linears.items()}
+
+    @property
+    def quantizations(self) -> int:
+        """How often a weight was quantized by a forward pass so far (0 when the cache is off)."""
+        caches = (self._state(linear).cache for linear in self._linears.values())
+        return sum(cache.quantizations for cache in caches if cache is not None)
+
+    def invalidate(self) -> None:
+        """Say that weights or scales were changed in a way torch does not count (a write through ``.data``)."""
+        self._counter.advance()
+
+    @torch.no_grad()
+    def clip_share(self) -> Tensor:
+        """Share of all attached weights that the clip acts on: 0-dimensional float32 on the first layer's device."""
+        device = next(iter(self._linears.values())).weight.device
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for linear, scale, form in self._layers():
+            acted = clipped(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            count += acted.to(device, non_blocking=True)
+        return count / sum(linear.weight.numel() for linear in self._linears.values())
+
+    @torch.no_grad()
+    def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes int8 [out, in] and scales [out, groups] in the stored dtype, of every layer as it stands now."""
+        frozen = {}
+        for name, (linear, scale, form) in zip(self._linears, self._layers(), strict=True):
+            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            frozen[name] = (integers, stored_scale(scale, form.stored_dtype))
+        return frozen
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Write ``code * scale`` into every weight, in the stored dtype; gradients of the weights are dropped.
+
+        The codes do not change by it: quantizing a baked weight again gives the same codes.
+        """
+        for linear, scale, form in self._layers():
+            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            linear.weight.grad = None
+            linear.weight.data = dequantize(integers, stored_scale(scale, form.stored_dtype))
+        self.invalidate()
+
+    def detach(self) -> None:
+        """Restore each layer's forward and remove its scales; a second call changes nothing."""
+        for linear in self._linears.values():
+            _restore(linear)
+        self._counter.stop()
+        self._linears = {}
+
+    def _state(self, linear: nn.Linear) -> _LayerState:
+        state: _LayerState = linear.__dict__[_STATE]
+        return state
+
+    def _layers(self) -> Iterator[tuple[nn.Linear, Tensor, Format]]:
+        for linear in self._linears.values():
+            yield linear, getattr(linear, PARAMETER), self._state(linear).format
+
+
+def _restore(linear: nn.Linear) -> None:
+    """Undo what is there of an attachment; a layer without one is left alone."""
+    state: _LayerState | None = linear.__dict__.pop(_STATE, None)
+    if state is None:
+        return
+    linear._parameters.pop(PARAMETER, None)
+    linear.__dict__.pop("forward", None)
+    if state.previous_forward is not None:
+        linear.__dict__["forward"] = state.previous_forward
+
+
+def _problems(linears: Mapping[str, nn.Linear], form: Format) -> Iterator[str]:
+    seen: dict[int, str] = {}
+    for name, linear in linears.items():
+        if not isinstance(linear, nn.Linear):
+            yield f"{name}: a {type(linear).__name__}, not a torch.nn.Linear"
+            continue
+        if id(linear) in seen:
+            yield f"{name}: the same module as {seen[id(linear)]}"
+        seen[id(linear)] = name
+        if _STATE in linear.__dict__ or PARAMETER in linear._parameters:
+            yield f"{name}: carries learned scales already; detach them first"
+        if linear.weight.shape != (linear.out_features, linear.in_features):
+            yield f"{name}: its weight is {tuple(linear.weight.shape)}; attach before the model is sharded"
+        if not holds(linear.weight.dtype, form.stored_dtype):
+            yield f"{name}: a weight in {linear.weight.dtype} cannot hold what is stored as {form.stored_dtype}"
+        problem = validate_group(linear.in_features, form.group_size)
+        if problem is not None:
+            yield f"{name}: {problem}"
+
+
+def _attach_one(linear: nn.Linear, form: Format, start: dict[str, Any], cache: WeightCache | None) -> None:
+    linear.__dict__[_STATE] = _LayerState(form, cache, linear.__dict__.get("forward"))
+    theta = start_scales(linear.weight, form.group_size, num_bits=form.num_bits, dtype=form.stored_dtype, **start).to(
+        torch.float32
+    )
+    linear.register_parameter(PARAMETER, nn.Parameter(theta))
+    linear.__dict__["forward"] = MethodType(_quantized_forward, linear)
+
+
+def attach(
+    linears: Mapping[str, nn.Linear],
+    *,
+    group_size: int | None,
+    num_bits: int = 4,
+    stored_dtype: torch.dtype = torch.bfloat16,
+    candidates: int = 20,
+    low: float = 0.3,
+    high: float = 1.2,
+    cache: bool = True,
+) -> Attached:
+    """Give every layer learned group scales and a fake-quantized forward.
+
+    Args:
+        linears: layers by name; names are used in messages and in :meth:`Attached.freeze`.
+        group_size: weights of a row that share a scale; None or -1 for one scale per row.
+        num_bits: 2..8.
+        stored_dtype: dtype of the checkpoint (weights' or scales' on disk).
+        candidates: start values tried per group.
+        low: smallest start value, as a share of max|w| / q_max.
+        high: largest start value.
+        cache: keep the quantized weight while weight and scale stand still.
+
+    Raises:
+        ValueError: one message naming every layer that cannot be attached, and the ways out; nothing was changed.
+    """
+    check_format(num_bits, stored_dtype)
+    if not linears:
+        raise ValueError("no layer to quantize; check targets and ignore")
+    form = Format(group_size, num_bits, stored_dtype)
+    problems = list(_problems(linears, form))
+    if problems:
+        raise ValueError(
+            f"{len(problems)} problem(s) with the layers to quantize:\n  "
+            + "\n  ".join(problems)
+            + "\nWays out: another "
+            "group_size (one that divides every width, or -1 for one scale per output channel), or the layers in ignore"
+        )
+    counter = StepCounter()
+    attached = Attached(linears, counter)
+    start = {"candidates": candidates, "low": low, "high": high}
+    try:
+        counter.start()
+        for linear in linears.values():
+            _attach_one(linear, form, start, WeightCache(counter) if cache else None)
+    except BaseException:
+        attached.detach()
+        raise
+    return attached

@@ -1,0 +1,78 @@
+"""One quantization per optimizer step: the quantized weight is kept while weight and scale stand still.
+
+What it does. Micro-batches of one accumulation window, and the recomputation of activation checkpointing, all see the
+same weights; the fake-quantized weight is computed for the first of them and handed to the others.
+
+What it refuses. To guess: the value is reused only when version counters, storage, dtype and the step counter are all
+those it was computed for. The step counter is needed because optimizers that write through ``.data`` and engines that
+swap storage leave a parameter's version untouched; ``StepCounter`` counts every step of every torch optimizer.
+
+What it costs. One weight in compute dtype per layer (2 bytes a weight in bfloat16), which the layer's own backward
+holds anyway. Under sharding that gathers weights per layer (FSDP, ZeRO-3) it would hold the gathered model: switch it
+off there (``attach(..., cache=False)``).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class StepCounter:
+    """Counts the steps of every torch optimizer of the process between ``start`` and ``stop``."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._handle: Any = None
+
+    def start(self) -> None:
+        """Begin to count; a second start changes nothing."""
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(lambda *_: self.advance())
+
+    def stop(self) -> None:
+        """Leave torch's hooks; a second stop changes nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def advance(self) -> None:
+        """Say that weights may have moved."""
+        self.steps += 1
+
+
+class WeightCache:
+    """The last quantized weight of one layer and what it was computed from.
+
+    Attributes:
+        quantizations: how often the value had to be computed.
+    """
+
+    def __init__(self, counter: StepCounter | None = None) -> None:
+        self.quantizations = 0
+        self._counter = counter
+        self._key: tuple[object, ...] | None = None
+        self._value: Tensor | None = None
+
+    def get(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], Tensor]) -> Tensor:
+        """The value for these inputs: a new tensor object over the kept storage, computed when anything has changed."""
+        key = (
+            None if self._counter is None else self._counter.steps,
+            *(part for t in (weight, log_scale) for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
+            dtype,
+        )
+        if self._value is None or key != self._key:
+            self._value = compute()
+            self._key = key
+            self.quantizations += 1
+        return self._value.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
+        """A copied layer starts with an empty cache that listens to the same counter."""
+        return WeightCache(self._counter)
+
+    def clear(self) -> None:
+        """Forget the value and release its memory."""
+        self._key = self._value = None

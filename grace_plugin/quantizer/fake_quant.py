@@ -1,0 +1,205 @@
+"""Fake quantization with learned group scales: the shipped weight in the forward pass, a gradient in the backward one.
+
+What it does (LSQ with scales in the log domain). With s = exp(theta) rounded to the stored dtype and v = w / s,
+
+    codes     q = clip(round(v), q_min, q_max)                    round half to even, division in float32
+    forward   w^ = q * s                                          product rounded to the stored dtype
+    backward  dL/dw     = dL/dw^ where the clip does not act, 0 where it does
+              dL/ds     = sum over the group of dL/dw^ * (q - v) where it does not act, dL/dw^ * q where it does
+              dL/dtheta = s * dL/ds
+
+"The clip acts" means round(v) lies outside [q_min, q_max]. The forward value is, bit for bit, what compressed-tensors
+unpacks from the saved codes and scales.
+
+What it refuses. Formats whose codes do not survive being saved (``check_format``), scales that do not fit the weight,
+and a compute dtype (the weight's, or autocast's) that cannot hold the stored dtype's numbers.
+
+What it costs. Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in
+blocks of rows. One quantization per call unless a :class:`WeightCache` is given: then once per optimizer step.
+
+Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grace_plugin.quantizer.cache import WeightCache
+from grace_plugin.quantizer.scales import (
+    check_format,
+    code_range,
+    compute_dtype,
+    group_count,
+    holds,
+    row_blocks,
+    stored_scale,
+)
+
+
+def _unrounded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
+    return weight.to(dtype).unflatten(-1, (scale.shape[-1], -1)) / scale.to(dtype).unsqueeze(-1)
+
+
+def _check_shapes(weight: Tensor, scale: Tensor) -> None:
+    fits = weight.ndim == 2 and scale.ndim == 2 and weight.shape[0] == scale.shape[0] and scale.shape[1] > 0
+    if not fits or weight.shape[1] % scale.shape[1]:
+        raise ValueError(
+            f"scales {tuple(scale.shape)} do not fit a weight {tuple(weight.shape)}; "
+            "give one row of scales per output row and a number of groups that divides the input width"
+        )
+
+
+@torch.no_grad()
+def codes(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> Tensor:
+    """The integers the checkpoint holds: int8 [out, in], in [-2^(b-1), 2^(b-1) - 1].
+
+    Args:
+        weight: [out, in], any floating type.
+        log_scale: theta [out, groups].
+        num_bits: 2..8.
+        stored_dtype: dtype of the checkpoint's scales.
+
+    Raises:
+        ValueError: a format that cannot be saved, or scales that do not fit.
+    """
+    check_format(num_bits, stored_dtype)
+    _check_shapes(weight, log_scale)
+    smallest, largest = code_range(num_bits)
+    dtype = compute_dtype(weight, log_scale)
+    scale = stored_scale(log_scale, stored_dtype)
+    found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        found[rows] = _unrounded(weight[rows], scale[rows], dtype).round_().clamp_(smallest, largest).flatten(-2)
+    return found
+
+
+@torch.no_grad()
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """code * scale rounded to the scale's dtype [out, in]: compressed-tensors' own product.
+
+    Args:
+        codes: int8 [out, in].
+        scale: [out, groups] in the stored dtype.
+
+    Raises:
+        ValueError: scales that do not fit.
+    """
+    _check_shapes(codes, scale)
+    grouped = codes.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+    return (grouped * scale.unsqueeze(-1)).flatten(-2)
+
+
+@torch.no_grad()
+def clipped(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> Tensor:
+    """How many weights the clip acts on: 0-dimensional int64 on the weight's device."""
+    smallest, largest = code_range(num_bits)
+    dtype = compute_dtype(weight, log_scale)
+    scale = stored_scale(log_scale, stored_dtype)
+    count = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        rounded = _unrounded(weight[rows], scale[rows], dtype).round_()
+        count += ((rounded < smallest) | (rounded > largest)).sum()
+    return count
+
+
+def _backward(
+    weight: Tensor,
+    log_scale: Tensor,
+    grad_out: Tensor,
+    num_bits: int,
+    stored_dtype: torch.dtype,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    smallest, largest = code_range(num_bits)
+    dtype = compute_dtype(weight, log_scale)
+    scale = stored_scale(log_scale, stored_dtype)
+    grad_weight = torch.empty_like(weight) if needs[0] else None
+    grad_log_scale = torch.empty_like(log_scale) if needs[1] else None
+    for rows in row_blocks(*weight.shape):
+        unrounded = _unrounded(weight[rows], scale[rows], dtype)
+        rounded = unrounded.round()
+        inside = (rounded >= smallest) & (rounded <= largest)
+        grad = grad_out[rows].to(dtype).unflatten(-1, (scale.shape[-1], -1))
+        if grad_weight is not None:
+            grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(-2)
+        if grad_log_scale is not None:
+            step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, unrounded, 0.0))
+            grad_log_scale[rows] = (grad * step).sum(dim=-1) * scale[rows].to(dtype)
+    return grad_weight, grad_log_scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log_scale: Tensor,
+        num_bits: int,
+        stored_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        cache: WeightCache | None,
+    ) -> Tensor:
+        def compute() -> Tensor:
+            found = codes(weight, log_scale, num_bits=num_bits, stored_dtype=stored_dtype)
+            return dequantize(found, stored_scale(log_scale, stored_dtype)).to(out_dtype)
+
+        ctx.save_for_backward(weight, log_scale)
+        ctx.format = (num_bits, stored_dtype)
+        return compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weight, log_scale = ctx.saved_tensors
+        grads = _backward(weight, log_scale, grad_out, *ctx.format, ctx.needs_input_grad[:2])
+        return (*grads, None, None, None, None)
+
+
+def forward_dtype(weight: Tensor) -> torch.dtype:
+    """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def fake_quantize(
+    weight: Tensor,
+    log_scale: Tensor,
+    *,
+    group_size: int | None,
+    num_bits: int,
+    stored_dtype: torch.dtype,
+    cache: WeightCache | None = None,
+) -> Tensor:
+    """w^ [out, in]: the weight as the checkpoint will hold it, differentiable by weight and log_scale.
+
+    Args:
+        weight: [out, in], float32 or bfloat16 (float64 in tests).
+        log_scale: theta [out, in / group_size], float32.
+        group_size: weights that share a scale; None or -1 for one scale per row.
+        num_bits: 2..8.
+        stored_dtype: dtype of the checkpoint's scales.
+        cache: reuse of the value while neither weight nor scale has changed.
+
+    Returns:
+        w^ in the compute dtype (autocast's when on, else the weight's); equal to ``dequantize(codes(...), ...)``.
+
+    Raises:
+        ValueError: a format that cannot be saved, scales that do not fit, or a compute dtype that would round w^.
+    """
+    check_format(num_bits, stored_dtype)
+    _check_shapes(weight, log_scale)
+    if log_scale.shape[1] != group_count(weight.shape[1], group_size):
+        raise ValueError(
+            f"{log_scale.shape[1]} scales per row for groups of {group_size} in a width of {weight.shape[1]}"
+        )
+    out_dtype = forward_dtype(weight)
+    if not holds(out_dtype, stored_dtype):
+        raise ValueError(
+            f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
+            f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
+        )
+    value: Tensor = _FakeQuantize.apply(weight, log_scale, num_bits, stored_dtype, out_dtype, cache)
+    return value
