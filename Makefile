@@ -1,0 +1,46 @@
+# Everything starts here; a machine with Python (3.11 or newer) and pip needs no other step.
+#   make demo    train, save, verify and serve the bundled pair, and print the table
+#   make test    unit tests with line coverage, then integration with vLLM in its own environment
+#   make lint    style, types and the layout rules
+#   make bench   speed and memory against floors
+PYTHON ?= python3
+TRAIN := .venv/train
+SERVE := .venv/serve
+TRAIN_BUILT := $(TRAIN)/.built
+SERVE_BUILT := $(SERVE)/.built
+BUILDER := integration/env/build.py integration/env/mend.py
+
+.PHONY: demo test unit integration lint bench env clean
+.DEFAULT_GOAL := env
+
+env:
+	@$(MAKE) --no-print-directory -j2 $(TRAIN_BUILT) $(SERVE_BUILT)
+
+$(TRAIN_BUILT): $(BUILDER) integration/env/train.txt pyproject.toml grace_plugin/cli/register_grace.py
+	@$(PYTHON) integration/env/build.py train $(TRAIN) && touch $@
+
+$(SERVE_BUILT): $(BUILDER) integration/env/serve.txt
+	@$(PYTHON) integration/env/build.py serve $(SERVE) && touch $@
+
+demo: env
+	@$(TRAIN)/bin/grace demo --serve-python $(SERVE)/bin/python
+
+test: unit integration
+
+unit: $(TRAIN_BUILT)
+	$(TRAIN)/bin/python -m pytest tests -q --cov=grace_plugin --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+integration: env unit
+	$(TRAIN)/bin/python -m pytest integration -q --serve-python $(SERVE)/bin/python
+
+lint: $(TRAIN_BUILT)
+	$(TRAIN)/bin/ruff check .
+	$(TRAIN)/bin/ruff format --check .
+	$(TRAIN)/bin/mypy
+	$(TRAIN)/bin/python -m pytest tests/test_layout.py -q
+
+bench: $(TRAIN_BUILT)
+	$(TRAIN)/bin/python -m benchmarks
+
+clean:
+	rm -rf build dist .coverage .pytest_cache .ruff_cache .mypy_cache

