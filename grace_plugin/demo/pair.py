@@ -1,0 +1,102 @@
+"""What the bundled pair is made of: one tokenizer, one processor, two LLaVA shapes.
+
+Teacher and student share the tokenizer (one token per word, about 120 words) and the frozen CLIP vision tower, as LLaVA-1.5
+7B and 13B do; their decoders differ in width and depth. Every decoder width is a multiple of 128, so that W4A16 with group 128 fits
+vLLM's INT4 kernels. An image of 96 x 96 pixels gives 16 visual tokens, one per cell; the image processor passes it unchanged.
+
+Prompts: `<s><user><image>...question<assistant>answer</s>`; capital letters and ? , . ! are dropped by the tokenizer's normalizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip import CLIPImageProcessorPil
+
+from .pictures import CELL, GRID, SIZE
+from .questions import vocabulary
+
+PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>"
+SPECIAL = (PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT)
+WORDS = (*SPECIAL, *vocabulary())
+VISUAL_TOKENS = GRID * GRID
+
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}{% if message['role'] == 'user' %}<user>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% else %}<assistant>{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_processor() -> LlavaProcessor:
+    """Word-level tokenizer with the chat template (assistant turns marked) and an image processor that keeps 96 x 96 as it is."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex("[?,.!]"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+    )  # fmt: skip
+    square = {"height": SIZE, "width": SIZE}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        images, fast, patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
+    """A LLaVA of the demo: decoder of `layers` layers, hidden size `width`, MLP size `inner`, heads of size `head`."""
+    token = {word: index for index, word in enumerate(SPECIAL)}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            image_size=SIZE, patch_size=CELL, projection_dim=128,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=width // head, num_key_value_heads=width // head, head_dim=head, max_position_embeddings=512,
+            bos_token_id=token[BOS], eos_token_id=token[EOS], pad_token_id=token[PAD], tie_word_embeddings=False,
+            initializer_range=0.04,
+        ),
+        image_token_index=token[IMAGE], vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=VISUAL_TOKENS, tie_word_embeddings=False, pad_token_id=token[PAD],
+    )  # fmt: skip
+
+
+def save_pair_member(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write a BF16 checkpoint with its processor. Key names are those of the hub (`vision_tower.vision_model...`): a LLaVA built
+    from a configuration saves `vision_tower.encoder...`, which vLLM does not know."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    tokens = model.config.text_config
+    model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    file, old, new = folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model."
+    tensors = load_file(file)
+    renamed = {key.replace(old, new, 1) if old in key and new not in key else key: value for key, value in tensors.items()}
+    save_file(renamed, file, metadata={"format": "pt"})

@@ -1,0 +1,74 @@
+"""The bundled emoji and how a scene becomes pixels.
+
+Forty-eight emoji of the Noto set (Apache-2.0, taken from the npm package emoji-datasource-google) lie in
+`assets/emoji/<name>.png`, 24 x 24 pixels with transparency. A scene is a grid of GRID x GRID cells of CELL pixels; the picture
+of every cell is shifted by up to one pixel in each direction and the whole lies on a pale background, so that no two
+images of one grid are equal byte for byte. Composition is one table look-up per cell: about 20 microseconds an image.
+
+Shapes: B scenes, G = GRID, C = CELL, K kinds of emoji.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GRID = 4
+CELL = 24
+SIZE = GRID * CELL
+SHIFTS = 9  # 3 x 3 positions of a picture within its cell
+BACKGROUNDS = np.array(
+    [(255, 255, 255), (238, 242, 250), (250, 240, 230), (235, 248, 236), (247, 236, 246), (240, 240, 232)], dtype=np.uint8
+)
+ASSETS = Path(__file__).parent / "assets"
+
+# name -> code point of its file in emoji-datasource-google
+ANIMALS = {
+    "dog": "1f436", "cat": "1f431", "cow": "1f42e", "pig": "1f437", "horse": "1f434", "rabbit": "1f430", "frog": "1f438",
+    "tiger": "1f42f", "bear": "1f43b", "koala": "1f428", "monkey": "1f412", "chicken": "1f414", "penguin": "1f427",
+    "fish": "1f41f", "octopus": "1f419", "whale": "1f433",
+}  # fmt: skip
+FOODS = {
+    "apple": "1f34e", "banana": "1f34c", "lemon": "1f34b", "grapes": "1f347", "cherries": "1f352", "pear": "1f350",
+    "peach": "1f351", "strawberry": "1f353", "watermelon": "1f349", "pineapple": "1f34d", "tomato": "1f345",
+    "carrot": "1f955", "pizza": "1f355", "bread": "1f35e",
+}  # fmt: skip
+VEHICLES = {
+    "car": "1f697", "bus": "1f68c", "train": "1f68b", "rocket": "1f680", "boat": "26f5", "truck": "1f69a",
+    "tractor": "1f69c", "helicopter": "1f681",
+}  # fmt: skip
+THINGS = {
+    "house": "1f3e0", "star": "2b50", "heart": "2764-fe0f", "guitar": "1f3b8", "key": "1f511", "book": "1f4d6",
+    "bell": "1f514", "crown": "1f451", "gift": "1f381", "fire": "1f525",
+}  # fmt: skip
+CODE_POINTS = ANIMALS | FOODS | VEHICLES | THINGS
+NAMES = tuple(CODE_POINTS)
+CATEGORIES = {"animal": frozenset(ANIMALS), "food": frozenset(FOODS), "vehicle": frozenset(VEHICLES)}
+
+
+@cache
+def atlas(folder: Path = ASSETS / "emoji") -> np.ndarray:
+    """Every emoji at each of its shifts on each background, uint8 [backgrounds, K, SHIFTS, C, C, 3] (about 4.5 MB).
+
+    Raises FileNotFoundError naming the missing picture when the assets were not built.
+    """
+    inner = CELL - 2
+    table = np.empty((len(BACKGROUNDS), len(NAMES), SHIFTS, CELL, CELL, 3), np.uint8)
+    table[:] = BACKGROUNDS[:, None, None, None, None, :]
+    for kind, name in enumerate(NAMES):
+        picture = np.asarray(Image.open(folder / f"{name}.png").convert("RGBA").resize((inner, inner)), np.uint16)
+        colour, opacity = picture[..., :3], picture[..., 3:]
+        for pale, shift in np.ndindex(len(BACKGROUNDS), SHIFTS):
+            y, x = divmod(shift, 3)
+            mixed = (colour * opacity + BACKGROUNDS[pale] * (255 - opacity)) // 255
+            table[pale, kind, shift, y : y + inner, x : x + inner] = mixed
+    return table
+
+
+def compose(cells: np.ndarray, shifts: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:
+    """Images uint8 [B, SIZE, SIZE, 3] of grids of kinds [B, G, G], shifts [B, G, G] and backgrounds [B]."""
+    pixels = atlas()[backgrounds[:, None, None], cells, shifts]
+    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), SIZE, SIZE, 3)

@@ -1,0 +1,100 @@
+"""Questions about grids of real emoji: an endless stream for training, a fixed set that is held out.
+
+A composition is the content of a grid (which kind stands where). One in eight of all compositions, by a hash of the
+grid, is held out: no training row ever shows one of them, whatever its seed, and every held-out row shows one. A row depends on
+(seed, index) alone, so a dataset can be read in any order and by any number of workers; nothing is stored.
+
+A row is what TRL calls a conversation with images:
+    {"id", "type", "messages": [user: image + text, assistant: text], "images": [PIL.Image 96 x 96], "accept": [right answers]}
+Costs about 0.2 ms.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .pictures import BACKGROUNDS, GRID, NAMES, SHIFTS, compose
+from .questions import TYPES, ask
+
+HELDOUT_SHARE = 8  # one composition in this many is held out
+HELDOUT_SEED = 20_260_122
+FEWEST_KINDS, MOST_KINDS = 6, 12
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One grid: kinds uint8 [G, G], shifts of the pictures uint8 [G, G], index of the background."""
+
+    cells: np.ndarray
+    shifts: np.ndarray
+    background: int
+
+    def image(self) -> Image.Image:
+        """The scene as an RGB image of SIZE x SIZE pixels."""
+        return Image.fromarray(compose(self.cells[None], self.shifts[None], np.array([self.background]))[0])
+
+
+def is_heldout(cells: np.ndarray) -> bool:
+    """Whether a composition belongs to the held-out share: CRC-32 of its kinds, row by row, modulo HELDOUT_SHARE is 0."""
+    return zlib.crc32(np.ascontiguousarray(cells, np.uint8).tobytes()) % HELDOUT_SHARE == 0
+
+
+def draw_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
+    """A scene of 6 to 12 different kinds whose composition lies on the wanted side of the split."""
+    while True:
+        kinds = rng.permutation(len(NAMES))[: rng.integers(FEWEST_KINDS, MOST_KINDS + 1)]
+        cells = kinds[rng.integers(len(kinds), size=(GRID, GRID))].astype(np.uint8)
+        if is_heldout(cells) == heldout:
+            shifts = rng.integers(SHIFTS, size=(GRID, GRID), dtype=np.uint8)
+            return Scene(cells, shifts, int(rng.integers(len(BACKGROUNDS))))
+
+
+def make_row(seed: int, index: int, heldout: bool = False, types: Sequence[str] = tuple(TYPES)) -> dict[str, Any]:
+    """The row number `index` of the stream `seed`; see the module for its fields."""
+    rng = np.random.default_rng((seed, index))
+    scene = draw_scene(rng, heldout)
+    question = ask(scene.cells.ravel().tolist(), rng, types)
+    label = question.accept[int(rng.integers(len(question.accept)))]
+    return {
+        "id": f"{'heldout' if heldout else 'train'}-{seed}-{index}",
+        "type": question.type,
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": label}]},
+        ],
+        "images": [scene.image()],
+        "accept": list(question.accept),
+    }
+
+
+class SceneRows(Sequence):
+    """Rows composed when they are read; works as a map-style torch Dataset. `count` rows of the stream `seed`."""
+
+    def __init__(self, seed: int, count: int, heldout: bool = False, types: Sequence[str] = tuple(TYPES)):
+        self.seed, self.count, self.heldout, self.types = seed, count, heldout, tuple(types)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):  # noqa: ANN001, ANN204 - Sequence's own signature
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(self.count))]
+        if not -self.count <= index < self.count:
+            raise IndexError(f"row {index} of {self.count}")
+        return make_row(self.seed, index % self.count, self.heldout, self.types)
+
+
+def training_rows(seed: int, count: int) -> SceneRows:
+    """`count` training rows; rows of different seeds are different draws, and none shows a held-out composition."""
+    return SceneRows(seed, count)
+
+
+def heldout_rows(count: int = 6000) -> SceneRows:
+    """The first `count` held-out rows, the same in every run."""
+    return SceneRows(HELDOUT_SEED, count, heldout=True)

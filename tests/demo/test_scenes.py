@@ -1,0 +1,137 @@
+"""Scenes: the split, the determinism and every right answer, recomputed from the grid by an oracle that parses the question's text."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from grace_plugin.demo import pictures, questions, scenes
+
+COUNT = 1500
+
+
+def scene_of(row: dict) -> scenes.Scene:
+    """The scene behind a row, drawn again from its id."""
+    split, seed, index = row["id"].split("-")
+    return scenes.draw_scene(np.random.default_rng((int(seed), int(index))), heldout=split == "heldout")
+
+
+def oracle(text: str, cells: np.ndarray) -> set[str]:
+    """Right answers from the words of the question alone. cells: kinds [G, G]."""
+    grid = np.array(pictures.NAMES, dtype=object)[cells]
+    animals, foods, vehicles = set(pictures.ANIMALS), set(pictures.FOODS), set(pictures.VEHICLES)
+    categories = {"animal": animals, "food": foods, "vehicle": vehicles}
+
+    def place(name: str) -> tuple[int, int]:
+        (found,) = np.argwhere(grid == name).tolist()
+        return found[0], found[1]
+
+    if match := re.fullmatch(r"what is in row (\d) column (\d)", text):
+        return {grid[int(match[1]) - 1, int(match[2]) - 1]}
+    if match := re.fullmatch(r"where is the (\w+)", text):
+        y, x = place(match[1])
+        return {f"row {y + 1} column {x + 1}"}
+    if match := re.fullmatch(r"what is (above|below) and (left|right) of the (\w+)", text):
+        y, x = place(match[3])
+        return {grid[y + (1 if match[1] == "below" else -1), x + (1 if match[2] == "right" else -1)]}
+    if match := re.fullmatch(r"what is (left of|right of|above|below) the (\w+)", text):
+        y, x = place(match[2])
+        target = {"left of": (y, x - 1), "right of": (y, x + 1), "above": (y - 1, x), "below": (y + 1, x)}[match[1]]
+        assert min(target) >= 0
+        return {grid[target]}
+    if match := re.fullmatch(r"how many cells show the (\w+)", text):
+        return {str((grid == match[1]).sum())}
+    if match := re.fullmatch(r"how many cells show an? (\w+)", text):
+        return {str(sum(name in categories[match[1]] for name in grid.flat))}
+    if match := re.fullmatch(r"is the (\w+) there", text):
+        return {"yes" if (grid == match[1]).any() else "no"}
+    if match := re.fullmatch(r"which row has most (\w+)", text):
+        sums = (grid == match[1]).sum(axis=1)
+        assert np.sort(sums)[-1] > np.sort(sums)[-2]
+        return {str(int(np.argmax(sums)) + 1)}
+    if match := re.fullmatch(r"name one thing in row (\d)", text):
+        return set(grid[int(match[1]) - 1])
+    if match := re.fullmatch(r"name one thing next to the (\w+)", text):
+        y, x = place(match[1])
+        steps = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        return {grid[at] for at in steps if 0 <= at[0] < 4 and 0 <= at[1] < 4}
+    if match := re.fullmatch(r"name one (\w+)", text):
+        return {name for name in grid.flat if name in categories[match[1]]}
+    if match := re.fullmatch(r"list row (\d)", text):
+        return {" ".join(grid[int(match[1]) - 1])}
+    match = re.fullmatch(r"list column (\d)", text)
+    assert match, text
+    return {" ".join(grid[:, int(match[1]) - 1])}
+
+
+@pytest.mark.parametrize("rows", [scenes.training_rows(7, COUNT), scenes.heldout_rows(COUNT)], ids=["train", "heldout"])
+def test_right_answers_are_those_of_the_oracle(rows):
+    seen = set()
+    for row in rows:
+        text, label = row["messages"][0]["content"][1]["text"], row["messages"][1]["content"][0]["text"]
+        assert set(row["accept"]) == oracle(text, scene_of(row).cells), text
+        assert len(row["accept"]) == len(set(row["accept"])) and label in row["accept"]
+        seen.add(row["type"])
+    assert seen == set(questions.TYPES)
+
+
+def test_labels_of_open_questions_use_every_right_answer():
+    rows = [row for row in scenes.training_rows(3, 4000) if len(row["accept"]) == 4]
+    places = [row["accept"].index(row["messages"][1]["content"][0]["text"]) for row in rows]
+    share = np.bincount(places, minlength=4) / len(rows)
+    assert len(rows) > 200 and np.all(np.abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(rows)))
+
+
+def test_no_training_row_shows_a_heldout_composition():
+    for rows, wanted in ((scenes.training_rows(11, COUNT), False), (scenes.heldout_rows(COUNT), True)):
+        assert all(scenes.is_heldout(scene_of(row).cells) is wanted for row in rows)
+    cells = np.random.default_rng(0).integers(len(pictures.NAMES), size=(8000, 4, 4))
+    share = np.mean([scenes.is_heldout(grid) for grid in cells])
+    assert abs(share - 1 / scenes.HELDOUT_SHARE) < 4 * np.sqrt(0.125 * 0.875 / 8000)
+
+
+def test_rule_of_the_split_does_not_depend_on_integer_type_or_memory_layout():
+    for seed in range(50):
+        cells = np.random.default_rng(seed).integers(48, size=(4, 4))
+        assert scenes.is_heldout(cells) == scenes.is_heldout(np.asfortranarray(cells.astype(np.uint8)))
+
+
+def test_a_row_depends_on_seed_and_index_alone():
+    rows = scenes.training_rows(5, 40)
+    later = scenes.training_rows(5, 400)
+    for index in (39, 0, 17):
+        first, second = rows[index], later[index]
+        pixels = [np.asarray(row.pop("images")[0]) for row in (first, second)]
+        assert first == second and np.array_equal(*pixels)
+    assert scenes.training_rows(6, 40)[0]["id"] != rows[0]["id"]
+    assert any(rows[i]["messages"] != scenes.training_rows(6, 40)[i]["messages"] for i in range(5))
+    assert [row["id"] for row in rows[3:5]] == ["train-5-3", "train-5-4"] and rows[-1]["id"] == "train-5-39"
+    with pytest.raises(IndexError, match="row 40 of 40"):
+        rows[40]
+
+
+def test_image_holds_each_picture_in_its_cell():
+    row = scenes.training_rows(2, 1)[0]
+    scene, image = scene_of(row), np.asarray(row["images"][0])
+    assert image.shape == (96, 96, 3) and row["images"][0].mode == "RGB"
+    for y, x in np.ndindex(4, 4):
+        tile = image[y * 24 : (y + 1) * 24, x * 24 : (x + 1) * 24]
+        every = pictures.atlas()[scene.background]
+        kind, shift = np.argwhere((every == tile).all(axis=(2, 3, 4)))[0]
+        assert (kind, shift) == (scene.cells[y, x], scene.shifts[y, x])
+
+
+def test_questions_that_do_not_fit_name_the_types():
+    full = list(range(8)) * 2  # every kind twice: nothing stands anywhere only once
+    with pytest.raises(ValueError, match="locate"):
+        questions.ask(full, np.random.default_rng(0), ("locate",))
+
+
+def test_every_word_is_in_the_vocabulary():
+    words = questions.vocabulary()
+    assert len(words) == len(set(words))
+    for row in scenes.training_rows(9, COUNT):
+        for text in [row["messages"][0]["content"][1]["text"], *row["accept"]]:
+            assert set(text.split()) <= set(words), text
