@@ -1,0 +1,159 @@
+"""Prove that a checkpoint on disk is what was trained, bit for bit.
+
+Four proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
+element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; the
+loaded model's logits on a training batch with an image are the trained model's; tokenizer and processor files are the
+source's. A failed proof raises, and at the end of a run nothing is left at the destination.
+
+Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
+reported and does not decide, because kernels differ between machines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, digest, environment, processor_files
+from grace_plugin.artifact.probe import probe_logits, read_probe
+from grace_plugin.quantizer.fake_quant import dequantize
+from grace_plugin.upstream import unpack_from_int32
+
+__all__ = ["VerificationError", "check_against_run", "verify"]
+
+
+class VerificationError(RuntimeError):
+    """A checkpoint is not what was trained; the message lists the proofs that failed."""
+
+
+def load(folder: Path) -> Any:
+    """The checkpoint as transformers loads it: quantized layers still packed, dtype as stored."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+
+
+def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes (int8 [out, in]) and scales [out, groups] of every layer loaded in packed form, by module name."""
+    layers = {}
+    for name, module in model.named_modules():
+        if getattr(module, "weight_packed", None) is None:
+            continue
+        bits = module.quantization_scheme.weights.num_bits
+        shape = torch.Size(module.weight_shape.tolist())
+        codes = unpack_from_int32(module.weight_packed, bits, shape)
+        layers[name] = (codes.clone(), module.weight_scale.detach().clone())
+    return layers
+
+
+def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]], source: Path) -> dict[str, Any]:
+    """Verify a checkpoint against the codes and scales in memory, element by element, and write `verification.json`.
+
+    Raises:
+        VerificationError: lists the proofs that failed.
+    """
+    model = load(folder)
+    stored = packed_layers(model)
+    codes_differing = scales_differing = 0
+    for name, (codes, scales) in frozen.items():
+        found_codes, found_scales = stored.get(name, (codes.new_full((1,), -128), scales.new_full((1,), -1)))
+        codes_differing += _differing(codes, found_codes)
+        scales_differing += _differing(scales, found_scales)
+    result = {
+        "layers": len(frozen),
+        "layers_stored": len(stored),
+        "codes": sum(codes.numel() for codes, _ in frozen.values()),
+        "codes_differing": codes_differing,
+        "scales_differing": scales_differing,
+    }
+    return _conclude(folder, result, model, stored, source, recorded_here=True)
+
+
+def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
+    """Verify a checkpoint on disk against the record its run left in it, and write `verification.json`.
+
+    Args:
+        checkpoint: folder written by `train` or `oneshot`.
+        source: folder of the BF16 student, to compare processor files; default is the record's, where it still exists.
+
+    Raises:
+        FileNotFoundError: the folder holds no GRACE record.
+        VerificationError: lists the proofs that failed.
+    """
+    folder = Path(checkpoint)
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"{folder} holds no {RECORD}: it was not written by GRACE, or the run did not end")
+    record = json.loads((folder / RECORD).read_text())
+    model = load(folder)
+    stored = packed_layers(model)
+    missing = [name for name in record["layers"] if name not in stored]
+    hashes = {name: {"codes": digest(c), "scales": digest(s)} for name, (c, s) in stored.items()}
+    differing = {
+        kind: [name for name in record["layers"] if name in stored and hashes[name][kind] != record["layers"][name][kind]]
+        for kind in ("codes", "scales")
+    }
+    result: dict[str, Any] = {
+        "layers": len(record["layers"]),
+        "layers_stored": len(stored),
+        "codes": sum(codes.numel() for codes, _ in stored.values()),
+        "codes_differing": len(differing["codes"]) + len(missing),
+        "scales_differing": len(differing["scales"]) + len(missing),
+        "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
+    }
+    here = environment() == record["environment"]
+    original = Path(source or record["source"])
+    return _conclude(folder, result, model, stored, original if original.is_dir() else None, recorded_here=here)
+
+
+def _differing(expected: Tensor, found: Tensor) -> int:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return expected.numel()
+    return int((expected != found.to(expected.device)).sum())
+
+
+def _conclude(
+    folder: Path,
+    result: dict[str, Any],
+    model: Any,
+    stored: dict[str, tuple[Tensor, Tensor]],
+    source: Path | None,
+    *,
+    recorded_here: bool,
+) -> dict[str, Any]:
+    """Logits, dense weights and processor files; then the verdict, written and raised."""
+    failed = [key for key in ("codes_differing", "scales_differing") if result[key]]
+    if result["layers"] != result["layers_stored"]:
+        failed.append("layers_stored")
+    if (folder / PROBE).is_file():
+        probe, expected = read_probe(folder / PROBE)
+        logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
+        result["logits_compared"] = logits.numel()
+        result["logits_equal"] = torch.equal(logits, expected)
+        if not result["logits_equal"]:
+            result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
+            if recorded_here:
+                failed.append("logits_equal")
+            else:
+                result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
+        modules = dict(model.named_modules())
+        dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
+        result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
+        failed += ["weights_differing"] if result["weights_differing"] else []
+    if source is not None:
+        changed = [
+            file.name
+            for file in processor_files(source)
+            if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes()
+        ]
+        result["processor_files"] = len(processor_files(source))
+        result["processor_files_changed"] = changed
+    result["failed"] = failed
+    result["verified"] = not failed
+    (folder / VERIFICATION).write_text(json.dumps(result, indent=1) + "\n")
+    if failed:
+        raise VerificationError(f"{folder} is not what was trained: {', '.join(failed)}; details: {json.dumps(result)}")
+    return result

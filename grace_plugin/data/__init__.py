@@ -1,0 +1,6 @@
+"""Conversations with images to batches."""
+
+from grace_plugin.data.conversation import Row, check_row, check_rows, read_row
+from grace_plugin.data.collate import ConversationCollator
+
+__all__ = ["ConversationCollator", "Row", "check_row", "check_rows", "read_row"]

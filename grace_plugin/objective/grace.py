@@ -1,0 +1,296 @@
+"""GRACE as an objective for any training loop (arXiv 2601.22709).
+
+    L = sum CE / N  +  beta * sum g DKD / sum g  +  omega * sum (1 - CKA) / I
+
+The divisors belong to the *optimizer step*: N supervised tokens, the sum of gates, I countable images, over all
+micro-batches and all ranks, so value and gradient do not depend on how the batch was cut. The objective owns no trainer:
+
+    grace.prepare(student, teacher, vocabulary=..., total_steps=...)
+    for batches in windows:                       # the micro-batches of one optimizer step
+        grace.window(batches)
+        for batch in batches:
+            grace.loss(model, batch).backward()   # model: the student, or its DDP wrapper
+        record = grace.measure()                  # collective on every rank
+        if record.finite: optimizer.step()
+        grace.step(progress=learning_rate / peak_rate, skipped=not record.finite)
+        optimizer.zero_grad()
+    frozen = grace.finalize(torch.bfloat16)
+
+It refuses reentrant activation checkpointing (no hidden state would reach the losses), unknown families, and labels outside
+the shared vocabulary. Cost beside the student: one teacher forward, the teacher's head once more for the gates, and one host
+synchronisation per optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from grace_plugin import controller as dual
+from grace_plugin.losses.head import distillation_head
+from grace_plugin.losses.relational import relational_loss
+from grace_plugin.objective.window import MicroBatch, StepRecord, Window, all_reduce_sum, look, model_inputs
+from grace_plugin.quantizer.attach import Attached
+from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
+from grace_plugin.teacher import ResidentTeacher
+from grace_plugin.vlm import capture, family_of, matches
+
+__all__ = ["GraceObjective"]
+
+
+class GraceObjective:
+    """The GRACE loss of a student with its controller and its quantizer; the module's docstring gives the protocol."""
+
+    def __init__(
+        self,
+        distill: DistillRecipe | None = None,
+        relational: RelationalRecipe | None = None,
+        controller: ControllerRecipe | None = None,
+        training: TrainingRecipe | None = None,
+    ) -> None:
+        self.distill = distill or DistillRecipe()
+        self.relational = relational or RelationalRecipe()
+        self.controller = controller or ControllerRecipe()
+        self.training = training or TrainingRecipe()
+        self.teacher: ResidentTeacher | None = None
+        self.attached: tuple[Attached, ...] = ()
+        self.steps = 0
+        self.nonfinite_steps = 0
+        self.record: StepRecord | None = None
+        self.probe: dict[str, Tensor] | None = None
+        self._window = Window()
+        self._gates: Tensor | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any enabled term reads the teacher."""
+        return self.distill.enabled or self.relational.enabled
+
+    def prepare(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        vocabulary: int,
+        total_steps: int,
+        attached: Sequence[Attached] = (),
+    ) -> None:
+        """Tie the objective to a student, freeze what does not train, and start the controller.
+
+        Args:
+            student: a transformers vision-language model of a known family.
+            teacher: a bigger one of the same family; None only when distillation and relation are disabled.
+            vocabulary: ids both tokenizers define; logits are cut to it.
+            total_steps: optimizer steps of the run, from which warm-up, probe and automatic eta follow.
+            attached: learned scales put on the student's linears, one entry per format; empty without quantization.
+
+        Raises:
+            ValueError: no teacher where one is needed, an unknown family, or fewer than one step.
+        """
+        if self.needs_teacher and teacher is None:
+            raise ValueError(
+                "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or "
+                "disable the distill and relational blocks"
+            )
+        if total_steps < 1:
+            raise ValueError(f"a run needs at least 1 optimizer step, got total_steps={total_steps}")
+        self.student, self.family = student, family_of(student)
+        self.config: Any = student.config
+        self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
+        self.teacher = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
+        self._text_model = self.family.text_model(student)
+        for name, parameter in student.named_parameters():
+            if not self.family.trains(name) or matches(name, self.training.freeze):
+                parameter.requires_grad_(False)
+        self.controller_state = dual.start(self._controller_settings(), total_steps)
+
+    def _controller_settings(self) -> dual.ControllerSettings:
+        asked = self.controller.model_dump(exclude={"enabled"})
+        if not self.controller.enabled:  # a fixed beta is a controller whose two bounds meet
+            asked |= {"beta_min": asked["beta_start"], "beta_max": asked["beta_start"], "tau": 1.0, "eta": 1.0}
+        return dual.ControllerSettings(**asked)
+
+    @property
+    def beta(self) -> float:
+        """Weight of the distillation term in the next step."""
+        return self.controller_state.beta if self.distill.enabled else 0.0
+
+    @property
+    def omega(self) -> float:
+        """Weight of the relational term in the next step, warm-up included."""
+        asked = self.relational
+        if not asked.enabled:
+            return 0.0
+        return asked.weight * dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
+
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> int:
+        """Open the next optimizer step: teacher states, gates and divisors of its micro-batches.
+
+        Every rank calls it once per optimizer step, with an empty list if it has no batch. Returns the window's supervised
+        tokens over all ranks.
+
+        Raises:
+            ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
+        """
+        device = next(self.student.parameters()).device
+        counts = torch.zeros(4, dtype=torch.float32, device=device)
+        pending = []
+        for batch in batches:
+            item, seen = look(
+                batch, family=self.family, config=self.config, vocabulary=self.vocabulary, teacher=self.teacher,
+                distill=self.distill, relational=self.relational, device=device,
+            )  # fmt: skip
+            pending.append(item)
+            counts += seen
+            if self.probe is None and item.visual.sizes and item.positions.numel():
+                self.probe = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
+        all_reduce_sum(counts)
+        self._window = Window(pending, counts, torch.zeros(6, dtype=torch.float32, device=device))
+        gates = [item.gate for item in pending if item.gate is not None]
+        self._gates = torch.cat(gates) if gates else None
+        return int(counts[0])
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.
+
+        Under data parallelism it is multiplied by the number of ranks, because gradients are averaged over them.
+
+        Raises:
+            RuntimeError: more losses than `window` saw batches, or hidden states without a gradient.
+        """
+        if not self._window.pending:
+            raise RuntimeError("loss() was called more often than window() saw batches; call window() once per step")
+        item = self._window.pending.pop(0)
+        with capture(self._text_model) as caught:
+            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+        assert caught.final is not None and caught.penultimate is not None
+        if torch.is_grad_enabled() and not caught.final.requires_grad:
+            raise RuntimeError(
+                "the decoder's hidden states carry no gradient; use non-reentrant activation checkpointing "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False}) and leave some of the decoder trainable"
+            )
+        loss = self._head_loss(caught.final, item) + self._visual_loss(caught.penultimate, item)
+        return loss * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+
+    def _head_loss(self, final: Tensor, item: MicroBatch) -> Tensor:
+        counts, sums, asked = self._window.counts, self._window.sums, self.distill
+        assert counts is not None and sums is not None
+        hidden = final.flatten(0, 1).index_select(0, item.positions)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        head = self.student.get_output_embeddings()  # type: ignore[operator]
+        weight_t, bias_t, hidden_t = None, None, None
+        if item.gate is not None and item.teacher is not None and self.teacher is not None:
+            (weight_t, bias_t), hidden_t = self.teacher.head(), item.teacher.final
+        tiny = torch.finfo(torch.float32).tiny
+        out = distillation_head(
+            hidden, head.weight, getattr(head, "bias", None), hidden_t, weight_t, bias_t, item.targets, item.gate,
+            vocabulary=self.vocabulary, ce_scale=1.0 / counts[0].clamp(min=1.0),
+            kd_scale=self.beta / counts[1].clamp(min=tiny), temperature=asked.temperature, alpha=asked.alpha,
+            beta_dkd=asked.beta, chunk=asked.chunk,
+        )  # fmt: skip
+        sums[:4] += torch.stack([out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum])
+        return out.loss
+
+    def _visual_loss(self, penultimate: Tensor, item: MicroBatch) -> Tensor:
+        counts, sums = self._window.counts, self._window.sums
+        assert counts is not None and sums is not None
+        if item.teacher is None or not self.relational.enabled:
+            return penultimate.new_zeros((), dtype=torch.float32)
+        hidden = penultimate.flatten(0, 1).index_select(0, item.visual.index)
+        out = relational_loss(hidden, item.teacher.visual, item.visual.sizes)
+        sums[4] += out.loss_sum.detach()
+        sums[5] += out.skipped
+        return self.omega * out.loss_sum / counts[2].clamp(min=1.0)
+
+    def measure(self) -> StepRecord:
+        """Values of the step over all ranks; collective and unconditional, before the optimizer steps."""
+        self.record = self._window.record()
+        return self.record
+
+    def step(self, progress: float, *, skipped: bool = False) -> None:
+        """One controller update per optimizer step, after `measure`.
+
+        Args:
+            progress: the learning rate as a share of its peak, in [0, 1].
+            skipped: the optimizer did not step, because a loss or a gradient was not finite.
+
+        Raises:
+            FloatingPointError: more such steps than `training.max_nonfinite_steps`.
+        """
+        assert self.record is not None, "measure() comes before step()"
+        self.steps += 1
+        self._window = Window()
+        if skipped:
+            self.nonfinite_steps += 1
+            if self.nonfinite_steps > self.training.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
+                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}. Lower the learning rate, check "
+                    "the data, or raise that number"
+                )
+        elif self.distill.enabled and self.record.gate_mean > 0.0:
+            self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
+
+    def gate_quantiles(self) -> dict[str, float]:
+        """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
+        if self._gates is None or self._gates.numel() == 0:
+            return {}
+        levels = torch.tensor([0.05, 0.5, 0.95], device=self._gates.device, dtype=self._gates.dtype)
+        q05, q50, q95 = torch.quantile(self._gates, levels).tolist()
+        return {"gate_q05": q05, "gate_q50": q50, "gate_q95": q95}
+
+    def controller_logs(self) -> dict[str, float]:
+        """ema, tau and eta (nats; absent before they exist) and the share of controlled steps at a bound."""
+        state = self.controller_state
+        if not (self.distill.enabled and self.controller.enabled):
+            return {}
+        known = {"ema": state.ema, "tau": state.tau, "eta": state.eta, "share_at_bound": dual.share_at_bound(state)}
+        return {key: value for key, value in known.items() if value is not None}
+
+    def controller_pinned(self) -> bool:
+        """Whether the controller spent so many steps at a bound that it is switched off in effect: worth a warning."""
+        return bool(self.controller_logs()) and dual.is_pinned(self.controller_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the model's parameters; JSON-serialisable."""
+        return {
+            "steps": self.steps,
+            "nonfinite_steps": self.nonfinite_steps,
+            "total_steps": self.total_steps,
+            "controller": self.controller_state.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: the run has another length, so warm-up, probe and eta would differ.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"the saved run has {state['total_steps']} optimizer steps and this one {self.total_steps}; warm-up and "
+                "controller follow the length, resume with the same number of steps or start anew"
+            )
+        self.steps, self.nonfinite_steps = state["steps"], state["nonfinite_steps"]
+        self.controller_state = dual.ControllerState.from_dict(state["controller"])
+
+    def finalize(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        """End the run: bake `code * scale` into the weights, cast every parameter to the stored dtype, detach the scales.
+
+        Returns codes (int8 [out, in]) and scales ([out, groups], stored dtype) of the last training forward, by layer name.
+        Parameters are cast one by one; buffers such as rotary frequencies keep float32.
+        """
+        frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        for attached in self.attached:
+            frozen |= attached.freeze()
+            attached.bake()
+            attached.detach()
+        for parameter in self.student.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        return frozen

@@ -1,0 +1,163 @@
+"""The accumulation window of one optimizer step: what is known of it before the first backward pass.
+
+CE is divided by the window's supervised tokens, the gated distillation by its sum of gates, the relation by its countable
+images. All three depend only on the data and the teacher, so they are known, over all micro-batches and ranks, before the
+student runs. Kept per micro-batch: positions, targets, the teacher's hidden states there, and the gates, megabytes.
+
+Legend: B batch, S sequence, N supervised positions, M visual tokens, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grace_plugin.losses.head import teacher_gates
+from grace_plugin.losses.relational import countable_images
+from grace_plugin.recipe import DistillRecipe, RelationalRecipe
+from grace_plugin.teacher import ResidentTeacher, TeacherStates
+from grace_plugin.vlm import Family, VisualTokens
+
+__all__ = ["IGNORE_INDEX", "MicroBatch", "StepRecord", "Window", "all_reduce_sum", "labels_of", "look", "model_inputs"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Values of one optimizer step over all micro-batches and ranks: losses in nats, host numbers.
+
+    gdkd is the gated mean that the controller reads; tckd and nckd are gated means at temperature T without the factors
+    alpha, beta and T^2. images_skipped counts images with fewer than 4 visual tokens or a degenerate centred norm.
+    """
+
+    ce: float
+    gdkd: float
+    tckd: float
+    nckd: float
+    rcka: float
+    tokens: int
+    gate_mean: float
+    images: int
+    images_skipped: int
+    rows_without_images: int
+    finite: bool
+
+
+@dataclass
+class MicroBatch:
+    """What is kept of a micro-batch until its loss is asked for."""
+
+    positions: Tensor  # [N] flat positions in [B * S] whose next token is supervised
+    targets: Tensor  # [N]
+    visual: VisualTokens
+    teacher: TeacherStates | None = None
+    gate: Tensor | None = None  # [N]
+
+
+@dataclass
+class Window:
+    """Micro-batches still to be used, the divisors and the running sums of one optimizer step."""
+
+    pending: list[MicroBatch] = field(default_factory=list)
+    counts: Tensor | None = None  # [4]: tokens, sum of gates, countable images, rows without an image
+    sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
+
+    def record(self) -> StepRecord:
+        """Means over the window and all ranks; the one host synchronisation of a step, collective and unconditional.
+
+        Raises:
+            RuntimeError: no window was opened for this step.
+        """
+        if self.counts is None or self.sums is None:
+            raise RuntimeError("no window is open; call window() once per optimizer step, before loss()")
+        all_reduce_sum(self.sums)
+        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = torch.cat([self.sums, self.counts]).tolist()
+        per_token, per_image = 1.0 / max(tokens, 1.0), 1.0 / max(images, 1.0)
+        per_gate = 1.0 / gates if gates > 0 else 0.0
+        return StepRecord(
+            ce=ce * per_token,
+            gdkd=gdkd * per_gate,
+            tckd=tckd * per_gate,
+            nckd=nckd * per_gate,
+            rcka=rcka * per_image,
+            tokens=int(tokens),
+            gate_mean=gates * per_token,
+            images=int(images),
+            images_skipped=int(skipped),
+            rows_without_images=int(bare),
+            finite=all(abs(value) < float("inf") for value in (ce, gdkd, rcka)),
+        )
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Sum over the ranks in place; every rank takes part, whatever it holds."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a batch that a model's forward takes; labels stay here."""
+    return {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+
+
+def labels_of(batch: Mapping[str, Any], family: Family, config: Any) -> Tensor:
+    """Labels [B, S] of a batch; a batch without any supervises every text token the model reads (calibration text)."""
+    if batch.get("labels") is not None:
+        return batch["labels"]
+    labels = batch["input_ids"].clone()
+    if batch.get("attention_mask") is not None:
+        labels[batch["attention_mask"] == 0] = IGNORE_INDEX
+    for token_id in family.token_ids(config).values():
+        labels[labels == token_id] = IGNORE_INDEX
+    return labels
+
+
+def look(
+    batch: Mapping[str, Any],
+    *,
+    family: Family,
+    config: Any,
+    vocabulary: int,
+    teacher: ResidentTeacher | None,
+    distill: DistillRecipe,
+    relational: RelationalRecipe,
+    device: torch.device,
+) -> tuple[MicroBatch, Tensor]:
+    """Find a micro-batch's supervised and visual positions, run the teacher on it, and count [4] for the divisors.
+
+    Raises:
+        ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
+    """
+    labels = labels_of(batch, family, config)[:, 1:]
+    mask = labels != IGNORE_INDEX
+    positions = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1).to(device)
+    targets = labels[mask].to(device)
+    if targets.numel() and int(targets.max()) >= vocabulary:
+        raise ValueError(
+            f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
+            "the data was tokenised with another tokenizer, or the row uses a token only one side knows"
+        )
+    visual = family.visual_tokens(config, batch)
+    visual = VisualTokens(visual.index.to(device), visual.sizes)
+    item = MicroBatch(positions, targets, visual)
+    counts = torch.zeros(4, dtype=torch.float32, device=device)
+    counts[0] = positions.numel()
+    counts[3] = 0 if visual.sizes else len(labels)
+    if teacher is not None:
+        item.teacher = teacher.states(model_inputs(batch), positions, visual)
+        if distill.enabled:
+            weight, bias = teacher.head()
+            final, sharpness = item.teacher.final, distill.gate_sharpness
+            item.gate, _ = teacher_gates(
+                final, weight, bias, vocabulary=vocabulary, sharpness=sharpness, chunk=distill.chunk
+            )
+            counts[1] = item.gate.sum()
+        if relational.enabled:
+            counts[2] = countable_images(item.teacher.visual, visual.sizes).sum()
+    return item, counts

@@ -1,0 +1,157 @@
+"""What may be asked of GRACE: frozen pydantic models behind the blocks of a `GraceModifier` recipe.
+
+Every default is the decision recorded in the method (arXiv 2601.22709 and the project's own measurements). Unknown keys are
+refused, values are checked on reading, before any model is loaded. The models hold no tensors and import nothing heavy, so a
+recipe can be read and checked in a process without a GPU.
+
+    GraceModifier:
+      targets: [Linear]
+      scheme: W4A16
+      teacher: {model: path/or/hub-id}
+      distill: {temperature: 2.0, alpha: 1.0, beta: 4.0}
+      relational: {weight: 3.0}
+      controller: {tau: auto}
+      scales: {learning_rate_multiplier: 10.0}
+      oneshot: {epochs: 1, learning_rate: 1.0e-5}
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ControllerRecipe",
+    "DistillRecipe",
+    "OneshotRecipe",
+    "RelationalRecipe",
+    "ScalesRecipe",
+    "TeacherRecipe",
+    "TrainingRecipe",
+]
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Block(BaseModel):
+    """A block of the recipe: immutable, and an unknown key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherRecipe(Block):
+    """Where the teacher's hidden states come from.
+
+    model: folder or hub id of the teacher's checkpoint; not needed when a loaded teacher is passed to the entry point.
+    dtype: "auto" keeps the checkpoint's dtype; the teacher is never trained.
+    """
+
+    model: str | None = None
+    revision: str = "main"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class DistillRecipe(Block):
+    """Confidence-gated decoupled distillation (paper, GDKD): `(alpha * TCKD + beta * NCKD) * T^2`, gated by g^k.
+
+    chunk: supervised positions whose logits exist at one time (memory only; the value does not depend on it).
+    """
+
+    enabled: bool = True
+    temperature: Positive = 2.0
+    alpha: Positive = 1.0
+    beta: Positive = 4.0
+    gate_sharpness: NonNegative = 1.0
+    chunk: Count = 1024
+
+    @model_validator(mode="after")
+    def _weight_order(self) -> DistillRecipe:
+        if self.beta <= self.alpha:
+            raise ValueError(
+                f"distill.beta ({self.beta}) must exceed distill.alpha ({self.alpha}): decoupled distillation weighs the "
+                "other classes above the target class; raise beta or lower alpha"
+            )
+        return self
+
+
+class RelationalRecipe(Block):
+    """Relational CKA over visual tokens: weight omega, with a linear warm-up in optimizer steps.
+
+    The warm-up takes `warmup_steps`, or `warmup_share` of the run if that is shorter.
+    """
+
+    enabled: bool = True
+    weight: NonNegative = 3.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 400
+    warmup_share: Share = 0.05
+
+
+class ControllerRecipe(Block):
+    """Projected dual ascent on L_GDKD <= tau (paper, Lagrangian relaxation); `auto` values are set by a probe of the run."""
+
+    enabled: bool = True
+    beta_min: NonNegative = 0.1
+    beta_max: Positive = 1.0
+    beta_start: NonNegative = 0.5
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    tau: Literal["auto"] | Positive = "auto"
+    eta: Literal["auto"] | Positive = "auto"
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ControllerRecipe:
+        if not self.beta_min <= self.beta_start <= self.beta_max:
+            raise ValueError(
+                f"controller.beta_start ({self.beta_start}) must lie in [beta_min, beta_max] = "
+                f"[{self.beta_min}, {self.beta_max}]"
+            )
+        return self
+
+
+class ScalesRecipe(Block):
+    """Learned step sizes (LSQ): start value by search, own learning rate, rounded to the stored dtype in every forward.
+
+    stored_dtype: dtype of weights and scales in the written checkpoint; "auto" is the source checkpoint's dtype.
+    """
+
+    learning_rate_multiplier: Positive = 10.0
+    candidates: Annotated[int, Field(ge=2)] = 20
+    search_low: Positive = 0.3
+    search_high: Positive = 1.2
+    stored_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="after")
+    def _range(self) -> ScalesRecipe:
+        if self.search_low >= self.search_high:
+            raise ValueError(f"scales.search_low ({self.search_low}) must be below search_high ({self.search_high})")
+        return self
+
+
+class TrainingRecipe(Block):
+    """What trains, and when a run that goes wrong stops.
+
+    freeze: extra module-name patterns ("re:..." or exact) kept frozen, on top of the family's vision tower.
+    master_weights: "float32" trains float32 copies whatever dtype was loaded (BF16 weights do not move at small rates);
+        "keep" trains the loaded dtype.
+    max_nonfinite_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
+    """
+
+    freeze: tuple[str, ...] = ()
+    master_weights: Literal["float32", "keep"] = "float32"
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 10
+
+
+class OneshotRecipe(Block):
+    """The short run that `oneshot(pipeline="grace")` makes over the calibration loader."""
+
+    epochs: Positive = 1.0
+    learning_rate: Positive = 1.0e-5
+    warmup_share: Share = 0.05
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    gradient_accumulation_steps: Count = 1
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    seed: int = 0

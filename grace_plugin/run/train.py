@@ -1,0 +1,212 @@
+"""`train`: one call from a student, a teacher, a recipe and a dataset to a verified checkpoint.
+
+Everything that can be refused is refused before the first step: the destination, the recipe, the pair, the layers, the first
+rows of the data. Trainer's own files (checkpoints to resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only
+when the checkpoint in it is complete and verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace_plugin.artifact.save import check_destination, save_checkpoint
+from grace_plugin.data import ConversationCollator, check_rows
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.run.trainer import GraceTrainer
+from grace_plugin.upstream import Modifier, Recipe, create_session
+
+__all__ = ["TrainResult", "grace_modifier", "load_student", "recipe_hash", "run_folder", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    checkpoint: the verified folder. model: the student as saved. verification: the proofs (empty on other ranks than 0).
+    history: Trainer's log, one dict per logging step, losses in nats.
+    """
+
+    checkpoint: Path
+    model: nn.Module
+    verification: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def grace_modifier(recipe: Recipe) -> GraceModifier:
+    """The one GraceModifier of a recipe.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    found = [modifier for modifier in recipe.modifiers if isinstance(modifier, GraceModifier)]
+    if len(found) != 1:
+        names = [type(modifier).__name__ for modifier in recipe.modifiers]
+        raise ValueError(f"the recipe holds {len(found)} GraceModifier(s) ({names}); a GRACE run needs exactly one")
+    return found[0]
+
+
+def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
+    """A recipe from a path, YAML text, a modifier or a recipe, checked.
+
+    Raises:
+        ValueError: unreadable, an unknown key, or a scheme that is not learned.
+    """
+    if isinstance(recipe, os.PathLike):
+        if not Path(recipe).is_file():
+            raise ValueError(f"no recipe at {os.fspath(recipe)}")
+        recipe = os.fspath(recipe)
+    read = Recipe.create_instance(recipe)  # type: ignore[arg-type]
+    grace_modifier(read)
+    return read
+
+
+def recipe_hash(modifier: GraceModifier) -> str:
+    """SHA-256 of everything the recipe asks for; a checkpoint is resumed only under the same."""
+    asked = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
+    """The student: a loaded model as it is, or a checkpoint in float32 master weights.
+
+    Raises:
+        ValueError: nothing loadable there.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(os.fspath(model), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
+
+
+def run_folder(output_dir: str | os.PathLike[str]) -> Path:
+    """Where Trainer's files of a run lie: beside the destination."""
+    path = Path(output_dir)
+    return path.with_name(f"{path.name}.run")
+
+
+def _arguments(folder: Path, resume: bool | str, given: Mapping[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    if not resume and folder.exists() and any(folder.glob("checkpoint-*")):
+        raise FileExistsError(
+            f"{folder} holds checkpoints of an earlier run; pass resume_from_checkpoint=True to go on, or remove it"
+        )
+    defaults = {
+        "report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05, "weight_decay": 0.0, "bf16": torch.cuda.is_available(), "logging_nan_inf_filter": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "disable_tqdm": None,
+    }  # fmt: skip
+    try:
+        return TrainingArguments(
+            output_dir=str(folder), remove_unused_columns=False, label_names=["labels"], **{**defaults, **given}
+        )
+    except TypeError as error:
+        raise ValueError(f"not an argument of train() or of transformers.TrainingArguments: {error}") from error
+
+
+def _total_steps(arguments: Any, rows: int | None) -> int:
+    """Optimizer steps of the run, as Trainer will count them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    if rows is None:
+        raise ValueError("the dataset has no length; pass max_steps=")
+    per_rank = math.ceil(rows / max(1, arguments.world_size))
+    batches = per_rank / arguments.train_batch_size
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def train(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    recipe: str | os.PathLike[str] | Recipe | Modifier,
+    dataset: Sequence[Mapping[str, Any]] | Any,
+    output_dir: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    processor: Any = None,
+    teacher_processor: Any = None,
+    max_length: int | None = None,
+    resume_from_checkpoint: bool | str = False,
+    callbacks: Sequence[Any] = (),
+    **training_arguments: Any,
+) -> TrainResult:
+    """Run GRACE with the Hugging Face Trainer and write a verified checkpoint.
+
+    Args:
+        model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
+        recipe: path, YAML text, Recipe or GraceModifier.
+        dataset: rows in the messages format (`grace_plugin.data.conversation`), map-style or iterable.
+        output_dir: where the checkpoint appears; must not hold anything.
+        teacher: replaces the recipe's `teacher.model`.
+        processor: the student's; read from its checkpoint by default.
+        teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
+        max_length: longest row in tokens; a longer one is refused, nothing is cut.
+        resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
+        callbacks: further TrainerCallbacks.
+        training_arguments: fields of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError, FileExistsError: something asked for cannot be done; nothing was written.
+        FloatingPointError: more non-finite steps than the recipe allows.
+        VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
+    """
+    check_destination(output_dir)
+    read = read_recipe(recipe)
+    modifier = grace_modifier(read)
+    arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, training_arguments)
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    if rows is not None:
+        check_rows(dataset[i] for i in range(min(rows, 256)))
+    total_steps = _total_steps(arguments, rows)
+    student = load_student(model)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        modifier.teacher = modifier.teacher.model_copy(update={"model": os.fspath(teacher)})
+        teacher = None
+    collator = ConversationCollator(processor or _processor(student), max_length)
+    with create_session() as session:
+        session.initialize(
+            recipe=read, model=student, teacher_model=teacher, copy_data=False,
+            processors=(collator.processor, teacher_processor),
+        )  # fmt: skip
+        modifier.teacher_to(arguments.device)
+        objective = modifier.begin(total_steps)
+        if rows is not None:
+            collator([dataset[i] for i in range(min(rows, arguments.train_batch_size))])
+        trainer = GraceTrainer(
+            model=student, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=list(callbacks),
+            objective=objective, scale_rate=modifier.scales.learning_rate_multiplier, recipe_hash=recipe_hash(modifier),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
+        if objective.controller_pinned():
+            logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+        session.finalize()
+        verification = save_checkpoint(student, modifier, output_dir)
+    return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history))
+
+
+def _processor(student: Any) -> Any:
+    from transformers import AutoProcessor
+
+    source = getattr(student, "name_or_path", "")
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the student's processor from {source!r}; pass processor=") from error

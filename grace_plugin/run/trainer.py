@@ -1,0 +1,167 @@
+"""The Hugging Face Trainer with the GRACE objective as its loss.
+
+What differs from a plain Trainer: the accumulation window is looked at before its first backward pass; the loss needs no
+division by accumulation steps; learned scales have their own parameter group (a multiple of the rate, no decay) and their own
+clip norm; a step with a non-finite loss or gradient is skipped and counted; checkpoints hold the raw state dict, so that a
+resumed run continues with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import Trainer
+
+from grace_plugin.objective import GraceObjective
+from grace_plugin.quantizer.attach import PARAMETER
+from grace_plugin.run.callback import GraceCallback
+
+__all__ = ["STATE_FILE", "GraceTrainer"]
+
+STATE_FILE = "grace_state.json"
+
+
+class GraceTrainer(Trainer):
+    """Trainer whose loss is a prepared `GraceObjective`.
+
+    Args:
+        objective: prepared for `args.max_steps` or the epochs' optimizer steps.
+        scale_rate: learning rate of the scales over that of the weights.
+        recipe_hash: identifies the recipe a checkpoint belongs to.
+        train_loader: a ready DataLoader, instead of a dataset and a collator.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: GraceObjective,
+        scale_rate: float,
+        recipe_hash: str,
+        train_loader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
+        self.train_loader = train_loader
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
+        self.grad_norm_finite = True
+        self.add_callback(GraceCallback(self))
+
+    # ---- data and loss ------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """The given loader prepared for the device, or Trainer's own."""
+        if self.train_loader is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(self.train_loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Collect the window, as Trainer does, and let the objective look at it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        tokens = self.objective.window(batches)
+        return batches, torch.tensor(tokens, device=device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss in training; the model's own cross-entropy in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, None)
+        return self.objective.loss(model, inputs)
+
+    # ---- optimizer ----------------------------------------------------------------------------------------------------
+
+    def _scales(self, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Trainable parameters as (scales, others)."""
+        scales: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (scales if name.endswith(PARAMETER) else others).append(parameter)
+        return scales, others
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with the scales moved to a group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        super().create_optimizer(model)
+        assert self.optimizer is not None
+        scales = {id(p) for p in self._scales(self.model)[0]}
+        moved: list[nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            moved += [p for p in group["params"] if id(p) in scales]
+            group["params"] = [p for p in group["params"] if id(p) not in scales]
+        if moved:
+            rate = self.args.learning_rate * self.scale_rate
+            self.optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": rate})
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip weights and scales apart; returns the norm of the weights' gradient before clipping."""
+        scales, others = self._scales(model)
+        limit = self.args.max_grad_norm
+        norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
+        self.grad_norm_finite = all(bool(torch.isfinite(norm)) for norm in norms)
+        return norms[0]
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Raw parameters under their own names, and what GRACE adds; nothing is renamed or compressed."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        state = {"recipe_hash": self.recipe_hash, "objective": self.objective.state_dict()}
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restore `_save`.
+
+        Raises:
+            ValueError: the checkpoint belongs to another recipe.
+        """
+        folder = Path(resume_from_checkpoint)
+        state = json.loads((folder / STATE_FILE).read_text())
+        if state["recipe_hash"] != self.recipe_hash:
+            raise ValueError(
+                f"{folder} was written by another recipe (hash {state['recipe_hash'][:12]}, this one "
+                f"{self.recipe_hash[:12]}); resume with the recipe it was started with, or start anew"
+            )
+        load_model(self.model, str(folder / "model.safetensors"))
+        self.objective.load_state_dict(state["objective"])
+        for attached in self.objective.attached:
+            attached.invalidate()
+
+    # ---- logging ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with the loss terms, the controller, the gates and the share of clipped weights."""
+        if "loss" in logs and self.objective.record is not None:
+            logs |= self.grace_logs()
+        super().log(logs, start_time)
+
+    def grace_logs(self) -> dict[str, float]:
+        """Values of the latest optimizer step."""
+        objective = self.objective
+        record = objective.record
+        assert record is not None
+        logs: dict[str, float] = {
+            "loss_ce": record.ce, "loss_gdkd": record.gdkd, "loss_tckd": record.tckd, "loss_nckd": record.nckd,
+            "loss_rcka": record.rcka, "supervised_tokens": record.tokens, "images": record.images,
+            "images_skipped": record.images_skipped, "rows_without_images": record.rows_without_images,
+            "beta": objective.beta, "omega": objective.omega, "nonfinite_steps": objective.nonfinite_steps,
+            **objective.controller_logs(), **objective.gate_quantiles(),
+        }  # fmt: skip
+        clipped = [attached.clip_share() for attached in objective.attached]
+        if clipped:
+            logs["clip_share"] = float(torch.stack(clipped).mean())
+        return logs

@@ -1,0 +1,111 @@
+"""Which quantization schemes GRACE learns, read from upstream's resolved config.
+
+Learned: integer weights of 2 to 8 bits, symmetric, one scale per group of input channels or per output channel, no activation
+quantization. Everything else is refused with the field that does not fit. vLLM's pack-quantized kernels take 4 and 8 bits;
+2, 3, 5, 6 and 7 bits train and verify, and are served by transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace_plugin.upstream import QuantizationConfig, QuantizationStrategy, QuantizationType
+from grace_plugin.vlm import matches
+
+__all__ = ["check_schemes", "group_of", "stored_dtype"]
+
+_WAY_OUT = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
+
+
+def check_schemes(config: QuantizationConfig) -> None:
+    """Refuse schemes whose scales the quantizer does not learn.
+
+    Raises:
+        ValueError: names the group, the field, its value, and what is learned instead.
+    """
+    problems = [] if config.kv_cache_scheme is None else ["kv_cache_scheme is set"]
+    for name, scheme in config.config_groups.items():
+        for field in ("input_activations", "output_activations"):
+            if getattr(scheme, field) is not None:
+                problems.append(f"{name}.{field} is quantized")
+        weights = scheme.weights
+        if weights is None:
+            problems.append(f"{name}.weights is missing")
+            continue
+        wanted: dict[str, tuple[Any, ...]] = {
+            "type": (QuantizationType.INT,),
+            "symmetric": (True,),
+            "strategy": (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL),
+            "dynamic": (False,),
+            "actorder": (None,),
+            "num_bits": tuple(range(2, 9)),
+        }
+        for field, allowed in wanted.items():
+            value = getattr(weights, field)
+            if value not in allowed:
+                shown = [str(getattr(v, "value", v)) for v in allowed]
+                problems.append(f"{name}.weights.{field} is {getattr(value, 'value', value)}, learned: {', '.join(shown)}")
+    if problems:
+        raise ValueError(f"GraceModifier does not learn this scheme: {'; '.join(problems)}; {_WAY_OUT}")
+
+
+def group_of(
+    config: QuantizationConfig, matched: dict[str, nn.Module]
+) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
+    """Sort the matched layers by (num_bits, group_size); group_size None is one scale per output channel.
+
+    Raises:
+        ValueError: a matched module is no torch.nn.Linear, or two groups of different format claim the same layer.
+    """
+    formats: dict[tuple[int, int | None], dict[str, nn.Linear]] = {}
+    for name, module in matched.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name} is a {type(module).__name__}; GRACE quantizes torch.nn.Linear, add it to ignore")
+        found = set()
+        for scheme in config.config_groups.values():
+            weights = scheme.weights
+            if weights is None or not _targets(scheme.targets, name, module):
+                continue
+            found.add((weights.num_bits, weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None))
+        if len(found) != 1:
+            raise ValueError(f"{name} is claimed by {len(found)} formats of config_groups; let exactly one target it")
+        formats.setdefault(found.pop(), {})[name] = module
+    return formats
+
+
+def _targets(targets: list[str], name: str, module: nn.Module) -> bool:
+    return matches(name, targets) or any(target in {c.__name__ for c in type(module).__mro__} for target in targets)
+
+
+def stored_dtype(model: nn.Module, asked: str) -> torch.dtype:
+    """Dtype of the written checkpoint: as asked, or that of the source checkpoint on disk, or of the loaded weights.
+
+    Raises:
+        ValueError: the source is stored in float32, which no INT4 kernel reads, and nothing was asked for.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    found = _source_dtype(model) or next(model.parameters()).dtype
+    if found not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the source checkpoint is stored as {found}; INT4 kernels take bfloat16 or float16 scales. "
+            "Set scales.stored_dtype: bfloat16 in the recipe"
+        )
+    return found
+
+
+def _source_dtype(model: nn.Module) -> torch.dtype | None:
+    from transformers import AutoConfig
+
+    source = getattr(model, "name_or_path", "")
+    if not source:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,0 +1,19 @@
+"""Families of vision-language models: one small file each, and a registry."""
+
+from grace_plugin.vlm.base import Capture, Family, VisualTokens, capture, matches
+from grace_plugin.vlm.pair import check_pixels, load_tokenizer, shared_vocabulary
+from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
+
+__all__ = [
+    "FAMILIES",
+    "Capture",
+    "Family",
+    "VisualTokens",
+    "capture",
+    "check_pixels",
+    "family_of",
+    "load_tokenizer",
+    "matches",
+    "register_family",
+    "shared_vocabulary",
+]

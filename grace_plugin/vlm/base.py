@@ -1,0 +1,153 @@
+"""What GRACE must know of a vision-language model, and nothing more.
+
+A `Family` answers five questions, always from the model's own config, never from a literal id: which token ids stand for
+visual tokens, how many of them each image or video owns, where the decoder is, which modules stay unquantized, which stay
+frozen. Everything outside `vlm/` asks these questions and names no family.
+
+Legend: B batch, S sequence, M visual tokens of the batch, I images and videos of the batch.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Capture", "Family", "VisualTokens", "capture", "matches"]
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Where the visual tokens of a batch are.
+
+    index: int64 [M], flat positions in [B * S], the tokens of image 0 first, then those of image 1, and so on.
+    sizes: visual tokens of each image or video, host integers, sum(sizes) == M.
+    """
+
+    index: Tensor
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class Capture:
+    """Hidden states of one forward pass: `final` is the decoder's normed output, `penultimate` the output of layer L-2."""
+
+    final: Tensor | None = None
+    penultimate: Tensor | None = None
+
+
+class Family(ABC):
+    """One family of vision-language models; subclasses hold facts, this class holds the checks."""
+
+    model_type: ClassVar[str]
+    #: the batch entry that carries the pixels of each kind of visual input
+    pixel_keys: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    #: module-name patterns, "re:" as in compressed-tensors, matched from the start
+    vision: ClassVar[tuple[str, ...]]
+    projector: ClassVar[tuple[str, ...]]
+    head: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?lm_head$",)
+
+    @abstractmethod
+    def token_ids(self, config: Any) -> dict[str, int]:
+        """Placeholder token id of each kind of visual input ("image", "video"), from the model's config."""
+
+    @abstractmethod
+    def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
+        """Visual tokens of each image (or video) of the batch, in order; `total` tokens of that kind were found."""
+
+    @abstractmethod
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        """The config values that decide how many visual tokens an image becomes; equal for a teacher and its student."""
+
+    def text_model(self, model: nn.Module) -> nn.Module:
+        """The decoder: a module with `layers` (nn.ModuleList) and `norm`."""
+        return model.get_submodule("model.language_model")
+
+    def quantization_ignore(self) -> list[str]:
+        """Patterns of the linears that stay in the checkpoint's dtype: vision tower, projector, lm_head."""
+        return [*self.vision, *self.projector, *self.head]
+
+    def trains(self, parameter_name: str) -> bool:
+        """Whether a parameter trains by default: projector and decoder do, the vision tower does not."""
+        return matches(parameter_name, self.projector) or not matches(parameter_name, self.vision)
+
+    def visual_tokens(self, config: Any, batch: Batch) -> VisualTokens:
+        """Positions and per-image split of the visual tokens of a batch.
+
+        Raises:
+            ValueError: pixels without matching tokens, tokens without pixels, or a split that does not add up; the
+                message names the family and its file.
+        """
+        ids = batch["input_ids"].reshape(-1)
+        where = f"family '{self.model_type}' ({type(self).__module__.rsplit('.', 1)[-1]}.py)"
+        indices, sizes = [], []
+        for kind, token_id in self.token_ids(config).items():
+            index = (ids == token_id).nonzero().squeeze(1)
+            key = self.pixel_keys[kind]
+            has_pixels = batch.get(key) is not None
+            if has_pixels and index.numel() == 0:
+                raise ValueError(
+                    f"{where}: the batch carries {key} but no token with the {kind} id {token_id} of the model's config; "
+                    "the processor and the model do not belong together, or the family's file does not fit this model"
+                )
+            if not has_pixels:
+                if index.numel():
+                    raise ValueError(f"{where}: {index.numel()} {kind} tokens in the batch but no {key} entry")
+                continue
+            split = self.sizes(config, batch, kind, index.numel())
+            if sum(split) != index.numel():
+                raise ValueError(
+                    f"{where}: {index.numel()} {kind} tokens in the batch, but its {len(split)} {kind}s own {sum(split)}; "
+                    "were visual tokens cut by truncation?"
+                )
+            indices.append(index)
+            sizes.extend(split)
+        empty = torch.zeros(0, dtype=torch.int64, device=ids.device)
+        return VisualTokens(torch.cat([empty, *indices]), tuple(sizes))
+
+
+def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+    """compressed-tensors' own convention: "re:" is a regular expression matched from the start, anything else a name."""
+    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+
+
+@contextmanager
+def capture(text_model: nn.Module) -> Iterator[Capture]:
+    """Collect the decoder's final (normed) and penultimate hidden states of the forward pass run inside.
+
+    The penultimate state is the output of decoder layer L-2, counted in this model's own depth, before the final norm. Only
+    the first pass is kept, so that the recomputation of activation checkpointing changes nothing.
+
+    Raises:
+        ValueError: a decoder of fewer than two layers has no penultimate layer.
+    """
+    layers = text_model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    if len(layers) < 2:
+        raise ValueError(f"the decoder has {len(layers)} layer(s); the relational term needs at least 2")
+    caught = Capture()
+
+    def keep(slot: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if getattr(caught, slot) is None:
+                setattr(caught, slot, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [
+        layers[len(layers) - 2].register_forward_hook(keep("penultimate")),
+        text_model.get_submodule("norm").register_forward_hook(keep("final")),
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
