@@ -12,6 +12,7 @@ It refuses schemes whose scales it does not learn, and a run in which nothing wa
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     _objective: GraceObjective | None = PrivateAttr(None)
     _attached: list[Attached] = PrivateAttr(default_factory=list)
     _student: Any = PrivateAttr(None)
+    _given_teacher: Any = PrivateAttr(None)
     _teacher_model: Any = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
@@ -140,7 +142,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         self._vocabulary = rows
         if not (self.distill.enabled or self.relational.enabled):
             return
-        teacher: Any = state.teacher_model
+        teacher: Any = self._given_teacher if self._given_teacher is not None else state.teacher_model
         if teacher is None:
             if self.teacher.model is None:
                 raise ValueError(
@@ -148,8 +150,6 @@ class GraceModifier(Modifier, QuantizationMixin):
                     "disable the distill and relational blocks"
                 )
             teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
-        elif self.teacher.model is None and getattr(teacher, "name_or_path", ""):
-            self.teacher = self.teacher.model_copy(update={"model": str(teacher.name_or_path)})
         check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
         own, theirs = processors
         self._vocabulary = shared_vocabulary(
@@ -177,6 +177,14 @@ class GraceModifier(Modifier, QuantizationMixin):
             self._attached.append(
                 attach(linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, **options)
             )
+
+    def use_teacher(self, teacher: str | os.PathLike[str] | nn.Module | None) -> None:
+        """Take another teacher than the recipe's: a checkpoint or a loaded model; None keeps the recipe's."""
+        if isinstance(teacher, nn.Module):
+            self._given_teacher = teacher
+            self.teacher = self.teacher.model_copy(update={"model": getattr(teacher, "name_or_path", None) or None})
+        elif teacher is not None:
+            self.teacher = self.teacher.model_copy(update={"model": os.fspath(teacher)})
 
     def teacher_to(self, device: torch.device) -> None:
         """Move the teacher to the device of the run."""

@@ -7,16 +7,20 @@ labels supervises every text token. Other modifiers of the recipe run their own 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
-from grace_plugin.artifact.save import install_save
+from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
+from grace_plugin.data import ConversationCollator, check_rows
 from grace_plugin.modifier import GraceModifier
-from grace_plugin.run.train import grace_modifier, recipe_hash
+from grace_plugin.run.train import TrainResult, grace_modifier, load_processor, load_student, read_recipe, recipe_hash
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.upstream import CalibrationPipeline, active_session
+from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
 
 __all__ = ["GracePipeline", "oneshot", "register_pipeline"]
 
@@ -77,12 +81,51 @@ def register_pipeline() -> None:
         CalibrationPipeline.register_value(GracePipeline, "grace")
 
 
-def oneshot(**arguments: Any) -> nn.Module:
-    """llm-compressor's `oneshot` with `pipeline="grace"`; every argument is upstream's.
+def oneshot(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    recipe: str | os.PathLike[str] | Recipe | Modifier,
+    dataset: Any,
+    output_dir: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    processor: Any = None,
+    max_length: int | None = None,
+    num_calibration_samples: int = 512,
+    batch_size: int = 8,
+) -> TrainResult:
+    """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
+
+    Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator, byte-equal
+    processor files and the verification.
+
+    Args:
+        model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
+        recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
+        dataset: rows in the messages format, or a ready DataLoader of batches.
+        output_dir: where the checkpoint appears; must not hold anything.
+        teacher: replaces the recipe's `teacher.model`.
+        processor: the student's; read from its checkpoint by default.
+        max_length: longest row in tokens; a longer one is refused.
+        num_calibration_samples: rows taken from the start of the dataset.
+        batch_size: rows of a micro-batch.
 
     Raises:
-        ValueError: what the recipe asks for cannot be done.
+        ValueError, FileExistsError: something asked for cannot be done; nothing was written.
+        VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     from llmcompressor import oneshot as upstream_oneshot
 
-    return upstream_oneshot(**{"pipeline": "grace"} | arguments)
+    check_destination(output_dir)
+    read = read_recipe(recipe)
+    modifier = grace_modifier(read)
+    modifier.use_teacher(teacher)
+    student = load_student(model)
+    processor = processor or load_processor(student)
+    if not isinstance(dataset, DataLoader):
+        rows = [dataset[i] for i in range(min(len(dataset), num_calibration_samples))]
+        check_rows(rows)
+        collator = ConversationCollator(processor, max_length)
+        dataset = DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
+    upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
+    verification = save_checkpoint(student, modifier, output_dir)
+    return TrainResult(Path(output_dir), student, verification)

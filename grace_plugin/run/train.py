@@ -26,7 +26,16 @@ from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.upstream import Modifier, Recipe, create_session
 
-__all__ = ["TrainResult", "grace_modifier", "load_student", "recipe_hash", "run_folder", "train"]
+__all__ = [
+    "TrainResult",
+    "grace_modifier",
+    "load_processor",
+    "load_student",
+    "read_recipe",
+    "recipe_hash",
+    "run_folder",
+    "train",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -177,13 +186,11 @@ def train(
         check_rows(dataset[i] for i in range(min(rows, 256)))
     total_steps = _total_steps(arguments, rows)
     student = load_student(model)
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        modifier.teacher = modifier.teacher.model_copy(update={"model": os.fspath(teacher)})
-        teacher = None
-    collator = ConversationCollator(processor or _processor(student), max_length)
+    modifier.use_teacher(teacher)
+    collator = ConversationCollator(processor or load_processor(student), max_length)
     with create_session() as session:
         session.initialize(
-            recipe=read, model=student, teacher_model=teacher, copy_data=False,
+            recipe=read, model=student, copy_data=False,
             processors=(collator.processor, teacher_processor),
         )  # fmt: skip
         modifier.teacher_to(arguments.device)
@@ -202,7 +209,12 @@ def train(
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history))
 
 
-def _processor(student: Any) -> Any:
+def load_processor(student: Any) -> Any:
+    """The processor beside the student's checkpoint.
+
+    Raises:
+        ValueError: nothing readable there.
+    """
     from transformers import AutoProcessor
 
     source = getattr(student, "name_or_path", "")

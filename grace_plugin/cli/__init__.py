@@ -1,0 +1,1 @@
+"""The command line: `optimum-cli grace ...` and `grace ...`."""

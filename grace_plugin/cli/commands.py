@@ -1,0 +1,93 @@
+"""What the commands do once they run; arguments are declared in `register_grace.py`, which stays import-light."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["run"]
+
+BAD_INPUT, FAILED = 2, 1
+
+
+def run(name: str, args: Namespace) -> int:
+    """Exit status of a command: 0, 2 for input that cannot be used, 1 for a run that failed."""
+    from grace_plugin import VerificationError
+
+    try:
+        COMMANDS[name](args)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        print(f"grace {name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (VerificationError, FloatingPointError, RuntimeError) as error:
+        print(f"grace {name} failed: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs, values read as YAML (so 2e-5 is a number and true a boolean).
+
+    Raises:
+        ValueError: an entry without "=".
+    """
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
+        except ValueError:
+            found[name] = yaml.safe_load(value)
+    return found
+
+
+def _show(verification: Mapping[str, Any]) -> None:
+    print(json.dumps(dict(verification), indent=1))
+
+
+def _train(args: Namespace) -> None:
+    import grace_plugin
+    from grace_plugin.data import load_rows
+
+    result = grace_plugin.train(
+        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset), output_dir=args.output_dir,
+        teacher=args.teacher, max_length=args.max_length, resume_from_checkpoint=args.resume_from_checkpoint,
+        **_settings(args.settings),
+    )  # fmt: skip
+    _show(result.verification)
+    print(f"verified checkpoint: {result.checkpoint}")
+
+
+def _oneshot(args: Namespace) -> None:
+    import grace_plugin
+    from grace_plugin.data import load_rows
+
+    result = grace_plugin.oneshot(
+        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset), output_dir=args.output_dir,
+        teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
+    )  # fmt: skip
+    _show(result.verification)
+    print(f"verified checkpoint: {result.checkpoint}")
+
+
+def _verify(args: Namespace) -> None:
+    import grace_plugin
+
+    _show(grace_plugin.verify(args.checkpoint, source=args.source))
+
+
+def _demo(args: Namespace) -> None:
+    from grace_plugin.demo.run import demo
+
+    demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions)
+
+
+COMMANDS = {"train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo}

@@ -1,0 +1,102 @@
+"""The `grace` commands, for `optimum-cli grace ...` and for the alias `grace ...`.
+
+This file is installed a second time as `optimum/commands/register/register_grace.py`, where optimum finds it. optimum imports
+every file of that namespace at start, so nothing heavy is imported here: a command loads grace_plugin only when it runs.
+Names are those of the Python API and of the recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+def _train(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML recipe with a GraceModifier")
+    parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
+    parser.add_argument("--dataset", required=True, help="messages rows: .json, .jsonl, a saved dataset, or hub-id[:split]")
+    parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
+    parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are refused, never cut")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
+    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
+                        help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
+
+
+def _oneshot(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML recipe with a GraceModifier; its oneshot block gives epochs and rate")
+    parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
+    parser.add_argument("--dataset", required=True, help="messages rows, as for train")
+    parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
+    parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
+    parser.add_argument("--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
+
+
+def _verify(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder written by train or oneshot")
+    parser.add_argument("--source", help="folder of the BF16 student, to compare tokenizer and processor files")
+
+
+def _demo(parser: ArgumentParser) -> None:
+    parser.add_argument("--output_dir", default="build/demo", help="where everything goes (default build/demo)")
+    parser.add_argument("--serve-python", dest="serve_python", help="interpreter of the serving environment (with vLLM)")
+    parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
+
+
+#: name, one line of help, arguments
+COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+    ("train", "train a student to INT4 with GRACE and write a verified checkpoint", _train),
+    ("oneshot", "the same objective over a calibration set, through llm-compressor's oneshot", _oneshot),
+    ("verify", "prove that a checkpoint is bit for bit what was trained", _verify),
+    ("demo", "train, verify, serve and score the bundled pair", _demo),
+)
+
+
+def call(name: str, args: Namespace) -> None:
+    """Run a command; its errors end the process with one sentence and a non-zero exit status."""
+    from grace_plugin.cli import commands
+
+    sys.exit(commands.run(name, args))
+
+
+def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser], None]) -> CommandInfo:
+    class Command(BaseOptimumCLICommand):
+        COMMAND = CommandInfo(name=name, help=help_line)
+
+        @staticmethod
+        def parse_args(parser: ArgumentParser) -> None:
+            arguments(parser)
+
+        def run(self) -> None:
+            call(name, self.args)
+
+    return CommandInfo(name=name, help=help_line, subcommand_class=Command)
+
+
+class GraceCommand(BaseOptimumCLICommand):
+    """The `optimum-cli grace` group."""
+
+    COMMAND = CommandInfo(name="grace", help="INT4 quantization-aware training of vision-language models")
+    SUBCOMMANDS = tuple(_subcommand(*command) for command in COMMANDS)
+
+    def run(self) -> None:
+        """Without a command: say which there are."""
+        self.parser.print_help()
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the alias `grace`."""
+    parser = ArgumentParser("grace", description=GraceCommand.COMMAND.help)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, help_line, arguments in COMMANDS:
+        arguments(subparsers.add_parser(name, help=help_line, description=help_line))
+    args = parser.parse_args()
+    call(args.command, args)
+
+
+REGISTER_COMMANDS = [GraceCommand]
