@@ -11,6 +11,7 @@ Legend: B batch, S longest row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,24 @@ from grace_plugin.data.conversation import Row, read_row
 __all__ = ["ConversationCollator"]
 
 IGNORE_INDEX = -100
-_ALONG_SEQUENCE = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "token_type_ids")
+_ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass
+class _Piece:
+    """A prompt or an answer of a row: tokenised apart, ids without padding."""
+
+    row: int
+    text: str
+    learned: bool
+    images: list[Any]
+    prefix: list[int] = field(default_factory=list)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+
+    def labels(self) -> Tensor:
+        """int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
+        ids = self.ids["input_ids"]
+        return ids if self.learned else torch.full_like(ids, IGNORE_INDEX)
 
 
 class ConversationCollator:
@@ -46,36 +64,69 @@ class ConversationCollator:
         Raises:
             ValueError: a row that cannot be used, named.
         """
-        encoded = [self.encode(read_row(row)) for row in rows]
-        longest = max(e["input_ids"].shape[1] for e in encoded)
+        return self.encode([read_row(row) for row in rows])
+
+    def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
+        pieces = [piece for number, row in enumerate(rows) for piece in self._pieces(number, row)]
+        pictured = [piece for piece in pieces if piece.images]
+        plain = [piece for piece in pieces if not piece.images]
         batch: dict[str, Tensor] = {}
-        for key in dict.fromkeys(k for e in encoded for k in e):
-            parts = [e[key] for e in encoded if key in e]
-            if key in _ALONG_SEQUENCE:
-                fill = self._pad.get(key, 0)
-                parts = [torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=fill) for p in parts]
-            batch[key] = torch.cat(parts)
+        if pictured:
+            images = [image for piece in pictured for image in piece.images]
+            batch = self._tokenise(pictured, self.processor, images=images)
+        if plain:
+            self._tokenise(plain, self.processor.tokenizer)
+        for number, row in enumerate(rows):
+            self._check_length(row, sum(len(piece.ids["input_ids"]) for piece in pieces if piece.row == number))
+        keys = ["input_ids", *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else [])]
+        text = [[piece for piece in pieces if piece.row == number] for number in range(len(rows))]
+        for key in keys:
+            batch[key] = self._pad_rows([[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key)
+        batch["attention_mask"] = self._pad_rows([[torch.ones_like(p.ids["input_ids"]) for p in own] for own in text], "mask")
+        batch["labels"] = self._pad_rows([[p.labels() for p in own] for own in text], "labels")
         return batch
 
-    def encode(self, row: Row) -> dict[str, Tensor]:
-        """One row as a batch of one, without padding."""
-        images = list(row.images)
-        pieces: list[dict[str, Tensor]] = []
-        for text, learned in self._segments(row):
-            wanted = 0 if learned else self._placeholders(row, len(pieces))
-            pieces.append(self._tokens(text, images[:wanted], learned, first=not pieces))
-            images = images[wanted:]
-        joined: dict[str, Tensor] = {}
-        for key in dict.fromkeys(k for piece in pieces for k in piece):
-            dim = 1 if key in _ALONG_SEQUENCE else 0
-            joined[key] = torch.cat([piece[key] for piece in pieces if key in piece], dim=dim)
-        length = joined["input_ids"].shape[1]
+    def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
+        joined = [torch.cat(parts) for parts in rows]
+        return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
+
+    def _check_length(self, row: Row, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"{row.name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
                 "tokens or its answer. Raise max_length, lower the image resolution, or drop the row"
             )
-        return joined
+
+    def _tokenise(self, pieces: list[_Piece], tokenizer: Any, **images: Any) -> dict[str, Tensor]:
+        """Fill the pieces' ids (padding taken off again); returns what belongs to the pixels."""
+        out = dict(
+            tokenizer(
+                text=[piece.text for piece in pieces], padding=True, padding_side="right", add_special_tokens=False,
+                return_tensors="pt", **images,
+            )
+        )  # fmt: skip
+        lengths = out.pop("attention_mask").sum(dim=1).tolist()
+        along = {key: out.pop(key) for key in _ALONG_SEQUENCE if key in out}
+        for number, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
+            piece.ids = {key: value[number, :length] for key, value in along.items()}
+            if piece.prefix:
+                piece.ids = {
+                    key: torch.cat([torch.tensor(piece.prefix) * (key == "input_ids"), value])
+                    for key, value in piece.ids.items()
+                }
+        return {key: value for key, value in out.items() if isinstance(value, Tensor)}
+
+    def _pieces(self, number: int, row: Row) -> list[_Piece]:
+        """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
+        tokenizer, images, pieces = self.processor.tokenizer, list(row.images), []
+        for text, learned in self._segments(row):
+            wanted = 0 if learned else self._placeholders(row, len(pieces))
+            pieces.append(_Piece(number, text, learned, images[:wanted]))
+            images = images[wanted:]
+        if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
+            pieces[0].prefix = list(tokenizer("")["input_ids"])
+        return pieces
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The rendered conversation in pieces: (text, whether it is learned), prompt and answer in turn."""
@@ -105,15 +156,3 @@ class ConversationCollator:
             elif turn == segment:
                 count += sum(part.get("type") == "image" for part in message["content"])
         return count
-
-    def _tokens(self, text: str, images: list[Any], learned: bool, *, first: bool) -> dict[str, Tensor]:
-        if images:
-            out = dict(self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=first))
-        else:
-            out = dict(self.processor.tokenizer([text], return_tensors="pt", add_special_tokens=first))
-        piece = {key: value for key, value in out.items() if isinstance(value, Tensor)}
-        ids = piece["input_ids"]
-        piece["labels"] = ids.clone() if learned else torch.full_like(ids, IGNORE_INDEX)
-        if "mm_token_type_ids" in getattr(self.processor, "model_input_names", []):
-            piece.setdefault("mm_token_type_ids", torch.zeros_like(ids))
-        return piece
