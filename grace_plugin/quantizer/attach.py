@@ -168,6 +168,25 @@ def _problems(linears: Mapping[str, nn.Linear], form: Format) -> Iterator[str]:
             yield f"{name}: {problem}"
 
 
+def check_layers(linears: Mapping[str, nn.Linear], form: Format) -> None:
+    """What :func:`attach` checks before it touches a layer.
+
+    Raises:
+        ValueError: one message naming every layer that cannot be attached, and the ways out.
+    """
+    check_format(form.num_bits, form.stored_dtype)
+    if not linears:
+        raise ValueError("no layer to quantize; check targets and ignore")
+    problems = list(_problems(linears, form))
+    if problems:
+        raise ValueError(
+            f"{len(problems)} problem(s) with the layers to quantize:\n  "
+            + "\n  ".join(problems)
+            + "\nWays out: another "
+            "group_size (one that divides every width, or -1 for one scale per output channel), or the layers in ignore"
+        )
+
+
 def _attach_one(linear: nn.Linear, form: Format, start: dict[str, Any], cache: WeightCache | None) -> None:
     linear.__dict__[_STATE] = _LayerState(form, cache, linear.__dict__.get("forward"))
     theta = start_scales(linear.weight, form.group_size, num_bits=form.num_bits, dtype=form.stored_dtype, **start).to(
@@ -203,18 +222,8 @@ def attach(
     Raises:
         ValueError: one message naming every layer that cannot be attached, and the ways out; nothing was changed.
     """
-    check_format(num_bits, stored_dtype)
-    if not linears:
-        raise ValueError("no layer to quantize; check targets and ignore")
     form = Format(group_size, num_bits, stored_dtype)
-    problems = list(_problems(linears, form))
-    if problems:
-        raise ValueError(
-            f"{len(problems)} problem(s) with the layers to quantize:\n  "
-            + "\n  ".join(problems)
-            + "\nWays out: another "
-            "group_size (one that divides every width, or -1 for one scale per output channel), or the layers in ignore"
-        )
+    check_layers(linears, form)
     counter = StepCounter()
     attached = Attached(linears, counter)
     start = {"candidates": candidates, "low": low, "high": high}

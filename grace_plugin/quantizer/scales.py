@@ -8,7 +8,7 @@ What it refuses. An input width that the group does not divide, bits outside 2..
 8 bits in bfloat16: there the product ``code * scale`` does not determine the code any more (7 bits and fewer, and
 float16 at any width, always do: shown for every positive scale of the dtype).
 
-What it costs. The start search reads a weight once per candidate, in blocks of rows: 64 MiB of float32 at a time.
+What it costs. The start search reads a weight once per candidate, in blocks of rows: 16 MiB of float32 at a time.
 
 Legend: out, in are the dimensions of a linear weight; groups = in / group_size.
 """
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a scale can be stored in; float64 exists for tests."""
 
-BLOCK_ELEMENTS = 1 << 24
+BLOCK_ELEMENTS = 1 << 22
 """Weights that are worked on at one time; bounds the float32 temporaries of a large layer."""
 
 LARGEST_CODE = 128
@@ -111,7 +111,9 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 class _StoredScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        scale = round_scale(log_scale.exp(), dtype)
+        # float32 exponentials differ in the last bit between devices and even between vector lanes; float64's do not
+        # once they are rounded to what is stored.
+        scale = round_scale(log_scale.double().exp(), dtype)
         ctx.save_for_backward(scale)
         ctx.grad_dtype = log_scale.dtype
         return scale

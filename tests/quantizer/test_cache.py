@@ -1,0 +1,153 @@
+"""When a quantized weight is computed again and when it is not."""
+
+import copy
+
+import pytest
+import torch
+
+from grace_plugin.quantizer import StepCounter, WeightCache
+
+
+class Watched:
+    """A cache with two tensors, and a value that tells how often it was made."""
+
+    def __init__(self, counter=None):
+        self.cache = WeightCache(counter)
+        self.weight = torch.nn.Parameter(torch.ones(2, 2))
+        self.scale = torch.nn.Parameter(torch.zeros(2, 1))
+        self.made = 0
+
+    def get(self, dtype=torch.float32):
+        def compute():
+            self.made += 1
+            return torch.full((2, 2), float(self.made), dtype=dtype)
+
+        return self.cache.get(self.weight, self.scale, dtype, compute)
+
+
+def test_a_value_is_made_once_while_nothing_changes():
+    watched = Watched()
+    values = [watched.get() for _ in range(3)]
+    assert [value[0, 0].item() for value in values] == [1, 1, 1]
+    assert len({value.data_ptr() for value in values}) == 1
+    assert len({id(value) for value in values}) == 3
+    assert watched.cache.quantizations == 1
+
+
+@torch.no_grad()
+def in_place(watched):
+    watched.weight.add_(1)
+
+
+@torch.no_grad()
+def in_place_scale(watched):
+    watched.scale.add_(1)
+
+
+def new_storage(watched):
+    watched.weight.data = watched.weight.data.clone()
+
+
+def new_storage_of_scales(watched):
+    watched.scale.data = watched.scale.data.clone()
+
+
+def another_dtype(watched):
+    watched.weight.data = watched.weight.data.view(torch.bfloat16)[:, :2]
+
+
+def another_shape(watched):
+    watched.weight.data = watched.weight.data.view(4, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, in_place_scale, new_storage, new_storage_of_scales, another_dtype, another_shape]
+)
+def test_every_change_that_torch_shows_makes_it_again(change):
+    watched = Watched()
+    first = watched.get()
+    change(watched)
+    second = watched.get()
+    assert [first[0, 0].item(), second[0, 0].item()] == [1, 2]
+    assert watched.cache.quantizations == 2
+    assert watched.get()[0, 0].item() == 2
+
+
+def test_another_compute_dtype_makes_it_again():
+    watched = Watched()
+    watched.get()
+    assert watched.get(torch.bfloat16).dtype == torch.bfloat16
+    assert watched.get(torch.float32).dtype == torch.float32
+    assert watched.cache.quantizations == 3
+
+
+def test_a_write_that_torch_hides_is_seen_through_the_step_counter():
+    """``.data`` writes do not move the version: the reason the counter exists."""
+    counter = StepCounter()
+    watched = Watched(counter)
+    watched.get()
+    version = watched.weight._version
+    watched.weight.data.add_(1)
+    assert watched.weight._version == version
+    assert watched.get()[0, 0].item() == 1
+    counter.advance()
+    assert watched.get()[0, 0].item() == 2
+
+
+class HiddenSteps(torch.optim.Optimizer):
+    """An optimizer that writes through ``.data``, as several published ones do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1.0)
+
+
+def test_every_optimizer_s_step_counts_between_start_and_stop():
+    counter = StepCounter()
+    watched = Watched(counter)
+    optimizer = HiddenSteps([watched.weight])
+    optimizer.step()
+    assert counter.steps == 0
+    counter.start()
+    counter.start()
+    watched.get()
+    optimizer.step()
+    assert counter.steps == 1
+    assert watched.get()[0, 0].item() == 2
+    torch.optim.SGD([watched.scale], lr=0.1).step()
+    assert counter.steps == 2
+    counter.stop()
+    counter.stop()
+    optimizer.step()
+    assert counter.steps == 2
+    counter.start()
+    optimizer.step()
+    assert counter.steps == 3
+    counter.stop()
+
+
+def test_clear_releases_and_a_copy_starts_empty_with_the_same_counter():
+    counter = StepCounter()
+    watched = Watched(counter)
+    watched.get()
+    clone = copy.deepcopy(watched.cache)
+    assert clone.quantizations == 0
+    clone.get(watched.weight, watched.scale, torch.float32, lambda: torch.zeros(1))
+    counter.advance()
+    clone.get(watched.weight, watched.scale, torch.float32, lambda: torch.zeros(1))
+    assert clone.quantizations == 2
+    watched.get()
+    watched.cache.clear()
+    watched.get()
+    assert watched.made == 3
+
+
+def test_the_value_handed_out_carries_no_history():
+    watched = Watched()
+    first = watched.get()
+    first.requires_grad_()
+    assert not watched.get().requires_grad
