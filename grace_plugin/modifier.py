@@ -30,7 +30,7 @@ from grace_plugin.recipe import (
     TeacherRecipe,
     TrainingRecipe,
 )
-from grace_plugin.schemes import check_schemes, group_of, stored_dtype
+from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
 from grace_plugin.teacher import load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import check_pixels, family_of, load_tokenizer, shared_vocabulary
@@ -54,6 +54,7 @@ class GraceModifier(Modifier, QuantizationMixin):
               teacher: {model: Qwen/Qwen2-VL-7B-Instruct}
     """
 
+    ignore: list[str] = Field(default_factory=list)
     quantize: bool = True
     teacher: TeacherRecipe = Field(default_factory=TeacherRecipe)
     distill: DistillRecipe = Field(default_factory=DistillRecipe)
@@ -124,7 +125,8 @@ class GraceModifier(Modifier, QuantizationMixin):
         family = family_of(model)
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
         self._student = model
-        self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()])) if self.quantize else self.ignore
+        if self.quantize:
+            self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
         if self.training.master_weights == "float32":  # exact, so nothing is lost when a check below fails
             for parameter in model.parameters():
@@ -165,6 +167,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         if not matched:
             raise ValueError(f"no layer matches targets {sorted(self.resolved_targets)} beside ignore {self.ignore}")
         formats = group_of(self.resolved_config, matched)
+        check_fused(formats, model)
         for (num_bits, group_size), linears in formats.items():
             check_layers(linears, Format(group_size, num_bits, self._dtype))
         return formats
@@ -172,7 +175,11 @@ class GraceModifier(Modifier, QuantizationMixin):
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
         """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
         QuantizationMixin.initialize_quantization(self, model)
-        options = {"candidates": self.scales.candidates, "low": self.scales.search_low, "high": self.scales.search_high}
+        options: dict[str, Any] = {
+            "candidates": self.scales.candidates,
+            "low": self.scales.search_low,
+            "high": self.scales.search_high,
+        }
         for (num_bits, group_size), linears in formats.items():
             self._attached.append(
                 attach(linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, **options)

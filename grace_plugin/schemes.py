@@ -15,8 +15,9 @@ from torch import nn
 from grace_plugin.upstream import QuantizationConfig, QuantizationStrategy, QuantizationType
 from grace_plugin.vlm import matches
 
-__all__ = ["check_schemes", "group_of", "stored_dtype"]
+__all__ = ["check_fused", "check_schemes", "group_of", "stored_dtype"]
 
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _WAY_OUT = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
 
 
@@ -47,7 +48,9 @@ def check_schemes(config: QuantizationConfig) -> None:
             value = getattr(weights, field)
             if value not in allowed:
                 shown = [str(getattr(v, "value", v)) for v in allowed]
-                problems.append(f"{name}.weights.{field} is {getattr(value, 'value', value)}, learned: {', '.join(shown)}")
+                problems.append(
+                    f"{name}.weights.{field} is {getattr(value, 'value', value)}, learned: {', '.join(shown)}"
+                )
     if problems:
         raise ValueError(f"GraceModifier does not learn this scheme: {'; '.join(problems)}; {_WAY_OUT}")
 
@@ -69,11 +72,41 @@ def group_of(
             weights = scheme.weights
             if weights is None or not _targets(scheme.targets, name, module):
                 continue
-            found.add((weights.num_bits, weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None))
+            found.add(
+                (weights.num_bits, weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None)
+            )
         if len(found) != 1:
             raise ValueError(f"{name} is claimed by {len(found)} formats of config_groups; let exactly one target it")
         formats.setdefault(found.pop(), {})[name] = module
     return formats
+
+
+def check_fused(formats: dict[tuple[int, int | None], dict[str, nn.Linear]], model: nn.Module) -> None:
+    """Refuse layers that vLLM fuses (q, k, v and gate, up) but the recipe treats differently.
+
+    Raises:
+        ValueError: lists every such set of layers; vLLM could not load the checkpoint.
+    """
+    chosen = {name: form for form, linears in formats.items() for name in linears}
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    problems = []
+    for parent in sorted({name.rpartition(".")[0] for name in chosen}):
+        for parts in _FUSED:
+            members = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in names]
+            if len({chosen.get(member) for member in members}) > 1:
+                shown = ", ".join(f"{member.rpartition('.')[2]}: {_shown(chosen.get(member))}" for member in members)
+                problems.append(f"{parent} ({shown})")
+    if problems:
+        raise ValueError(
+            f"vLLM runs q, k, v (and gate, up) of a layer as one matrix, so they need one format: {'; '.join(problems)}. "
+            "Target or ignore them together"
+        )
+
+
+def _shown(form: tuple[int, int | None] | None) -> str:
+    if form is None:
+        return "not quantized"
+    return f"{form[0]} bits, " + (f"group {form[1]}" if form[1] else "per channel")
 
 
 def _targets(targets: list[str], name: str, module: nn.Module) -> bool:

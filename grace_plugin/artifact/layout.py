@@ -1,11 +1,11 @@
 """What lies where in a checkpoint, and the small files GRACE adds to it.
 
-    config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
-    tokenizer and processor files      the source's, byte for byte
-    recipe.yaml                        the recipe with inferred values
-    grace/record.json                  hashes of the codes and scales of the last training forward, environment
-    grace/probe.safetensors            a training batch with an image, and the trained model's logits on it
-    verification.json                  what `verify` found
+config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
+tokenizer and processor files      the source's, byte for byte
+recipe.yaml                        the recipe with inferred values
+grace/record.json                  hashes of the codes and scales of the last training forward, environment
+grace/probe.safetensors            a training batch with an image, and the trained model's logits on it
+verification.json                  what `verify` found
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PROBE", "RECORD", "VERIFICATION", "digest", "environment", "processor_files", "rewrite_ignore", "source_folder"]
+__all__ = [
+    "PROBE",
+    "RECORD",
+    "VERIFICATION",
+    "digest",
+    "environment",
+    "processor_files",
+    "rewrite_ignore",
+    "source_folder",
+]
 
 RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "verification.json"
 
@@ -97,7 +106,11 @@ def rewrite_ignore(folder: Path, model: nn.Module, patterns: list[str]) -> None:
         if any(re.match(pattern[3:], name) for pattern in patterns):
             continue
         inside = name.removeprefix("model.language_model.")
-        kept.append(rf"re:.*language_model\.(model\.)?{re.escape(inside)}$" if inside != name else rf"re:(.*\.)?{re.escape(name)}$")
+        kept.append(
+            rf"re:.*language_model\.(model\.)?{re.escape(inside)}$"
+            if inside != name
+            else rf"re:(.*\.)?{re.escape(name)}$"
+        )
     quantization["ignore"] = [*patterns, *kept]
     for group in quantization["config_groups"].values():
         group["targets"] = ["Linear"] if len(quantization["config_groups"]) == 1 else group["targets"]

@@ -8,6 +8,7 @@ and leaves no folder behind.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ from grace_plugin.vlm import family_of
 __all__ = ["check_destination", "install_save", "save_checkpoint"]
 
 
-def check_destination(output_dir: str | Path) -> Path:
+def check_destination(output_dir: str | os.PathLike[str]) -> Path:
     """A destination that does not exist or is empty.
 
     Raises:
@@ -89,7 +90,8 @@ def write_record(folder: Path, modifier: GraceModifier, source: str) -> None:
         "environment": environment(),
         "run": objective.state_dict(),
         "layers": {
-            name: {"codes": digest(codes), "scales": digest(scales)} for name, (codes, scales) in modifier.frozen.items()
+            name: {"codes": digest(codes), "scales": digest(scales)}
+            for name, (codes, scales) in modifier.frozen.items()
         },
     }
     path = folder / RECORD
@@ -97,7 +99,7 @@ def write_record(folder: Path, modifier: GraceModifier, source: str) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | Path) -> dict[str, Any]:
+def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes.
 
     Raises:

@@ -93,7 +93,9 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
     missing = [name for name in record["layers"] if name not in stored]
     hashes = {name: {"codes": digest(c), "scales": digest(s)} for name, (c, s) in stored.items()}
     differing = {
-        kind: [name for name in record["layers"] if name in stored and hashes[name][kind] != record["layers"][name][kind]]
+        kind: [
+            name for name in record["layers"] if name in stored and hashes[name][kind] != record["layers"][name][kind]
+        ]
         for kind in ("codes", "scales")
     }
     result: dict[str, Any] = {
@@ -138,7 +140,9 @@ def _conclude(
             if recorded_here:
                 failed.append("logits_equal")
             else:
-                result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
+                result["logits_note"] = (
+                    "recorded in another environment; the difference is reported and does not decide"
+                )
         modules = dict(model.named_modules())
         dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
         result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)

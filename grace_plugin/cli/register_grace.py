@@ -17,7 +17,9 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 def _train(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe with a GraceModifier")
     parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
-    parser.add_argument("--dataset", required=True, help="messages rows: .json, .jsonl, a saved dataset, or hub-id[:split]")
+    parser.add_argument(
+        "--dataset", required=True, help="messages rows: .json, .jsonl, a saved dataset, or hub-id[:split]"
+    )
     parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are refused, never cut")
@@ -32,7 +34,9 @@ def _oneshot(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="messages rows, as for train")
     parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
-    parser.add_argument("--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)")
+    parser.add_argument(
+        "--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
 
 
@@ -43,7 +47,9 @@ def _verify(parser: ArgumentParser) -> None:
 
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="build/demo", help="where everything goes (default build/demo)")
-    parser.add_argument("--serve-python", dest="serve_python", help="interpreter of the serving environment (with vLLM)")
+    parser.add_argument(
+        "--serve-python", dest="serve_python", help="interpreter of the serving environment (with vLLM)"
+    )
     parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
 
 

@@ -79,11 +79,18 @@ class ConversationCollator:
             self._tokenise(plain, self.processor.tokenizer)
         for number, row in enumerate(rows):
             self._check_length(row, sum(len(piece.ids["input_ids"]) for piece in pieces if piece.row == number))
-        keys = ["input_ids", *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else [])]
+        keys = [
+            "input_ids",
+            *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
+        ]
         text = [[piece for piece in pieces if piece.row == number] for number in range(len(rows))]
         for key in keys:
-            batch[key] = self._pad_rows([[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key)
-        batch["attention_mask"] = self._pad_rows([[torch.ones_like(p.ids["input_ids"]) for p in own] for own in text], "mask")
+            batch[key] = self._pad_rows(
+                [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
+            )
+        batch["attention_mask"] = self._pad_rows(
+            [[torch.ones_like(p.ids["input_ids"]) for p in own] for own in text], "mask"
+        )
         batch["labels"] = self._pad_rows([[p.labels() for p in own] for own in text], "labels")
         return batch
 
@@ -119,7 +126,8 @@ class ConversationCollator:
 
     def _pieces(self, number: int, row: Row) -> list[_Piece]:
         """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
-        tokenizer, images, pieces = self.processor.tokenizer, list(row.images), []
+        tokenizer, images = self.processor.tokenizer, list(row.images)
+        pieces: list[_Piece] = []
         for text, learned in self._segments(row):
             wanted = 0 if learned else self._placeholders(row, len(pieces))
             pieces.append(_Piece(number, text, learned, images[:wanted]))

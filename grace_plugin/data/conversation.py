@@ -55,7 +55,9 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(p) for p in content]
         normal.append({"role": message["role"], "content": parts})
     if normal[-1]["role"] != "assistant":
-        raise ValueError(f"{name} ends with a {normal[-1]['role']} turn; the last turn must be the assistant's to learn from it")
+        raise ValueError(
+            f"{name} ends with a {normal[-1]['role']} turn; the last turn must be the assistant's to learn from it"
+        )
     images = row.get("images")
     images = [row["image"]] if images is None and row.get("image") is not None else list(images or [])
     placeholders = sum(part.get("type") == "image" for message in normal for part in message["content"])

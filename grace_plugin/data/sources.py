@@ -33,9 +33,9 @@ def load_rows(source: str) -> Sequence[dict[str, Any]]:
     try:
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             found = datasets.load_from_disk(str(path))
-            return found["train"] if isinstance(found, datasets.DatasetDict) else found  # type: ignore[return-value]
+            return found["train"] if isinstance(found, datasets.DatasetDict) else found
         name, _, split = source.partition(":")
-        return datasets.load_dataset(name, split=split or "train")  # type: ignore[return-value]
+        return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"cannot read a dataset from {source!r}: {error}. Give a .json or .jsonl file, a folder written by "

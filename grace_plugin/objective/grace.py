@@ -31,9 +31,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grace_plugin import controller as dual
-from grace_plugin.losses.head import distillation_head
-from grace_plugin.losses.relational import relational_loss
-from grace_plugin.objective.window import MicroBatch, StepRecord, Window, all_reduce_sum, look, model_inputs
+from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
+from grace_plugin.objective.terms import head_term, visual_term
+from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, look, model_inputs
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import ResidentTeacher
@@ -106,13 +106,7 @@ class GraceObjective:
         for name, parameter in student.named_parameters():
             if not self.family.trains(name) or matches(name, self.training.freeze):
                 parameter.requires_grad_(False)
-        self.controller_state = dual.start(self._controller_settings(), total_steps)
-
-    def _controller_settings(self) -> dual.ControllerSettings:
-        asked = self.controller.model_dump(exclude={"enabled"})
-        if not self.controller.enabled:  # a fixed beta is a controller whose two bounds meet
-            asked |= {"beta_min": asked["beta_start"], "beta_max": asked["beta_start"], "tau": 1.0, "eta": 1.0}
-        return dual.ControllerSettings(**asked)
+        self.controller_state = start_controller(self.controller, total_steps)
 
     @property
     def beta(self) -> float:
@@ -173,39 +167,14 @@ class GraceObjective:
                 "the decoder's hidden states carry no gradient; use non-reentrant activation checkpointing "
                 "(gradient_checkpointing_kwargs={'use_reentrant': False}) and leave some of the decoder trainable"
             )
-        loss = self._head_loss(caught.final, item) + self._visual_loss(caught.penultimate, item)
-        return loss * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
-
-    def _head_loss(self, final: Tensor, item: MicroBatch) -> Tensor:
-        counts, sums, asked = self._window.counts, self._window.sums, self.distill
-        assert counts is not None and sums is not None
-        hidden = final.flatten(0, 1).index_select(0, item.positions)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.student.get_output_embeddings()  # type: ignore[operator]
-        weight_t, bias_t, hidden_t = None, None, None
-        if item.gate is not None and item.teacher is not None and self.teacher is not None:
-            (weight_t, bias_t), hidden_t = self.teacher.head(), item.teacher.final
-        tiny = torch.finfo(torch.float32).tiny
-        out = distillation_head(
-            hidden, head.weight, getattr(head, "bias", None), hidden_t, weight_t, bias_t, item.targets, item.gate,
-            vocabulary=self.vocabulary, ce_scale=1.0 / counts[0].clamp(min=1.0),
-            kd_scale=self.beta / counts[1].clamp(min=tiny), temperature=asked.temperature, alpha=asked.alpha,
-            beta_dkd=asked.beta, chunk=asked.chunk,
+        loss = head_term(
+            self._window, item, caught.final, head, self.teacher,
+            asked=self.distill, vocabulary=self.vocabulary, beta=self.beta,
         )  # fmt: skip
-        sums[:4] += torch.stack([out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum])
-        return out.loss
-
-    def _visual_loss(self, penultimate: Tensor, item: MicroBatch) -> Tensor:
-        counts, sums = self._window.counts, self._window.sums
-        assert counts is not None and sums is not None
-        if item.teacher is None or not self.relational.enabled:
-            return penultimate.new_zeros((), dtype=torch.float32)
-        hidden = penultimate.flatten(0, 1).index_select(0, item.visual.index)
-        out = relational_loss(hidden, item.teacher.visual, item.visual.sizes)
-        sums[4] += out.loss_sum.detach()
-        sums[5] += out.skipped
-        return self.omega * out.loss_sum / counts[2].clamp(min=1.0)
+        if self.relational.enabled:
+            loss = loss + visual_term(self._window, item, caught.penultimate, omega=self.omega)
+        return loss * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
 
     def measure(self) -> StepRecord:
         """Values of the step over all ranks; collective and unconditional, before the optimizer steps."""
@@ -245,16 +214,12 @@ class GraceObjective:
         return {"gate_q05": q05, "gate_q50": q50, "gate_q95": q95}
 
     def controller_logs(self) -> dict[str, float]:
-        """ema, tau and eta (nats; absent before they exist) and the share of controlled steps at a bound."""
-        state = self.controller_state
-        if not (self.distill.enabled and self.controller.enabled):
-            return {}
-        known = {"ema": state.ema, "tau": state.tau, "eta": state.eta, "share_at_bound": dual.share_at_bound(state)}
-        return {key: value for key, value in known.items() if value is not None}
+        """ema, tau, eta (nats) and the share of steps at a bound; empty without distillation or controller."""
+        return controller_logs(self.controller, self.controller_state) if self.distill.enabled else {}
 
     def controller_pinned(self) -> bool:
-        """Whether the controller spent so many steps at a bound that it is switched off in effect: worth a warning."""
-        return bool(self.controller_logs()) and dual.is_pinned(self.controller_state)
+        """Whether beta stood at a bound for so long that the controller is off in effect: worth a warning."""
+        return self.distill.enabled and is_pinned(self.controller, self.controller_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the model's parameters; JSON-serialisable."""

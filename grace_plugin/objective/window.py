@@ -68,16 +68,25 @@ class Window:
     counts: Tensor | None = None  # [4]: tokens, sum of gates, countable images, rows without an image
     sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
 
-    def record(self) -> StepRecord:
-        """Means over the window and all ranks; the one host synchronisation of a step, collective and unconditional.
+    def opened(self) -> tuple[Tensor, Tensor]:
+        """counts and sums.
 
         Raises:
             RuntimeError: no window was opened for this step.
         """
         if self.counts is None or self.sums is None:
             raise RuntimeError("no window is open; call window() once per optimizer step, before loss()")
-        all_reduce_sum(self.sums)
-        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = torch.cat([self.sums, self.counts]).tolist()
+        return self.counts, self.sums
+
+    def record(self) -> StepRecord:
+        """Means over the window and all ranks; the one host synchronisation of a step, collective and unconditional.
+
+        Raises:
+            RuntimeError: no window was opened for this step.
+        """
+        counts, sums = self.opened()
+        all_reduce_sum(sums)
+        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = torch.cat([sums, counts]).tolist()
         per_token, per_image = 1.0 / max(tokens, 1.0), 1.0 / max(images, 1.0)
         per_gate = 1.0 / gates if gates > 0 else 0.0
         return StepRecord(

@@ -29,7 +29,9 @@ class GraceCallback(TrainerCallback):
         if self._in_session:
             LifecycleCallbacks.batch_start(global_step=state.global_step)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Reduce the step's values; a non-finite loss or gradient empties the gradients, so that no optimizer moves."""
         record = self.trainer.objective.measure()
         self._skipped = not (record.finite and self.trainer.grad_norm_finite)
@@ -40,7 +42,9 @@ class GraceCallback(TrainerCallback):
             LifecycleCallbacks.loss_calculated(loss=record.ce, global_step=state.global_step)
             LifecycleCallbacks.optim_pre_step(global_step=state.global_step)
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if self._in_session:
             LifecycleCallbacks.optim_post_step(global_step=state.global_step)
 

@@ -77,7 +77,7 @@ def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
         if not Path(recipe).is_file():
             raise ValueError(f"no recipe at {os.fspath(recipe)}")
         recipe = os.fspath(recipe)
-    read = Recipe.create_instance(recipe)  # type: ignore[arg-type]
+    read = Recipe.create_instance(recipe)
     grace_modifier(read)
     return read
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from grace_plugin.vlm.base import Batch, Family
 
@@ -13,8 +13,8 @@ class Llava(Family):
     """`LlavaForConditionalGeneration`."""
 
     model_type = "llava"
-    vision = (r"re:(.*\.)?vision_tower\..*",)
-    projector = (r"re:(.*\.)?multi_modal_projector\..*",)
+    vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
+    projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
 
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id}

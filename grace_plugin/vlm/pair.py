@@ -60,7 +60,8 @@ def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_
     if differing:
         shown = ", ".join(f"{i}: {ids_s.get(i)!r} / {ids_t.get(i)!r}" for i in differing[:5])
         raise ValueError(
-            f"teacher and student tokenizers differ on {len(differing)} of {size} shared ids (student / teacher: {shown}); {hint}"
+            f"teacher and student tokenizers differ on {len(differing)} of {size} shared ids "
+            f"(student / teacher: {shown}); {hint}"
         )
     if student.encode(_SAMPLE) != teacher.encode(_SAMPLE):
         raise ValueError(f"teacher and student tokenizers share their ids but cut the same text differently; {hint}")

@@ -7,7 +7,7 @@ interrupted by time stamps; its split counts them over the whole video.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from grace_plugin.vlm.base import Batch, Family
 
@@ -18,8 +18,8 @@ class Qwen2VL(Family):
     """`Qwen2VLForConditionalGeneration`."""
 
     model_type = "qwen2_vl"
-    vision = (r"re:(.*\.)?visual\..*",)
-    projector = (r"re:(.*\.)?visual\.merger\..*",)
+    vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?visual\..*",)
+    projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?visual\.merger\..*",)
 
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.video_token_id}
@@ -41,4 +41,7 @@ class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration` (deepstack)."""
 
     model_type = "qwen3_vl"
-    projector = (r"re:(.*\.)?visual\.merger\..*", r"re:(.*\.)?visual\.deepstack_merger_list\..*")
+    projector: ClassVar[tuple[str, ...]] = (
+        r"re:(.*\.)?visual\.merger\..*",
+        r"re:(.*\.)?visual\.deepstack_merger_list\..*",
+    )

@@ -1,0 +1,104 @@
+"""How each row of the demo's table is made, all from the same bundled student.
+
+round-to-nearest and GPTQ come from llm-compressor; the fine-tuned student is the same Trainer, steps, batches and data with the
+teacher switched off and nothing quantized; GRACE is the recipe under recipes/. Every quantized row is scored after being
+reloaded from disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from grace_plugin.artifact.layout import rewrite_ignore
+from grace_plugin.data import ConversationCollator
+from grace_plugin.demo.scenes import training_rows
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.run import TrainResult, train
+from grace_plugin.vlm import family_of
+
+__all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]
+
+ASSETS = Path(__file__).parent / "assets"
+TEACHER, STUDENT = ASSETS / "teacher", ASSETS / "student"
+GROUP = 128
+
+
+class Budget:
+    """Steps, batch and rates of the demo's runs; both trained rows get the same data in the same order."""
+
+    steps = 300
+    batch_size = 64
+    learning_rate = 1.0e-3
+    fine_tune_rate = 1.0e-3
+    seed = 0
+    data_seed = 1
+    calibration_rows = 512
+
+
+def arguments(steps: int, rate: float) -> dict[str, Any]:
+    """TrainingArguments of a demo run."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": Budget.batch_size, "learning_rate": rate, "seed": Budget.seed,
+        "data_seed": Budget.seed, "logging_steps": 25, "use_cpu": not torch.cuda.is_available(), "dataloader_num_workers": 0,
+        "adam_beta2": 0.99,
+    }  # fmt: skip
+
+
+def low_bit_groups(bits: int) -> dict[str, Any]:
+    """config_groups of symmetric integer weights of `bits` bits in groups of GROUP."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+def load_model(folder: Path) -> Any:
+    """A checkpoint in its stored dtype, quantized layers made dense."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+
+
+def grace(recipe: Path | GraceModifier, output_dir: Path, steps: int) -> TrainResult:
+    """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint."""
+    rows = training_rows(Budget.data_seed, steps * Budget.batch_size)
+    return train(
+        STUDENT, recipe=recipe, teacher=TEACHER, dataset=rows, output_dir=output_dir,
+        **arguments(steps, Budget.learning_rate),
+    )  # fmt: skip
+
+
+def fine_tune(output_dir: Path, steps: int) -> TrainResult:
+    """The student trained on the same rows with cross-entropy alone, in BF16 weights at the end."""
+    off = {"enabled": False}
+    modifier = GraceModifier(quantize=False, distill=off, relational=off, controller=off)
+    rows = training_rows(Budget.data_seed, steps * Budget.batch_size)
+    return train(STUDENT, recipe=modifier, dataset=rows, output_dir=output_dir, **arguments(steps, Budget.fine_tune_rate))
+
+
+def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> Path:
+    """Round-to-nearest ("rtn") or "gptq" of the student by llm-compressor, saved as compressed-tensors."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = load_model(STUDENT)
+    patterns = family_of(model).quantization_ignore()
+    options: dict[str, Any] = {"config_groups": low_bit_groups(bits), "ignore": patterns}
+    if method == "gptq":
+        rows = list(training_rows(Budget.data_seed, Budget.calibration_rows))
+        collator = ConversationCollator(processor)
+        loader = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))  # type: ignore[arg-type]
+        oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")
+    else:
+        oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)
+    model.save_pretrained(str(output_dir), save_compressed=True)
+    rewrite_ignore(output_dir, model, patterns)
+    processor.save_pretrained(output_dir)
+    return output_dir
+
+
+def _without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "labels"}

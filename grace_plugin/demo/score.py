@@ -1,0 +1,98 @@
+"""Held-out accuracy: real greedy answers, intervals, and paired differences.
+
+A question counts when the generated answer, up to the end of turn, is one of its accepted answers. Questions are encoded once
+and shared by all methods, so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Encoded", "answer_margins", "encode_questions", "greedy_answers", "interval", "is_right", "paired_difference"]
+
+LONGEST_ANSWER = 6
+"""Tokens generated at most: four words of a listed row, the end of turn, one to spare."""
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of questions: left-padded prompts, the numbers of its rows in the held-out set."""
+
+    inputs: dict[str, Tensor]
+    rows: tuple[int, ...]
+
+
+def encode_questions(processor: Any, rows: Sequence[dict[str, Any]], batch_size: int = 250) -> list[Encoded]:
+    """Prompts of all rows in batches of one question type each, so that short answers end early."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["type"])
+    batches = []
+    for start in range(0, len(order), batch_size):
+        picked = tuple(order[start : start + batch_size])
+        prompts = [
+            processor.apply_chat_template(rows[i]["messages"][:-1], add_generation_prompt=True, tokenize=False)
+            for i in picked
+        ]
+        images = [rows[i]["images"][0] for i in picked]
+        encoded = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt",
+                            add_special_tokens=False)  # fmt: skip
+        batches.append(Encoded({k: v for k, v in encoded.items() if isinstance(v, Tensor)}, picked))
+    return batches
+
+
+@torch.no_grad()
+def greedy_answers(model: Any, processor: Any, batches: Sequence[Encoded], label: str) -> list[str]:
+    """The generated answer of every row, in the rows' own order."""
+    from rich.progress import track
+
+    model.eval()
+    dtype = next(model.parameters()).dtype
+    answers = [""] * sum(len(batch.rows) for batch in batches)
+    for batch in track(batches, description=f"scoring {label}", transient=True):
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        out = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(batch.rows, texts, strict=True):
+            answers[row] = text.strip()
+    return answers
+
+
+@torch.no_grad()
+def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[float]:
+    """Smallest gap in nats between best and second token over the steps of each row's greedy answer."""
+    model.eval()
+    out = model.generate(
+        **inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
+    gaps = []
+    for scores in out.scores:
+        best = torch.log_softmax(scores.float(), dim=-1).topk(2, dim=-1).values
+        gaps.append(best[:, 0] - best[:, 1])
+    return torch.stack(gaps).min(dim=0).values.tolist()
+
+
+def is_right(row: dict[str, Any], answer: str) -> bool:
+    """Whether an answer is one of the row's accepted ones."""
+    return answer in row["accept"]
+
+
+def interval(correct: int, questions: int) -> tuple[float, float]:
+    """95 % Wilson interval of an accuracy."""
+    share, n = correct / questions, questions
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
+    return centre - half, centre + half
+
+
+def paired_difference(ours: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+    """Mean of ours - other over the same questions, with its 95 % interval (normal, from the paired differences)."""
+    differences = torch.tensor([float(a) - float(b) for a, b in zip(ours, other, strict=True)], dtype=torch.float64)
+    mean = float(differences.mean())
+    half = Z95 * float(differences.std(unbiased=True)) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half

@@ -1,0 +1,70 @@
+"""The terms of one micro-batch: heads with cross-entropy and distillation, and the relation of visual tokens.
+
+Both divide by the window's divisors and add what they saw to the window's sums; nothing is synchronised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_plugin.losses.head import distillation_head
+from grace_plugin.losses.relational import relational_loss
+from grace_plugin.objective.window import MicroBatch, Window
+from grace_plugin.recipe import DistillRecipe
+from grace_plugin.teacher import ResidentTeacher
+
+__all__ = ["head_term", "visual_term"]
+
+
+def head_term(
+    window: Window,
+    item: MicroBatch,
+    final: Tensor,
+    head: Any,
+    teacher: ResidentTeacher | None,
+    *,
+    asked: DistillRecipe,
+    vocabulary: int,
+    beta: float,
+) -> Tensor:
+    """sum CE / N + beta * sum g DKD / sum g of a micro-batch, in nats.
+
+    Args:
+        final: the student's normed hidden states [B, S, d_s]; only supervised positions reach the head.
+        head: the student's output embedding.
+        teacher: None for cross-entropy alone.
+    """
+    counts, sums = window.opened()
+    hidden = final.flatten(0, 1).index_select(0, item.positions)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    weight_t, bias_t, hidden_t = None, None, None
+    if item.gate is not None and item.teacher is not None and teacher is not None:
+        (weight_t, bias_t), hidden_t = teacher.head(), item.teacher.final
+    tiny = torch.finfo(torch.float32).tiny  # a window without a gate has no position either: the sum is an exact 0
+    out = distillation_head(
+        hidden, head.weight, getattr(head, "bias", None), hidden_t, weight_t, bias_t, item.targets, item.gate,
+        vocabulary=vocabulary, ce_scale=1.0 / counts[0].clamp(min=1.0), kd_scale=beta / counts[1].clamp(min=tiny),
+        temperature=asked.temperature, alpha=asked.alpha, beta_dkd=asked.beta, chunk=asked.chunk,
+    )  # fmt: skip
+    sums[:4] += torch.stack([out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum])
+    return out.loss
+
+
+def visual_term(window: Window, item: MicroBatch, penultimate: Tensor, *, omega: float) -> Tensor:
+    """omega * sum (1 - CKA) / I of a micro-batch; an exact, differentiable zero without images.
+
+    Args:
+        penultimate: the student's output of decoder layer L-2, [B, S, d_s].
+    """
+    counts, sums = window.opened()
+    if item.teacher is None:
+        return penultimate.new_zeros((), dtype=torch.float32)
+    hidden = penultimate.flatten(0, 1).index_select(0, item.visual.index)
+    out = relational_loss(hidden, item.teacher.visual, item.visual.sizes)
+    sums[4] += out.loss_sum.detach()
+    sums[5] += out.skipped
+    return omega * out.loss_sum / counts[2].clamp(min=1.0)

@@ -1,0 +1,164 @@
+"""Start `vllm serve CHECKPOINT` with a serving interpreter, wait until it answers, and stop it with all its children.
+
+vLLM needs another compressed-tensors than training does, so it runs as a subprocess of another environment; this file
+only needs the standard library. The settings are honest ones for a check: eager execution (no compilation, which takes
+25 s on two cores), no memory profiling of the vision tower, room for as many images as are asked. On CPU a start takes
+20 to 30 s, nearly all of it three processes that import vLLM. A server that dies or does not answer in time is an
+error that carries the end of its log; nothing is left running in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNEL = re.compile(r"Using (\w+) for CompressedTensorsWNA16")
+LOG_TAIL = 25
+
+
+class ServerError(RuntimeError):
+    """vLLM could not be started or did not answer; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM server that answers. url: without a trailing slash. model: the name to ask for. kernel: the class that
+    multiplies by INT4 weights, None when the checkpoint has none. seconds: from start to the first healthy answer."""
+
+    url: str
+    model: str
+    kernel: str | None
+    seconds: float
+    log: Path
+
+
+def serving_environment(base: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment variables under which vLLM answers as transformers does: `base` (os.environ) plus ours.
+
+    INT4 weights stay weight-only (VLLM_CPU_INT4_W4A8=0 turns off quantized activations), no hub and no usage reports,
+    and 1 GiB of key-value cache on CPU. Values already in `base` win, except for INT4_W4A8.
+    """
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return defaults | dict(os.environ if base is None else base) | {"VLLM_CPU_INT4_W4A8": "0"}
+
+
+def kernel_of(log: str) -> str | None:
+    """Name of the INT4 kernel that vLLM says in its log to have picked, or None."""
+    found = KERNEL.search(log)
+    return found.group(1) if found else None
+
+
+def command(
+    checkpoint: Path, python: Path, port: int, *, images: int, max_model_len: int | None, max_num_seqs: int
+) -> list[str]:
+    """The `vllm serve` command line for `checkpoint`, run by the interpreter `python`."""
+    script = python.parent / "vllm"
+    start = [str(script)] if script.exists() else [str(python), "-m", "vllm.entrypoints.cli.main"]
+    line = [*start, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--served-model-name", checkpoint.name, "--enforce-eager", "--skip-mm-profiling"]
+    line += ["--max-num-seqs", str(max_num_seqs), "--limit-mm-per-prompt", json.dumps({"image": images})]
+    return line + (["--max-model-len", str(max_model_len)] if max_model_len else [])
+
+
+@contextmanager
+def serve(
+    checkpoint: str | Path,
+    python: str | Path,
+    *,
+    images: int = 1,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    timeout: float = 240.0,
+    log: str | Path | None = None,
+    arguments: Sequence[str] = (),
+) -> Iterator[Server]:
+    """Serve `checkpoint` while the block runs: `with serve(path, python) as server: ...`.
+
+    python: interpreter of the serving environment. images: most images in one prompt. timeout: seconds until the first
+    healthy answer. log: file for vLLM's output (a temporary one by default). arguments: further `vllm serve` arguments.
+    Raises FileNotFoundError for a checkpoint or interpreter that is not there, ServerError when vLLM does not come up.
+    """
+    checkpoint, python = Path(checkpoint).resolve(), Path(python).absolute()
+    _must_exist(checkpoint, python)
+    port = _free_port()
+    line = command(
+        checkpoint, python, port, images=images, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+    ) + list(arguments)
+    path = Path(log) if log else Path(tempfile.mkdtemp(prefix="grace-serve-")) / "vllm.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with path.open("w") as out:
+        process = subprocess.Popen(
+            line, stdout=out, stderr=subprocess.STDOUT, env=serving_environment(), start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, path, timeout)
+        seconds = time.monotonic() - start
+        yield Server(url, checkpoint.name, kernel_of(path.read_text(errors="replace")), seconds, path)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """End `process` and every process of its session: asked first, killed after `patience` seconds."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _must_exist(checkpoint: Path, python: Path) -> None:
+    if not (checkpoint / "config.json").exists():
+        raise FileNotFoundError(f"{checkpoint} holds no config.json: give the folder of a saved checkpoint")
+    if not python.exists():
+        raise FileNotFoundError(f"no serving interpreter at {python}: build one with `make env` or pass another")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ServerError(f"vLLM ended with code {process.returncode} before it answered\n{_tail(log)}")
+        try:
+            with urllib.request.urlopen(url + "/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise ServerError(f"vLLM did not answer within {timeout:.0f} s\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+    return "\n".join([f"end of {log}:", *lines])
