@@ -1,0 +1,150 @@
+"""Every default of the recipe is the method's decision, unknown keys are refused, and a saved recipe is the same recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from grace_plugin import recipe as blocks
+from grace_plugin.run.train import grace_modifier, read_recipe, recipe_hash
+from grace_plugin.upstream import ModifierFactory, Recipe
+from tests.pairs import modifier_of, recipe_text
+
+METHOD = {
+    "distill": {"enabled": True, "temperature": 2.0, "alpha": 1.0, "beta": 4.0, "gate_sharpness": 1.0},
+    "relational": {"enabled": True, "weight": 3.0, "warmup_steps": 400, "warmup_share": 0.05},
+    "controller": {
+        "enabled": True, "beta_min": 0.1, "beta_max": 1.0, "beta_start": 0.5, "ema_decay": 0.99, "tau": "auto", "eta": "auto",
+    },
+    "scales": {"learning_rate_multiplier": 10.0, "candidates": 20, "search_low": 0.3, "search_high": 1.2},
+}  # fmt: skip
+BLOCKS = ("teacher", "distill", "relational", "controller", "scales", "training", "oneshot")
+
+
+@pytest.mark.parametrize("block", METHOD)
+def test_defaults_are_the_methods(block: str) -> None:
+    found = getattr(modifier_of(recipe_text("teacher")), block).model_dump()
+    assert {key: found[key] for key in METHOD[block]} == METHOD[block]
+
+
+def test_weights_are_four_bit_symmetric_groups_of_128() -> None:
+    modifier = modifier_of(recipe_text("teacher"))
+    (scheme,) = modifier.resolved_config.config_groups.values()
+    weights = scheme.weights
+    assert (weights.num_bits, weights.group_size, weights.symmetric) == (4, 128, True)
+    assert scheme.input_activations is None
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_unknown_key_of_a_block_is_refused_by_name(block: str) -> None:
+    given = {"model": "t", "temprature": 1} if block == "teacher" else {"temprature": 1}
+    with pytest.raises(ValueError, match=r"temprature[\s\S]*Extra inputs are not permitted"):
+        read_recipe(recipe_text("t", **{block: given}))
+
+
+def test_an_unknown_key_at_the_top_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"tempratur[\s\S]*Extra inputs are not permitted"):
+        read_recipe(recipe_text("t", tempratur=2.0))
+
+
+def test_blocks_are_frozen() -> None:
+    block = blocks.DistillRecipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        block.temperature = 3.0  # type: ignore[misc]
+    assert block.temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "message"),
+    [
+        ("distill", {"alpha": 4.0, "beta": 4.0}, "distill.beta .4.0. must exceed distill.alpha"),
+        ("distill", {"temperature": 0.0}, "greater than 0"),
+        ("distill", {"chunk": 0}, "greater than or equal to 1"),
+        ("distill", {"temperature": float("inf")}, "finite number"),
+        ("controller", {"beta_start": 1.5}, "beta_start .1.5. must lie in"),
+        ("controller", {"beta_start": 0.05}, "beta_start .0.05. must lie in"),
+        ("controller", {"ema_decay": 1.0}, "less than 1"),
+        ("controller", {"tau": "automatic"}, "auto"),
+        ("scales", {"search_low": 1.2}, "search_low .1.2. must be below"),
+        ("scales", {"candidates": 1}, "greater than or equal to 2"),
+        ("scales", {"stored_dtype": "float32"}, "bfloat16"),
+        ("training", {"max_nonfinite_steps": -1}, "greater than or equal to 0"),
+        ("training", {"master_weights": "bfloat16"}, "float32"),
+        ("relational", {"weight": -1.0}, "greater than or equal to 0"),
+        ("oneshot", {"epochs": 0}, "greater than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(block: str, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe_text("t", **{block: values}))
+
+
+@pytest.mark.parametrize(
+    ("block", "values"),
+    [
+        ("controller", {"beta_start": 0.1}),
+        ("controller", {"beta_start": 1.0}),
+        ("controller", {"tau": 0.7, "eta": 1e-3}),
+    ],
+)
+def test_values_at_the_bounds_are_taken(block: str, values: dict[str, float]) -> None:
+    found = getattr(modifier_of(recipe_text("t", **{block: values})), block)
+    assert {key: getattr(found, key) for key in values} == values
+
+
+def test_a_path_a_text_and_a_modifier_are_the_same_recipe(tmp_path: Path) -> None:
+    text = recipe_text("t", distill={"temperature": 3.0})
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    by_text, by_path, by_string = (grace_modifier(read_recipe(r)) for r in (text, file, str(file)))
+    by_modifier = grace_modifier(read_recipe(modifier_of(text)))
+    assert {recipe_hash(m) for m in (by_text, by_path, by_string, by_modifier)} == {recipe_hash(by_text)}
+    assert recipe_hash(by_text) != recipe_hash(modifier_of(recipe_text("t", distill={"temperature": 2.5})))
+
+
+def test_upstreams_own_reader_resolves_the_name() -> None:
+    modifiers = Recipe.create_instance(recipe_text("t")).modifiers
+    assert [type(m).__name__ for m in modifiers] == ["GraceModifier"]
+
+
+def test_registration_is_idempotent() -> None:
+    import importlib
+
+    import grace_plugin
+    from grace_plugin.upstream import CalibrationPipeline
+
+    before = grace_plugin.GraceModifier
+    importlib.reload(grace_plugin)
+    grace_plugin.run.pipeline.register_pipeline()
+    assert grace_plugin.GraceModifier is before
+    assert CalibrationPipeline.registered_names().count("grace") == 1
+    ModifierFactory.refresh()
+    assert [type(m).__name__ for m in Recipe.create_instance(recipe_text("t")).modifiers] == ["GraceModifier"]
+
+
+def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no recipe at .*missing.yaml"):
+        read_recipe(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("names", [["QuantizationModifier"], ["GraceModifier", "GraceModifier"]])
+def test_exactly_one_grace_modifier_is_needed(names: list[str]) -> None:
+    stages = {f"s{i}_stage": {"s_modifiers": {name: {"scheme": "W4A16"}}} for i, name in enumerate(names)}
+    message = rf"holds {names.count('GraceModifier')} GraceModifier.*{names[0]}.*needs exactly one"
+    with pytest.raises(ValueError, match=message):
+        read_recipe(yaml.safe_dump(stages))
+
+
+def test_a_teacher_may_be_a_plain_name() -> None:
+    text = yaml.safe_dump({"s_stage": {"s_modifiers": {"GraceModifier": {"scheme": "W4A16", "teacher": "some/where"}}}})
+    assert modifier_of(text).teacher == blocks.TeacherRecipe(model="some/where")
+
+
+def test_the_saved_recipe_loads_again_as_the_same_recipe() -> None:
+    modifier = modifier_of(recipe_text("t", distill={"temperature": 3.0}, training={"freeze": ["re:.*mlp.*"]}))
+    text = Recipe.from_modifiers(modifier).yaml()
+    assert "!!python" not in text
+    assert recipe_hash(modifier_of(text)) == recipe_hash(modifier)

@@ -1,0 +1,121 @@
+"""Schemes that are not learned are refused with the field named; those that are learned are sorted by format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grace_plugin.run.train import read_recipe
+from grace_plugin.schemes import group_of, stored_dtype
+from tests.pairs import Pair, modifier_of, recipe_text
+from tests.tiny import build
+
+
+def groups(**weights: Any) -> dict[str, Any]:
+    fine = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    return {"group_0": {"targets": ["Linear"], "weights": fine | weights}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "field"),
+    [
+        ("W8A8", "input_activations is quantized"),
+        ("W4A16_ASYM", "weights.symmetric is False"),
+        ("FP8", "weights.type is float"),
+        ("NVFP4", "weights.type is float"),
+        ("NVFP4A16", "weights.strategy is tensor_group"),
+    ],
+)
+def test_presets_that_are_not_learned(scheme: str, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"does not learn this scheme[\s\S]*{field}[\s\S]*use scheme: W4A16"):
+        read_recipe(recipe_text("t", scheme=scheme))
+
+
+@pytest.mark.parametrize(
+    ("weights", "field"),
+    [
+        ({"actorder": "weight"}, "weights.actorder is weight"),
+        ({"symmetric": False}, "weights.symmetric is False"),
+        ({"strategy": "tensor", "group_size": None}, "weights.strategy is tensor"),
+        ({"num_bits": 16}, "weights.num_bits is 16"),
+    ],
+)
+def test_fields_that_are_not_learned(weights: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"group_0\.{field}"):
+        read_recipe(recipe_text("t", scheme=None, config_groups=groups(**weights)))
+
+
+def test_a_quantized_kv_cache_is_refused() -> None:
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    with pytest.raises(ValueError, match="kv_cache_scheme is set"):
+        read_recipe(recipe_text("t", kv_cache_scheme=cache))
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ValueError, match=r"input_activations") as caught:
+        read_recipe(recipe_text("t", scheme="FP8"))
+    assert "weights.type is float" in str(caught.value)
+
+
+def test_a_recipe_without_a_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set scheme .*or config_groups, or quantize: false"):
+        read_recipe(recipe_text("t", scheme=None))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_widths_that_are_learned(bits: int) -> None:
+    modifier = modifier_of(recipe_text("t", scheme=None, config_groups=groups(num_bits=bits)))
+    layer = nn.Linear(256, 8)
+    assert group_of(modifier.resolved_config, {"a": layer}) == {(bits, 128): {"a": layer}}
+
+
+def test_layers_are_sorted_by_bits_and_group() -> None:
+    asked = {
+        "wide": {
+            "targets": ["re:.*mlp.*"],
+            "weights": groups(num_bits=8, strategy="channel", group_size=None)["group_0"]["weights"],
+        },
+        "narrow": {"targets": ["re:.*attn.*"], "weights": groups()["group_0"]["weights"]},
+    }
+    modifier = modifier_of(recipe_text("t", scheme=None, config_groups=asked))
+    layers = {name: nn.Linear(128, 4) for name in ("x.mlp.up", "x.attn.q", "x.attn.k")}
+    found = group_of(modifier.resolved_config, layers)
+    assert {form: sorted(names) for form, names in found.items()} == {
+        (8, None): ["x.mlp.up"],
+        (4, 128): ["x.attn.k", "x.attn.q"],
+    }
+
+
+def test_a_layer_claimed_by_two_formats_is_named() -> None:
+    asked = groups() | {"second": {"targets": ["re:.*mlp.*"], "weights": groups(num_bits=8)["group_0"]["weights"]}}
+    modifier = modifier_of(recipe_text("t", scheme=None, config_groups=asked))
+    with pytest.raises(ValueError, match=r"x\.mlp\.up is claimed by 2 formats"):
+        group_of(modifier.resolved_config, {"x.mlp.up": nn.Linear(128, 4)})
+
+
+def test_a_target_that_is_no_linear_is_named() -> None:
+    modifier = modifier_of(recipe_text("t"))
+    with pytest.raises(ValueError, match="conv is a Conv1d; GRACE quantizes torch.nn.Linear, add it to ignore"):
+        group_of(modifier.resolved_config, {"conv": nn.Conv1d(4, 4, 1)})
+
+
+def test_the_stored_dtype_is_the_source_checkpoints(llava: Pair) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.float32)
+    assert stored_dtype(model, "auto") == torch.bfloat16
+    assert stored_dtype(model, "float16") == torch.float16
+
+
+def test_a_float32_source_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model, _ = build("llava")
+    with pytest.raises(ValueError, match=r"stored as torch\.float32.*Set scales\.stored_dtype: bfloat16"):
+        stored_dtype(model, "auto")
+    model.config._name_or_path = model.name_or_path = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"stored as torch\.float32"):
+        stored_dtype(model, "auto")
+    assert stored_dtype(model, "bfloat16") == torch.bfloat16
