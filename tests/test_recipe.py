@@ -52,7 +52,7 @@ def test_an_unknown_key_at_the_top_is_refused_by_name() -> None:
 
 def test_blocks_are_frozen() -> None:
     block = blocks.DistillRecipe()
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError, match=r"frozen"):
         block.temperature = 3.0  # type: ignore[misc]
     assert block.temperature == 2.0
 
@@ -126,7 +126,7 @@ def test_registration_is_idempotent() -> None:
 
 
 def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no recipe at .*missing.yaml"):
+    with pytest.raises(ValueError, match=r"no recipe at .*missing.yaml"):
         read_recipe(tmp_path / "missing.yaml")
 
 

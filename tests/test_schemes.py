@@ -51,7 +51,7 @@ def test_fields_that_are_not_learned(weights: dict[str, Any], field: str) -> Non
 
 def test_a_quantized_kv_cache_is_refused() -> None:
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    with pytest.raises(ValueError, match="kv_cache_scheme is set"):
+    with pytest.raises(ValueError, match=r"kv_cache_scheme is set"):
         read_recipe(recipe_text("t", kv_cache_scheme=cache))
 
 
@@ -99,7 +99,7 @@ def test_a_layer_claimed_by_two_formats_is_named() -> None:
 
 def test_a_target_that_is_no_linear_is_named() -> None:
     modifier = modifier_of(recipe_text("t"))
-    with pytest.raises(ValueError, match="conv is a Conv1d; GRACE quantizes torch.nn.Linear, add it to ignore"):
+    with pytest.raises(ValueError, match=r"conv is a Conv1d; GRACE quantizes torch.nn.Linear, add it to ignore"):
         group_of(modifier.resolved_config, {"conv": nn.Conv1d(4, 4, 1)})
 
 

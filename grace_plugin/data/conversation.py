@@ -30,11 +30,34 @@ class Row:
     images: tuple[Any, ...]
 
 
+PARTS = ("text", "image")
+
+
 def _name(row: Mapping[str, Any], number: int | None) -> str:
     for key in ("id", "name"):
         if row.get(key) is not None:
             return f"row {row[key]!r}"
-    return "a row" if number is None else f"row {number}"
+    return f"the row {str(row.get('messages'))[:200]}" if number is None else f"row {number}"
+
+
+def _parts(message: Any, name: str) -> list[dict[str, Any]]:
+    """Content of a message as a list of parts."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{name}: a message is a {type(message).__name__}; give an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{name}: role {role!r} is not one of {ROLES}")
+    if content is None:
+        raise ValueError(f"{name}: a {role} turn has no content; give text or a list of parts")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+    for part in parts:
+        if part.get("type") not in PARTS:
+            raise ValueError(f"{name}: a {role} turn holds a part of type {part.get('type')!r}; rows take {PARTS}")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"{name}: a {role} turn holds a text part without text")
+        if part["type"] == "image" and role == "assistant":
+            raise ValueError(f"{name}: an assistant turn holds an image; only text can be learned")
+    return parts
 
 
 def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
@@ -49,10 +72,7 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
         raise ValueError(f"{name} has no messages; expected the messages format ({sorted(row)} found)")
     normal = []
     for message in messages:
-        if message.get("role") not in ROLES:
-            raise ValueError(f"{name}: role {message.get('role')!r} is not one of {ROLES}")
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(p) for p in content]
+        parts = _parts(message, name)
         normal.append({"role": message["role"], "content": parts})
     if normal[-1]["role"] != "assistant":
         raise ValueError(

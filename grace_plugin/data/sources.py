@@ -26,7 +26,7 @@ def load_rows(source: str) -> Sequence[dict[str, Any]]:
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise ValueError(f"no dataset file at {path}")
-        rows = _json_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
+        rows = _json_lines(path) if path.suffix == ".jsonl" else _json(path)
         return [_relative(row, path.parent) for row in rows]
     import datasets
 
@@ -43,6 +43,19 @@ def load_rows(source: str) -> Sequence[dict[str, Any]]:
         ) from error
 
 
+def _json(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}, not a list of rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}, not an object")
+    return rows
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -52,6 +65,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number} is a {type(rows[-1]).__name__}, not an object")
     return rows
 
 

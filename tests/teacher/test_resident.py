@@ -57,5 +57,5 @@ def test_a_path_that_holds_no_teacher_is_named(tmp_path) -> None:
     ):
         load_teacher(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(ValueError, match="cannot load the teacher .*no_such_model"):
+    with pytest.raises(ValueError, match=r"cannot load the teacher .*no_such_model"):
         load_teacher(str(tmp_path))

@@ -139,7 +139,7 @@ def test_an_unknown_family_is_named_with_the_file_to_add() -> None:
         ValueError, match=r"'idefics9' \(LlavaFor.*known: \['llava', 'qwen2_vl', 'qwen3_vl'\].*vlm/idefics9\.py"
     ):
         family_of(model)
-    with pytest.raises(ValueError, match="model family 'None' .Linear."):
+    with pytest.raises(ValueError, match=r"model family 'None' .Linear."):
         family_of(nn.Linear(1, 1))
 
 

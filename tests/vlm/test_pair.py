@@ -54,7 +54,7 @@ def test_a_teacher_with_further_tokens_behind_is_taken() -> None:
 def test_the_same_ids_cut_differently_are_refused() -> None:
     ours, theirs = make_tokenizer("llava"), make_tokenizer("llava")
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(ValueError, match="share their ids but cut the same text differently"):
+    with pytest.raises(ValueError, match=r"share their ids but cut the same text differently"):
         shared_vocabulary(ours, theirs, student_rows=999, teacher_rows=999)
 
 

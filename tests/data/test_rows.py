@@ -1,0 +1,178 @@
+"""Rows are checked before a run: every fault is named with its row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from grace_plugin.data import check_row, check_rows, load_rows, read_row
+from tests.tiny import rows
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+
+
+ANSWER = {"role": "assistant", "content": "red"}
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [user(IMAGE, "q"), ANSWER], "id": 7}, r"row 7 has 1 image placeholder\(s\) and 0 image\(s\)"),
+        (
+            {"messages": [user("q"), ANSWER], "images": ["a.png"], "name": "n"},
+            r"row 'n' has 0 image placeholder\(s\) and 1",
+        ),
+        (
+            {"messages": [user(IMAGE, IMAGE, "q"), ANSWER], "images": ["a.png"]},
+            r"row 3 has 2 image placeholder\(s\) and 1",
+        ),
+        ({"messages": []}, "row 3 has no messages"),
+        ({"prompt": "x"}, r"row 3 has no messages; expected the messages format \(\['prompt'\] found\)"),
+        ({"messages": [user("q")]}, "row 3 ends with a user turn"),
+        ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "row 3: role 'tool' is not one of"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "row 3: a user turn has no content"),
+        ({"messages": ["hello", ANSWER]}, "row 3: a message is a str"),
+        ({"messages": [user({"type": "video"}), ANSWER]}, "row 3: a user turn holds a part of type 'video'"),
+        ({"messages": [user({"type": "text"}), ANSWER]}, "row 3: a user turn holds a text part without text"),
+        (
+            {"messages": [user("q"), {"role": "assistant", "content": [IMAGE]}], "images": ["a.png"]},
+            "row 3: an assistant turn holds an image",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_row(row, 3)
+
+
+def test_plain_strings_are_text_parts_and_the_input_is_left_alone() -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, ANSWER], "image": None}
+    before = json.dumps(row)
+    found = check_row(row)
+    assert found.messages[0]["content"] == [{"type": "text", "text": "q"}]
+    assert found.images == ()
+    assert json.dumps(row) == before
+
+
+def test_a_row_without_name_or_number_is_quoted() -> None:
+    with pytest.raises(ValueError, match=r"where is the dog"):
+        check_row({"messages": [user("where is the dog"), ANSWER], "images": ["x"]})
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "I;16"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_pictures_of_any_mode_become_rgb(tmp_path: Path, mode: str, from_file: bool) -> None:
+    picture = rows(1)[0]["images"][0]
+    picture = picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)
+    image: Any = picture
+    if from_file:
+        image = tmp_path / "picture.png"
+        picture.save(image)
+    found = read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [image]}).images[0]
+    assert found.mode == "RGB"
+    assert found.size == picture.size
+
+
+def test_transparency_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (4, 4), (10, 200, 30, 128))
+    clear.save(tmp_path / "c.png")
+    found = read_row({"messages": [user(IMAGE, "q"), ANSWER], "image": str(tmp_path / "c.png")}).images[0]
+    assert found.getpixel((0, 0)) == (10, 200, 30)
+
+
+@pytest.mark.parametrize("content", [None, b"not a picture", b""])
+def test_a_missing_or_unreadable_picture_is_named_with_its_path(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "p.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"row 'r': cannot read image '{path}'"):
+        read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [str(path)], "id": "r"})
+
+
+def test_a_truncated_picture_is_named_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    rows(1)[0]["images"][0].save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=rf"cannot read image '{path}'"):
+        read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [path]})
+
+
+def test_something_else_than_a_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"row 'r': an image is a bytes; give a path or a PIL image"):
+        read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [b"x"], "id": "r"})
+
+
+def test_check_rows_counts_up_to_its_limit_and_names_the_row() -> None:
+    assert check_rows(rows(5), limit=3) == 3
+    assert check_rows(rows(2)) == 2
+    bad = [*rows(2), {"messages": []}]
+    assert check_rows(bad, limit=2) == 2
+    with pytest.raises(ValueError, match=r"row 2 has no messages"):
+        check_rows(bad)
+    with pytest.raises(ValueError, match=r"the dataset has no rows"):
+        check_rows([])
+
+
+def written(tmp_path: Path) -> list[dict[str, Any]]:
+    """Rows whose picture is a path relative to the file's folder."""
+    (tmp_path / "pictures").mkdir()
+    rows(1)[0]["images"][0].save(tmp_path / "pictures" / "0.png")
+    with_image = {"messages": [user(IMAGE, "q"), ANSWER], "images": ["pictures/0.png"]}
+    return [
+        with_image,
+        {"messages": [user("q"), ANSWER]},
+        {"messages": [user(IMAGE, "q"), ANSWER], "image": "pictures/0.png"},
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_sources_with_relative_pictures(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / f"rows.{suffix}"
+    given = written(tmp_path)
+    source.write_text(json.dumps(given) if suffix == "json" else "\n".join(map(json.dumps, given)) + "\n\n")
+    monkeypatch.chdir("/")
+    found = load_rows(str(source))
+    assert [len(read_row(row).images) for row in found] == [1, 0, 1]
+    assert [row["messages"] for row in found] == [row["messages"] for row in given]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_saved_dataset(tmp_path: Path, as_dict: bool) -> None:
+    import datasets
+
+    given = datasets.Dataset.from_list([{"messages": r["messages"], "images": r["images"]} for r in rows(3)])
+    (datasets.DatasetDict({"train": given}) if as_dict else given).save_to_disk(str(tmp_path / "set"))
+    found = load_rows(str(tmp_path / "set"))
+    assert len(found) == 3
+    row = read_row(found[0])
+    assert row.images[0].tobytes() == rows(3)[0]["images"][0].tobytes()
+    assert check_rows(found[i] for i in range(3)) == 3
+
+
+def test_faults_of_a_source_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"no dataset file at {tmp_path}/none\.jsonl"):
+        load_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n\n{"messages": [}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3 is not JSON"):
+        load_rows(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "list.jsonl").write_text('{"messages": []}\n[1]\n')
+    with pytest.raises(ValueError, match=r"list\.jsonl, line 2 is a list, not an object"):
+        load_rows(str(tmp_path / "list.jsonl"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
+        load_rows(str(tmp_path / "bad.json"))
+    (tmp_path / "texts.json").write_text('[{"messages": []}, "x"]')
+    with pytest.raises(ValueError, match=r"texts\.json, row 1 is a str, not an object"):
+        load_rows(str(tmp_path / "texts.json"))
+    (tmp_path / "dict.json").write_text('{"messages": []}')
+    with pytest.raises(ValueError, match=r"dict\.json holds a dict, not a list of rows"):
+        load_rows(str(tmp_path / "dict.json"))
+    with pytest.raises(ValueError, match=r"cannot read a dataset from .*nowhere.*Give a \.json or \.jsonl file"):
+        load_rows(str(tmp_path / "nowhere"))
