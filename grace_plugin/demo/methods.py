@@ -7,6 +7,7 @@ reloaded from disk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.scenes import training_rows
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
+from grace_plugin.run.train import grace_modifier, read_recipe
 from grace_plugin.vlm import family_of
 
 __all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]
@@ -39,12 +41,12 @@ class Budget:
     calibration_rows = 512
 
 
-def arguments(steps: int, rate: float) -> dict[str, Any]:
+def arguments(rate: float) -> dict[str, Any]:
     """TrainingArguments of a demo run."""
     return {
-        "max_steps": steps, "per_device_train_batch_size": Budget.batch_size, "learning_rate": rate, "seed": Budget.seed,
+        "max_steps": Budget.steps, "per_device_train_batch_size": Budget.batch_size, "learning_rate": rate, "seed": Budget.seed,
         "data_seed": Budget.seed, "logging_steps": 25, "use_cpu": not torch.cuda.is_available(), "dataloader_num_workers": 0,
-        "adam_beta2": 0.99,
+        "adam_beta2": 0.99, "disable_tqdm": True,
     }  # fmt: skip
 
 
@@ -61,21 +63,34 @@ def load_model(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
-def grace(recipe: Path | GraceModifier, output_dir: Path, steps: int) -> TrainResult:
+def read_modifier(recipe: Path, bits: int) -> GraceModifier:
+    """The GraceModifier of a recipe file, its scheme replaced by groups of `bits` bits where that is not 4."""
+    asked = grace_modifier(read_recipe(recipe))
+    if bits == 4:
+        return asked
+    fields = asked.model_dump(exclude={"scheme", "config_groups", "index", "group"})
+    own = {key: value for key, value in fields.items() if not key.endswith("_") and value is not None}
+    return GraceModifier(**own, config_groups=low_bit_groups(bits))
+
+
+def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
     """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint."""
-    rows = training_rows(Budget.data_seed, steps * Budget.batch_size)
+    rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
     return train(
-        STUDENT, recipe=recipe, teacher=TEACHER, dataset=rows, output_dir=output_dir,
-        **arguments(steps, Budget.learning_rate),
+        STUDENT, recipe=read_modifier(recipe, bits), teacher=TEACHER, dataset=rows, output_dir=output_dir,
+        callbacks=callbacks, **arguments(Budget.learning_rate),
     )  # fmt: skip
 
 
-def fine_tune(output_dir: Path, steps: int) -> TrainResult:
+def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
     """The student trained on the same rows with cross-entropy alone, in BF16 weights at the end."""
     off = {"enabled": False}
     modifier = GraceModifier(quantize=False, distill=off, relational=off, controller=off)
-    rows = training_rows(Budget.data_seed, steps * Budget.batch_size)
-    return train(STUDENT, recipe=modifier, dataset=rows, output_dir=output_dir, **arguments(steps, Budget.fine_tune_rate))
+    rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
+    return train(
+        STUDENT, recipe=modifier, dataset=rows, output_dir=output_dir, callbacks=callbacks,
+        **arguments(Budget.fine_tune_rate),
+    )  # fmt: skip
 
 
 def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> Path:
@@ -90,7 +105,7 @@ def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> P
     if method == "gptq":
         rows = list(training_rows(Budget.data_seed, Budget.calibration_rows))
         collator = ConversationCollator(processor)
-        loader = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))  # type: ignore[arg-type]
+        loader: Any = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
         oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")
     else:
         oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)

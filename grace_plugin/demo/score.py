@@ -7,14 +7,22 @@ and shared by all methods, so that differences are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Encoded", "answer_margins", "encode_questions", "greedy_answers", "interval", "is_right", "paired_difference"]
+__all__ = [
+    "Encoded",
+    "answer_margins",
+    "encode_questions",
+    "greedy_answers",
+    "interval",
+    "is_right",
+    "paired_difference",
+]
 
 LONGEST_ANSWER = 6
 """Tokens generated at most: four words of a listed row, the end of turn, one to spare."""
@@ -47,19 +55,24 @@ def encode_questions(processor: Any, rows: Sequence[dict[str, Any]], batch_size:
 
 
 @torch.no_grad()
-def greedy_answers(model: Any, processor: Any, batches: Sequence[Encoded], label: str) -> list[str]:
-    """The generated answer of every row, in the rows' own order."""
-    from rich.progress import track
+def greedy_answers(
+    model: Any,
+    processor: Any,
+    batches: Sequence[Encoded],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """The generated answer of every row, in the rows' own order; `on_batch(done, total)` is called after each batch."""
 
     model.eval()
     dtype = next(model.parameters()).dtype
     answers = [""] * sum(len(batch.rows) for batch in batches)
-    for batch in track(batches, description=f"scoring {label}", transient=True):
+    for number, batch in enumerate(batches, start=1):
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
         out = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(batch.rows, texts, strict=True):
             answers[row] = text.strip()
+        on_batch(number, len(batches))
     return answers
 
 

@@ -1,0 +1,128 @@
+"""The demo's rows as jobs for worker processes: make a model, score it on the held-out questions, report seconds.
+
+A worker computes with few threads and takes one job after another; the bundled models are so small that two processes on two
+cores do twice the work of one process with two threads. What a job prints goes to the worker's log.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["JOBS", "Job", "Result", "prepare_worker", "run_job"]
+
+_WORKER: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the table. kind: "bundled", "rtn", "gptq", "fine_tune" or "grace"; bits: 16 is BF16."""
+
+    name: str
+    kind: str
+    bits: int
+    source: str = ""
+
+
+@dataclass
+class Result:
+    """What a job gives back; answers and right are in the held-out rows' order."""
+
+    job: Job
+    answers: list[str]
+    right: list[bool]
+    bytes: int
+    seconds: dict[str, float]
+    verification: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+#: longest first, so that the workers end together
+JOBS: tuple[Job, ...] = (
+    Job("GRACE INT4", "grace", 4, "recipe"),
+    Job("GRACE 2-bit", "grace", 2),
+    Job("GRACE 3-bit", "grace", 3),
+    Job("BF16 fine-tuned", "fine_tune", 16),
+    Job("teacher BF16", "bundled", 16, "teacher"),
+    Job("GPTQ INT4", "gptq", 4),
+    Job("round-to-nearest INT4", "rtn", 4),
+    Job("round-to-nearest 3-bit", "rtn", 3),
+    Job("round-to-nearest 2-bit", "rtn", 2),
+    Job("student BF16", "bundled", 16, "student"),
+)
+
+
+def prepare_worker(logs: str, questions: int, threads: int, board: MutableMapping[str, Any]) -> None:
+    """Initialise a worker process: threads, its log file, and where progress is posted."""
+    import torch
+
+    torch.set_num_threads(threads)
+    log = os.open(os.path.join(logs, f"worker-{os.getpid()}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    _WORKER.update(questions=questions, board=board)
+
+
+def _held_out() -> tuple[Any, list[dict[str, Any]], Any]:
+    """Processor, held-out rows and their encoded prompts, once per worker."""
+    if "rows" not in _WORKER:
+        from transformers import AutoProcessor
+
+        from grace_plugin.demo.methods import STUDENT
+        from grace_plugin.demo.scenes import heldout_rows
+        from grace_plugin.demo.score import encode_questions
+
+        processor = AutoProcessor.from_pretrained(STUDENT)
+        rows = list(heldout_rows(_WORKER["questions"]))
+        _WORKER.update(processor=processor, rows=rows, encoded=encode_questions(processor, rows))
+    return _WORKER["processor"], _WORKER["rows"], _WORKER["encoded"]
+
+
+def _post(name: str, done: float, total: float) -> None:
+    _WORKER["board"][name] = (done, total)
+
+
+def _progress(name: str) -> Any:
+    from transformers import TrainerCallback
+
+    class Post(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _post(name, state.global_step, state.max_steps * 1.2)
+
+    return Post()
+
+
+def run_job(job: Job, output: str, recipe: str) -> Result:
+    """Make the row's model under `output`, reload it from disk and score it."""
+    from grace_plugin.demo import methods
+    from grace_plugin.demo.score import greedy_answers, is_right
+
+    _post(job.name, 0, 1)
+    start = time.monotonic()
+    folder = Path(output) / job.name.replace(" ", "-")
+    verification: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    processor, rows, encoded = _held_out()
+    if job.kind == "bundled":
+        folder = methods.TEACHER if job.source == "teacher" else methods.STUDENT
+    elif job.kind in ("rtn", "gptq"):
+        methods.post_training(job.kind, job.bits, folder, processor)
+    else:
+        callbacks = [_progress(job.name)]
+        if job.kind == "fine_tune":
+            result = methods.fine_tune(folder, callbacks)
+        else:
+            result = methods.grace(Path(recipe), job.bits, folder, callbacks)
+        verification, history = result.verification, result.history
+    made = time.monotonic()
+    model = methods.load_model(folder)
+    answers = greedy_answers(model, processor, encoded, lambda done, total: _post(job.name, 5 + done / total, 6))
+    end = time.monotonic()
+    right = [is_right(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Result(job, answers, right, size, {"make": made - start, "score": end - made}, verification, history)

@@ -1,0 +1,103 @@
+"""The demo's summary and how it is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from grace_plugin.artifact.layout import environment
+from grace_plugin.demo.jobs import Result
+from grace_plugin.demo.score import interval, paired_difference
+
+__all__ = ["print_summary", "summarise"]
+
+ORDER = ("teacher BF16", "student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4", "GRACE INT4")
+LOW_BITS = ((3, "round-to-nearest 3-bit", "GRACE 3-bit"), (2, "round-to-nearest 2-bit", "GRACE 2-bit"))
+OURS, STUDENT = "GRACE INT4", "student BF16"
+
+
+def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds: dict[str, float]) -> dict[str, Any]:
+    """Counts, intervals, paired differences, verification and seconds as plain values."""
+    methods = {}
+    for name, result in results.items():
+        correct, asked = sum(result.right), len(result.right)
+        low, high = interval(correct, asked)
+        methods[name] = {
+            "questions": asked, "correct": correct, "accuracy": correct / asked, "interval": [low, high],
+            "bytes": result.bytes, "seconds": result.seconds,
+        }  # fmt: skip
+    ours = results[OURS]
+    paired = {name: list(paired_difference(ours.right, results[name].right)) for name in ORDER if name != OURS}
+    base = methods[STUDENT]["accuracy"]
+    recovered = {}
+    for bits, rounded, learned in LOW_BITS:
+        lost = base - methods[rounded]["accuracy"]
+        gained = methods[learned]["accuracy"] - methods[rounded]["accuracy"]
+        difference = list(paired_difference(results[learned].right, results[rounded].right))
+        recovered[f"{bits}-bit"] = {"lost": lost, "gained": gained, "share": gained / lost if lost > 0 else None,
+                                    "difference": difference}  # fmt: skip
+    summary: dict[str, Any] = {
+        "methods": methods, "paired_differences_of_grace_int4": paired, "low_bits": recovered,
+        "codes_differing": ours.verification["codes_differing"], "verification": ours.verification,
+        "controller": {k: v for h in ours.history for k, v in h.items() if k in ("beta", "tau", "ema", "share_at_bound")},
+        "seconds": {**seconds, **{f"{name}: {k}": v for name, r in results.items() for k, v in r.seconds.items()}},
+        "environment": environment(),
+    }  # fmt: skip
+    if served is not None:
+        summary |= {"vllm_equal": served["equal"], "vllm_asked": served["asked"], "vllm": served}
+    return summary
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """One table, then the verification lines, serving and seconds."""
+    methods, paired = summary["methods"], summary["paired_differences_of_grace_int4"]
+    asked = methods[OURS]["questions"]
+    table = Table(title=f"held-out accuracy, {asked} questions; difference: {OURS} minus the row, paired, 95 %")
+    for column in ("method", "accuracy %", "95 %", "difference, points", "weights, kB"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name in ORDER:
+        table.add_row(
+            name, *_cells(methods[name]), _points(paired[name]) if name in paired else "", _kilobytes(methods[name])
+        )
+    for bits, rounded, learned in LOW_BITS:
+        table.add_section()
+        table.add_row(rounded, *_cells(methods[rounded]), "", _kilobytes(methods[rounded]))
+        found = summary["low_bits"][f"{bits}-bit"]
+        share = "" if found["share"] is None else f" (regains {100 * found['share']:.0f} % of the loss)"
+        note = f"{_points(found['difference'])} over rounding{share}"
+        table.add_row(learned, *_cells(methods[learned]), note, _kilobytes(methods[learned]))
+    console.print(table)
+    proof = summary["verification"]
+    console.print(
+        f"verified: {proof['codes_differing']} of {proof['codes']} codes and {proof['scales_differing']} scales differ from "
+        f"the last training forward; {proof['weights_differing']} weights and the logits of the reloaded model differ: "
+        f"{not proof['logits_equal']}; processor files changed: {len(proof['processor_files_changed'])}"
+    )
+    if "vllm" in summary:
+        served = summary["vllm"]
+        console.print(
+            f"vLLM ({served['kernel']}): {served['equal']} of {served['asked']} greedy answers equal transformers'; correct "
+            f"{served['correct']} against {served['correct_transformers']}; started in {served['start_seconds']:.0f} s"
+        )
+        for one in served["differing"]:
+            console.print(f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
+                          f"margin {one['margin_nats']:.3f} nats")  # fmt: skip
+    else:
+        console.print("vLLM: not asked (no --serve-python)")
+    console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
+
+
+def _cells(method: dict[str, Any]) -> tuple[str, str]:
+    low, high = method["interval"]
+    return f"{100 * method['accuracy']:.2f}", f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _points(difference: list[float]) -> str:
+    mean, low, high = (100 * value for value in difference)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _kilobytes(method: dict[str, Any]) -> str:
+    return f"{method['bytes'] / 1000:.0f}"
