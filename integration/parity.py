@@ -1,0 +1,75 @@
+"""Judge vLLM's answers by transformers, token by token and by log-probability.
+
+transformers reads the same checkpoint from disk in BF16 and is given vLLM's prompt and tokens (teacher forcing), so
+one early difference does not make everything after it incomparable. For each generated token: |log p_vLLM - log
+p_transformers| in nats, and, where transformers would have chosen another token, how far ahead that one is (its
+margin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+@dataclass
+class Parity:
+    """Sums over questions. differences: nats per token. margins: nats, of tokens that transformers would not have
+    taken.
+    """
+
+    prompts_differing: int = 0
+    tokens: int = 0
+    differences: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean difference per token, nats."""
+        return sum(self.differences) / max(self.tokens, 1)
+
+    def __str__(self) -> str:
+        worst, margins = max(self.differences, default=0.0), [round(margin, 3) for margin in self.margins]
+        return (
+            f"{self.tokens} tokens, {self.prompts_differing} prompts differ, differences mean {self.mean:.4f} max "
+            f"{worst:.4f} nats, margins of other choices {margins}"
+        )
+
+
+def prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without their last, the assistant's, turn."""
+    return [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
+
+
+def judge(checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any]) -> Parity:
+    """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    parity = Parity()
+    for question, answer in zip(questions, answers, strict=True):
+        text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
+        batch = dict(processor(text=[text], images=question["images"] or None, return_tensors="pt"))
+        parity.prompts_differing += batch["input_ids"][0].tolist() != answer.prompt_ids
+        _compare(parity, model, batch, answer)
+    return parity
+
+
+def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer: Any) -> None:
+    said = torch.tensor([answer.token_ids])
+    length = batch["input_ids"].shape[1]
+    batch["input_ids"] = torch.cat([batch["input_ids"], said], 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if "mm_token_type_ids" in batch:
+        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(said)], 1)
+    with torch.no_grad():
+        logits = model(**batch).logits[0, length - 1 : -1]
+    logp = logits.float().log_softmax(-1)
+    chosen = logp.gather(1, said[0][:, None])[:, 0]
+    parity.tokens += len(answer.token_ids)
+    parity.differences += (chosen - torch.tensor(answer.logprobs)).abs().tolist()
+    parity.margins += [margin for margin in (logp.max(-1).values - chosen).tolist() if margin > 0]
