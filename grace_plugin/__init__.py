@@ -7,15 +7,17 @@ does nothing else. Importing it again changes nothing.
 from grace_plugin.artifact import VerificationError, verify
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
-from grace_plugin.run import TrainResult, oneshot, train
+from grace_plugin.run import GraceSession, TrainResult, grace_session, oneshot, train
 from grace_plugin.run.pipeline import register_pipeline
 from grace_plugin.upstream import ModifierFactory
 
 __all__ = [
     "GraceModifier",
     "GraceObjective",
+    "GraceSession",
     "TrainResult",
     "VerificationError",
+    "grace_session",
     "oneshot",
     "train",
     "verify",

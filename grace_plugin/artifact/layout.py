@@ -65,8 +65,10 @@ def source_folder(source: str | Path) -> Path:
     """Local folder of a source checkpoint; a hub id resolves to its cached snapshot.
 
     Raises:
-        ValueError: neither a folder nor a model of the hub cache.
+        ValueError: no source at all, or neither a folder nor a model of the hub cache.
     """
+    if not str(source) or str(source) == ".":
+        raise ValueError("the student has no name_or_path, so its processor files cannot be found; load it from a checkpoint")
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

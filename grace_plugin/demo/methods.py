@@ -19,7 +19,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.scenes import training_rows
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
-from grace_plugin.run.train import grace_modifier, read_recipe
+from grace_plugin.run.inputs import grace_modifier, read_recipe
 from grace_plugin.vlm import family_of
 
 __all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
 from grace_plugin.data import ConversationCollator, check_rows
 from grace_plugin.modifier import GraceModifier
-from grace_plugin.run.train import TrainResult, grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
 

@@ -7,8 +7,6 @@ when the checkpoint in it is complete and verified.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -20,22 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_plugin.artifact.save import check_destination, save_checkpoint
+from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator, check_rows
-from grace_plugin.modifier import GraceModifier
+from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.upstream import Modifier, Recipe, create_session
+from grace_plugin.upstream import Modifier, Recipe
 
-__all__ = [
-    "TrainResult",
-    "grace_modifier",
-    "load_processor",
-    "load_student",
-    "read_recipe",
-    "recipe_hash",
-    "run_folder",
-    "train",
-]
+__all__ = ["TrainResult", "run_folder", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,56 +42,6 @@ class TrainResult:
     model: nn.Module
     verification: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def grace_modifier(recipe: Recipe) -> GraceModifier:
-    """The one GraceModifier of a recipe.
-
-    Raises:
-        ValueError: none, or more than one.
-    """
-    found = [modifier for modifier in recipe.modifiers if isinstance(modifier, GraceModifier)]
-    if len(found) != 1:
-        names = [type(modifier).__name__ for modifier in recipe.modifiers]
-        raise ValueError(f"the recipe holds {len(found)} GraceModifier(s) ({names}); a GRACE run needs exactly one")
-    return found[0]
-
-
-def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
-    """A recipe from a path, YAML text, a modifier or a recipe, checked.
-
-    Raises:
-        ValueError: unreadable, an unknown key, or a scheme that is not learned.
-    """
-    if isinstance(recipe, os.PathLike):
-        if not Path(recipe).is_file():
-            raise ValueError(f"no recipe at {os.fspath(recipe)}")
-        recipe = os.fspath(recipe)
-    read = Recipe.create_instance(recipe)
-    grace_modifier(read)
-    return read
-
-
-def recipe_hash(modifier: GraceModifier) -> str:
-    """SHA-256 of everything the recipe asks for; a checkpoint is resumed only under the same."""
-    asked = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
-    """The student: a loaded model as it is, or a checkpoint in float32 master weights.
-
-    Raises:
-        ValueError: nothing loadable there.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        return AutoModelForImageTextToText.from_pretrained(os.fspath(model), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
 
 
 def run_folder(output_dir: str | os.PathLike[str]) -> Path:
@@ -186,39 +126,21 @@ def train(
         check_rows(dataset[i] for i in range(min(rows, 256)))
     total_steps = _total_steps(arguments, rows)
     student = load_student(model)
-    modifier.use_teacher(teacher)
     collator = ConversationCollator(processor or load_processor(student), max_length)
-    with create_session() as session:
-        session.initialize(
-            recipe=read, model=student, copy_data=False,
-            processors=(collator.processor, teacher_processor),
-        )  # fmt: skip
+    with grace_session(
+        student, read, total_steps=total_steps, teacher=teacher, processor=collator.processor,
+        teacher_processor=teacher_processor,
+    ) as session:  # fmt: skip
         modifier.teacher_to(arguments.device)
-        objective = modifier.begin(total_steps)
         if rows is not None:
             collator([dataset[i] for i in range(min(rows, arguments.train_batch_size))])
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=list(callbacks),
-            objective=objective, scale_rate=modifier.scales.learning_rate_multiplier, recipe_hash=recipe_hash(modifier),
+            objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
+            recipe_hash=recipe_hash(modifier),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-        if objective.controller_pinned():
+        if session.objective.controller_pinned():
             logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
-        session.finalize()
-        verification = save_checkpoint(student, modifier, output_dir)
+        verification = session.save(output_dir)
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history))
-
-
-def load_processor(student: Any) -> Any:
-    """The processor beside the student's checkpoint.
-
-    Raises:
-        ValueError: nothing readable there.
-    """
-    from transformers import AutoProcessor
-
-    source = getattr(student, "name_or_path", "")
-    try:
-        return AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the student's processor from {source!r}; pass processor=") from error

@@ -1,0 +1,82 @@
+"""What a run is given: recipe, student and processor, read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.upstream import Modifier, Recipe
+
+__all__ = ["grace_modifier", "load_processor", "load_student", "read_recipe", "recipe_hash"]
+
+
+def grace_modifier(recipe: Recipe) -> GraceModifier:
+    """The one GraceModifier of a recipe.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    found = [modifier for modifier in recipe.modifiers if isinstance(modifier, GraceModifier)]
+    if len(found) != 1:
+        names = [type(modifier).__name__ for modifier in recipe.modifiers]
+        raise ValueError(f"the recipe holds {len(found)} GraceModifier(s) ({names}); a GRACE run needs exactly one")
+    return found[0]
+
+
+def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
+    """A recipe from a path, YAML text, a modifier or a recipe, checked.
+
+    Raises:
+        ValueError: unreadable, an unknown key, or a scheme that is not learned.
+    """
+    if isinstance(recipe, os.PathLike):
+        if not Path(recipe).is_file():
+            raise ValueError(f"no recipe at {os.fspath(recipe)}")
+        recipe = os.fspath(recipe)
+    read = Recipe.create_instance(recipe)
+    grace_modifier(read)
+    return read
+
+
+def recipe_hash(modifier: GraceModifier) -> str:
+    """SHA-256 of everything the recipe asks for; a checkpoint is resumed only under the same."""
+    asked = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
+    """The student: a loaded model as it is, or a checkpoint in float32 master weights.
+
+    Raises:
+        ValueError: nothing loadable there.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(os.fspath(model), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
+
+
+def load_processor(student: Any) -> Any:
+    """The processor beside the student's checkpoint.
+
+    Raises:
+        ValueError: nothing readable there.
+    """
+    from transformers import AutoProcessor
+
+    source = getattr(student, "name_or_path", "")
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the student's processor from {source!r}; pass processor=") from error

@@ -1,0 +1,94 @@
+"""GRACE inside somebody else's training loop: a session with the modifier, its objective, and the save at the end.
+
+    with grace_session(student, recipe, teacher=teacher, total_steps=1000) as grace:
+        optimizer = torch.optim.AdamW(grace.parameter_groups(1e-5))
+        ...                                  # window, loss, measure, step: see grace_plugin.objective
+        grace.save("student-int4")
+
+Leaving the block without `save` ends the session and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from grace_plugin.artifact.layout import source_folder
+from grace_plugin.artifact.save import save_checkpoint
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.objective import GraceObjective
+from grace_plugin.quantizer.attach import PARAMETER
+from grace_plugin.run.inputs import grace_modifier, read_recipe
+from grace_plugin.upstream import Modifier, Recipe, create_session
+
+__all__ = ["GraceSession", "grace_session"]
+
+
+@dataclass
+class GraceSession:
+    """A running session: `objective` gives the loss, `parameter_groups` the optimizer's groups, `save` the checkpoint."""
+
+    student: nn.Module
+    modifier: GraceModifier
+    objective: GraceObjective
+    _session: Any
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Two optimizer groups: weights, and scales at `scales.learning_rate_multiplier` times the rate without decay."""
+        named = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
+        rate = learning_rate * self.modifier.scales.learning_rate_multiplier
+        return [
+            {
+                "params": [p for n, p in named if not n.endswith(PARAMETER)],
+                "lr": learning_rate,
+                "weight_decay": weight_decay,
+            },
+            {"params": [p for n, p in named if n.endswith(PARAMETER)], "lr": rate, "weight_decay": 0.0},
+        ]
+
+    def save(self, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+        """End the run and write a verified checkpoint; returns the verification.
+
+        Raises:
+            RuntimeError: no optimizer step was made.
+            FileExistsError: the destination is not empty.
+            VerificationError: a proof failed; nothing is left at the destination.
+        """
+        self._session.finalize()
+        return save_checkpoint(self.student, self.modifier, output_dir)
+
+
+@contextmanager
+def grace_session(
+    student: nn.Module,
+    recipe: str | os.PathLike[str] | Recipe | Modifier,
+    *,
+    total_steps: int,
+    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    processor: Any = None,
+    teacher_processor: Any = None,
+) -> Iterator[GraceSession]:
+    """Check the pair and the recipe, attach the scales, and hand out the objective for `total_steps` optimizer steps.
+
+    Args:
+        student: a loaded model with a real `name_or_path`.
+        recipe: path, YAML text, Recipe or GraceModifier.
+        teacher: replaces the recipe's `teacher.model`.
+        processor, teacher_processor: to compare tokenizers; read from the checkpoints by default.
+
+    Raises:
+        ValueError: what the recipe asks for cannot be done.
+    """
+    source_folder(getattr(student, "name_or_path", ""))
+    read = read_recipe(recipe)
+    modifier = grace_modifier(read)
+    modifier.use_teacher(teacher)
+    with create_session() as session:
+        session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
+        modifier.teacher_to(next(student.parameters()).device)
+        yield GraceSession(student, modifier, modifier.begin(total_steps), session)
