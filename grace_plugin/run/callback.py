@@ -20,10 +20,17 @@ class GraceCallback(TrainerCallback):
     def __init__(self, trainer: GraceTrainer) -> None:
         self.trainer = trainer
         self._skipped = False
+        self._progress = 0.0
 
     @property
     def _in_session(self) -> bool:
         return bool(active_session().lifecycle.initialized_)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Warm-up, probe and controller follow the length of the run, so it must be the one they were prepared for."""
+        prepared = self.trainer.objective.total_steps
+        if state.max_steps != prepared:
+            raise RuntimeError(f"Trainer will make {state.max_steps} optimizer steps, the objective was prepared for {prepared}")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._in_session:
@@ -34,6 +41,8 @@ class GraceCallback(TrainerCallback):
     ) -> None:
         """Reduce the step's values; a non-finite loss or gradient empties the gradients, so that no optimizer moves."""
         record = self.trainer.objective.measure()
+        peak = self.trainer.args.learning_rate
+        self._progress = self.trainer.lr_scheduler.get_last_lr()[0] / peak if peak else 0.0
         self._skipped = not (record.finite and self.trainer.grad_norm_finite)
         if self._skipped:
             for parameter in self.trainer.model.parameters():
@@ -49,8 +58,6 @@ class GraceCallback(TrainerCallback):
             LifecycleCallbacks.optim_post_step(global_step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        peak = self.trainer.args.learning_rate
-        rate = self.trainer.lr_scheduler.get_last_lr()[0]
-        self.trainer.objective.step(rate / peak if peak else 0.0, skipped=self._skipped)
+        self.trainer.objective.step(self._progress, skipped=self._skipped)
         if self._in_session:
             LifecycleCallbacks.batch_end(global_step=state.global_step)

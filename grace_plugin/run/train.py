@@ -76,8 +76,7 @@ def _total_steps(arguments: Any, rows: int | None) -> int:
         return arguments.max_steps
     if rows is None:
         raise ValueError("the dataset has no length; pass max_steps=")
-    per_rank = math.ceil(rows / max(1, arguments.world_size))
-    batches = per_rank / arguments.train_batch_size
+    batches = rows / (arguments.train_batch_size * max(1, arguments.world_size))
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(arguments.num_train_epochs * per_epoch)
