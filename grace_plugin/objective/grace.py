@@ -162,7 +162,9 @@ class GraceObjective:
         with capture(self._text_model) as caught:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         assert caught.final is not None and caught.penultimate is not None
-        if torch.is_grad_enabled() and not caught.final.requires_grad:
+        relational = self.relational.enabled and bool(item.visual.sizes)
+        missing = not caught.final.requires_grad or (relational and not caught.penultimate.requires_grad)
+        if torch.is_grad_enabled() and missing:
             raise RuntimeError(
                 "the decoder's hidden states carry no gradient; use non-reentrant activation checkpointing "
                 "(gradient_checkpointing_kwargs={'use_reentrant': False}) and leave some of the decoder trainable"

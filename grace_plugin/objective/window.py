@@ -157,7 +157,8 @@ def look(
     item = MicroBatch(positions, targets, visual)
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0] = positions.numel()
-    counts[3] = 0 if visual.sizes else len(labels)
+    bare = torch.ones(len(labels), device=device)  # rows without a visual token
+    counts[3] = bare.index_fill_(0, item.visual.index // (labels.shape[1] + 1), 0.0).sum()
     if teacher is not None:
         item.teacher = teacher.states(model_inputs(batch), positions, visual)
         if distill.enabled:
