@@ -150,14 +150,14 @@ def _chunk(
     zero = torch.zeros_like(ce_sum)
     if logits_t is None or gate is None:
         return torch.stack([ce_sum, zero, zero, zero]), grad
-    terms = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
+    tckd, nckd, directions = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
     square = settings.temperature * settings.temperature
-    tckd_sum = (gate * terms.tckd).sum()
-    nckd_sum = (gate * terms.nckd).sum()
+    tckd_sum = (gate * tckd).sum()
+    nckd_sum = (gate * nckd).sum()
     dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)
     weight = scales[1] * square * gate
     weights = (settings.alpha * weight, settings.beta_dkd * weight)
-    add_decoupled_gradient(grad, terms, targets, weights, settings.temperature)
+    add_decoupled_gradient(grad, directions, targets, weights, settings.temperature)
     return torch.stack([ce_sum, dkd_sum, tckd_sum, nckd_sum]), grad
 
 

@@ -72,7 +72,3 @@ class WeightCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         """A copied layer starts with an empty cache that listens to the same counter."""
         return WeightCache(self._counter)
-
-    def clear(self) -> None:
-        """Forget the value and release its memory."""
-        self._key = self._value = None

@@ -161,7 +161,9 @@ class _FakeQuantize(torch.autograd.Function):
 def forward_dtype(weight: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def fake_quantize(

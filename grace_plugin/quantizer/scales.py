@@ -122,7 +122,7 @@ class _StoredScale(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_scale: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return grad_scale.to(ctx.grad_dtype) * scale.to(ctx.grad_dtype), None
+        return grad_scale.to(ctx.grad_dtype) * scale, None
 
 
 def stored_scale(log_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -150,6 +150,24 @@ def test_what_float32_can_still_measure_is_not_skipped():
     assert relational_loss(student, base + 1e-3 * noise, [8]).loss_sum.item() == pytest.approx(want, rel=1e-2)
 
 
+@pytest.mark.parametrize("n", [8, 64])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_linear_cka_has_the_same_threshold_relative_to_the_length_of_its_rows(n, unit):
+    noise, other = normal(64, 8, seed=3)[:n], normal(64, 5, seed=4)[:n]
+    base = torch.zeros(n, 8, dtype=torch.float64)
+    base[:, 0] = 1.0
+    assert linear_cka(unit * (base + 1e-4 * noise), other).item() > 0.01
+    assert linear_cka(unit * (base + 1e-5 * noise), other).item() == 0
+    assert linear_cka(other, unit * (base + 1e-5 * noise)).item() == 0
+
+
+def test_a_float64_view_decides_the_precision_of_linear_cka():
+    a, b = normal(6, 3, seed=1), normal(6, 4, seed=2)
+    assert linear_cka(a.float(), b).dtype == torch.float64
+    assert linear_cka(a, b.float()).dtype == torch.float64
+    assert linear_cka(a.float(), b.float()).dtype == torch.float32
+
+
 def test_the_threshold_does_not_depend_on_the_number_of_tokens():
     noise = normal(64, 8, seed=3, dtype=torch.float64)
     base = torch.zeros(64, 8, dtype=torch.float64)

@@ -328,7 +328,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     names, fields = list(model.state_dict()), [set(vars(model.up)), set(vars(model.down))]
     want = model(batch())
     with pytest.raises(RuntimeError, match="out of memory"):
-        attach(model.linears(), group_size=16)
+        attach({**model.linears(), "head": model.head}, group_size=16)
     assert list(model.state_dict()) == names
     assert [set(vars(model.up)), set(vars(model.down))] == fields
     assert torch.equal(model(batch()), want)
