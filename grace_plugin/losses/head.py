@@ -230,4 +230,5 @@ def distillation_head(
             hidden_s, weight_s, bias_s, student, hidden_t, teacher, targets, used_gate, scales, settings
         )
     gate_sum = sums.new_zeros(()) if used_gate is None else used_gate.sum()
-    return HeadOutput(loss, *sums.detach().unbind(), gate_sum=gate_sum, positions=hidden_s.shape[0])
+    ce_sum, dkd_sum, tckd_sum, nckd_sum = sums.detach().unbind()
+    return HeadOutput(loss, ce_sum, dkd_sum, tckd_sum, nckd_sum, gate_sum, hidden_s.shape[0])

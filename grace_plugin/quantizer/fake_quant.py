@@ -154,7 +154,8 @@ class _FakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_scale = ctx.saved_tensors
-        grads = _backward(weight, log_scale, grad_out, *ctx.format, ctx.needs_input_grad[:2])
+        num_bits, stored_dtype = ctx.format
+        grads = _backward(weight, log_scale, grad_out, num_bits, stored_dtype, ctx.needs_input_grad[:2])
         return (*grads, None, None, None, None)
 
 
