@@ -16,8 +16,8 @@ micro-batches and all ranks, so value and gradient do not depend on how the batc
         optimizer.zero_grad()
     frozen = grace.finalize(torch.bfloat16)
 
-It refuses reentrant activation checkpointing (no hidden state would reach the losses), unknown families, and labels outside
-the shared vocabulary. Cost beside the student: one teacher forward, the teacher's head once more for the gates, and one host
+It refuses hidden states that carry no gradient (a decoder frozen as a whole), unknown families, and labels outside the shared
+vocabulary. Cost beside the student: one teacher forward, the teacher's head once more for the gates, and one host
 synchronisation per optimizer step.
 """
 
@@ -166,8 +166,8 @@ class GraceObjective:
         missing = not caught.final.requires_grad or (relational and not caught.penultimate.requires_grad)
         if torch.is_grad_enabled() and missing:
             raise RuntimeError(
-                "the decoder's hidden states carry no gradient; use non-reentrant activation checkpointing "
-                "(gradient_checkpointing_kwargs={'use_reentrant': False}) and leave some of the decoder trainable"
+                "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
+                "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
