@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
+from grace_plugin.kernels import check_kernels
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import Attached, Format, attach, check_layers
 from grace_plugin.recipe import (
@@ -27,6 +28,7 @@ from grace_plugin.recipe import (
     OneshotRecipe,
     RelationalRecipe,
     ScalesRecipe,
+    ServingRecipe,
     TeacherRecipe,
     TrainingRecipe,
 )
@@ -61,6 +63,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     relational: RelationalRecipe = Field(default_factory=RelationalRecipe)
     controller: ControllerRecipe = Field(default_factory=ControllerRecipe)
     scales: ScalesRecipe = Field(default_factory=ScalesRecipe)
+    serving: ServingRecipe = Field(default_factory=ServingRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     oneshot: OneshotRecipe = Field(default_factory=OneshotRecipe)
 
@@ -170,6 +173,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         check_fused(formats, model)
         for (num_bits, group_size), linears in formats.items():
             check_layers(linears, Format(group_size, num_bits, self._dtype))
+        check_kernels(formats, self.serving.tensor_parallel_size)
         return formats
 
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
