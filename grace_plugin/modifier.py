@@ -33,7 +33,7 @@ from grace_plugin.recipe import (
     TrainingRecipe,
 )
 from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
-from grace_plugin.teacher import load_teacher
+from grace_plugin.teacher import MISSING, load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import check_pixels, family_of, load_tokenizer, shared_vocabulary
 
@@ -150,10 +150,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         teacher: Any = self._given_teacher if self._given_teacher is not None else state.teacher_model
         if teacher is None:
             if self.teacher.model is None:
-                raise ValueError(
-                    "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or "
-                    "disable the distill and relational blocks"
-                )
+                raise ValueError(MISSING)
             teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
         check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
         own, theirs = processors

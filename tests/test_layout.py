@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "grace_plugin"
 ROOMS = (
-    "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "teacher", "objective", "modifier",
+    "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "kernels", "teacher", "objective", "modifier",
     "data", "artifact", "run", "serve", "report", "demo", "cli",
 )  # fmt: skip
 APART = {"losses", "quantizer", "controller"}

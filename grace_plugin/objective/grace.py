@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from grace_plugin import controller as dual
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.terms import head_term, visual_term
-from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, look, model_inputs
+from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look, model_inputs
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
-from grace_plugin.teacher import ResidentTeacher
+from grace_plugin.teacher import MISSING, ResidentTeacher
 from grace_plugin.vlm import capture, family_of, matches
 
 __all__ = ["GraceObjective"]
@@ -92,10 +92,7 @@ class GraceObjective:
             ValueError: no teacher where one is needed, an unknown family, or fewer than one step.
         """
         if self.needs_teacher and teacher is None:
-            raise ValueError(
-                "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or "
-                "disable the distill and relational blocks"
-            )
+            raise ValueError(MISSING)
         if total_steps < 1:
             raise ValueError(f"a run needs at least 1 optimizer step, got total_steps={total_steps}")
         self.student, self.family = student, family_of(student)
@@ -209,11 +206,7 @@ class GraceObjective:
 
     def gate_quantiles(self) -> dict[str, float]:
         """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
-        if self._gates is None or self._gates.numel() == 0:
-            return {}
-        levels = torch.tensor([0.05, 0.5, 0.95], device=self._gates.device, dtype=self._gates.dtype)
-        q05, q50, q95 = torch.quantile(self._gates, levels).tolist()
-        return {"gate_q05": q05, "gate_q50": q50, "gate_q95": q95}
+        return gate_quantiles(self._gates)
 
     def controller_logs(self) -> dict[str, float]:
         """ema, tau, eta (nats) and the share of steps at a bound; empty without distillation or controller."""
