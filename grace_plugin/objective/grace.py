@@ -16,9 +16,8 @@ micro-batches and all ranks, so value and gradient do not depend on how the batc
         optimizer.zero_grad()
     frozen = grace.finalize(torch.bfloat16)
 
-It refuses hidden states that carry no gradient (a decoder frozen as a whole), unknown families, and labels outside the shared
-vocabulary. Cost beside the student: one teacher forward, the teacher's head once more for the gates, and one host
-synchronisation per optimizer step.
+It refuses hidden states without a gradient (a decoder frozen as a whole), unknown families and labels outside the vocabulary.
+Cost beside the student: a teacher forward, the teacher's head once more for the gates, two host reads per optimizer step.
 """
 
 from __future__ import annotations
@@ -40,6 +39,11 @@ from grace_plugin.teacher import MISSING, ResidentTeacher
 from grace_plugin.vlm import capture, family_of, matches
 
 __all__ = ["GraceObjective"]
+
+NO_GRADIENT = (
+    "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
+    "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
 
 
 class GraceObjective:
@@ -114,15 +118,13 @@ class GraceObjective:
     def omega(self) -> float:
         """Weight of the relational term in the next step, warm-up included."""
         asked = self.relational
-        if not asked.enabled:
-            return 0.0
-        return asked.weight * dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
+        factor = dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
+        return asked.weight * factor if asked.enabled else 0.0
 
     def window(self, batches: Sequence[Mapping[str, Any]]) -> int:
         """Open the next optimizer step: teacher states, gates and divisors of its micro-batches.
 
-        Every rank calls it once per optimizer step, with an empty list if it has no batch. Returns the window's supervised
-        tokens over all ranks.
+        Every rank calls it once per step, with an empty list if it has no batch. Returns the supervised tokens of all ranks.
 
         Raises:
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
@@ -162,10 +164,7 @@ class GraceObjective:
         relational = self.relational.enabled and bool(item.visual.sizes)
         missing = not caught.final.requires_grad or (relational and not caught.penultimate.requires_grad)
         if torch.is_grad_enabled() and missing:
-            raise RuntimeError(
-                "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
-                "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
+            raise RuntimeError(NO_GRADIENT)
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
             self._window, item, caught.final, head, self.teacher,
@@ -183,9 +182,8 @@ class GraceObjective:
     def step(self, progress: float, *, skipped: bool = False) -> None:
         """One controller update per optimizer step, after `measure`.
 
-        Args:
-            progress: the learning rate as a share of its peak, in [0, 1].
-            skipped: the optimizer did not step, because a loss or a gradient was not finite.
+        progress: the learning rate as a share of its peak, in [0, 1]. skipped: the optimizer did not step, because a loss or a
+        gradient was not finite.
 
         Raises:
             FloatingPointError: more such steps than `training.max_nonfinite_steps`.
@@ -198,8 +196,7 @@ class GraceObjective:
             if self.nonfinite_steps > self.training.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
-                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}. Lower the learning rate, check "
-                    "the data, or raise that number"
+                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate, or check the data"
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
