@@ -60,10 +60,8 @@ class GraceObjective:
         self.relational = relational or RelationalRecipe()
         self.controller = controller or ControllerRecipe()
         self.training = training or TrainingRecipe()
-        self.teacher: ResidentTeacher | None = None
         self.attached: tuple[Attached, ...] = ()
-        self.steps = 0
-        self.nonfinite_steps = 0
+        self.steps = self.nonfinite_steps = 0
         self.record: StepRecord | None = None
         self.probe: dict[str, Tensor] | None = None
         self._window = Window()
@@ -102,7 +100,7 @@ class GraceObjective:
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
-        self.teacher = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
+        self.teacher: ResidentTeacher | None = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
         self._text_model = self.family.text_model(student)
         for name, parameter in student.named_parameters():
             if not self.family.trains(name) or matches(name, self.training.freeze):
@@ -161,9 +159,8 @@ class GraceObjective:
         with capture(self._text_model) as caught:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         assert caught.final is not None and caught.penultimate is not None
-        relational = self.relational.enabled and bool(item.visual.sizes)
-        missing = not caught.final.requires_grad or (relational and not caught.penultimate.requires_grad)
-        if torch.is_grad_enabled() and missing:
+        read = [caught.final, *([caught.penultimate] if self.relational.enabled and item.visual.sizes else [])]
+        if torch.is_grad_enabled() and not all(state.requires_grad for state in read):
             raise RuntimeError(NO_GRADIENT)
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
