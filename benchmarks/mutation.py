@@ -34,7 +34,7 @@ TESTS = ["losses", "quantizer", "reference", "test_controller.py"]
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["grace_plugin"]
-do_not_mutate_patterns = ['^\\s*f?"']
+do_not_mutate_patterns = ['^\\s*f?"', 'raise \\w+\\(f?"']
 pytest_add_cli_args = ["-x", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = ["tests"]
 timeout_multiplier = 5.0

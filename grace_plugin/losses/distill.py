@@ -61,7 +61,7 @@ def decoupled_terms(
         odds_t, log_others_t = _split(teacher_logits.to(dtype), targets, temperature)
         tckd = _weighted_gap(logsigmoid(odds_t), logsigmoid(odds_s))
         tckd = tckd + _weighted_gap(logsigmoid(-odds_t), logsigmoid(-odds_s))
-        nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=-1)
+        nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=1)
         # The difference of two probabilities near 1 is the difference of their complements, which does not cancel.
         from_above = torch.sigmoid(-odds_t) - torch.sigmoid(-odds_s)
         from_below = torch.sigmoid(odds_s) - torch.sigmoid(odds_t)
@@ -71,14 +71,14 @@ def decoupled_terms(
 
 def _split(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-odds of the target against all others [N], and log-probabilities of the others among themselves [N, V]."""
-    column = targets.unsqueeze(-1)
+    column = targets.unsqueeze(1)
     scaled = logits / temperature
-    target = scaled.gather(-1, column)
-    others = scaled.scatter_(-1, column, -math.inf)
-    mass = torch.logsumexp(others, dim=-1, keepdim=True)
+    target = scaled.gather(1, column)
+    others = scaled.scatter_(1, column, -math.inf)
+    mass = torch.logsumexp(others, dim=1, keepdim=True)
     # Without a single other token the mass is -inf, and -inf - (-inf) would be NaN: such a row has no others at all.
     others = others.sub_(torch.where(mass == -math.inf, 0.0, mass))
-    return (target - mass).squeeze(-1), others
+    return (target - mass).squeeze(1), others
 
 
 def _weighted_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ def add_decoupled_gradient(
         weights: two [N] tensors, the weight of each position's TCKD and of its NCKD.
         temperature: as given to :func:`decoupled_terms`.
     """
-    weight_tckd, weight_nckd = (weight.unsqueeze(-1) / temperature for weight in weights)
-    toward_target = weight_tckd * directions.pull.unsqueeze(-1)
+    weight_tckd, weight_nckd = (weight.unsqueeze(1) / temperature for weight in weights)
+    toward_target = weight_tckd * directions.pull.unsqueeze(1)
     grad_logits.addcmul_(directions.others_s, weight_nckd - toward_target)
     grad_logits.addcmul_(directions.others_t, -weight_nckd)
-    return grad_logits.scatter_add_(-1, targets.unsqueeze(-1), toward_target)
+    return grad_logits.scatter_add_(1, targets.unsqueeze(1), toward_target)
 
 
 class _DecoupledKD(torch.autograd.Function):
@@ -194,9 +194,9 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
         sharpness: k >= 0; 0 opens every gate fully.
     """
     logits = teacher_logits.to(loss_dtype(teacher_logits))
-    log_p = torch.log_softmax(logits, dim=-1)
+    log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
-    log_ids = (logits > -math.inf).sum(dim=-1).to(logits.dtype).log()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+    log_ids = (logits > -math.inf).sum(dim=1).to(logits.dtype).log()
     share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
     return torch.exp(-sharpness * share), entropy

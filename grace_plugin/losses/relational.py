@@ -111,7 +111,7 @@ def linear_cka(features_t: Tensor, features_s: Tensor) -> Tensor:
 
 
 def _check_sizes(hidden: Tensor, sizes: Sequence[int]) -> None:
-    if hidden.ndim != 2 or sum(sizes) != hidden.shape[0] or min(sizes, default=0) < 0:
+    if hidden.ndim != 2 or sum(sizes) != hidden.shape[0] or any(size < 0 for size in sizes):
         raise ValueError(
             f"hidden states {tuple(hidden.shape)} do not split into images of {list(sizes)} visual tokens; "
             "the sizes must add up to the rows"
