@@ -22,6 +22,8 @@ from grace_plugin.upstream import create_session
 from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
 from tests.tiny import rows
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+TOGETHER: dict[str, Any] = {"ddp_backend": "gloo", "ddp_timeout": 60} if WORLD > 1 else {}
 PICTURES, TEXTS = rows(4, seed=31), rows(4, seed=32, images=0)
 
 
@@ -74,14 +76,15 @@ class Watch(TrainerCallback):
         self.trainer: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.steps.append({"before": {n: p.detach().clone() for n, p in model.named_parameters()}})
+        self.steps.append({"before": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.steps[-1]["grad"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         before = self.steps[-1].pop("before")
-        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        parameters = dict(model.named_parameters())
+        moved = [name for name, value in before.items() if not torch.equal(parameters[name], value)]
         objective = self.trainer.objective
         self.steps[-1] |= {
             "moved": moved, "record": vars(objective.record),
@@ -92,11 +95,10 @@ class Watch(TrainerCallback):
 def scenario(pair: Pair, name: str, folder: Path) -> list[dict[str, Any]]:
     """Steps of one scenario as this rank saw them."""
     data, options = SCENARIOS[name]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
-        output_dir=str(folder / name), **({"max_steps": 1} | options), per_device_train_batch_size=4 // world,
+        output_dir=str(folder / name), **({"max_steps": 1} | options), per_device_train_batch_size=4 // WORLD,
         gradient_accumulation_steps=2, train_sampling_strategy="sequential", max_grad_norm=0.0, learning_rate=1e-3,
-        use_cpu=True, ddp_backend="gloo", ddp_timeout=60, report_to="none", save_strategy="no", disable_tqdm=True,
+        use_cpu=True, **TOGETHER, report_to="none", save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], logging_nan_inf_filter=False, logging_strategy="no",
         gradient_checkpointing_kwargs={"use_reentrant": False}, lr_scheduler_type="constant",
     )  # fmt: skip
@@ -109,9 +111,10 @@ def scenario(pair: Pair, name: str, folder: Path) -> list[dict[str, Any]]:
         objective = modifier.begin(arguments.max_steps)
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=data, data_collator=Collator(processor), objective=objective,
-            callbacks=[watch], scale_rate=10.0, recipe_hash=recipe_hash(modifier),
+            scale_rate=10.0, recipe_hash=recipe_hash(modifier),
         )  # fmt: skip
         watch.trainer = trainer
+        trainer.add_callback(watch)  # behind GRACE's own
         trainer.train()
         objective.finalize(torch.bfloat16)
     return watch.steps
@@ -122,10 +125,9 @@ def main(pair_folder: str, out: str) -> None:
     folder, rank = Path(out), os.environ.get("RANK", "0")
     pair = Pair("llava", Path(pair_folder) / "student", Path(pair_folder) / "teacher")
     seen = {name: scenario(pair, name, folder) for name in SCENARIOS}
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     result = run(
-        pair, folder / "trained", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // world,
-        ddp_backend="gloo", ddp_timeout=60, logging_steps=1, save_strategy="steps", save_steps=2,
+        pair, folder / "trained", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
+        **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=2,
     )  # fmt: skip
     torch.save(
         {"scenarios": seen, "verification": result.verification, "history": result.history}, folder / f"{rank}.pt"
