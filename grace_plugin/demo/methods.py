@@ -33,7 +33,7 @@ GROUP = 128
 class Budget:
     """Rows, steps, batch and rates of the demo's runs; all of them see the same questions in the same order.
 
-    The set is small, as a user's often is, and seen several times: hard labels are learned by heart, the teacher's are not. With
+    """Rows, steps, batch and rates of the runs; all see the same questions in the same order.
     an endless stream of new questions cross-entropy alone comes as far (benchmarks/results/demo_pilot.md).
     """
 
