@@ -31,10 +31,10 @@ GROUP = 128
 
 
 class Budget:
-    """Rows, steps, batch and rates of the demo's runs; all of them see the same questions in the same order.
-
     """Rows, steps, batch and rates of the runs; all see the same questions in the same order.
-    an endless stream of new questions cross-entropy alone comes as far (benchmarks/results/demo_pilot.md).
+
+    The set is small, as a user's often is, and seen several times: hard labels are learned by heart, the teacher's are
+    not. With an endless stream of new questions cross-entropy comes as far (benchmarks/results/demo_pilot.md).
     """
 
     rows = 1024
