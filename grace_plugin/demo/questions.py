@@ -148,6 +148,35 @@ def some_of_category_in_line(cells: Sequence[int], rng: np.random.Generator) -> 
     return Question("some_of_category_in_line", f"name one {category} in {place}", right) if right else None
 
 
+def sharing_line(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any other thing of the row or column in which a thing stands."""
+    position = _single(cells, rng)
+    if position is None:
+        return None
+    row, column = divmod(position, GRID)
+    kind, places = ("row", range(row * GRID, (row + 1) * GRID)) if rng.random() < 0.5 else ("column", range(column, GRID * GRID, GRID))
+    names = _unique(NAMES[cells[place]] for place in places if place != position)
+    return Question("sharing_line", f"name one thing in the {kind} of the {NAMES[cells[position]]}", names)
+
+
+def category_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any neighbour of a thing that belongs to a category."""
+    position = _single(cells, rng)
+    if position is None:
+        return None
+    category = str(_pick(rng, list(CATEGORIES)))
+    right = _unique(_of(category, [NAMES[cells[place]] for place in _neighbours(position).values()]))
+    return Question("category_beside", f"name one {category} next to the {NAMES[cells[position]]}", right) if right else None
+
+
+def another(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any member of a category but the named one."""
+    named = NAMES[int(_pick(rng, cells))]
+    category = next(name for name, members in CATEGORIES.items() if named in members)
+    right = _unique(name for name in _of(category, [NAMES[kind] for kind in cells]) if name != named)
+    return Question("another", f"name one {category} but not the {named}", right) if right else None
+
+
 def list_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """A row from left to right."""
     row = int(rng.integers(GRID))
@@ -165,13 +194,15 @@ TYPES: dict[str, Asker] = {
     asker.__name__: asker
     for asker in (
         cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
-        some_of_category_in_line, list_row, list_column,
+        some_of_category_in_line, sharing_line, category_beside, another, list_row, list_column,
     )
 }  # fmt: skip
 
 
-WEIGHTS = {"beside": 4, "locate": 3, "most": 3, "some_beside": 3, "tally": 2, "tally_in_line": 2}
-"""How often a type is drawn relative to the others (1): relations and counts, which the decoder must work out, come more often."""
+WEIGHTS = {
+    "beside": 2, "locate": 2, "most": 2, "some_beside": 3, "sharing_line": 4, "category_beside": 4, "another": 3,
+}  # fmt: skip
+"""How often a type is drawn relative to the others (1): what the decoder must work out comes more often."""
 MIXTURE = tuple(name for name in TYPES for _ in range(WEIGHTS.get(name, 1)))
 
 
@@ -244,7 +275,7 @@ TYPES: dict[str, Asker] = {
     asker.__name__: asker
     for asker in (
         cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
-        some_of_category_in_line, list_row, list_column,
+        some_of_category_in_line, sharing_line, category_beside, another, list_row, list_column,
     )
 }  # fmt: skip
 
@@ -266,4 +297,5 @@ def vocabulary() -> list[str]:
     words = "what is at in row column which holds has most the left right of above below and how many cells show a an do you see".split()
     words += "name one thing next to animal food vehicle list yes no".split()
     numbers = [str(number) for number in range(GRID * GRID + 1)]
-    return list(dict.fromkeys([*words, *COLUMNS, *numbers, *NAMES]))
+    late = "outside but not seen twice".split()
+    return list(dict.fromkeys([*words, *COLUMNS, *numbers, *NAMES, *late]))

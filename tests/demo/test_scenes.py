@@ -50,6 +50,13 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
         sums = np.isin(grid.astype(str), list(categories[match[1]])).sum(axis=1)
         assert np.sort(sums)[-1] > np.sort(sums)[-2]
         return {str(int(np.argmax(sums)) + 1)}
+    if match := re.fullmatch(r"name one thing in the (row|column) of the (\w+)", text):
+        y, x = place(match[2])
+        return set(grid[y] if match[1] == "row" else grid[:, x]) - {match[2]}
+    if match := re.fullmatch(r"name one (\w+) but not the (\w+)", text):
+        return (set(grid.flat) & categories[match[1]]) - {match[2]}
+    if match := re.fullmatch(r"name one (animal|food|vehicle) next to the (\w+)", text):
+        return oracle(f"name one thing next to the {match[2]}", cells) & categories[match[1]]
     if match := re.fullmatch(r"name one thing in (\w+ \w)", text):
         return set(line(match[1]))
     if match := re.fullmatch(r"name one (\w+) in (\w+ \w)", text):
