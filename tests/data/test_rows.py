@@ -39,7 +39,7 @@ IMAGE = {"type": "image"}
         ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "row 3: role 'tool' is not one of"),
         ({"messages": [{"role": "user"}, ANSWER]}, "row 3: a user turn has no content"),
         ({"messages": ["hello", ANSWER]}, "row 3: a message is a str"),
-        ({"messages": [user({"type": "video"}), ANSWER]}, "row 3: a user turn holds a part of type 'video'"),
+        ({"messages": [user({"type": "audio"}), ANSWER]}, "row 3: a user turn holds a part of type 'audio'"),
         ({"messages": [user({"type": "text"}), ANSWER]}, "row 3: a user turn holds a text part without text"),
         (
             {"messages": [user("q"), {"role": "assistant", "content": [IMAGE]}], "images": ["a.png"]},
