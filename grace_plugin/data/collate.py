@@ -1,8 +1,9 @@
 """Rows to batches, with labels on assistant turns only.
 
-A row is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have the
-tokens they have when served, whatever the chat template, no token id stands for a role, and no seam between a prompt and its
-answer can merge away. Nothing is truncated silently: a row longer than `max_length` is an error that says what would be cut.
+A row is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have
+the tokens they have when served, whatever the chat template, no token id stands for a role, and no seam between a prompt
+and its answer can merge away. Nothing is truncated silently: a row longer than `max_length` is an error that says what
+would be cut.
 
 Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is.
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grace_plugin.data.conversation import Row, read_row
-from grace_plugin.data.faults import RowFault
+from grace_plugin.data.faults import RowError
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
 from grace_plugin.data.segments import Segmenter
 
@@ -108,14 +109,22 @@ class ConversationCollator:
         """Refuse a row of more than `max_length` tokens.
 
         Raises:
-            RowFault: names the row and both lengths.
+            RowError: names the row and both lengths.
         """
         if self.max_length is not None and length > self.max_length:
-            raise RowFault(
+            raise RowError(
                 "too_long",
                 f"{name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
                 "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
             )
+
+    def segment_tokens(self, row: Row) -> list[tuple[int, bool]]:
+        """Tokens of each segment of a row and whether they are learned; an image's placeholder counts as it is written."""
+        pieces = self._pieces(0, row)
+        waiting = [piece for piece in pieces if not piece.ids]
+        if waiting:
+            self._tokenise(waiting, self.processor.tokenizer)
+        return [(len(piece.ids["input_ids"]), piece.learned) for piece in pieces]
 
     def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
         joined = [torch.cat(parts) for parts in rows]
@@ -130,7 +139,8 @@ class ConversationCollator:
             given["videos"] = [video.frames for video in videos]
             given["do_sample_frames"] = False
             given["video_metadata"] = [
-                {"fps": v.fps, "total_num_frames": max(v.indices) + 1, "frames_indices": list(v.indices)} for v in videos
+                {"fps": v.fps, "total_num_frames": max(v.indices) + 1, "frames_indices": list(v.indices)}
+                for v in videos
             ]
         return given
 

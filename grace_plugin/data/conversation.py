@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grace_plugin.data.faults import RowFault, raise_unreadable
+from grace_plugin.data.faults import RowError, raise_unreadable
 from grace_plugin.data.llava_format import from_llava, is_llava
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video, decode_image, decode_video
 
@@ -49,12 +49,13 @@ def row_name(row: Any, number: int | None = None) -> str:
 def _text_part(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     text = part.get("text")
     if not isinstance(text, str):
-        raise RowFault("malformed", f"{name}: a {role} turn holds a text part without text")
+        raise RowError("malformed", f"{name}: a {role} turn holds a text part without text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowFault(
-            "invalid_utf8", f"{name}: the text of a {role} turn is not valid UTF-8 at character {error.start}; mend the file"
+        raise RowError(
+            "invalid_utf8",
+            f"{name}: the text of a {role} turn is not valid UTF-8 at character {error.start}; mend the file",
         ) from error
     return {"type": "text", "text": text}
 
@@ -62,27 +63,29 @@ def _text_part(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
 def _parts(message: Any, name: str) -> list[dict[str, Any]]:
     """Content of a message as a list of parts."""
     if not isinstance(message, Mapping):
-        raise RowFault(
+        raise RowError(
             "malformed", f"{name}: a message is a {type(message).__name__}; give an object with role and content"
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowFault("unknown_role", f"{name}: role {role!r} is not one of {ROLES}")
+        raise RowError("unknown_role", f"{name}: role {role!r} is not one of {ROLES}")
     if content is None:
-        raise RowFault("empty_conversation", f"{name}: a {role} turn has no content; give text or a list of parts")
+        raise RowError("empty_conversation", f"{name}: a {role} turn has no content; give text or a list of parts")
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(given, (list, tuple)) or not all(isinstance(part, Mapping) for part in given):
-        raise RowFault("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
+        raise RowError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
     parts = []
     for part in given:
         if part.get("type") not in PARTS:
-            raise RowFault("malformed", f"{name}: a {role} turn holds a part of type {part.get('type')!r}; rows take {PARTS}")
+            raise RowError(
+                "malformed", f"{name}: a {role} turn holds a part of type {part.get('type')!r}; rows take {PARTS}"
+            )
         if part["type"] != "text" and role == "assistant":
-            raise RowFault("malformed", f"{name}: an assistant turn holds an {part['type']}; only text can be learned")
+            raise RowError("malformed", f"{name}: an assistant turn holds an {part['type']}; only text can be learned")
         parts.append(_text_part(part, role, name) if part["type"] == "text" else {"type": part["type"]})
     texts = ["x" if part["type"] != "text" else part["text"] for part in parts]
     if not "".join(texts).strip() if role == "assistant" else not "".join(texts):
-        raise RowFault("empty_conversation", f"{name}: a {role} turn is empty; give text, or drop the turn")
+        raise RowError("empty_conversation", f"{name}: a {role} turn is empty; give text, or drop the turn")
     return parts
 
 
@@ -91,14 +94,14 @@ def _check_order(messages: list[dict[str, Any]], name: str) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if roles[-1] != "assistant":
-        raise RowFault(
+        raise RowError(
             "roles_out_of_order",
             f"{name} ends with a {roles[-1]} turn; the last turn must be the assistant's to learn from it",
         )
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise RowFault(
+        raise RowError(
             "roles_out_of_order",
-            f"{name}: roles stand in the order {', '.join(roles)}; user and assistant take turns, after one system turn at most",
+            f"{name}: roles stand in the order {', '.join(roles)}; user and assistant take turns, after one system turn",
         )
 
 
@@ -108,11 +111,11 @@ def _attached(row: Mapping[str, Any], kind: str, messages: list[dict[str, Any]],
     if given is None and row.get(kind) is not None:
         given = [row[kind]]
     if given is not None and (isinstance(given, (str, bytes)) or not hasattr(given, "__iter__")):
-        raise RowFault("malformed", f"{name}: {kind}s is a {type(given).__name__}; give a list")
+        raise RowError("malformed", f"{name}: {kind}s is a {type(given).__name__}; give a list")
     attached = tuple(given) if given is not None else ()
     placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
     if placeholders != len(attached):
-        raise RowFault(
+        raise RowError(
             "placeholder_mismatch",
             f"{name} has {placeholders} {kind} placeholder(s) and {len(attached)} {kind}(s); "
             f'give one {{"type": "{kind}"}} part per {kind}, in order',
@@ -124,21 +127,22 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     """Normalise a row without opening its images.
 
     Raises:
-        RowFault (a ValueError): names the row, what is wrong with it and the way out.
+        RowError (a ValueError): names the row, what is wrong with it and the way out.
     """
     name = row_name(row, number)
     if not isinstance(row, Mapping):
-        raise RowFault("malformed", f"{name} is a {type(row).__name__}, not an object")
+        raise RowError("malformed", f"{name} is a {type(row).__name__}, not an object")
     raise_unreadable(row)
     if is_llava(row):
         row = from_llava(row, name)
     messages = row.get("messages")
     if messages is None or len(messages) == 0:
-        raise RowFault(
-            "empty_conversation", f"{name} has no messages; expected the messages format ({sorted(map(str, row))} found)"
+        raise RowError(
+            "empty_conversation",
+            f"{name} has no messages; expected the messages format ({sorted(map(str, row))} found)",
         )
     if isinstance(messages, (str, Mapping)):
-        raise RowFault("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
+        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     normal = []
     for message in messages:
         parts = _parts(message, name)
@@ -155,7 +159,7 @@ def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: i
         max_pixels: largest image in pixels, None for no limit; looked at before an image is decoded.
 
     Raises:
-        RowFault (a ValueError): as `check_row`, or an image that is missing, unreadable or too large, named with its path.
+        RowError (a ValueError): as `check_row`, or an image that is missing, unreadable or too large, named with its path.
     """
     checked = check_row(row, number)
     images = tuple(decode_image(image, checked.name, max_pixels) for image in checked.images)

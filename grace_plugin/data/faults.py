@@ -1,8 +1,8 @@
 """Why a row cannot be used: a reason to count by, and a sentence that names the row and the way out.
 
-Every check of the room raises `RowFault`. Its `reason` is one of `REASONS`, so that a report can count rows, and its text is what
-a person reads. A source that cannot even parse a row hands out `unreadable(...)` in its place: the row keeps its number, and
-`check_row` raises the fault when the row is looked at.
+Every check of the room raises `RowError`. Its `reason` is one of `REASONS`, so that a report can count rows, and its text
+is what a person reads. A source that cannot even parse a row hands out `unreadable(...)` in its place: the row keeps its
+number, and `check_row` raises the fault when the row is looked at.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["REASONS", "RowFault", "raise_unreadable", "unreadable"]
+__all__ = ["REASONS", "RowError", "raise_unreadable", "unreadable"]
 
 #: reason -> what it says
 REASONS: dict[str, str] = {
@@ -35,7 +35,7 @@ REASONS: dict[str, str] = {
 _FAULT = "__grace_fault__"
 
 
-class RowFault(ValueError):
+class RowError(ValueError):
     """A row that cannot be used.
 
     reason: a key of `REASONS`. The text names the row, what is wrong and the way out.
@@ -59,4 +59,4 @@ def unreadable(reason: str, message: str) -> dict[str, Any]:
 def raise_unreadable(row: Mapping[str, Any]) -> None:
     """Raise the fault that `unreadable` put into a row's place; a proper row passes."""
     if isinstance(row, Mapping) and _FAULT in row:
-        raise RowFault(*row[_FAULT])
+        raise RowError(*row[_FAULT])

@@ -3,10 +3,10 @@
     {"id": "7", "image": "a.jpg" | ["a.jpg", "b.jpg"], "video": "clip.mp4" | ["f0.png", "f1.png"],
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-`<image>` and `<video>` in a human turn stand for the k-th image and the k-th video where the row has that field at all; in an
-assistant's turn, or in a row without the field, they are text like any other. The line breaks around a placeholder belong to
-the format and are dropped: the model's own chat template sets its own. A `video` that is a list of strings is one video given
-as frames; a list of lists is several.
+`<image>` and `<video>` in a human turn stand for the k-th image and the k-th video where the row has that field at all;
+in an assistant's turn, or in a row without the field, they are text like any other. The line breaks around a placeholder
+belong to the format and are dropped: the model's own chat template sets its own. A `video` that is a list of strings is
+one video given as frames; a list of lists is several.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grace_plugin.data.faults import RowFault
+from grace_plugin.data.faults import RowError
 
 __all__ = ["from_llava", "is_llava"]
 
@@ -59,20 +59,20 @@ def from_llava(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The row in the messages format.
 
     Raises:
-        RowFault: turns that are no objects with `from` and `value`, or a `from` that is not known.
+        RowError: turns that are no objects with `from` and `value`, or a `from` that is not known.
     """
     turns = row["conversations"]
     if turns is None or isinstance(turns, (str, Mapping)) or not hasattr(turns, "__iter__"):
-        raise RowFault("malformed", f"{name}: conversations is a {type(turns).__name__}; give a list of turns")
+        raise RowError("malformed", f"{name}: conversations is a {type(turns).__name__}; give a list of turns")
     attached = {kind: _listed(row, kind) for kind in ("image", "video")}
     kinds = tuple(kind for kind, value in attached.items() if value is not None)
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-            raise RowFault("malformed", f"{name}: a turn of conversations is no object with from and a text value")
+            raise RowError("malformed", f"{name}: a turn of conversations is no object with from and a text value")
         role = ROLES.get(turn.get("from", ""))
         if role is None:
-            raise RowFault("unknown_role", f"{name}: from {turn.get('from')!r} is not one of {tuple(ROLES)}")
+            raise RowError("unknown_role", f"{name}: from {turn.get('from')!r} is not one of {tuple(ROLES)}")
         messages.append({"role": role, "content": _parts(turn["value"], kinds if role == "user" else ())})
     found = {f"{kind}s": value or [] for kind, value in attached.items()}
     return {"id": row.get("id"), "fps": row.get("fps"), "messages": messages, **found}

@@ -1,8 +1,8 @@
 """Image and video files to pixels: RGB, upright, bounded, and never half read.
 
-Sizes are looked at before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF is
-applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped; transparency is
-dropped). A truncated file is a fault, never a half-grey picture. An animated file gives its first frame.
+Sizes are looked at before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
+is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
+transparency is dropped). A truncated file is a fault, never a half-grey picture. An animated file gives its first frame.
 
 A video is a list of frames, or a file when a decoder is installed (PyAV, torchcodec, OpenCV or decord, in that order).
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from grace_plugin.data.faults import RowFault
+from grace_plugin.data.faults import RowError
 
 __all__ = ["DEFAULT_MAX_PIXELS", "Video", "decode_image", "decode_video", "image_size"]
 
@@ -50,9 +50,9 @@ def _opened(image: Any, name: str) -> Image.Image:
         image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise RowFault("missing_file", f"{name}: cannot read image {str(image)!r}: no such file")
+            raise RowError("missing_file", f"{name}: cannot read image {str(image)!r}: no such file")
     elif not isinstance(image, io.BytesIO):
-        raise RowFault("malformed", f"{name}: an image is a {type(image).__name__}; give a path or a PIL image")
+        raise RowError("malformed", f"{name}: an image is a {type(image).__name__}; give a path or a PIL image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit says so, in numbers
         return Image.open(image)
@@ -66,26 +66,28 @@ def _shown(image: Any) -> str:
 
 def _check_pixels(width: int, height: int, image: Any, name: str, max_pixels: int | None) -> None:
     if max_pixels is not None and width * height > max_pixels:
-        raise RowFault(
+        raise RowError(
             "image_too_large",
             f"{name}: image {_shown(image)} has {width} x {height} = {width * height:,} pixels and the limit is "
             f"{max_pixels:,}; scale it down, or raise max_pixels",
         )
 
 
-def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> RowFault:
-    if isinstance(error, RowFault):
+def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> RowError:
+    if isinstance(error, RowError):
         return error
     if isinstance(error, Image.DecompressionBombError):
-        return RowFault("image_too_large", f"{name}: image {_shown(image)} is above the limit of {max_pixels} pixels: {error}")
-    return RowFault("unreadable_image", f"{name}: cannot read image {_shown(image)}: {error}")
+        return RowError(
+            "image_too_large", f"{name}: image {_shown(image)} is above the limit of {max_pixels} pixels: {error}"
+        )
+    return RowError("unreadable_image", f"{name}: cannot read image {_shown(image)}: {error}")
 
 
 def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of an image as `decode_image` will return it, from its header alone.
 
     Raises:
-        RowFault: missing, not an image, or above the limit.
+        RowError: missing, not an image, or above the limit.
     """
     try:
         opened = _opened(image, name)
@@ -103,7 +105,7 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
     """An image as upright 8-bit RGB; `image` is a path, a PIL image or {"bytes", "path"}.
 
     Raises:
-        RowFault: missing, unreadable, truncated, or above the limit; names the row and the file.
+        RowError: missing, unreadable, truncated, or above the limit; names the row and the file.
     """
     try:
         opened = _opened(image, name)
@@ -131,30 +133,32 @@ def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
     """A video as frames of one size.
 
     Args:
-        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], or a file, sampled at `fps`.
+        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], a `Video`, or a file, sampled at `fps`.
         fps: frames a second; of the frames given, or wanted from a file.
 
     Raises:
-        RowFault: no frames, frames of different size, a file that cannot be decoded, or no decoder installed.
+        RowError: no frames, frames of different size, a file that cannot be decoded, or no decoder installed.
     """
+    if isinstance(video, Video):
+        return video
     if isinstance(video, (str, Path)):
         return _video_file(Path(video), name, fps)
     frames = list(video)
     if not frames:
-        raise RowFault("unreadable_video", f"{name}: a video has no frames")
+        raise RowError("unreadable_video", f"{name}: a video has no frames")
     pixels = [f if isinstance(f, np.ndarray) else np.asarray(decode_image(f, name, max_pixels)) for f in frames]
     shapes = {frame.shape for frame in pixels}
     if len(shapes) > 1:
-        raise RowFault("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
+        raise RowError("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
     return Video(np.stack(pixels).astype(np.uint8, copy=False), fps, tuple(range(len(pixels))))
 
 
 def _video_file(path: Path, name: str, fps: float) -> Video:
     if not path.is_file():
-        raise RowFault("missing_file", f"{name}: cannot read video {str(path)!r}: no such file")
+        raise RowError("missing_file", f"{name}: cannot read video {str(path)!r}: no such file")
     backend = next((b for module, b in _DECODERS.items() if importlib.util.find_spec(module)), None)
     if backend is None:
-        raise RowFault(
+        raise RowError(
             "unreadable_video",
             f"{name}: video {str(path)!r} needs a decoder and none is installed; `pip install av`, or give a list of frames",
         )
@@ -163,6 +167,6 @@ def _video_file(path: Path, name: str, fps: float) -> Video:
     try:
         frames, metadata = load_video(str(path), fps=fps, backend=backend)
     except Exception as error:  # decoders raise their own kinds
-        raise RowFault("unreadable_video", f"{name}: cannot read video {str(path)!r}: {error}") from error
+        raise RowError("unreadable_video", f"{name}: cannot read video {str(path)!r}: {error}") from error
     indices = tuple(int(i) for i in metadata.frames_indices)
     return Video(np.asarray(frames), float(metadata.fps or fps), indices)

@@ -1,12 +1,13 @@
 """A conversation as rendered text, cut where learning starts and ends.
 
-Where the chat template carries `{% generation %}` marks, they say what is learned. Where it does not, turns are rendered apart:
-the text up to an assistant turn ends exactly where generation would start, and the rest of the turn is learned, end-of-turn
-mark included (a line break behind it is not generated, so not learned). No token id stands for a role either way.
+Where the chat template carries `{% generation %}` marks, they say what is learned. Where it does not, turns are rendered
+apart: the text up to an assistant turn ends exactly where generation would start, and the rest of the turn is learned,
+end-of-turn mark included (a line break behind it is not generated, so not learned). No token id stands for a role either
+way.
 
 What a row says is text, also when it spells a special token: before rendering, every such string in the row's own text is
-replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be tokenised
-without special tokens. The end-of-turn mark that the template writes stays what it is.
+replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
+tokenised without special tokens. The end-of-turn mark that the template writes stays what it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from grace_plugin.data.conversation import Row
-from grace_plugin.data.faults import RowFault
+from grace_plugin.data.faults import RowError
 
 __all__ = ["Segment", "Segmenter"]
 
@@ -95,7 +96,7 @@ class Segmenter:
         """The row in segments; their texts joined are the rendered conversation.
 
         Raises:
-            RowFault: the template cannot render the row, rewrites earlier turns, drops images, or leaves nothing to learn.
+            RowError: the template cannot render the row, rewrites earlier turns, drops images, or leaves nothing to learn.
         """
         literals: list[str] = []
         messages = [
@@ -103,10 +104,10 @@ class Segmenter:
         ]  # fmt: skip
         try:
             cut = self._marked(messages) if self.marks and self.has_marks else self._apart(messages, row.name)
-        except RowFault:
+        except RowError:
             raise
         except Exception as error:  # jinja's errors, and what a template raises itself
-            raise RowFault("template", f"{row.name}: the chat template cannot render it: {error}") from error
+            raise RowError("template", f"{row.name}: the chat template cannot render it: {error}") from error
         self._check(cut, row)
         return [piece for text, learned in cut for piece in _split(text, learned, literals)]
 
@@ -143,7 +144,7 @@ class Segmenter:
             prompt = self._render(messages[:end], prompt=True)
             full = self._render(messages[: end + 1])
             if not (prompt.startswith(done) and full.startswith(prompt)):
-                raise RowFault(
+                raise RowError(
                     "template",
                     f"{name}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt",
                 )
@@ -156,13 +157,13 @@ class Segmenter:
         for kind, given in (("image", row.images), ("video", row.videos)):
             written = self.count("".join(text for text, _ in cut), kind) if given else 0
             if written != len(given):
-                raise RowFault(
+                raise RowError(
                     "template" if self.placeholders[kind] else "video_unsupported",
                     f"{row.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
                     f"this model's template takes no {kind}s there",
                 )
         if not any(learned and text.strip() for text, learned in cut):
-            raise RowFault("no_supervised_tokens", f"{row.name}: the chat template marks nothing of it as learned")
+            raise RowError("no_supervised_tokens", f"{row.name}: the chat template marks nothing of it as learned")
 
     def count(self, text: str, kind: str) -> int:
         """Placeholders of a kind in rendered text (a row's own spelling of one is hidden or cut apart by then)."""
