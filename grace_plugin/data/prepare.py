@@ -125,7 +125,7 @@ def _passes(kept: np.ndarray, weight: float, seed: int) -> np.ndarray:
 
 def prepare(
     rows: Sequence[Any], collator: ConversationCollator, *, folder: Path | None = None, max_bad_rows: float = 0.05,
-    workers: int = 0, decode: bool = True, cache: Path | None = None, write: bool = True,
+    workers: int = 0, decode: bool = True, cache: Path | None = None, write: bool = True, allow_empty: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:  # fmt: skip
     """Look at every row, report, and keep those that can be used.
@@ -137,6 +137,7 @@ def prepare(
         workers, decode, progress: as for `scan`.
         cache: folder of indexes, by default the user's cache; only rows with a fingerprint are indexed.
         write: whether this process writes; one of several should.
+        allow_empty: give back a dataset of which nothing can be used, instead of refusing it.
 
     Raises:
         BadRowsError (a ValueError): names counts, the first rows and the files.
@@ -180,7 +181,7 @@ def prepare(
     ]
     if folder is not None and write:
         _write(folder, report, rejected)
-    if len(rejected) > max_bad_rows * len(rows) or not len(taken):
+    if len(rejected) > max_bad_rows * len(rows) or not (len(taken) or allow_empty):
         raise BadRowsError(_refusal(report, rejected, max_bad_rows, folder))
     return Prepared(rows, taken, np.array([entries[n].tokens for n in taken], dtype=np.int64), report, entries)
 
