@@ -58,7 +58,7 @@ class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
     ) -> None:
         # float16 cannot hold a gradient already divided by the window's tokens; bfloat16 and float32 can.
         self.product_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype

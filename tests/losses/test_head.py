@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from grace_plugin.losses import HeadOutput, confidence_gate, decoupled_kd, distillation_head, teacher_gates
 from tests.reference import distill as oracle
+from tests.reference.footprint import Footprint
 
 NAMES = ["hidden_s", "weight_s", "bias_s", "hidden_t", "weight_t", "bias_t"]
 
@@ -243,6 +244,10 @@ def test_a_frozen_trunk_still_trains_the_head():
     run(again, targets).loss.backward()
     assert sides["hidden_s"].grad is None
     torch.testing.assert_close(sides["weight_s"].grad, again["weight_s"].grad)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        run(sides, targets)
+    assert saved == [(11, 5), (11,)]
 
 
 def test_nothing_of_tokens_times_vocabulary_outlives_a_chunk():
@@ -254,6 +259,68 @@ def test_nothing_of_tokens_times_vocabulary_outlives_a_chunk():
     assert sorted(saved) == sorted(sides[name].numel() for name in NAMES[:3])
     assert max(saved) < 60 * 40
     assert out.loss.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
+    """60 positions, 40 ids: the largest tensor of the whole pass is the chunk's logits, or an input."""
+    sides, targets = draw(n=60, v=40)
+    with Footprint() as gates:
+        teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=40, chunk=chunk)
+    assert gates.largest == max(chunk * 40, 40 * 6)
+    with Footprint() as head:
+        run(sides, targets, v=40, chunk=chunk).loss.backward()
+    assert head.largest == max(chunk * 40, *(sides[name].numel() for name in NAMES))
+
+
+def test_a_chunk_is_1024_positions_unless_asked_otherwise():
+    hidden, weight = torch.randn(1100, 2), torch.randn(3, 2)
+    targets = torch.zeros(1100, dtype=torch.int64)
+    with Footprint() as gates:
+        gate, _ = teacher_gates(hidden, weight, None, vocabulary=3)
+    assert gates.largest == 1024 * 3
+    with Footprint() as head:
+        distillation_head(hidden, weight, None, hidden, weight, None, targets, gate, vocabulary=3, ce_scale=1.0)
+    assert head.largest == 1024 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_matrix_product_runs_in_the_dtype_of_the_hidden_states(dtype):
+    sides, targets = draw(dtype=dtype)
+    with Footprint() as seen:
+        run(sides, targets).loss.backward()
+    assert seen.products == {dtype}
+
+
+def test_distillation_is_off_until_it_is_given_a_weight():
+    sides, targets = draw()
+    gate = torch.ones(7, dtype=torch.float64)
+    out = distillation_head(*(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_scale=2.0)
+    torch.testing.assert_close(out.loss, 2.0 * out.ce_sum)
+    assert out.gated_dkd_sum.item() > 0
+
+
+@pytest.mark.parametrize("double", ["s", "t"])
+def test_a_float64_side_decides_the_precision(double):
+    sides, targets = draw(dtype=torch.float32)
+    raised = {k: v.detach().double() if k.endswith(f"_{double}") else v.detach() for k, v in sides.items()}
+    out = run(raised, targets, ce_scale=torch.tensor(0.3), kd_scale=0.7)
+    parts = [out.loss, out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum, out.gate_sum]
+    assert {part.dtype for part in parts} == {torch.float64}
+    everything = {k: v.detach().double() for k, v in sides.items()}
+    want = run(everything, targets, ce_scale=torch.tensor(0.3, dtype=torch.float32), kd_scale=0.7)
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0)
+
+
+def test_a_bfloat16_teacher_has_float32_gates():
+    sides, _ = draw(dtype=torch.bfloat16)
+    gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)
+    logits = torch.nn.functional.linear(sides["hidden_t"], sides["weight_t"], sides["bias_t"])[:, :9]
+    want, _ = confidence_gate(logits.float())
+    assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(gate, want, rtol=0, atol=5e-3)
+    assert len(set(gate.tolist())) == 7
+    assert not torch.equal(gate, gate.bfloat16().float())
 
 
 def test_without_gradients_no_graph_is_built_and_the_value_is_the_same():
@@ -337,6 +404,11 @@ def test_float16_gradients_of_a_long_window_do_not_underflow():
     error = (sides["weight_s"].grad.double() - exact["weight_s"].grad).abs().max()
     assert exact["weight_s"].grad.abs().max() > 5e-6
     assert error < 1e-7
+    sides["hidden_s"].grad = exact["hidden_s"].grad = None
+    (4096 * run(sides, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
+    (4096 * run(exact, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
+    error = (sides["hidden_s"].grad.double() - exact["hidden_s"].grad).norm()
+    assert error < 2e-3 * exact["hidden_s"].grad.norm()
 
 
 def test_a_weight_of_another_dtype_is_multiplied_in_the_dtype_of_the_hidden_state():
@@ -358,9 +430,12 @@ def test_weight_gradients_of_many_chunks_are_added_in_float32():
     n = 256
     hidden = torch.ones(n, 4, dtype=torch.bfloat16)
     weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
-    out = distillation_head(hidden, weight, None, None, None, None, targets, None, vocabulary=8, ce_scale=1.0, chunk=1)
+    out = distillation_head(hidden, weight, bias, None, None, None, targets, None, vocabulary=8, ce_scale=1.0, chunk=1)
     out.loss.backward()
+    assert (weight.grad.dtype, bias.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert bias.grad.tolist() == pytest.approx([-n * 7 / 8, *[n / 8] * 7], rel=4e-3)
     assert weight.grad[0, 0].item() == pytest.approx(-n * 7 / 8, rel=4e-3)
     assert weight.grad[1, 0].item() == pytest.approx(n / 8, rel=4e-3)
 
@@ -426,6 +501,7 @@ def head_of(sides, **changed):
         ({"vocabulary": 0}, "does not hold a common vocabulary of 0 ids"),
         ({"weight_t": torch.zeros(8, 6)}, "teacher: a head of 8 rows does not hold a common vocabulary of 9 ids"),
         ({"bias_s": torch.zeros(8)}, "student: a head of 11 rows does not hold"),
+        ({"bias_t": torch.zeros(8)}, "teacher: a head of 12 rows does not hold"),
         ({"targets": torch.zeros(6, dtype=torch.int64)}, "6 targets for 7 student positions"),
         ({"hidden_t": torch.zeros(6, 6)}, "6 teacher hidden states for 7 student positions"),
         ({"gate": torch.ones(8)}, "8 gates for 7 student positions"),
@@ -452,5 +528,7 @@ def test_impossible_settings_are_refused():
         run(sides, targets, temperature=0.0)
     with pytest.raises(ValueError, match="teacher: a head of 12 rows"):
         teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=13)
+    with pytest.raises(ValueError, match="teacher: a head of 12 rows"):
+        teacher_gates(sides["hidden_t"], sides["weight_t"], torch.zeros(8), vocabulary=9)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=0)
