@@ -44,7 +44,10 @@ def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, f
         part = getattr(processor, name, None)
         parts.append(part.to_dict() if part is not None else None)
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    parts.append(backend.to_str() if backend is not None else sorted(processor.tokenizer.get_vocab().items()))
+    if backend is not None:  # padding and truncation are settings of the last call, not of the tokenizer
+        parts.append({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")})
+    else:
+        parts.append(sorted(processor.tokenizer.get_vocab().items()))
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return (folder or cache_folder()) / f"{key}.jsonl"
 
