@@ -31,7 +31,7 @@ unit: $(TRAIN_BUILT)
 	$(TRAIN)/bin/python -m pytest tests -q --cov=grace_plugin --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 integration: env unit
-	$(TRAIN)/bin/python -m pytest integration -q --serve-python $(SERVE)/bin/python
+	GRACE_SERVE_PYTHON=$(SERVE)/bin/python $(TRAIN)/bin/python -m pytest integration -q
 
 lint: $(TRAIN_BUILT)
 	$(TRAIN)/bin/ruff check .

@@ -30,11 +30,13 @@ class Head(NamedTuple):
 
 
 def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> Head:
+    """The first ``vocabulary`` rows of a head [rows, d], in the dtype of ``hidden``."""
     bias = None if bias is None else bias[:vocabulary].to(hidden.dtype)
     return Head(weight[:vocabulary].to(hidden.dtype), bias)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, chunk: int) -> None:
+    """ValueError, naming ``side``, for a head that fits neither its hidden states nor the common vocabulary."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, got {chunk}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -50,6 +52,7 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, v
 
 
 def check_rows(name: str, given: Tensor, hidden_s: Tensor) -> None:
+    """ValueError when ``given`` has not one row per student position."""
     if given.shape[0] != hidden_s.shape[0]:
         raise ValueError(f"{given.shape[0]} {name} for {hidden_s.shape[0]} student positions; give one per position")
 
