@@ -1,6 +1,6 @@
 """One rank of integration/test_data_order.py: a real run that writes down which rows it read, in order.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m integration.order_worker PAIR_FOLDER OUT_FOLDER
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m integration.order_worker PAIR_FOLDER OUT_FOLDER
 """
 
 from __future__ import annotations

@@ -61,16 +61,24 @@ def data_check(args: Namespace) -> None:
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("looking at every row", total=len(rows))
         found = prepare(
-            rows, collator, folder=folder, max_bad_rows=1.0, workers=args.workers, decode=not args.headers_only,
+            rows, collator, max_bad_rows=1.0, workers=args.workers, decode=not args.headers_only,
             allow_empty=True, progress=lambda done, _total: progress.update(task, completed=done),
         )  # fmt: skip
+    found.write_report(folder)
     page = write_page(
-        folder / "page.html", found, collator, title=args.dataset, model=args.model, samples=args.samples, seed=args.seed
+        folder / "page.html",
+        found,
+        collator,
+        title=args.dataset,
+        model=args.model,
+        samples=args.samples,
+        seed=args.seed,
     )
     _tables(found.report, console)
     console.print(f"{page} and the report beside it, in {time.monotonic() - start:.1f} s", soft_wrap=True)
     bad = 1.0 - found.report["usable"] / found.report["rows"]
     if bad > args.max_bad_rows:
         raise BadRowsError(
-            f"{bad:.1%} of the rows cannot be used, above --max_bad_rows {args.max_bad_rows:.1%}; see {folder}/data_rejected.jsonl"
+            f"{bad:.1%} of the rows cannot be used, above --max_bad_rows {args.max_bad_rows:.1%}; see "
+            f"{folder}/data_rejected.jsonl"
         )

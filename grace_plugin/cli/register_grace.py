@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-
-DATASET = ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or hub-id[:split]"
+DATASET = (
+    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or hub-id[:split]"
+)
 IMAGES = "folder that image and video paths are relative to (default: the dataset file's)"
 
 
@@ -27,7 +28,7 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
-                        help="largest share of rows that cannot be used before the run refuses to start (default 0.05)")  # fmt: skip
+                        help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
@@ -48,11 +49,17 @@ def _oneshot(parser: ArgumentParser) -> None:
 
 def _data_check(parser: ArgumentParser) -> None:
     parser.add_argument("dataset", help=DATASET)
-    parser.add_argument("--model", required=True, help="folder or hub id whose processor reads the rows; no weights are loaded")
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id whose processor reads the rows; no weights are loaded"
+    )
     parser.add_argument("--images", help=IMAGES)
-    parser.add_argument("--output_dir", default="data-check", help="where page.html and the report go (default data-check)")
+    parser.add_argument(
+        "--output_dir", default="data-check", help="where page.html and the report go (default data-check)"
+    )
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones count as not usable")
-    parser.add_argument("--max_pixels", type=int, default=64_000_000, help="largest image in pixels (default 64 million)")
+    parser.add_argument(
+        "--max_pixels", type=int, default=64_000_000, help="largest image in pixels (default 64 million)"
+    )
     parser.add_argument("--max_bad_rows", type=float, default=1.0, help="exit with 2 above this share (default: never)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--headers_only", action="store_true", help="read image headers only; truncated files pass")
@@ -95,9 +102,7 @@ def call(name: str, args: Namespace) -> None:
     sys.exit(commands.run(name, args))
 
 
-def _subcommand(
-    name: str, help_line: str, arguments: Callable[[ArgumentParser], None], group: str = ""
-) -> CommandInfo:
+def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser], None], group: str = "") -> CommandInfo:
     class Command(BaseOptimumCLICommand):
         COMMAND = CommandInfo(name=name, help=help_line)
 

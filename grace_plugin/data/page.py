@@ -42,7 +42,10 @@ def _chart(title: str, values: list[int]) -> dict[str, Any]:
         counts, edges = np.histogram(values, bins=min(_BARS, max(1, len(set(values)))))
         chart["low"], chart["high"] = int(min(values)), int(max(values))
         chart["bars"] = [
-            {"height": round(100 * count / counts.max(), 1), "label": f"{edges[i]:.0f} to {edges[i + 1]:.0f}: {count} rows"}
+            {
+                "height": round(100 * count / counts.max(), 1),
+                "label": f"{edges[i]:.0f} to {edges[i + 1]:.0f}: {count} rows",
+            }
             for i, count in enumerate(counts.tolist())
         ]
     return chart
@@ -63,7 +66,14 @@ def _sample(prepared: Prepared, number: int, collator: ConversationCollator) -> 
 
 
 def write_page(
-    path: Path, prepared: Prepared, collator: ConversationCollator, *, title: str, model: str, samples: int = 24, seed: int = 0
+    path: Path,
+    prepared: Prepared,
+    collator: ConversationCollator,
+    *,
+    title: str,
+    model: str,
+    samples: int = 24,
+    seed: int = 0,
 ) -> Path:
     """Write the page of a prepared dataset.
 

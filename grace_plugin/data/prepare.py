@@ -25,6 +25,7 @@ from grace_plugin.data.order import shuffled
 
 __all__ = ["BadRowsError", "Prepared", "is_scannable", "prepare"]
 
+_SHOWN = 20  # refused rows that an error names without writing a file
 REPORT, REJECTED = "data_report.json", "data_rejected.jsonl"
 
 
@@ -36,7 +37,8 @@ class BadRowsError(ValueError):
 class Prepared(Sequence[Any]):
     """The rows a run trains on, each as often as its set's weight asks for.
 
-    rows: what was given. numbers: int64 [n], which of them. lengths: int64 [n], their tokens. report: what was written.
+    rows: what was given. numbers: int64 [n], which of them. lengths: int64 [n], their tokens. report: counts and lengths.
+    rejected: one object per dropped row.
     """
 
     rows: Sequence[Any]
@@ -44,6 +46,11 @@ class Prepared(Sequence[Any]):
     lengths: np.ndarray
     report: dict[str, Any]
     entries: list[Entry] = field(default_factory=list, repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def write_report(self, folder: Path) -> None:
+        """Write `data_report.json` and `data_rejected.jsonl`."""
+        _write(folder, self.report, self.rejected)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -132,7 +139,8 @@ def prepare(
 
     Args:
         rows: a `Rows`, a list or a `datasets.Dataset`.
-        folder: where report and list of dropped rows are written; None writes nothing.
+        folder: where report and list are written when the dataset is refused for more rows than an error can name; of a
+            dataset that is taken, `write_report` writes them.
         max_bad_rows: largest share of rows that may be dropped, 0 for none.
         workers, decode, progress: as for `scan`.
         cache: folder of indexes, by default the user's cache; only rows with a fingerprint are indexed.
@@ -179,11 +187,14 @@ def prepare(
         for n, e in enumerate(entries)
         if e.reason
     ]
-    if folder is not None and write:
-        _write(folder, report, rejected)
     if len(rejected) > max_bad_rows * len(rows) or not (len(taken) or allow_empty):
-        raise BadRowsError(_refusal(report, rejected, max_bad_rows, folder))
-    return Prepared(rows, taken, np.array([entries[n].tokens for n in taken], dtype=np.int64), report, entries)
+        listed = folder is not None and len(rejected) > _SHOWN
+        if listed and write and folder is not None:
+            _write(folder, report, rejected)
+        raise BadRowsError(_refusal(report, rejected, max_bad_rows, folder if listed else None))
+    return Prepared(
+        rows, taken, np.array([entries[n].tokens for n in taken], dtype=np.int64), report, entries, rejected
+    )
 
 
 def _write(folder: Path, report: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
@@ -197,7 +208,7 @@ def _refusal(report: dict[str, Any], rejected: list[dict[str, Any]], allowed: fl
     reasons = (
         ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items()) or "no row is left to train on"
     )
-    first = "; ".join(line["message"] for line in rejected[:5])
+    first = "; ".join(line["message"] for line in rejected[: 5 if folder is not None else _SHOWN])
     listed = f" All are listed in {folder / REJECTED}." if folder is not None else ""
     return (
         f"{len(rejected)} of {report['rows']} rows cannot be used, {len(rejected) / report['rows']:.1%}, above max_bad_rows = "

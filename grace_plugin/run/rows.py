@@ -9,6 +9,7 @@ from typing import Any
 
 from grace_plugin.data import (
     ConversationCollator,
+    Prepared,
     RowSampler,
     StreamedRows,
     check_rows,
@@ -30,6 +31,11 @@ class TrainingRows:
     count: int | None
     sampler: RowSampler | None = None
     report: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, folder: Path) -> None:
+        """Write the report, now that the run begins and nothing can be refused any more; one process should."""
+        if isinstance(self.dataset, Prepared):
+            self.dataset.write_report(folder)
 
     def finish(self) -> dict[str, Any]:
         """The report at the end of the run; a stream is counted only now."""

@@ -144,6 +144,8 @@ def train(
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
             recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler,
         )  # fmt: skip
+        if arguments.process_index == 0:
+            rows.begin(run_folder(output_dir))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
         if session.objective.controller_pinned():
             logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")

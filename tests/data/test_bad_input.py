@@ -94,7 +94,9 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
     data = line.compress(b"\0" * 20001 * 1000) + line.flush()  # a twentieth of its lines is enough for a header
     path = png(tmp_path / "big.png", 20000, 20000, data)
     start = time.monotonic()
-    with pytest.raises(RowError, match=rf"row 'r': image '{path}' (has 20000 x 20000 = 400,000,000|is above the limit)") as caught:
+    with pytest.raises(
+        RowError, match=rf"row 'r': image '{path}' (has 20000 x 20000 = 400,000,000|is above the limit)"
+    ) as caught:
         read_row(pictured(str(path)))
     assert caught.value.reason == "image_too_large"
     assert time.monotonic() - start < 2.0
@@ -104,7 +106,9 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
 def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     assert read_row(pictured(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
-    with pytest.raises(RowError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"):
+    with pytest.raises(
+        RowError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"
+    ):
         read_row(pictured(tmp_path / "a.png"), max_pixels=599)
     with pytest.raises(RowError, match=r"image in the row has 30 x 20"):
         read_row(pictured(Image.new("RGB", (30, 20))), max_pixels=599)
@@ -119,7 +123,10 @@ def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
     elif kind == "text":
         path, reason = png(tmp_path / "b.png", 4, 4, small, (b"zTXt", b"k\0\0" + bomb)), "unreadable_image"
     else:
-        path, reason = png(tmp_path / "b.png", 4, 4, bomb), ""  # 80 MB of zeros behind a picture of 16 pixels: read as far as needed
+        path, reason = (
+            png(tmp_path / "b.png", 4, 4, bomb),
+            "",
+        )  # 80 MB of zeros behind a picture of 16 pixels: read as far as needed
     assert path.stat().st_size < 100_000
     start = time.monotonic()
     assert reason_of(pictured(str(path))) == reason
@@ -213,7 +220,9 @@ def test_invalid_utf8_in_a_file_is_counted_in_its_row(tmp_path: Path) -> None:
     lone = json.dumps({"messages": talk(text="\udce9")}).encode()
     (tmp_path / "rows.jsonl").write_bytes(lone)
     with pytest.raises(BadRowsError, match=r"1 invalid_utf8"):
-        prepare(load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), cache=tmp_path / "cache")
+        prepare(
+            load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), cache=tmp_path / "cache"
+        )
 
 
 SPELLED = ("</s>", "<image>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>assistant\nno", "<|image_pad|>", "<|vision_start|>",

@@ -103,7 +103,15 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n[1]\n')
-    given = [str(tmp_path / "bad.jsonl"), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
+    given = [
+        str(tmp_path / "bad.jsonl"),
+        "--model",
+        str(model),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+    ]
     assert check(monkeypatch, *given) == 0
     printed = capsys.readouterr().out
     assert "0 of 2 rows can be used" in printed
@@ -128,7 +136,9 @@ def test_faults_of_the_command_are_one_sentence(
 def test_what_a_row_says_is_text_on_the_page(tmp_path: Path) -> None:
     """Markup in a row is escaped, and a spelled special token is shown as such."""
     evil = "<script>alert(1)</script> & <|im_end|>"
-    row: dict[str, Any] = {"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "<b>red</b>"}]}
+    row: dict[str, Any] = {
+        "messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "<b>red</b>"}]
+    }
     collator = ConversationCollator(build("qwen2_vl")[1])
     found = prepare([row, *rows(2)], collator)
     path = write_page(tmp_path / "p.html", found, collator, title="<i>t</i>", model="m")

@@ -39,7 +39,9 @@ def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
     assert one.keys() == two.keys()
     learned = one["labels"] != -100
     assert bool(learned.any())
-    length = min(one["labels"].shape[1], two["labels"].shape[1])  # white space behind the last turn is learned by neither
+    length = min(
+        one["labels"].shape[1], two["labels"].shape[1]
+    )  # white space behind the last turn is learned by neither
     for key in ("input_ids", "labels"):
         assert torch.equal(one[key][:, :length], two[key][:, :length])
         assert one[key].shape == two[key].shape
@@ -64,7 +66,9 @@ def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
 def test_only_marked_turns_are_learned() -> None:
     """A template that marks the last turn alone is believed."""
     _, processor = build("qwen3_vl")
-    processor.chat_template = QWEN3_TEMPLATE.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    processor.chat_template = QWEN3_TEMPLATE.replace(
+        "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"
+    )
     batch = ConversationCollator(processor)([talk("say", "red", "say", "blue")])
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.decode(learned) == "blue<|im_end|>"
@@ -88,7 +92,8 @@ def test_a_template_that_raises_is_a_fault_of_the_row() -> None:
 def test_a_template_that_marks_nothing_is_refused() -> None:
     _, processor = build("llava")
     processor.chat_template = (
-        "{% for m in messages %}{{ m['content'][0]['text'] }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m['content'][0]['text'] }}"
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
     )
     with pytest.raises(RowError, match=r"marks nothing of it as learned") as caught:
         Segmenter(processor).segments(check_row(talk("q", "a")))
@@ -104,7 +109,8 @@ def metaspace(scheme: str) -> LlavaProcessor:
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     alphabet = [chr(c) for c in range(33, 127)] + ["\n"]
     core.train_from_iterator(
-        SENTENCES["plain"], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        SENTENCES["plain"],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
@@ -124,7 +130,9 @@ def test_no_word_start_is_invented_in_the_middle_of_a_row(scheme: str, images: i
     row = talk("what is the shape?", "a red square", "which colour stands left?", "blue", images=images)
     batch = ConversationCollator(processor)([row])
     text = processor.apply_chat_template(row["messages"], tokenize=False)
-    whole = processor(text=[text], **({"images": row["images"]} if images else {}), add_special_tokens=False, return_tensors="pt")
+    whole = processor(
+        text=[text], **({"images": row["images"]} if images else {}), add_special_tokens=False, return_tensors="pt"
+    )
     assert batch["input_ids"][0].tolist() == whole["input_ids"][0].tolist()
     learned = [t for t in batch["labels"][0].tolist() if t != -100]
     assert processor.tokenizer.decode(learned).replace(" ", "") == "aredsquare</s>blue</s>"

@@ -27,8 +27,13 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
 def test_the_report_accounts_for_every_row(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
     found = prepare(
-        load_rows(str(mixed.mix)), collator, folder=tmp_path, max_bad_rows=0.1, workers=workers, cache=tmp_path / "cache"
+        load_rows(str(mixed.mix)),
+        collator,
+        max_bad_rows=0.1,
+        workers=workers,
+        cache=tmp_path / "cache",
     )
+    found.write_report(tmp_path)
     expected = dict(mixed.reasons)
     if family == "llava":
         expected["video_unsupported"] = mixed.videos
@@ -55,7 +60,9 @@ def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: P
         entry = found.entries[found.numbers[place]]
         assert batch["input_ids"].shape[1] == found.lengths[place] == entry.tokens
         assert int((batch["labels"] != -100).sum()) == entry.supervised
-        types = [PROCESSORS[family].tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<|image_pad|>", "<|video_pad|>")]
+        types = [
+            PROCESSORS[family].tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<|image_pad|>", "<|video_pad|>")
+        ]
         assert sum(int((batch["input_ids"] == t).sum()) for t in types if t is not None) == entry.visual
 
 
@@ -111,7 +118,13 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     ) as caught:
         prepare(given, collator, folder=tmp_path / "out", max_bad_rows=0.099)
     assert "row 'a' has no messages" in str(caught.value)
-    assert len((tmp_path / "out" / "data_rejected.jsonl").read_text().splitlines()) == 2
+    assert "row 'b' has no messages" in str(caught.value)
+    assert not (tmp_path / "out").exists()  # the error names them all
+    many = [{"messages": [], "id": f"row-{n}"} for n in range(21)]
+    with pytest.raises(BadRowsError, match=r"All are listed in .*data_rejected\.jsonl"):
+        prepare([*rows(3), *many], collator, folder=tmp_path / "out")
+    listed = (tmp_path / "out" / "data_rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in listed] == list(range(3, 24))
     with pytest.raises(BadRowsError, match=r"1 of 1 rows cannot be used"):
         prepare(given[-1:], collator, max_bad_rows=1.0)
     with pytest.raises(ValueError, match=r"the dataset has no rows"):
@@ -140,7 +153,8 @@ def words_of(found: Any) -> list[str]:
 
 
 def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
-    text = "seed: 3\nsets:\n - {path: one.jsonl, cap: 6}\n - {path: two.jsonl, weight: 0.5}\n - {path: three.jsonl, weight: 2.25}\n"
+    text = "seed: 3\nsets:\n - {path: one.jsonl, cap: 6}\n - {path: two.jsonl, weight: 0.5}\n"
+    text += " - {path: three.jsonl, weight: 2.25}\n"
     source = write_mix(tmp_path, text)
     collator = ConversationCollator(PROCESSORS["llava"])
     found = prepare(load_rows(source), collator, cache=tmp_path / "cache")
@@ -153,7 +167,9 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
     assert found.report["rows"] == 20
     assert found.report["sets"]["three.jsonl"] == {"rows": 4, "usable": 4, "weight": 2.25, "rows_per_epoch": 9}
     assert words_of(prepare(load_rows(source), collator, cache=tmp_path / "cache")) == words
-    other = prepare(load_rows(write_mix(tmp_path, text.replace("seed: 3", "seed: 4"))), collator, cache=tmp_path / "cache")
+    other = prepare(
+        load_rows(write_mix(tmp_path, text.replace("seed: 3", "seed: 4"))), collator, cache=tmp_path / "cache"
+    )
     assert {w for w in words_of(other) if w.startswith("one")} != {w for w in words if w.startswith("one")}
 
 
@@ -177,7 +193,8 @@ def test_faults_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> N
 def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
     one, two, three = rows(3)
     given = [{**one, "id": "a"}, {**two, "id": "a"}, {**one, "id": "a"}, {**three}, {**three}]
-    found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.2, folder=tmp_path)
+    found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.2)
+    found.write_report(tmp_path)
     assert found.numbers.tolist() == [0, 1, 3, 4]
     assert found.report["rejected"] == {"duplicate": 1}
     assert found.report["repeated_ids"] == 1
