@@ -27,7 +27,7 @@ class Mixed(NamedTuple):
     videos: int
 
 
-def _broken(number: int, folder: Path) -> tuple[str, dict[str, Any]]:
+def _broken(number: int) -> tuple[str, dict[str, Any]]:
     """The number-th broken LLaVA row and its reason."""
     ask = {"from": "human", "value": "<image>\nwhat is it?"}
     good = {"id": f"broken-{number}", "image": "pictures/0.png", "conversations": [ask, ANSWER]}
@@ -42,9 +42,8 @@ def _broken(number: int, folder: Path) -> tuple[str, dict[str, Any]]:
     return kinds[number % len(kinds)]
 
 
-def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int = 40, seed: int = 0) -> Mixed:
-    """Write `count` rows under `folder`: the broken share among the LLaVA rows, a quarter text, `videos` with a video."""
-    draw = random.Random(seed)
+def _pictures(folder: Path, seed: int) -> int:
+    """Write 40 pictures, two frames of each and a truncated file; returns 40."""
     (folder / "pictures").mkdir(parents=True)
     pictures = [row["images"][0] for row in rows(40, seed=seed)]
     for number, picture in enumerate(pictures):
@@ -53,45 +52,61 @@ def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int =
             picture.resize((64, 64)).rotate(90 * frame).save(folder / "pictures" / f"{number}-{frame}.png")
     whole = (folder / "pictures" / "0.png").read_bytes()
     (folder / "pictures" / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
-    bad = round(count * broken)
-    text = count // 4
-    llava = (count - text - videos) // 2
-    messages = count - text - videos - llava
+    return len(pictures)
+
+
+def _llava(count: int, bad: int, draw: random.Random, pictures: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """LLaVA rows, the first `bad` of them broken, shuffled; one or two pictures, one or two turns."""
 
     def place() -> str:
-        return f"pictures/{draw.randrange(len(pictures))}.png"
+        return f"pictures/{draw.randrange(pictures)}.png"
 
-    first: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
-    for number in range(llava):
+    for number in range(count):
         if number < bad:
-            reason, row = _broken(number, folder)
+            reason, row = _broken(number)
             reasons[reason] += 1
-            first.append(row)
+            found.append(row)
             continue
         several = number % 5 == 0
         ask = "<image>\n<image>\nsay which colour stands left" if several else "<image>\nwhat is the shape?"
         talk = [{"from": "human", "value": ask}, ANSWER, {"from": "human", "value": "and one?"}, ANSWER]
-        first.append({"id": f"l{number}", "image": [place(), place()] if several else place(),
-                      "conversations": talk[: 2 + 2 * (number % 2)]})  # fmt: skip
-    draw.shuffle(first)
+        image = [place(), place()] if several else place()
+        found.append({"id": f"l{number}", "image": image, "conversations": talk[: 2 + 2 * (number % 2)]})
+    draw.shuffle(found)
+    return found, reasons
+
+
+def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int = 40, seed: int = 0) -> Mixed:
+    """Write `count` rows under `folder`: the broken share among the LLaVA rows, a quarter text, `videos` with a video."""
+    draw = random.Random(seed)
+    pictures = _pictures(folder, seed)
+    text = count // 4
+    llava = (count - text - videos) // 2
+    first, reasons = _llava(llava, round(count * broken), draw, pictures)
     (folder / "llava.json").write_text(json.dumps(first))
     content = [{"type": "image"}, {"type": "text", "text": "what is its colour?"}]
-    second = [
+    sets: dict[str, list[dict[str, Any]]] = {}
+    sets["messages.jsonl"] = [
         {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "blue " * (1 + n % 7)}],
-         "images": [place()]}
-        for n in range(messages)
+         "images": [f"pictures/{draw.randrange(pictures)}.png"]}
+        for n in range(count - text - videos - llava)
     ]  # fmt: skip
-    (folder / "messages.jsonl").write_text("\n".join(map(json.dumps, second)))
-    third = [{"id": n, "messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "one two"}]}
-             for n in range(text)]  # fmt: skip
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, third)))
-    fourth = [
-        {"id": f"v{n}", "video": [f"pictures/{n % 40}-{frame}.png" for frame in range(2)], "fps": 1.0,
-         "conversations": [{"from": "human", "value": "<video>\nwhat turns?"}, ANSWER]}
+    sets["text.jsonl"] = [
+        {"id": n, "messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "one two"}]}
+        for n in range(text)
+    ]
+    ask = {"from": "human", "value": "<video>\nwhat turns?"}
+    sets["video.jsonl"] = [
+        {"id": f"v{n}", "video": [f"pictures/{n % pictures}-{frame}.png" for frame in range(2)], "fps": 1.0,
+         "conversations": [ask, ANSWER]}
         for n in range(videos)
     ]  # fmt: skip
-    (folder / "video.jsonl").write_text("\n".join(map(json.dumps, fourth)))
-    names = ["llava.json", "messages.jsonl", "text.jsonl", *(["video.jsonl"] if videos else [])]
+    names = ["llava.json"]
+    for name, made in sets.items():
+        if made:
+            (folder / name).write_text("\n".join(map(json.dumps, made)))
+            names.append(name)
     (folder / "mix.yaml").write_text("sets:\n" + "".join(f"  - {{path: {name}}}\n" for name in names))
     return Mixed(folder / "mix.yaml", count, reasons, videos)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import ArgumentParser
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from grace_plugin.cli import commands
+from grace_plugin.cli.register_grace import DATA_COMMANDS
 from grace_plugin.data import ConversationCollator, prepare
 from grace_plugin.data.page import write_page
 from tests.mixed_files import Mixed, write_mixed
@@ -35,14 +37,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "cache"))
 
 
-def check(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit status of the command as a user gives it."""
-    from grace_plugin.cli.register_grace import main
-
-    monkeypatch.setattr("sys.argv", ["grace", "data", "check", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+def check(*arguments: str) -> int:
+    """Exit status of `grace data check` for these arguments."""
+    name, _help, declare = DATA_COMMANDS[0]
+    parser = ArgumentParser()
+    declare(parser)
+    return commands.run(f"data {name}", parser.parse_args(arguments))
 
 
 class Page(HTMLParser):
@@ -76,11 +76,11 @@ class Page(HTMLParser):
 
 
 def test_the_command_reports_and_writes_a_page(
-    mixed: Mixed, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mixed: Mixed, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     given = [str(mixed.mix), "--model", str(model), "--output_dir", str(out), "--workers", "0", "--samples", "120"]
-    assert check(monkeypatch, *given) == 0
+    assert check(*given) == 0
     printed = capsys.readouterr().out
     bad = sum(mixed.reasons.values())
     assert f"{120 - bad} of 120 rows can be used" in printed
@@ -95,12 +95,12 @@ def test_the_command_reports_and_writes_a_page(
     assert "link" not in page.tags
     assert sum("a red square<|im_end|>" in text for text in page.marked) > 10
     assert not any("what is" in text for text in page.marked[1:])  # the first mark is the legend's
-    assert check(monkeypatch, *given, "--max_bad_rows", "0.01") == 2
+    assert check(*given, "--max_bad_rows", "0.01") == 2
     assert "above --max_bad_rows 1.0%" in capsys.readouterr().err
 
 
 def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n[1]\n')
     given = [
@@ -112,7 +112,7 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
         "--workers",
         "0",
     ]
-    assert check(monkeypatch, *given) == 0
+    assert check(*given) == 0
     printed = capsys.readouterr().out
     assert "0 of 2 rows can be used" in printed
     assert "the relational term would be absent" in printed
@@ -127,9 +127,9 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
     ],
 )
 def test_faults_of_the_command_are_one_sentence(
-    arguments: list[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(monkeypatch, *[str(model) if part == "MODEL" else part for part in arguments]) == commands.BAD_INPUT
+    assert check(*[str(model) if part == "MODEL" else part for part in arguments]) == commands.BAD_INPUT
     assert message in capsys.readouterr().err
 
 
