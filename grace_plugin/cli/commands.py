@@ -55,11 +55,12 @@ def _show(verification: Mapping[str, Any]) -> None:
 
 def _train(args: Namespace) -> None:
     import grace_plugin
-    from grace_plugin.data import load_rows
+    from grace_plugin.data import load_rows, stream_rows
 
+    dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
     result = grace_plugin.train(
-        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset), output_dir=args.output_dir,
-        teacher=args.teacher, max_length=args.max_length, resume_from_checkpoint=args.resume_from_checkpoint,
+        args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
+        max_length=args.max_length, max_bad_rows=args.max_bad_rows, resume_from_checkpoint=args.resume_from_checkpoint,
         **_settings(args.settings),
     )  # fmt: skip
     _show(result.verification)
@@ -90,4 +91,10 @@ def _demo(args: Namespace) -> None:
     demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions)
 
 
-COMMANDS = {"train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo}
+def _data_check(args: Namespace) -> None:
+    from grace_plugin.cli.data_check import data_check
+
+    data_check(args)
+
+
+COMMANDS = {"data check": _data_check, "train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo}

@@ -13,16 +13,23 @@ from collections.abc import Callable
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+DATASET = (
+    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or hub-id[:split]"
+)
+IMAGES = "folder that image and video paths are relative to (default: the dataset file's)"
+
 
 def _train(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe with a GraceModifier")
     parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
-    parser.add_argument(
-        "--dataset", required=True, help="messages rows: .json, .jsonl, a saved dataset, or hub-id[:split]"
-    )
+    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are refused, never cut")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--max_bad_rows", type=float, default=0.05,
+                        help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
                         help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
@@ -38,6 +45,26 @@ def _oneshot(parser: ArgumentParser) -> None:
         "--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
+
+
+def _data_check(parser: ArgumentParser) -> None:
+    parser.add_argument("dataset", help=DATASET)
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id whose processor reads the rows; no weights are loaded"
+    )
+    parser.add_argument("--images", help=IMAGES)
+    parser.add_argument(
+        "--output_dir", default="data-check", help="where page.html and the report go (default data-check)"
+    )
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones count as not usable")
+    parser.add_argument(
+        "--max_pixels", type=int, default=64_000_000, help="largest image in pixels (default 64 million)"
+    )
+    parser.add_argument("--max_bad_rows", type=float, default=1.0, help="exit with 2 above this share (default: never)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
+    parser.add_argument("--headers_only", action="store_true", help="read image headers only; truncated files pass")
+    parser.add_argument("--samples", type=int, default=24, help="rows shown on the page (default 24)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the rows shown (default 0)")
 
 
 def _verify(parser: ArgumentParser) -> None:
@@ -62,6 +89,12 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
 )
 
 
+#: of the group `grace data`
+DATA_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+    ("check", "say what of a dataset can be used, how long its rows are, and show some of them", _data_check),
+)
+
+
 def call(name: str, args: Namespace) -> None:
     """Run a command; its errors end the process with one sentence and a non-zero exit status."""
     from grace_plugin.cli import commands
@@ -69,7 +102,7 @@ def call(name: str, args: Namespace) -> None:
     sys.exit(commands.run(name, args))
 
 
-def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser], None]) -> CommandInfo:
+def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser], None], group: str = "") -> CommandInfo:
     class Command(BaseOptimumCLICommand):
         COMMAND = CommandInfo(name=name, help=help_line)
 
@@ -78,16 +111,31 @@ def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser],
             arguments(parser)
 
         def run(self) -> None:
-            call(name, self.args)
+            call(group + name, self.args)
 
     return CommandInfo(name=name, help=help_line, subcommand_class=Command)
+
+
+class DataCommand(BaseOptimumCLICommand):
+    """The `grace data` group."""
+
+    COMMAND = CommandInfo(name="data", help="look at a dataset before a run")
+    SUBCOMMANDS = tuple(_subcommand(*command, group="data ") for command in DATA_COMMANDS)
+
+    def run(self) -> None:
+        """Without a command: say which there are."""
+        self.parser.print_help()
+        sys.exit(2)
 
 
 class GraceCommand(BaseOptimumCLICommand):
     """The `optimum-cli grace` group."""
 
     COMMAND = CommandInfo(name="grace", help="INT4 quantization-aware training of vision-language models")
-    SUBCOMMANDS = tuple(_subcommand(*command) for command in COMMANDS)
+    SUBCOMMANDS = (
+        *(_subcommand(*command) for command in COMMANDS),
+        CommandInfo(name="data", help=DataCommand.COMMAND.help, subcommand_class=DataCommand),
+    )
 
     def run(self) -> None:
         """Without a command: say which there are."""
@@ -101,8 +149,12 @@ def main() -> None:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, help_line, arguments in COMMANDS:
         arguments(subparsers.add_parser(name, help=help_line, description=help_line))
+    data = subparsers.add_parser("data", help=DataCommand.COMMAND.help, description=DataCommand.COMMAND.help)
+    within = data.add_subparsers(dest="data_command", required=True, metavar="command")
+    for name, help_line, arguments in DATA_COMMANDS:
+        arguments(within.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args()
-    call(args.command, args)
+    call(f"data {args.data_command}" if args.command == "data" else args.command, args)
 
 
 REGISTER_COMMANDS = [GraceCommand]

@@ -1,7 +1,29 @@
-"""Conversations with images to batches."""
+"""Conversations with images and videos to batches."""
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Row, check_row, check_rows, read_row
-from grace_plugin.data.sources import load_rows
+from grace_plugin.data.faults import REASONS, RowError
+from grace_plugin.data.order import RowSampler, epoch_order, rank_batches
+from grace_plugin.data.prepare import BadRowsError, Prepared, is_scannable, prepare
+from grace_plugin.data.sources import load_rows, stream_rows
+from grace_plugin.data.stream import StreamedRows
 
-__all__ = ["ConversationCollator", "Row", "check_row", "check_rows", "load_rows", "read_row"]
+__all__ = [
+    "REASONS",
+    "BadRowsError",
+    "ConversationCollator",
+    "Prepared",
+    "Row",
+    "RowError",
+    "RowSampler",
+    "StreamedRows",
+    "check_row",
+    "check_rows",
+    "epoch_order",
+    "is_scannable",
+    "load_rows",
+    "prepare",
+    "rank_batches",
+    "read_row",
+    "stream_rows",
+]

@@ -1,9 +1,11 @@
 """Rows to batches, with labels on assistant turns only.
 
-Turns are tokenised apart: the text up to an assistant turn ends exactly where generation would start, the turn's text is
-tokenised alone and is what is learned, end-of-turn included. So prompts have the tokens they have when served, whatever the
-chat template, and no token id stands for a role. Nothing is truncated silently: a row longer than `max_length` is an error
-that says what would be cut.
+A row is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have
+the tokens they have when served, whatever the chat template, no token id stands for a role, and no seam between a prompt
+and its answer can merge away. Nothing is truncated silently: a row longer than `max_length` is an error that says what
+would be cut.
+
+Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is.
 
 Legend: B batch, S longest row.
 """
@@ -12,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grace_plugin.data.conversation import Row, read_row
+from grace_plugin.data.faults import RowError
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
+from grace_plugin.data.segments import Segmenter
 
 __all__ = ["ConversationCollator"]
 
@@ -27,12 +33,14 @@ _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 @dataclass
 class _Piece:
-    """A prompt or an answer of a row: tokenised apart, ids without padding."""
+    """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
 
     row: int
     text: str
     learned: bool
-    images: list[Any]
+    images: list[Any] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
+    before: str = ""
     prefix: list[int] = field(default_factory=list)
     ids: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,13 +56,17 @@ class ConversationCollator:
     Args:
         processor: a transformers processor with a chat template.
         max_length: longest row in tokens, visual tokens included; None for no limit.
+        max_pixels: largest image in pixels; None for no limit.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS
+    ) -> None:
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
-        self.max_length = max_length
+        self.max_length, self.max_pixels = max_length, max_pixels
+        self.segmenter = Segmenter(processor)
         pad = processor.tokenizer.pad_token_id
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
@@ -64,26 +76,25 @@ class ConversationCollator:
         Raises:
             ValueError: a row that cannot be used, named.
         """
-        return self.encode([read_row(row) for row in rows])
+        return self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows])
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
-        pieces = [piece for number, row in enumerate(rows) for piece in self._pieces(number, row)]
-        pictured = [piece for piece in pieces if piece.images]
-        plain = [piece for piece in pieces if not piece.images]
+        text = [self._pieces(number, row) for number, row in enumerate(rows)]
+        waiting = [piece for own in text for piece in own if not piece.ids]
+        pictured = [piece for piece in waiting if piece.images or piece.videos]
+        plain = [piece for piece in waiting if not (piece.images or piece.videos)]
         batch: dict[str, Tensor] = {}
         if pictured:
-            images = [image for piece in pictured for image in piece.images]
-            batch = self._tokenise(pictured, self.processor, images=images)
+            batch = self._tokenise(pictured, self.processor, **self._pixels(pictured))
         if plain:
             self._tokenise(plain, self.processor.tokenizer)
-        for number, row in enumerate(rows):
-            self._check_length(row, sum(len(piece.ids["input_ids"]) for piece in pieces if piece.row == number))
+        for own, row in zip(text, rows, strict=True):
+            self.check_length(row.name, sum(len(piece.ids["input_ids"]) for piece in own))
         keys = [
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
         ]
-        text = [[piece for piece in pieces if piece.row == number] for number in range(len(rows))]
         for key in keys:
             batch[key] = self._pad_rows(
                 [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
@@ -94,29 +105,66 @@ class ConversationCollator:
         batch["labels"] = self._pad_rows([[p.labels() for p in own] for own in text], "labels")
         return batch
 
+    def check_length(self, name: str, length: int) -> None:
+        """Refuse a row of more than `max_length` tokens.
+
+        Raises:
+            RowError: names the row and both lengths.
+        """
+        if self.max_length is not None and length > self.max_length:
+            raise RowError(
+                "too_long",
+                f"{name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
+                "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
+            )
+
+    def segment_tokens(self, row: Row) -> list[tuple[int, bool]]:
+        """Tokens of each segment of a row and whether they are learned; an image's placeholder counts as it is written."""
+        pieces = self._pieces(0, row)
+        waiting = [piece for piece in pieces if not piece.ids]
+        if waiting:
+            self._tokenise(waiting, self.processor.tokenizer)
+        return [(len(piece.ids["input_ids"]), piece.learned) for piece in pieces]
+
     def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
         joined = [torch.cat(parts) for parts in rows]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
 
-    def _check_length(self, row: Row, length: int) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"{row.name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
-                "tokens or its answer. Raise max_length, lower the image resolution, or drop the row"
-            )
+    def _pixels(self, pieces: list[_Piece]) -> dict[str, Any]:
+        """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
+        images = [image for piece in pieces for image in piece.images]
+        videos = [video for piece in pieces for video in piece.videos]
+        given: dict[str, Any] = {"images": images} if images else {}
+        if videos:
+            given["videos"] = [video.frames for video in videos]
+            given["do_sample_frames"] = False
+            given["video_metadata"] = [
+                {"fps": v.fps, "total_num_frames": max(v.indices) + 1, "frames_indices": list(v.indices)}
+                for v in videos
+            ]
+        return given
 
-    def _tokenise(self, pieces: list[_Piece], tokenizer: Any, **images: Any) -> dict[str, Tensor]:
-        """Fill the pieces' ids (padding taken off again); returns what belongs to the pixels."""
+    @cached_property
+    def _prefixes_space(self) -> bool:
+        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a row."""
+        tokenizer = self.processor.tokenizer
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+        return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
+
+    def _tokenise(self, pieces: list[_Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
+        """Fill the pieces' ids (padding and anchors taken off again); returns what belongs to the pixels."""
+        anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
             tokenizer(
-                text=[piece.text for piece in pieces], padding=True, padding_side="right", add_special_tokens=False,
-                return_tensors="pt", **images,
+                text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)], padding=True,
+                padding_side="right", add_special_tokens=False, return_tensors="pt", **pixels,
             )
         )  # fmt: skip
         lengths = out.pop("attention_mask").sum(dim=1).tolist()
         along = {key: out.pop(key) for key in _ALONG_SEQUENCE if key in out}
-        for number, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
-            piece.ids = {key: value[number, :length] for key, value in along.items()}
+        for number, (piece, length, anchor) in enumerate(zip(pieces, lengths, anchors, strict=True)):
+            skip = len(self._ids(anchor)) if anchor else 0
+            piece.ids = {key: value[number, skip:length] for key, value in along.items()}
             if piece.prefix:
                 piece.ids = {
                     key: torch.cat([torch.tensor(piece.prefix) * (key == "input_ids"), value])
@@ -124,43 +172,40 @@ class ConversationCollator:
                 }
         return {key: value for key, value in out.items() if isinstance(value, Tensor)}
 
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _anchor(self, piece: _Piece) -> str:
+        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
+
+        Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
+        """
+        if not piece.before or not self._prefixes_space:
+            return ""
+        ends = [token for token in self.segmenter.protected if piece.before.endswith(token)]
+        anchor = max(ends, key=len) if ends else piece.before[-1]
+        alone = self._ids(anchor)
+        return anchor if self._ids(anchor + piece.text)[: len(alone)] == alone else ""
+
     def _pieces(self, number: int, row: Row) -> list[_Piece]:
         """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
-        tokenizer, images = self.processor.tokenizer, list(row.images)
+        tokenizer, images, videos = self.processor.tokenizer, list(row.images), list(row.videos)
         pieces: list[_Piece] = []
-        for text, learned in self._segments(row):
-            wanted = 0 if learned else self._placeholders(row, len(pieces))
-            pieces.append(_Piece(number, text, learned, images[:wanted]))
-            images = images[wanted:]
+        before = ""
+        for segment in self.segmenter.segments(row):
+            piece = _Piece(number, segment.text, segment.learned, before=before)
+            if segment.literal:
+                piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
+            else:
+                counts = [self.segmenter.count(segment.text, kind) if left else 0
+                          for kind, left in (("image", images), ("video", videos))]  # fmt: skip
+                piece.images, images = images[: counts[0]], images[counts[0] :]
+                piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
+            before = segment.text
+            pieces.append(piece)
         if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
-            pieces[0].prefix = list(tokenizer("")["input_ids"])
+            start = list(tokenizer("")["input_ids"])
+            pieces[0].prefix = start
+            if start and pieces[0].ids:
+                pieces.insert(0, _Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
         return pieces
-
-    def _segments(self, row: Row) -> list[tuple[str, bool]]:
-        """The rendered conversation in pieces: (text, whether it is learned), prompt and answer in turn."""
-        render = self.processor.apply_chat_template
-        messages, done, segments = list(row.messages), "", []
-        for end, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = render(messages[:end], tokenize=False, add_generation_prompt=True)
-            full = render(messages[: end + 1], tokenize=False)
-            if not (prompt.startswith(done) and full.startswith(prompt)):
-                raise ValueError(
-                    f"{row.name}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt"
-                )
-            answer = full[len(prompt) :].rstrip()  # a line break behind the end of turn is not generated
-            segments += [(prompt[len(done) :], False), (answer, True)]
-            done = prompt + answer
-        return segments
-
-    @staticmethod
-    def _placeholders(row: Row, segment: int) -> int:
-        """Images of the prompt that is the `segment`-th piece: those between two assistant turns."""
-        turn, count = 0, 0
-        for message in row.messages:
-            if message["role"] == "assistant":
-                turn += 2
-            elif turn == segment:
-                count += sum(part.get("type") == "image" for part in message["content"])
-        return count

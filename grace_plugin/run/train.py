@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from grace_plugin.artifact.save import check_destination
-from grace_plugin.data import ConversationCollator, check_rows
+from grace_plugin.data import ConversationCollator
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.rows import training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.upstream import Modifier, Recipe
@@ -35,13 +36,14 @@ class TrainResult:
     """What a run gives back.
 
     checkpoint: the verified folder. model: the student as saved. verification: the proofs (the same on every rank).
-    history: Trainer's log, one dict per logging step, losses in nats.
+    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's rows.
     """
 
     checkpoint: Path
     model: nn.Module
     verification: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def run_folder(output_dir: str | os.PathLike[str]) -> Path:
@@ -92,6 +94,7 @@ def train(
     processor: Any = None,
     teacher_processor: Any = None,
     max_length: int | None = None,
+    max_bad_rows: float = 0.05,
     resume_from_checkpoint: bool | str = False,
     callbacks: Sequence[Any] = (),
     **training_arguments: Any,
@@ -101,12 +104,15 @@ def train(
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier.
-        dataset: rows in the messages format (`grace_plugin.data.conversation`), map-style or iterable.
+        dataset: rows in the messages or the LLaVA format (`grace_plugin.data`): a list, `load_rows(...)`, a
+            `datasets.Dataset`, any other sequence, or a stream.
         output_dir: where the checkpoint appears; must not hold anything.
         teacher: replaces the recipe's `teacher.model`.
         processor: the student's; read from its checkpoint by default.
         teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
-        max_length: longest row in tokens; a longer one is refused, nothing is cut.
+        max_length: longest row in tokens; a longer one is not used, nothing is cut.
+        max_bad_rows: largest share of rows that cannot be used before the run refuses to start; they are listed in
+            `<output_dir>.run`.
         resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
         callbacks: further TrainerCallbacks.
         training_arguments: fields of `transformers.TrainingArguments`.
@@ -120,26 +126,28 @@ def train(
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, training_arguments)
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
-    if rows is not None:
-        check_rows(dataset[i] for i in range(min(rows, 256)))
-    total_steps = _total_steps(arguments, rows)
+    if not hasattr(dataset, "__len__"):
+        _total_steps(arguments, None)
     student = load_student(model)
     collator = ConversationCollator(processor or load_processor(student), max_length)
+    rows = training_rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows)
+    total_steps = _total_steps(arguments, rows.count)
     with grace_session(
         student, read, total_steps=total_steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor,
     ) as session:  # fmt: skip
         modifier.teacher_to(arguments.device)
-        if rows is not None:
-            collator([dataset[i] for i in range(min(rows, arguments.train_batch_size))])
+        if rows.count is not None:
+            collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])
         trainer = GraceTrainer(
-            model=student, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=list(callbacks),
+            model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
-            recipe_hash=recipe_hash(modifier),
+            recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler,
         )  # fmt: skip
+        if arguments.process_index == 0:
+            rows.begin(run_folder(output_dir))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
         if session.objective.controller_pinned():
             logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
         verification = session.save(output_dir)
-    return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history))
+    return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())

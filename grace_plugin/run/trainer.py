@@ -36,6 +36,7 @@ class GraceTrainer(Trainer):
         scale_rate: learning rate of the scales over that of the weights.
         recipe_hash: identifies the recipe a checkpoint belongs to.
         train_loader: a ready DataLoader, instead of a dataset and a collator.
+        row_sampler: the order of the rows, instead of Trainer's own.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class GraceTrainer(Trainer):
         scale_rate: float,
         recipe_hash: str,
         train_loader: Any = None,
+        row_sampler: Any = None,
         **kwargs: Any,
     ) -> None:
         self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
-        self.train_loader = train_loader
+        self.train_loader, self.row_sampler = train_loader, row_sampler
         asked = kwargs.get("args")
         if asked is not None and asked.ddp_find_unused_parameters is None:
             asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
@@ -64,6 +66,9 @@ class GraceTrainer(Trainer):
         if self.train_loader is None:
             return super().get_train_dataloader()
         return self.accelerator.prepare(self.train_loader)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.row_sampler is None else self.row_sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from grace_plugin.data import check_row, check_rows, load_rows, read_row
+from grace_plugin.data import RowError, check_row, check_rows, load_rows, read_row
 from tests.tiny import rows
 
 
@@ -39,7 +39,7 @@ IMAGE = {"type": "image"}
         ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "row 3: role 'tool' is not one of"),
         ({"messages": [{"role": "user"}, ANSWER]}, "row 3: a user turn has no content"),
         ({"messages": ["hello", ANSWER]}, "row 3: a message is a str"),
-        ({"messages": [user({"type": "video"}), ANSWER]}, "row 3: a user turn holds a part of type 'video'"),
+        ({"messages": [user({"type": "audio"}), ANSWER]}, "row 3: a user turn holds a part of type 'audio'"),
         ({"messages": [user({"type": "text"}), ANSWER]}, "row 3: a user turn holds a text part without text"),
         (
             {"messages": [user("q"), {"role": "assistant", "content": [IMAGE]}], "images": ["a.png"]},
@@ -156,23 +156,47 @@ def test_a_saved_dataset(tmp_path: Path, as_dict: bool) -> None:
     assert check_rows(found[i] for i in range(3)) == 3
 
 
+def test_a_line_or_row_that_cannot_be_read_keeps_its_place_as_a_fault(tmp_path: Path) -> None:
+    good = json.dumps({"messages": [user("q"), ANSWER]})
+    (tmp_path / "bad.jsonl").write_bytes(
+        b"\n".join([good.encode(), b"", b'{"messages": [}', b"[1]", b'{"messages": "\xff"}', good.encode()])
+    )
+    found = load_rows(str(tmp_path / "bad.jsonl"))
+    assert len(found) == 5
+    expected = {
+        1: ("not_json", r"bad\.jsonl, line 3 is not JSON"),
+        2: ("not_json", r"bad\.jsonl, line 4 is a list, not an object"),
+        3: ("invalid_utf8", r"bad\.jsonl, line 5 is not valid UTF-8 at byte 14"),
+    }
+    for number, (reason, message) in expected.items():
+        with pytest.raises(RowError, match=message) as caught:
+            check_row(found[number], number)
+        assert caught.value.reason == reason
+    assert [check_row(found[number]).messages[1]["content"][0]["text"] for number in (0, 4)] == ["red", "red"]
+    (tmp_path / "texts.json").write_text(f'[{good}, "x"]')
+    with pytest.raises(RowError, match=r"texts\.json, row 1 is a str, not an object"):
+        check_row(load_rows(str(tmp_path / "texts.json"))[1])
+    (tmp_path / "latin.json").write_bytes(f"[{good}, {good}]".encode().replace(b"q", b"caf\xe9", 1))
+    found = load_rows(str(tmp_path / "latin.json"))
+    with pytest.raises(RowError, match=r"row 0: the text of a user turn is not valid UTF-8 at character 3") as caught:
+        check_row(found[0], 0)
+    assert caught.value.reason == "invalid_utf8"
+    assert check_row(found[1], 1).images == ()
+
+
 def test_faults_of_a_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no dataset file at {tmp_path}/none\.jsonl"):
         load_rows(str(tmp_path / "none.jsonl"))
-    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n\n{"messages": [}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3 is not JSON"):
-        load_rows(str(tmp_path / "bad.jsonl"))
-    (tmp_path / "list.jsonl").write_text('{"messages": []}\n[1]\n')
-    with pytest.raises(ValueError, match=r"list\.jsonl, line 2 is a list, not an object"):
-        load_rows(str(tmp_path / "list.jsonl"))
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         load_rows(str(tmp_path / "bad.json"))
-    (tmp_path / "texts.json").write_text('[{"messages": []}, "x"]')
-    with pytest.raises(ValueError, match=r"texts\.json, row 1 is a str, not an object"):
-        load_rows(str(tmp_path / "texts.json"))
     (tmp_path / "dict.json").write_text('{"messages": []}')
     with pytest.raises(ValueError, match=r"dict\.json holds a dict, not a list of rows"):
         load_rows(str(tmp_path / "dict.json"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"bad\.parquet is not a readable parquet file"):
+        load_rows(str(tmp_path / "bad.parquet"))
+    with pytest.raises(ValueError, match=r"no image folder at .*pictures"):
+        load_rows(str(tmp_path / "bad.json"), images=str(tmp_path / "pictures"))
     with pytest.raises(ValueError, match=r"cannot read a dataset from .*nowhere.*Give a \.json or \.jsonl file"):
         load_rows(str(tmp_path / "nowhere"))

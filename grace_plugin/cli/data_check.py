@@ -1,0 +1,84 @@
+"""`grace data check`: look at a dataset with a model's processor before any GPU is asked for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["data_check"]
+
+
+def _processor(model: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read a processor from {model!r}: {error}") from error
+
+
+def _tables(report: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"{report['usable']:,} of {report['rows']:,} rows can be used ({report['usable_share']:.2%}); "
+        f"{report['images_and_videos']:,} images and videos, {report['rows_without_images']:,} rows without any"
+    )
+    if not report["images_and_videos"]:
+        console.print("no usable row has an image or a video: the relational term would be absent")
+    if report["repeated_ids"]:
+        console.print(f"{report['repeated_ids']:,} rows repeat an earlier id with other content; they are used")
+    if report["rejected"]:
+        reasons = Table("reason", "rows", title="rows that cannot be used")
+        for reason, count in report["rejected"].items():
+            reasons.add_row(reason, f"{count:,}")
+        console.print(reasons)
+    lengths = Table("tokens per row", "min", "median", "p95", "max", "mean", "sum")
+    for key in ("tokens", "visual_tokens", "supervised_tokens"):
+        lengths.add_row(key, *(f"{report[key][part]:,.10g}" for part in ("min", "median", "p95", "max", "mean", "sum")))
+    console.print(lengths)
+
+
+def data_check(args: Namespace) -> None:
+    """Look at every row, print the tables, write report, list and page.
+
+    Raises:
+        ValueError: nothing readable, or more rows than `--max_bad_rows` that cannot be used (the page is written first).
+    """
+    from grace_plugin.data import BadRowsError, ConversationCollator, load_rows, prepare
+    from grace_plugin.data.page import write_page
+
+    start, console = time.monotonic(), Console(file=sys.stdout)
+    folder = Path(args.output_dir)
+    collator = ConversationCollator(_processor(args.model), args.max_length, args.max_pixels)
+    rows = load_rows(args.dataset, args.images)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task("looking at every row", total=len(rows))
+        found = prepare(
+            rows, collator, max_bad_rows=1.0, workers=args.workers, decode=not args.headers_only,
+            allow_empty=True, progress=lambda done, _total: progress.update(task, completed=done),
+        )  # fmt: skip
+    found.write_report(folder)
+    page = write_page(
+        folder / "page.html",
+        found,
+        collator,
+        title=args.dataset,
+        model=args.model,
+        samples=args.samples,
+        seed=args.seed,
+    )
+    _tables(found.report, console)
+    console.print(f"{page} and the report beside it, in {time.monotonic() - start:.1f} s", soft_wrap=True)
+    bad = 1.0 - found.report["usable"] / found.report["rows"]
+    if bad > args.max_bad_rows:
+        raise BadRowsError(
+            f"{bad:.1%} of the rows cannot be used, above --max_bad_rows {args.max_bad_rows:.1%}; see "
+            f"{folder}/data_rejected.jsonl"
+        )

@@ -1,0 +1,62 @@
+"""Why a row cannot be used: a reason to count by, and a sentence that names the row and the way out.
+
+Every check of the room raises `RowError`. Its `reason` is one of `REASONS`, so that a report can count rows, and its text
+is what a person reads. A source that cannot even parse a row hands out `unreadable(...)` in its place: the row keeps its
+number, and `check_row` raises the fault when the row is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["REASONS", "RowError", "raise_unreadable", "unreadable"]
+
+#: reason -> what it says
+REASONS: dict[str, str] = {
+    "not_json": "the line or row is no JSON object",
+    "invalid_utf8": "the row holds bytes or characters that are not valid UTF-8",
+    "empty_conversation": "no messages, or a turn without content",
+    "malformed": "fields of another type or name than the format's",
+    "unknown_role": "a role the format does not know",
+    "roles_out_of_order": "turns that do not alternate, or do not end with the assistant",
+    "placeholder_mismatch": "another number of placeholders than of images or videos",
+    "missing_file": "an image or video file that is not there",
+    "unreadable_image": "an image file that cannot be decoded",
+    "image_too_large": "an image of more pixels than the limit",
+    "image_shape": "an image whose shape the model's processor refuses",
+    "unreadable_video": "a video that cannot be decoded, or no decoder for it",
+    "video_unsupported": "a video for a model without a video processor",
+    "template": "a conversation the model's chat template cannot render, or renders without its images",
+    "too_long": "more tokens than max_length",
+    "no_supervised_tokens": "nothing of the row is learned",
+    "duplicate": "the same id and content as an earlier row",
+}
+_FAULT = "__grace_fault__"
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    reason: a key of `REASONS`. The text names the row, what is wrong and the way out.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        if reason not in REASONS:
+            raise KeyError(reason)
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self))
+
+
+def unreadable(reason: str, message: str) -> dict[str, Any]:
+    """What stands in the place of a row that could not be read."""
+    return {_FAULT: [reason, message]}
+
+
+def raise_unreadable(row: Mapping[str, Any]) -> None:
+    """Raise the fault that `unreadable` put into a row's place; a proper row passes."""
+    if isinstance(row, Mapping) and _FAULT in row:
+        raise RowError(*row[_FAULT])

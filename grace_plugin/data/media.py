@@ -1,0 +1,172 @@
+"""Image and video files to pixels: RGB, upright, bounded, and never half read.
+
+Sizes are looked at before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
+is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
+transparency is dropped). A truncated file is a fault, never a half-grey picture. An animated file gives its first frame.
+
+A video is a list of frames, or a file when a decoder is installed (PyAV, torchcodec, OpenCV or decord, in that order).
+
+Legend: F frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from grace_plugin.data.faults import RowError
+
+__all__ = ["DEFAULT_MAX_PIXELS", "Video", "decode_image", "decode_video", "image_size"]
+
+DEFAULT_MAX_PIXELS = 64_000_000  # 192 MB once decoded
+_DECODERS = {"av": "pyav", "torchcodec": "torchcodec", "cv2": "opencv", "decord": "decord"}
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_ORIENTATION = 0x0112
+_BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames: `frames` uint8 [F, H, W, 3], `fps` frames a second of what is kept, `indices` places in the source."""
+
+    frames: np.ndarray
+    fps: float
+    indices: tuple[int, ...]
+
+
+def _opened(image: Any, name: str) -> Image.Image:
+    """An image opened, not decoded."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path")):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise RowError("missing_file", f"{name}: cannot read image {str(image)!r}: no such file")
+    elif not isinstance(image, io.BytesIO):
+        raise RowError("malformed", f"{name}: an image is a {type(image).__name__}; give a path or a PIL image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit says so, in numbers
+        return Image.open(image)
+
+
+def _shown(image: Any) -> str:
+    if isinstance(image, Mapping):
+        image = image.get("path") or "in the row"
+    return repr(str(image)) if isinstance(image, (str, Path)) else "in the row"
+
+
+def _check_pixels(width: int, height: int, image: Any, name: str, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise RowError(
+            "image_too_large",
+            f"{name}: image {_shown(image)} has {width} x {height} = {width * height:,} pixels and the limit is "
+            f"{max_pixels:,}; scale it down, or raise max_pixels",
+        )
+
+
+def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> RowError:
+    if isinstance(error, RowError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return RowError(
+            "image_too_large", f"{name}: image {_shown(image)} is above the limit of {max_pixels} pixels: {error}"
+        )
+    return RowError("unreadable_image", f"{name}: cannot read image {_shown(image)}: {error}")
+
+
+def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of an image as `decode_image` will return it, from its header alone.
+
+    Raises:
+        RowError: missing, not an image, or above the limit.
+    """
+    try:
+        opened = _opened(image, name)
+        width, height = opened.size
+        _check_pixels(width, height, image, name, max_pixels)
+        turned = opened.getexif().get(_ORIENTATION) in _TRANSPOSED
+        if not isinstance(image, Image.Image):
+            opened.close()
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise _faulty(error, image, name, max_pixels) from error
+    return (width, height) if turned else (height, width)
+
+
+def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """An image as upright 8-bit RGB; `image` is a path, a PIL image or {"bytes", "path"}.
+
+    Raises:
+        RowError: missing, unreadable, truncated, or above the limit; names the row and the file.
+    """
+    try:
+        opened = _opened(image, name)
+        _check_pixels(*opened.size, image, name, max_pixels)
+        if opened.mode == "RGB" and isinstance(image, Image.Image) and not opened.getexif().get(_ORIENTATION):
+            return opened
+        opened.load()
+        return _rgb(ImageOps.exif_transpose(opened))
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise _faulty(error, image, name, max_pixels) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; 16-bit and float images are scaled to 8 bits, since Pillow's own conversion clips them at 255."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.size and values.max() > 255 else 255.0
+        if image.mode == "F" and values.size and values.max() <= 1.0:
+            top = 1.0
+        image = Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS, fps: float = 2.0) -> Video:
+    """A video as frames of one size.
+
+    Args:
+        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], a `Video`, or a file, sampled at `fps`.
+        fps: frames a second; of the frames given, or wanted from a file.
+
+    Raises:
+        RowError: no frames, frames of different size, a file that cannot be decoded, or no decoder installed.
+    """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, (str, Path)):
+        return _video_file(Path(video), name, fps)
+    frames = list(video)
+    if not frames:
+        raise RowError("unreadable_video", f"{name}: a video has no frames")
+    pixels = [f if isinstance(f, np.ndarray) else np.asarray(decode_image(f, name, max_pixels)) for f in frames]
+    shapes = {frame.shape for frame in pixels}
+    if len(shapes) > 1:
+        raise RowError("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
+    return Video(np.stack(pixels).astype(np.uint8, copy=False), fps, tuple(range(len(pixels))))
+
+
+def _video_file(path: Path, name: str, fps: float) -> Video:
+    if not path.is_file():
+        raise RowError("missing_file", f"{name}: cannot read video {str(path)!r}: no such file")
+    backend = next((b for module, b in _DECODERS.items() if importlib.util.find_spec(module)), None)
+    if backend is None:
+        raise RowError(
+            "unreadable_video",
+            f"{name}: video {str(path)!r} needs a decoder and none is installed; `pip install av`, or give a list of frames",
+        )
+    from transformers.video_utils import load_video
+
+    try:
+        frames, metadata = load_video(str(path), fps=fps, backend=backend)
+    except Exception as error:  # decoders raise their own kinds
+        raise RowError("unreadable_video", f"{name}: cannot read video {str(path)!r}: {error}") from error
+    indices = tuple(int(i) for i in metadata.frames_indices)
+    return Video(np.asarray(frames), float(metadata.fps or fps), indices)

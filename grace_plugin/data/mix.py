@@ -1,0 +1,131 @@
+"""Several sets as one, with a weight and a cap for each.
+
+    # mix.yaml
+    seed: 0
+    sets:
+      - {path: llava/rows.json, images: llava/pictures, cap: 50000}
+      - {path: text.jsonl, weight: 0.5}
+      - {path: clips.parquet, weight: 2}
+
+`cap` keeps at most that many rows of a set, drawn by the seed. `weight` is how often an epoch passes over the set's
+usable rows: 2 sees each twice, 0.5 a half of them, drawn by the seed. Paths are relative to the file. Caps act before
+rows are looked at, weights after, so that a report accounts for every row once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from grace_plugin.data.order import shuffled
+
+__all__ = ["MixEntry", "RowSet", "Rows", "read_mix"]
+
+
+class MixEntry(BaseModel):
+    """A set of a mix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    name: str = ""
+    images: str | None = None
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    cap: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+
+def read_mix(path: Path) -> list[MixEntry]:
+    """The sets of a mix file, their paths made relative to it.
+
+    Raises:
+        ValueError: unreadable, an unknown key, or no sets.
+    """
+    if not path.is_file():
+        raise ValueError(f"no mix at {path}")
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(read, dict) or not read.get("sets") or set(read) - {"sets", "seed"}:
+        raise ValueError(
+            f"{path} is no mix; give `sets:` (a list of path, weight, cap, images, name) and perhaps `seed:`"
+        )
+    entries = []
+    for number, given in enumerate(read["sets"]):
+        try:
+            entry = MixEntry(**{"seed": read.get("seed", 0), **given})
+        except (ValidationError, TypeError) as error:
+            raise ValueError(f"{path}, set {number}: {error}") from error
+        here = {key: _beside(path, getattr(entry, key)) for key in ("path", "images")}
+        entries.append(entry.model_copy(update={**here, "name": entry.name or Path(entry.path).name}))
+    return entries
+
+
+def _beside(path: Path, value: str | None) -> str | None:
+    if value is None:
+        return None
+    beside = path.parent / value
+    return str(beside) if beside.exists() else value
+
+
+class RowSet:
+    """Rows of one set: a sequence, its name and how much of it is used.
+
+    folder: what image paths are relative to. fingerprint: changes with the content, None when it is not known.
+    """
+
+    def __init__(
+        self, name: str, rows: Sequence[Any], *, weight: float = 1.0, cap: int | None = None, seed: int = 0,
+        fingerprint: str | None = None, folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.rows, self.weight, self.folder = name, rows, weight, folder
+        self.chosen = np.arange(len(rows))
+        if cap is not None and cap < len(rows):
+            self.chosen = np.sort(shuffled(len(rows), seed)[:cap])
+        self.fingerprint = None if fingerprint is None else f"{fingerprint} {cap} {seed if cap else 0}"
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def row(self, index: int) -> Any:
+        """The index-th row that is used."""
+        from grace_plugin.data.sources import resolve
+
+        row = self.rows[int(self.chosen[index])]
+        return resolve(row, self.folder) if self.folder is not None and isinstance(row, dict) else row
+
+
+class Rows(Sequence[Any]):
+    """The rows of one or more sets, one set behind the other, each row once."""
+
+    def __init__(self, sets: Iterable[RowSet]) -> None:
+        self.sets = tuple(sets)
+        self._ends = list(accumulate(len(one) for one in self.sets))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        number = self.set_of(index)
+        return self.sets[number].row(index - (self._ends[number - 1] if number else 0))
+
+    def set_of(self, index: int) -> int:
+        """Number of the set a row belongs to."""
+        return bisect_right(self._ends, index)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Changes with the content of any set; None when one is not known."""
+        marks = [one.fingerprint for one in self.sets]
+        return None if None in marks else hashlib.sha256("\n".join(map(str, marks)).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""In which order rows are seen: a function of (seed, epoch, rank, world size) and of nothing else.
+
+The order of an epoch is one permutation of the rows, the same on every rank and for every number of ranks; batch k of it
+goes to rank k mod W, as accelerate deals batches. So two ranks with one micro-batch each see, step for step, the rows
+that one rank sees with two, and a resumed run goes on where it stopped. The permutation sorts rows by a hash (splitmix64)
+of seed, epoch and row number: no random generator's state is involved, nor a library's version.
+
+Length-grouped: the permutation is cut into stretches of 50 batches, each sorted by length, and the batches are shuffled,
+so that rows of a batch are about equally long and little is padded. Sequence packing is not offered: it is exact only
+where the attention kernel and the family's position ids keep packed samples apart, which no family's eager or SDPA path
+here does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+__all__ = ["RowSampler", "epoch_order", "rank_batches", "shuffled"]
+
+_STRETCH = 50  # batches that are sorted together
+
+
+def _mix64(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64 values."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """int64 [count]: a permutation of range(count) that depends on `key` alone."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = _mix64(state ^ np.array([part % 2**64], dtype=np.uint64))
+    return np.argsort(_mix64(_mix64(np.arange(count, dtype=np.uint64)) ^ state), kind="stable").astype(np.int64)
+
+
+def epoch_order(
+    count: int, seed: int, epoch: int, *, lengths: Sequence[int] | np.ndarray | None = None, batch_size: int = 1
+) -> np.ndarray:
+    """int64 [count]: the rows of an epoch in order; with `lengths` (tokens), rows of a batch are about equally long."""
+    order = shuffled(count, seed, epoch)
+    if lengths is None or batch_size < 2:
+        return order
+    tokens = np.asarray(lengths)
+    stretch = batch_size * _STRETCH
+    grouped = np.concatenate(
+        [part[np.argsort(-tokens[part], kind="stable")] for part in np.split(order, range(stretch, count, stretch))]
+    )
+    full = count // batch_size
+    batches = grouped[: full * batch_size].reshape(full, batch_size)[shuffled(full, seed, epoch, 1)]
+    return np.concatenate([batches.reshape(-1), grouped[full * batch_size :]])
+
+
+def rank_batches(order: Sequence[int] | np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The batches of a rank, for loops without accelerate: batch k goes to rank k mod world_size.
+
+    As there, the order starts over to fill the last round, so that every rank makes the same number of steps.
+    """
+    rows = [int(row) for row in order]
+    if not rows:
+        return []
+    while len(rows) % (batch_size * world_size):
+        rows += [int(row) for row in order][: batch_size * world_size - len(rows) % (batch_size * world_size)]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return batches[rank::world_size]
+
+
+class RowSampler(Sampler[int]):
+    """`epoch_order` as a torch sampler; accelerate sets the epoch and deals the batches to the ranks."""
+
+    def __init__(
+        self, count: int, seed: int, *, lengths: Sequence[int] | np.ndarray | None = None, batch_size: int = 1
+    ) -> None:
+        self.count, self.seed, self.lengths, self.batch_size = count, seed, lengths, batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(self.count, self.seed, self.epoch, lengths=self.lengths, batch_size=self.batch_size)
+        return iter(order.tolist())

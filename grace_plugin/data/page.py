@@ -1,0 +1,102 @@
+"""A dataset on one page: what can be used and why not, how long rows are, and sampled rows as the model will read them.
+
+The page is one HTML file without scripts or outside references; pictures are small JPEGs inside it. What is learned is marked,
+from the same segments that training uses, so the page shows the labels and not a retelling of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from grace_plugin.data.collate import ConversationCollator
+from grace_plugin.data.conversation import read_row
+from grace_plugin.data.faults import REASONS
+from grace_plugin.data.order import shuffled
+from grace_plugin.data.prepare import Prepared, spread
+
+__all__ = ["write_page"]
+
+_SIDE = 256
+_BARS = 40
+_FRAMES = 4  # frames shown of a video
+
+
+def _picture(image: Image.Image, alt: str) -> dict[str, str]:
+    small = image.copy()
+    small.thumbnail((_SIDE, _SIDE))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=80)
+    return {"src": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", "alt": alt}
+
+
+def _chart(title: str, values: list[int]) -> dict[str, Any]:
+    chart: dict[str, Any] = {"title": title, "spread": spread(values), "bars": []}
+    if values:
+        counts, edges = np.histogram(values, bins=min(_BARS, max(1, len(set(values)))))
+        chart["low"], chart["high"] = int(min(values)), int(max(values))
+        chart["bars"] = [
+            {
+                "height": round(100 * count / counts.max(), 1),
+                "label": f"{edges[i]:.0f} to {edges[i + 1]:.0f}: {count} rows",
+            }
+            for i, count in enumerate(counts.tolist())
+        ]
+    return chart
+
+
+def _sample(prepared: Prepared, number: int, collator: ConversationCollator) -> dict[str, Any]:
+    row = read_row(prepared.rows[number], number, max_pixels=collator.max_pixels)
+    pictures = [_picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(row.images)]
+    for n, video in enumerate(row.videos):
+        for place in np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames))).astype(int).tolist():
+            pictures.append(_picture(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
+    names = list(prepared.report["sets"])
+    owner = prepared.rows.set_of(number) if hasattr(prepared.rows, "set_of") else 0
+    return {
+        "name": row.name, "number": number, "set": names[owner], "entry": prepared.entries[number], "pictures": pictures,
+        "segments": collator.segmenter.segments(row),
+    }  # fmt: skip
+
+
+def write_page(
+    path: Path,
+    prepared: Prepared,
+    collator: ConversationCollator,
+    *,
+    title: str,
+    model: str,
+    samples: int = 24,
+    seed: int = 0,
+) -> Path:
+    """Write the page of a prepared dataset.
+
+    Args:
+        samples: usable rows shown, drawn by `seed` over all sets.
+    """
+    used = [n for n, entry in enumerate(prepared.entries) if not entry.reason]
+    drawn = sorted(used[i] for i in shuffled(len(used), seed)[:samples].tolist())
+    first: dict[str, str] = {}
+    for entry in prepared.entries:
+        if entry.reason:
+            first.setdefault(entry.reason, entry.message)
+    entries = [prepared.entries[n] for n in used]
+    charts = [
+        _chart("Tokens per row", [e.tokens for e in entries]),
+        _chart("Image and video tokens per row", [e.visual for e in entries]),
+        _chart("Learned tokens per row", [e.supervised for e in entries]),
+    ]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    text = environment.get_template("page.html.j2").render(
+        title=title, model=model, report=prepared.report, reasons=REASONS, first=first, charts=charts, seed=seed,
+        samples=[_sample(prepared, number, collator) for number in drawn],
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path

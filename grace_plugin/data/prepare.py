@@ -1,0 +1,216 @@
+"""From a dataset to what a run trains on: every row accounted for, the unusable ones listed, too many of them refused.
+
+`prepare` looks at every row (see `index.py`), drops what cannot be used, writes `data_report.json` (counts by reason,
+lengths in tokens) and `data_rejected.jsonl` (one line per dropped row: number, set, reason, sentence), and stops the run
+when more than a stated share was dropped. A stream cannot be looked at ahead: its first rows decide, and later ones are
+dropped and counted as they come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_plugin.data.collate import ConversationCollator
+from grace_plugin.data.index import index_file, scan
+from grace_plugin.data.measure import Entry
+from grace_plugin.data.mix import Rows
+from grace_plugin.data.order import shuffled
+
+__all__ = ["BadRowsError", "Prepared", "is_scannable", "prepare"]
+
+_SHOWN = 20  # refused rows that an error names without writing a file
+REPORT, REJECTED = "data_report.json", "data_rejected.jsonl"
+
+
+class BadRowsError(ValueError):
+    """More rows cannot be used than the run allows."""
+
+
+@dataclass
+class Prepared(Sequence[Any]):
+    """The rows a run trains on, each as often as its set's weight asks for.
+
+    rows: what was given. numbers: int64 [n], which of them. lengths: int64 [n], their tokens. report: counts and lengths.
+    rejected: one object per dropped row.
+    """
+
+    rows: Sequence[Any]
+    numbers: np.ndarray
+    lengths: np.ndarray
+    report: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list, repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def write_report(self, folder: Path) -> None:
+        """Write `data_report.json` and `data_rejected.jsonl`."""
+        _write(folder, self.report, self.rejected)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.rows[int(self.numbers[index])]
+
+
+def is_scannable(dataset: Any) -> bool:
+    """Whether every row of a dataset can be looked at before a run: rows in files, in a list or in a `datasets.Dataset`.
+
+    Rows that are made when asked for (any other sequence) are not: making them all first would take the run's time twice.
+    """
+    if isinstance(dataset, (Rows, list, tuple)):
+        return True
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset)
+
+
+def _duplicates(entries: list[Entry], rows: Sequence[Any]) -> tuple[list[Entry], int]:
+    """Entries with later rows of the same id and content marked as duplicates, and rows that repeat an id otherwise."""
+    first: dict[tuple[str, str], int] = {}
+    marks: set[str] = set()
+    repeated, found = 0, []
+    for number, entry in enumerate(entries):
+        if entry.mark and not entry.reason:
+            earlier = first.setdefault((entry.mark, entry.digest), number)
+            if earlier != number:
+                message = f"row {rows[number]['id']!r} (number {number}) repeats row number {earlier}; drop one of them"
+                entry = entry._replace(reason="duplicate", message=message)
+            else:
+                repeated += entry.mark in marks
+            marks.add(entry.mark)
+        found.append(entry)
+    return found, repeated
+
+
+def _too_long(entry: Entry, number: int, collator: ConversationCollator) -> Entry:
+    try:
+        collator.check_length(f"row {number}", entry.tokens)
+    except ValueError as fault:
+        return entry._replace(reason="too_long", message=str(fault))
+    return entry
+
+
+def spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Smallest, median, 95th percentile, largest, mean and sum of token counts (all 0 for none)."""
+    array = np.asarray(values, dtype=np.int64)
+    if not array.size:
+        return dict.fromkeys(("min", "median", "p95", "max", "mean", "sum"), 0)
+    quantiles = np.percentile(array, [0, 50, 95, 100])
+    return {
+        **dict(zip(("min", "median", "p95", "max"), (float(q) for q in quantiles), strict=True)),
+        "mean": round(float(array.mean()), 2), "sum": int(array.sum()),
+    }  # fmt: skip
+
+
+def _set_names(rows: Any) -> tuple[list[str], Callable[[int], int], list[float], list[int]]:
+    """Names, set of a row, weights and seeds; a plain sequence is one set."""
+    if isinstance(rows, Rows):
+        return (
+            [one.name for one in rows.sets],
+            rows.set_of,
+            [one.weight for one in rows.sets],
+            list(range(len(rows.sets))),
+        )
+    return ["rows"], lambda _number: 0, [1.0], [0]
+
+
+def _passes(kept: np.ndarray, weight: float, seed: int) -> np.ndarray:
+    """Row numbers of a set as often as its weight asks for."""
+    whole, part = int(weight), weight - int(weight)
+    drawn = np.sort(kept[shuffled(len(kept), seed, 2)[: round(part * len(kept))]])
+    return np.concatenate([*[kept] * whole, drawn])
+
+
+def prepare(
+    rows: Sequence[Any], collator: ConversationCollator, *, folder: Path | None = None, max_bad_rows: float = 0.05,
+    workers: int = 0, decode: bool = True, cache: Path | None = None, write: bool = True, allow_empty: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:  # fmt: skip
+    """Look at every row, report, and keep those that can be used.
+
+    Args:
+        rows: a `Rows`, a list or a `datasets.Dataset`.
+        folder: where report and list are written when the dataset is refused for more rows than an error can name; of a
+            dataset that is taken, `write_report` writes them.
+        max_bad_rows: largest share of rows that may be dropped, 0 for none.
+        workers, decode, progress: as for `scan`.
+        cache: folder of indexes, by default the user's cache; only rows with a fingerprint are indexed.
+        write: whether this process writes; one of several should.
+        allow_empty: give back a dataset of which nothing can be used, instead of refusing it.
+
+    Raises:
+        BadRowsError (a ValueError): names counts, the first rows and the files.
+        ValueError: no rows at all.
+    """
+    if len(rows) == 0:
+        raise ValueError("the dataset has no rows")
+    if not 0.0 <= max_bad_rows <= 1.0:
+        raise ValueError(f"max_bad_rows is a share of the rows between 0 and 1, got {max_bad_rows}")
+    mark = getattr(rows, "fingerprint", None) if isinstance(rows, Rows) else getattr(rows, "_fingerprint", None)
+    file = index_file(mark, collator, decode, cache) if mark is not None else None
+    entries = scan(rows, collator, workers=workers, decode=decode, file=file, write=write, progress=progress)
+    entries = [e if e.reason else _too_long(e, number, collator) for number, e in enumerate(entries)]
+    entries, repeated = _duplicates(entries, rows)
+    names, set_of, weights, seeds = _set_names(rows)
+    owner = np.array([set_of(number) for number in range(len(rows))])
+    good = np.array([not entry.reason for entry in entries])
+    numbers = [_passes(np.flatnonzero(good & (owner == s)), weights[s], seeds[s]) for s in range(len(names))]
+    taken = np.concatenate(numbers).astype(np.int64)
+    used = [entry for entry in entries if not entry.reason]
+    report = {
+        "rows": len(rows), "usable": len(used), "usable_share": round(len(used) / len(rows), 6),
+        "rejected": dict(Counter(entry.reason for entry in entries if entry.reason).most_common()),
+        "repeated_ids": repeated, "rows_without_images": sum(entry.pictures == 0 for entry in used),
+        "images_and_videos": sum(entry.pictures for entry in used), "rows_per_epoch": len(taken),
+        "sets": {
+            f"{s}:{name}" if names.count(name) > 1 else name: {
+                "rows": int((owner == s).sum()), "usable": int((good & (owner == s)).sum()), "weight": weights[s],
+                "rows_per_epoch": len(numbers[s]),
+            }
+            for s, name in enumerate(names)
+        },
+        "tokens": spread([e.tokens for e in used]), "visual_tokens": spread([e.visual for e in used]),
+        "supervised_tokens": spread([e.supervised for e in used]), "max_bad_rows": max_bad_rows,
+        "index": str(file) if file is not None else None,
+    }  # fmt: skip
+    rejected = [
+        {"number": n, "set": names[owner[n]], "reason": e.reason, "message": e.message}
+        for n, e in enumerate(entries)
+        if e.reason
+    ]
+    if len(rejected) > max_bad_rows * len(rows) or not (len(taken) or allow_empty):
+        listed = folder is not None and len(rejected) > _SHOWN
+        if listed and write and folder is not None:
+            _write(folder, report, rejected)
+        raise BadRowsError(_refusal(report, rejected, max_bad_rows, folder if listed else None))
+    return Prepared(
+        rows, taken, np.array([entries[n].tokens for n in taken], dtype=np.int64), report, entries, rejected
+    )
+
+
+def _write(folder: Path, report: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with (folder / REJECTED).open("w", encoding="utf-8", errors="backslashreplace") as out:
+        out.writelines(json.dumps(line) + "\n" for line in rejected)
+
+
+def _refusal(report: dict[str, Any], rejected: list[dict[str, Any]], allowed: float, folder: Path | None) -> str:
+    reasons = (
+        ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items()) or "no row is left to train on"
+    )
+    first = "; ".join(line["message"] for line in rejected[: 5 if folder is not None else _SHOWN])
+    listed = f" All are listed in {folder / REJECTED}." if folder is not None else ""
+    return (
+        f"{len(rejected)} of {report['rows']} rows cannot be used, {len(rejected) / report['rows']:.1%}, above max_bad_rows = "
+        f"{allowed:.1%} ({reasons}). The first: {first}.{listed} Mend or drop them, or raise max_bad_rows"
+    )

@@ -1,0 +1,205 @@
+"""A conversation as rendered text, cut where learning starts and ends.
+
+Where the chat template carries `{% generation %}` marks, they say what is learned. Where it does not, turns are rendered
+apart: the text up to an assistant turn ends exactly where generation would start, and the rest of the turn is learned,
+end-of-turn mark included (a line break behind it is not generated, so not learned). No token id stands for a role either
+way.
+
+What a row says is text, also when it spells a special token: before rendering, every such string in the row's own text is
+replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
+tokenised without special tokens. The end-of-turn mark that the template writes stays what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from grace_plugin.data.conversation import Row
+from grace_plugin.data.faults import RowError
+
+__all__ = ["Segment", "Segmenter"]
+
+_OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000  # noncharacters around an index in a private plane
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+KINDS = ("image", "video")
+
+
+class Segment(NamedTuple):
+    """A run of rendered text: whether it is learned, and whether it is a row's own spelling of a special token."""
+
+    text: str
+    learned: bool
+    literal: bool = False
+
+
+@dataclass
+class Segmenter:
+    """Cuts rows for one processor; `processor` must have a chat template.
+
+    marks: take what is learned from the template's generation marks where it has them; False renders turns apart always.
+    """
+
+    processor: Any
+    marks: bool = True
+
+    @cached_property
+    def template(self) -> str:
+        """The chat template's source (the one named "default" of several)."""
+        template = getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template
+        return template.get("default", next(iter(template.values()))) if isinstance(template, dict) else template
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template says itself what is learned."""
+        return _MARKS.search(self.template) is not None
+
+    @cached_property
+    def protected(self) -> dict[str, int]:
+        """Strings that would become special tokens, with the ids they must not become."""
+        tokenizer = self.processor.tokenizer
+        strings = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        strings |= {str(token) for token in tokenizer.all_special_tokens}
+        for kind in KINDS:
+            token = getattr(self.processor, f"{kind}_token", None)
+            strings |= {token} if isinstance(token, str) else set()
+        strings |= {text for text in self.placeholders.values() if text}
+        return {text: tokenizer.convert_tokens_to_ids(text) for text in strings if text.strip()}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.protected, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, [*longest_first, _OPEN, _CLOSE])))
+
+    @cached_property
+    def placeholders(self) -> dict[str, str]:
+        """What the template writes for an image and for a video ("" when it writes nothing)."""
+        found = {}
+        for kind in KINDS:
+            text = {"type": "text", "text": "\ufdd2"}
+            try:
+                bare = self._render([{"role": "user", "content": [text, text]}])
+                full = self._render([{"role": "user", "content": [text, {"type": kind}, text]}])
+            except Exception:  # a template that knows no videos may raise anything
+                found[kind] = ""
+                continue
+            found[kind] = _difference(bare, full)
+        return found
+
+    def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+    def segments(self, row: Row) -> list[Segment]:
+        """The row in segments; their texts joined are the rendered conversation.
+
+        Raises:
+            RowError: the template cannot render the row, rewrites earlier turns, drops images, or leaves nothing to learn.
+        """
+        literals: list[str] = []
+        messages = [
+            {**m, "content": [self._guard(part, literals) for part in m["content"]]} for m in row.messages
+        ]  # fmt: skip
+        try:
+            cut = self._marked(messages) if self.marks and self.has_marks else self._apart(messages, row.name)
+        except RowError:
+            raise
+        except Exception as error:  # jinja's errors, and what a template raises itself
+            raise RowError("template", f"{row.name}: the chat template cannot render it: {error}") from error
+        self._check(cut, row)
+        return [piece for text, learned in cut for piece in _split(text, learned, literals)]
+
+    def _guard(self, part: dict[str, Any], literals: list[str]) -> dict[str, Any]:
+        if part["type"] != "text" or not self._pattern.search(part["text"]):
+            return part
+
+        def hide(match: re.Match[str]) -> str:
+            literals.append(match.group())
+            return f"{_OPEN}{chr(_FIRST + len(literals) - 1)}{_CLOSE}"
+
+        return {**part, "text": self._pattern.sub(hide, part["text"])}
+
+    def _marked(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+        """Cut at the template's own marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        named = {k: v for k, v in self.processor.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        rendered, spans = render_jinja_template(
+            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True, **named
+        )
+        text, done, cut = rendered[0], 0, []
+        for start, end in spans[0]:
+            cut += [(text[done:start], False), (text[start:end], True)]
+            done = end
+        return [*cut, (text[done:].rstrip(), False)]
+
+    def _apart(self, messages: list[dict[str, Any]], name: str) -> list[tuple[str, bool]]:
+        """Cut where generation would start, turn by turn."""
+        done, cut = "", []
+        for end, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:end], prompt=True)
+            full = self._render(messages[: end + 1])
+            if not (prompt.startswith(done) and full.startswith(prompt)):
+                raise RowError(
+                    "template",
+                    f"{name}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt",
+                )
+            answer = full[len(prompt) :].rstrip()
+            cut += [(prompt[len(done) :], False), (answer, True)]
+            done = prompt + answer
+        return cut
+
+    def _check(self, cut: list[tuple[str, bool]], row: Row) -> None:
+        for kind, given in (("image", row.images), ("video", row.videos)):
+            written = self.count("".join(text for text, _ in cut), kind) if given else 0
+            if written != len(given):
+                raise RowError(
+                    "template" if self.placeholders[kind] else "video_unsupported",
+                    f"{row.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
+                    f"this model's template takes no {kind}s there",
+                )
+        if not any(learned and text.strip() for text, learned in cut):
+            raise RowError("no_supervised_tokens", f"{row.name}: the chat template marks nothing of it as learned")
+
+    def count(self, text: str, kind: str) -> int:
+        """Placeholders of a kind in rendered text (a row's own spelling of one is hidden or cut apart by then)."""
+        placeholder = self.placeholders[kind]
+        return text.count(placeholder) if placeholder else 0
+
+    def literal_ids(self, text: str) -> list[int]:
+        """Token ids of a string that must not become a special token."""
+        tokenizer = self.processor.tokenizer
+        unknown = tokenizer.unk_token_id
+        kept = set(self.protected.values()) - {unknown}
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if kept.isdisjoint(ids):
+            return list(ids)
+        apart = [tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"] for c in text]
+        return [i for part in apart for i in part if i == unknown or i not in kept]
+
+
+def _difference(bare: str, full: str) -> str:
+    """What stands in `full` and not in `bare`, without the white space around it."""
+    start = 0
+    while start < len(bare) and start < len(full) and bare[start] == full[start]:
+        start += 1
+    end = 0
+    while end < min(len(bare), len(full)) - start and bare[-1 - end] == full[-1 - end]:
+        end += 1
+    return full[start : len(full) - end].strip()
+
+
+def _split(text: str, learned: bool, literals: list[str]) -> list[Segment]:
+    """A cut with the hidden strings brought back as segments of their own."""
+    found = []
+    for part in re.split(f"{_OPEN}(.){_CLOSE}", text) if _OPEN in text else [text]:
+        index = ord(part) - _FIRST if len(part) == 1 else -1
+        if 0 <= index < len(literals):
+            found.append(Segment(literals[index], learned, True))
+        elif part:
+            found.append(Segment(part, learned))
+    return found

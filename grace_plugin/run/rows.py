@@ -1,0 +1,81 @@
+"""The rows of a run: looked at before it where that is possible, in an order that only seed and epoch decide."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grace_plugin.data import (
+    ConversationCollator,
+    Prepared,
+    RowSampler,
+    StreamedRows,
+    check_rows,
+    is_scannable,
+    prepare,
+)
+
+__all__ = ["TrainingRows", "training_rows"]
+
+logger = logging.getLogger(__name__)
+CHECKED = 256  # first rows of a dataset that makes its rows when asked for
+
+
+@dataclass
+class TrainingRows:
+    """dataset: what Trainer gets. count: its rows, None for a stream. sampler: its order, None for Trainer's own."""
+
+    dataset: Any
+    count: int | None
+    sampler: RowSampler | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, folder: Path) -> None:
+        """Write the report, now that the run begins and nothing can be refused any more; one process should."""
+        if isinstance(self.dataset, Prepared):
+            self.dataset.write_report(folder)
+
+    def finish(self) -> dict[str, Any]:
+        """The report at the end of the run; a stream is counted only now."""
+        return self.dataset.write_report() if isinstance(self.dataset, StreamedRows) else self.report
+
+
+def training_rows(
+    dataset: Any, collator: ConversationCollator, arguments: Any, folder: Path, share: float
+) -> TrainingRows:
+    """Look at a dataset before the run.
+
+    Rows in files, lists and `datasets.Dataset`s are all looked at, and those that cannot be used are dropped and listed in
+    `folder`; a stream is looked at as it comes; of any other sequence the first rows are checked.
+
+    Raises:
+        BadRowsError (a ValueError): more than `share` of the rows cannot be used.
+        ValueError: no rows, a first row that cannot be used, or a stream for several processes.
+    """
+    if not hasattr(dataset, "__len__"):
+        if arguments.world_size > 1:
+            raise ValueError(
+                f"a stream is read by one process and this run has {arguments.world_size}; save the rows as parquet and give "
+                "those, or run on one process"
+            )
+        rows = StreamedRows(dataset, collator, folder=folder, max_bad_rows=share)
+        return TrainingRows(rows, None)
+    if not is_scannable(dataset):
+        check_rows(dataset[i] for i in range(min(len(dataset), CHECKED)))
+        return TrainingRows(dataset, len(dataset))
+    with arguments.main_process_first(local=False, desc="looking at every row"):
+        kept = prepare(
+            dataset, collator, folder=folder, max_bad_rows=share, workers=arguments.dataloader_num_workers,
+            write=arguments.process_index == 0,
+        )  # fmt: skip
+    if kept.report["rejected"]:
+        logger.warning(
+            "%d of %d rows are not used; see %s", kept.report["rows"] - kept.report["usable"], len(dataset), folder
+        )
+    if not kept.report["images_and_videos"]:
+        logger.warning("no row has an image or a video: the relational term is absent from this run")
+    seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
+    sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=arguments.train_batch_size)
+    return TrainingRows(kept, len(kept), sampler, kept.report)

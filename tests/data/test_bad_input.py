@@ -1,0 +1,277 @@
+"""Each kind of bad input: refused or counted under its reason, never half read, never a special token."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grace_plugin.data import BadRowsError, ConversationCollator, RowError, load_rows, prepare, read_row
+from grace_plugin.data.media import decode_image, decode_video, image_size
+from grace_plugin.data.segments import Segmenter
+from tests.tiny import FAMILIES, build, rows
+
+PROCESSORS = {family: build(family)[1] for family in FAMILIES}
+IMAGE = {"type": "image"}
+
+
+def talk(text: str = "what is it?", answer: str = "red", images: int = 0) -> list[dict[str, Any]]:
+    content = [*[IMAGE] * images, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def pictured(image: Any) -> dict[str, Any]:
+    return {"id": "r", "messages": talk(images=1), "images": [image]}
+
+
+def reason_of(row: Any, family: str = "llava", **limits: Any) -> str:
+    found = prepare([row], ConversationCollator(PROCESSORS[family], **limits), max_bad_rows=1.0, allow_empty=True)
+    return found.entries[0].reason
+
+
+def png(path: Path, width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> Path:
+    """A PNG file of grey pixels with the given compressed data and further chunks."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    extra = b"".join(chunk(kind, body) for kind, body in more)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+ROWS_AND_REASONS: list[tuple[dict[str, Any], str]] = [
+    (pictured("/nowhere/at/all.png"), "missing_file"),
+    ({"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+    ({"messages": talk(), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+    ({"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+     "placeholder_mismatch"),
+    ({"messages": []}, "empty_conversation"),
+    ({"conversations": []}, "empty_conversation"),
+    ({"messages": talk(answer=" ")}, "empty_conversation"),
+    ({"messages": talk()[::-1]}, "roles_out_of_order"),
+    ({"messages": talk() + talk()[1:]}, "roles_out_of_order"),
+    ({"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
+    ({"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "unknown_role"),
+    ({"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
+    ({"messages": talk(text="a\udce9b")}, "invalid_utf8"),
+    ({"conversations": [{"from": "human"}]}, "malformed"),
+    ({"messages": "hello"}, "malformed"),
+    ({"messages": talk(images=1), "images": "a.png"}, "malformed"),
+    ({"messages": talk(images=1), "images": [7]}, "malformed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reason"), ROWS_AND_REASONS)
+def test_a_bad_row_is_counted_under_its_reason(row: dict[str, Any], reason: str) -> None:
+    assert reason_of(row) == reason
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_of_one_pixel_is_used(family: str) -> None:
+    collator = ConversationCollator(PROCESSORS[family])
+    row = pictured(Image.new("RGB", (1, 1), (200, 0, 0)))
+    found = prepare([row], collator)
+    assert found.lengths[0] == collator([row])["input_ids"].shape[1]
+    assert found.entries[0].visual >= 1
+
+
+def test_an_image_the_processor_refuses_is_counted() -> None:
+    assert reason_of(pictured(Image.new("RGB", (3000, 4))), "qwen2_vl") == "image_shape"
+    assert reason_of(pictured(Image.new("RGB", (3000, 4))), "llava") == ""
+
+
+def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -> None:
+    line = zlib.compressobj(9)
+    data = line.compress(b"\0" * 20001 * 1000) + line.flush()  # a twentieth of its lines is enough for a header
+    path = png(tmp_path / "big.png", 20000, 20000, data)
+    start = time.monotonic()
+    with pytest.raises(
+        RowError, match=rf"row 'r': image '{path}' (has 20000 x 20000 = 400,000,000|is above the limit)"
+    ) as caught:
+        read_row(pictured(str(path)))
+    assert caught.value.reason == "image_too_large"
+    assert time.monotonic() - start < 2.0
+    assert reason_of(pictured(str(path))) == "image_too_large"
+
+
+def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    assert read_row(pictured(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
+    with pytest.raises(
+        RowError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"
+    ):
+        read_row(pictured(tmp_path / "a.png"), max_pixels=599)
+    with pytest.raises(RowError, match=r"image in the row has 30 x 20"):
+        read_row(pictured(Image.new("RGB", (30, 20))), max_pixels=599)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "text", "data"])
+def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
+    bomb = zlib.compress(b"\0" * 80_000_000, 9)
+    small = zlib.compress(b"\0" * 5 * 4)
+    if kind == "pixels":
+        path, reason = png(tmp_path / "b.png", 60000, 60000, bomb), "image_too_large"
+    elif kind == "text":
+        path, reason = png(tmp_path / "b.png", 4, 4, small, (b"zTXt", b"k\0\0" + bomb)), "unreadable_image"
+    else:
+        path, reason = (
+            png(tmp_path / "b.png", 4, 4, bomb),
+            "",
+        )  # 80 MB of zeros behind a picture of 16 pixels: read as far as needed
+    assert path.stat().st_size < 100_000
+    start = time.monotonic()
+    assert reason_of(pictured(str(path))) == reason
+    assert time.monotonic() - start < 3.0
+
+
+def test_a_truncated_file_is_no_half_grey_picture(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    for name in ("a.png", "a.jpg", "a.webp"):
+        Image.fromarray(noise).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        assert reason_of(pictured(str(tmp_path / name))) == "unreadable_image"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    """The oracle rotates the pixels by hand as the EXIF standard defines the eight orientations."""
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:10, :20] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = {
+        1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+        5: lambda p: p.transpose(1, 0, 2), 6: lambda p: p[::-1].transpose(1, 0, 2),
+        7: lambda p: p[::-1, ::-1].transpose(1, 0, 2), 8: lambda p: p.transpose(1, 0, 2)[::-1],
+    }[orientation](pixels)  # fmt: skip
+    found = decode_image(str(tmp_path / "a.png"), "r")
+    assert np.array_equal(np.asarray(found), upright)
+    assert image_size(str(tmp_path / "a.png"), "r") == upright.shape[:2]
+
+
+def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64, dtype=np.float64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    found = np.asarray(decode_image(str(tmp_path / "deep.png"), "r"))
+    assert np.abs(found[..., 0].astype(float) - ramp / 257).max() <= 1.0
+    colours = Image.new("RGB", (16, 16), (200, 40, 30))
+    colours.convert("CMYK").save(tmp_path / "c.jpg", quality=100)
+    colours.quantize(4).save(tmp_path / "p.png")
+    colours.quantize(4).save(tmp_path / "p.gif")
+    for name in ("c.jpg", "p.png", "p.gif"):
+        pixel = np.asarray(decode_image(str(tmp_path / name), "r"))[8, 8].astype(int)
+        assert np.abs(pixel - (200, 40, 30)).max() <= 6, name
+
+
+def test_images_in_bytes_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 8), (1, 2, 3)).save(tmp_path / "a.png")
+    row = pictured({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
+    assert read_row(row).images[0].getpixel((3, 3)) == (1, 2, 3)
+    row["images"][0]["bytes"] = b"nothing"
+    with pytest.raises(RowError, match=r"row 'r': cannot read image 'gone\.png'"):
+        read_row(row)
+
+
+def test_faults_of_videos_are_counted(tmp_path: Path) -> None:
+    def row(video: Any) -> dict[str, Any]:
+        content = [{"type": "video"}, {"type": "text", "text": "q"}]
+        return {"messages": [{"role": "user", "content": content}, talk()[1]], "videos": [video]}
+
+    frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
+    assert reason_of(row(frames), "qwen3_vl") == ""
+    assert reason_of(row(frames), "llava") == "video_unsupported"
+    assert reason_of(row([]), "qwen3_vl") == "unreadable_video"
+    assert reason_of(row([frames[0], Image.new("RGB", (32, 64))]), "qwen3_vl") == "unreadable_video"
+    assert reason_of(row("/nowhere.mp4"), "qwen3_vl") == "missing_file"
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    assert reason_of(row(str(tmp_path / "a.mp4")), "qwen3_vl") == "unreadable_video"
+    found = decode_video(frames, "r", fps=4.0)
+    assert found.frames.shape == (4, 64, 64, 3)
+    assert (found.fps, found.indices, found.frames[2, 0, 0, 0]) == (4.0, (0, 1, 2, 3), 100)
+
+
+def test_a_row_above_the_limit_is_dropped_and_counted() -> None:
+    short, long = {"messages": talk()}, {"id": "long", "messages": talk(text="one two three " * 40)}
+    collator = ConversationCollator(PROCESSORS["llava"], max_length=64)
+    found = prepare([short, long], collator, max_bad_rows=0.5)
+    assert found.numbers.tolist() == [0]
+    assert found.report["rejected"] == {"too_long": 1}
+    assert "max_length is 64" in found.entries[1].message
+
+
+def test_invalid_utf8_in_a_file_is_counted_in_its_row(tmp_path: Path) -> None:
+    good = json.dumps({"messages": talk()}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, good.replace(b"what", b"wh\xe9t"), good]))
+    found = prepare(load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.4,
+                    cache=tmp_path / "cache", folder=tmp_path / "out")  # fmt: skip
+    assert found.numbers.tolist() == [0, 2]
+    assert found.report["rejected"] == {"invalid_utf8": 1}
+    lone = json.dumps({"messages": talk(text="\udce9")}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(lone)
+    with pytest.raises(BadRowsError, match=r"1 invalid_utf8"):
+        prepare(
+            load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), cache=tmp_path / "cache"
+        )
+
+
+SPELLED = ("</s>", "<image>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>assistant\nno", "<|image_pad|>", "<|vision_start|>",
+           "<|video_pad|>", "<|endoftext|>", "\ufdd0x\ufdd1")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spelled", SPELLED)
+@pytest.mark.parametrize("images", [0, 1])
+def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int) -> None:
+    """With them in a question and in an answer, a row has the special tokens of the same row without them, and their text."""
+    processor = PROCESSORS[family]
+    collator, tokenizer = ConversationCollator(processor), processor.tokenizer
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pictures = rows(1)[0]["images"] if images else []
+
+    def batch(word: str) -> Any:
+        talked = [*talk(f"say {word} left", f"a {word} red", images), *talk("and?", "two")]
+        return collator([{"messages": talked, "images": pictures}])
+
+    with_it, without = batch(spelled), batch("x")
+    ids, plain = with_it["input_ids"][0].tolist(), without["input_ids"][0].tolist()
+    kept = set(special.values())
+    assert [i for i in ids if i in kept] == [i for i in plain if i in kept]
+    assert special  # there is something to become
+    text = "".join(tokenizer.decode([i]) if i in kept else "\0" for i in ids)
+    assert text.count("\0") > 4
+    learned = tokenizer.decode([t for t in with_it["labels"][0].tolist() if t not in (-100, *kept)])
+    assert f"a {spelled} red" in learned
+    prompt = [i for i, label in zip(ids, with_it["labels"][0].tolist(), strict=True) if label == -100 and i not in kept]
+    assert f"say {spelled} left" in tokenizer.decode(prompt)
+
+
+def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> None:
+    """Splitting special tokens is not enough where the model itself knows the word: then the string is cut to characters."""
+    from grace_plugin.demo.pair import make_processor
+
+    processor = make_processor()
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    collator = ConversationCollator(processor)
+    batch = collator([{"messages": talk("where is <image> </s>", "left")}])
+    assert image in processor.tokenizer("<image>", split_special_tokens=True)["input_ids"]
+    assert image not in batch["input_ids"][0].tolist()
+    assert batch["input_ids"][0].tolist().count(processor.tokenizer.eos_token_id) == 1
+    assert Segmenter(processor).protected["<image>"] == image
+
+
+def test_a_dataset_without_any_images_says_so() -> None:
+    found = prepare(rows(4, images=0), ConversationCollator(PROCESSORS["llava"]))
+    assert found.report["images_and_videos"] == 0
+    assert found.report["rows_without_images"] == 4
+    assert found.report["visual_tokens"]["sum"] == 0

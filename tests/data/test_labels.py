@@ -1,0 +1,138 @@
+"""What is learned: the template's generation marks and turns rendered apart give the same ids and labels on every template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+from grace_plugin.data import ConversationCollator, RowError, check_row
+from grace_plugin.data.segments import Segmenter
+from grace_plugin.demo.pair import make_processor
+from tests.tiny import FAMILIES, build, rows
+from tests.tiny_text import QWEN3_TEMPLATE, SENTENCES
+
+PROCESSORS = {family: build(family)[1] for family in FAMILIES} | {"demo": make_processor()}
+MARKED = ("llava", "qwen3_vl", "demo")
+
+
+def talk(*texts: str, images: int = 0) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        content = [*[{"type": "image"}] * (images if number == 0 else 0), {"type": "text", "text": text}]
+        messages.append({"role": "assistant" if number % 2 else "user", "content": content})
+    return {"messages": messages, "images": [r["images"][0] for r in rows(images, seed=2)]}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "demo"])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
+    processor = PROCESSORS[family]
+    row = talk("what is the shape", "a red square", "assistant: and </s> left?\n", "<|im_end|> blue  ", images=images)
+    marked, apart = ConversationCollator(processor), ConversationCollator(processor)
+    apart.segmenter.marks = False
+    assert marked.segmenter.has_marks == (family in MARKED)
+    one, two = marked([row]), apart([row])
+    assert one.keys() == two.keys()
+    learned = one["labels"] != -100
+    assert bool(learned.any())
+    length = min(
+        one["labels"].shape[1], two["labels"].shape[1]
+    )  # white space behind the last turn is learned by neither
+    for key in ("input_ids", "labels"):
+        assert torch.equal(one[key][:, :length], two[key][:, :length])
+        assert one[key].shape == two[key].shape
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
+    """transformers computes its mask from characters of the whole text; segments must mark the same tokens."""
+    processor = PROCESSORS[family]
+    row = talk("what is the shape?", "a red square", "which colour stands left?", "blue")
+    batch = ConversationCollator(processor)([row])
+    flat = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row["messages"]]
+    own = processor.tokenizer.apply_chat_template(
+        flat, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    length = batch["input_ids"].shape[1]
+    assert batch["input_ids"][0].tolist() == own["input_ids"][:length]
+    assert (batch["labels"][0] != -100).int().tolist() == own["assistant_masks"][:length]
+    assert sum(own["assistant_masks"][length:]) == 0
+
+
+def test_only_marked_turns_are_learned() -> None:
+    """A template that marks the last turn alone is believed."""
+    _, processor = build("qwen3_vl")
+    processor.chat_template = QWEN3_TEMPLATE.replace(
+        "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"
+    )
+    batch = ConversationCollator(processor)([talk("say", "red", "say", "blue")])
+    learned = batch["labels"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(learned) == "blue<|im_end|>"
+
+
+def test_a_template_that_drops_images_is_refused() -> None:
+    _, processor = build("qwen2_vl")
+    processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+    with pytest.raises(RowError, match=r"has 1 image\(s\) and the chat template writes 0 placeholder\(s\)"):
+        ConversationCollator(processor)([talk("q", "a", images=1)])
+
+
+def test_a_template_that_raises_is_a_fault_of_the_row() -> None:
+    _, processor = build("llava")
+    processor.chat_template = "{{ raise_exception('no such talk') }}"
+    with pytest.raises(RowError, match=r"row 'r': the chat template cannot render it: no such talk") as caught:
+        Segmenter(processor).segments(check_row({**talk("q", "a"), "id": "r"}))
+    assert caught.value.reason == "template"
+
+
+def test_a_template_that_marks_nothing_is_refused() -> None:
+    _, processor = build("llava")
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['content'][0]['text'] }}"
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RowError, match=r"marks nothing of it as learned") as caught:
+        Segmenter(processor).segments(check_row(talk("q", "a")))
+    assert caught.value.reason == "no_supervised_tokens"
+
+
+def metaspace(scheme: str) -> LlavaProcessor:
+    """LLaVA with a tokenizer of the SentencePiece kind, which marks the start of words before a text."""
+    _, processor = build("llava")
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    alphabet = [chr(c) for c in range(33, 127)] + ["\n"]
+    core.train_from_iterator(
+        SENTENCES["plain"],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    return LlavaProcessor(
+        processor.image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        chat_template=processor.chat_template, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_word_start_is_invented_in_the_middle_of_a_row(scheme: str, images: int) -> None:
+    """Ids are those of the whole rendered text, as SentencePiece tokenizers cut it in one go."""
+    processor = metaspace(scheme)
+    row = talk("what is the shape?", "a red square", "which colour stands left?", "blue", images=images)
+    batch = ConversationCollator(processor)([row])
+    text = processor.apply_chat_template(row["messages"], tokenize=False)
+    whole = processor(
+        text=[text], **({"images": row["images"]} if images else {}), add_special_tokens=False, return_tensors="pt"
+    )
+    assert batch["input_ids"][0].tolist() == whole["input_ids"][0].tolist()
+    learned = [t for t in batch["labels"][0].tolist() if t != -100]
+    assert processor.tokenizer.decode(learned).replace(" ", "") == "aredsquare</s>blue</s>"

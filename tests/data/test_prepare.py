@@ -1,0 +1,242 @@
+"""Every row of a dataset is accounted for, the index is resumed and believed, and lengths are those of the batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grace_plugin.data import BadRowsError, ConversationCollator, is_scannable, load_rows, prepare
+from grace_plugin.data.index import index_file, scan
+from tests.mixed_files import Mixed, write_mixed
+from tests.tiny import FAMILIES, build, rows
+
+PROCESSORS = {family: build(family)[1] for family in FAMILIES}
+ROWS = 132
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    return write_mixed(tmp_path_factory.mktemp("mixed") / "set", ROWS, videos=6)
+
+
+@pytest.mark.parametrize(("family", "workers"), [("llava", 2), ("qwen2_vl", 0), ("qwen3_vl", 0)])
+def test_the_report_accounts_for_every_row(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
+    collator = ConversationCollator(PROCESSORS[family])
+    found = prepare(
+        load_rows(str(mixed.mix)),
+        collator,
+        max_bad_rows=0.1,
+        workers=workers,
+        cache=tmp_path / "cache",
+    )
+    found.write_report(tmp_path)
+    expected = dict(mixed.reasons)
+    if family == "llava":
+        expected["video_unsupported"] = mixed.videos
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    assert report["rejected"] == expected
+    assert report["rows"] == ROWS == report["usable"] + sum(expected.values())
+    assert report["usable"] == len(found) == sum(one["usable"] for one in report["sets"].values())
+    lines = [json.loads(line) for line in (tmp_path / "data_rejected.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(expected.values())
+    given = load_rows(str(mixed.mix))
+    for line in lines:
+        if line["set"] == "llava.json":
+            assert given[line["number"]]["id"].startswith("broken-")
+            assert repr(given[line["number"]]["id"]) in line["message"]
+    assert sorted({line["number"] for line in lines} | set(found.numbers.tolist())) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: Path) -> None:
+    collator = ConversationCollator(PROCESSORS[family])
+    found = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=0.1, cache=tmp_path)
+    for place in range(0, len(found), 5):
+        batch = collator([found[place]])
+        entry = found.entries[found.numbers[place]]
+        assert batch["input_ids"].shape[1] == found.lengths[place] == entry.tokens
+        assert int((batch["labels"] != -100).sum()) == entry.supervised
+        types = [
+            PROCESSORS[family].tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<|image_pad|>", "<|video_pad|>")
+        ]
+        assert sum(int((batch["input_ids"] == t).sum()) for t in types if t is not None) == entry.visual
+
+
+def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixed, tmp_path: Path) -> None:
+    given, collator = load_rows(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
+    assert given.fingerprint is not None
+    file = index_file(given.fingerprint, collator, True, tmp_path)
+    whole = scan(given, collator, file=file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == ROWS
+    file.write_bytes(b"".join(lines[:100]) + lines[100][:9])
+    done: list[int] = []
+    assert scan(given, collator, file=file, progress=lambda n, _: done.append(n)) == whole
+    assert done[0] > 100
+    assert file.read_bytes().splitlines(keepends=True) == lines
+    done.clear()
+    assert scan(given, collator, file=file, progress=lambda n, _: done.append(n)) == whole
+    assert done == []
+    assert index_file(given.fingerprint, collator, True, tmp_path) == file
+    others = [
+        index_file("another", collator, True, tmp_path),
+        index_file(given.fingerprint, collator, False, tmp_path),
+        index_file(given.fingerprint, ConversationCollator(PROCESSORS["qwen2_vl"]), True, tmp_path),
+        index_file(given.fingerprint, ConversationCollator(PROCESSORS["llava"], max_pixels=9), True, tmp_path),
+    ]
+    assert len({file, *others}) == 5
+
+
+def test_a_process_that_does_not_write_leaves_the_index_alone(mixed: Mixed, tmp_path: Path) -> None:
+    given, collator = load_rows(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
+    found = prepare(given, collator, folder=tmp_path / "out", max_bad_rows=0.1, cache=tmp_path / "cache", write=False)
+    assert found.report["rows"] == ROWS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "red"}]})
+    file.write_text(line)
+    before = load_rows(str(file)).fingerprint
+    assert load_rows(str(file)).fingerprint == before
+    file.write_text(f"{line}\n{line}")
+    assert load_rows(str(file)).fingerprint != before
+
+
+def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
+    collator = ConversationCollator(PROCESSORS["llava"])
+    given = [*rows(18), {"messages": [], "id": "a"}, {"messages": [], "id": "b"}]
+    kept = prepare(given, collator, max_bad_rows=0.1)
+    assert len(kept) == 18
+    with pytest.raises(
+        BadRowsError, match=r"2 of 20 rows cannot be used, 10\.0%, above max_bad_rows = 9\.9% \(2 empty_conversation\)"
+    ) as caught:
+        prepare(given, collator, folder=tmp_path / "out", max_bad_rows=0.099)
+    assert "row 'a' has no messages" in str(caught.value)
+    assert "row 'b' has no messages" in str(caught.value)
+    assert not (tmp_path / "out").exists()  # the error names them all
+    many = [{"messages": [], "id": f"row-{n}"} for n in range(21)]
+    with pytest.raises(BadRowsError, match=r"All are listed in .*data_rejected\.jsonl"):
+        prepare([*rows(3), *many], collator, folder=tmp_path / "out")
+    listed = (tmp_path / "out" / "data_rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in listed] == list(range(3, 24))
+    with pytest.raises(BadRowsError, match=r"1 of 1 rows cannot be used"):
+        prepare(given[-1:], collator, max_bad_rows=1.0)
+    with pytest.raises(ValueError, match=r"the dataset has no rows"):
+        prepare([], collator)
+    with pytest.raises(ValueError, match=r"max_bad_rows is a share of the rows between 0 and 1, got 5"):
+        prepare(given, collator, max_bad_rows=5)
+
+
+def text_rows(count: int, word: str) -> str:
+    return "\n".join(
+        json.dumps({"id": f"{word}{n}", "messages": [{"role": "user", "content": f"{word} {n}"},
+                                                     {"role": "assistant", "content": "red"}]})
+        for n in range(count)
+    )  # fmt: skip
+
+
+def write_mix(tmp_path: Path, text: str) -> str:
+    for word, count in (("one", 20), ("two", 10), ("three", 4)):
+        (tmp_path / f"{word}.jsonl").write_text(text_rows(count, word))
+    (tmp_path / "mix.yaml").write_text(text)
+    return str(tmp_path / "mix.yaml")
+
+
+def words_of(found: Any) -> list[str]:
+    return [found[place]["messages"][0]["content"] for place in range(len(found))]
+
+
+def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
+    text = "seed: 3\nsets:\n - {path: one.jsonl, cap: 6}\n - {path: two.jsonl, weight: 0.5}\n"
+    text += " - {path: three.jsonl, weight: 2.25}\n"
+    source = write_mix(tmp_path, text)
+    collator = ConversationCollator(PROCESSORS["llava"])
+    found = prepare(load_rows(source), collator, cache=tmp_path / "cache")
+    words = words_of(found)
+    counts = {word: sum(w.startswith(word) for w in words) for word in ("one", "two", "three")}
+    assert counts == {"one": 6, "two": 5, "three": 9}
+    assert len({w for w in words if w.startswith("one")}) == 6
+    assert len({w for w in words if w.startswith("two")}) == 5
+    assert sorted(words.count(f"three {n}") for n in range(4)) == [2, 2, 2, 3]
+    assert found.report["rows"] == 20
+    assert found.report["sets"]["three.jsonl"] == {"rows": 4, "usable": 4, "weight": 2.25, "rows_per_epoch": 9}
+    assert words_of(prepare(load_rows(source), collator, cache=tmp_path / "cache")) == words
+    other = prepare(
+        load_rows(write_mix(tmp_path, text.replace("seed: 3", "seed: 4"))), collator, cache=tmp_path / "cache"
+    )
+    assert {w for w in words_of(other) if w.startswith("one")} != {w for w in words if w.startswith("one")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sets: []", r"mix\.yaml is no mix; give `sets:`"),
+        ("- a", r"mix\.yaml is no mix"),
+        ("sets: [", r"mix\.yaml is not YAML"),
+        ("sets:\n - {path: one.jsonl, wieght: 2}", r"set 0: [\s\S]*wieght"),
+        ("sets:\n - {path: one.jsonl, weight: 0}", r"set 0: [\s\S]*greater than 0"),
+        ("sets:\n - {path: one.jsonl, cap: 0}", r"set 0: [\s\S]*greater than or equal to 1"),
+        ("sets:\n - {path: none.jsonl}", r"no dataset file at none\.jsonl"),
+    ],
+)
+def test_faults_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rows(write_mix(tmp_path, text))
+
+
+def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
+    one, two, three = rows(3)
+    given = [{**one, "id": "a"}, {**two, "id": "a"}, {**one, "id": "a"}, {**three}, {**three}]
+    found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.2)
+    found.write_report(tmp_path)
+    assert found.numbers.tolist() == [0, 1, 3, 4]
+    assert found.report["rejected"] == {"duplicate": 1}
+    assert found.report["repeated_ids"] == 1
+    listed = json.loads((tmp_path / "data_rejected.jsonl").read_text())
+    assert listed["message"] == "row 'a' (number 2) repeats row number 0; drop one of them"
+
+
+def test_what_is_made_when_asked_for_is_not_scanned() -> None:
+    import datasets
+
+    class Made:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            return rows(1)[0]
+
+    assert not is_scannable(Made())
+    assert is_scannable(rows(1))
+    assert is_scannable(datasets.Dataset.from_list([{"messages": []}]))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "folder"])
+def test_parquet_and_saved_datasets_are_indexed(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    features = datasets.Features(
+        messages=datasets.List({"role": datasets.Value("string"), "content": datasets.List(
+            {"type": datasets.Value("string"), "text": datasets.Value("string")})}),
+        images=datasets.List(datasets.Image()),
+    )  # fmt: skip
+    given = datasets.Dataset.from_list(rows(6), features=features)
+    if kind == "saved":
+        given.save_to_disk(str(tmp_path / "set"))
+    else:
+        (tmp_path / "set").mkdir()
+        given.to_parquet(str(tmp_path / "set" / "rows.parquet"))
+    source = tmp_path / "set" / "rows.parquet" if kind == "parquet" else tmp_path / "set"
+    collator = ConversationCollator(PROCESSORS["qwen2_vl"])
+    found = prepare(load_rows(str(source)), collator, cache=tmp_path / "cache")
+    assert len(found) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    expected = collator(rows(6))
+    batch = collator([found[place] for place in range(6)])
+    assert all(np.array_equal(batch[key], expected[key]) for key in expected)

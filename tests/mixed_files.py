@@ -1,0 +1,112 @@
+"""A mixed dataset on disk: LLaVA JSON, messages, text only, videos as frames, and broken rows of many kinds.
+
+Every broken row is written together with the reason it must be counted under, so a report can be held to the row.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.tiny import rows
+
+__all__ = ["Mixed", "write_mixed"]
+
+ANSWER = {"from": "gpt", "value": "a red square"}
+
+
+class Mixed(NamedTuple):
+    """mix: the file to load. rows: rows in all. reasons: broken rows by reason. videos: rows with a video."""
+
+    mix: Path
+    rows: int
+    reasons: Counter[str]
+    videos: int
+
+
+def _broken(number: int) -> tuple[str, dict[str, Any]]:
+    """The number-th broken LLaVA row and its reason."""
+    ask = {"from": "human", "value": "<image>\nwhat is it?"}
+    good = {"id": f"broken-{number}", "image": "pictures/0.png", "conversations": [ask, ANSWER]}
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("missing_file", {**good, "image": "pictures/none.png"}),
+        ("placeholder_mismatch", {**good, "image": ["pictures/0.png", "pictures/1.png"]}),
+        ("empty_conversation", {**good, "conversations": []}),
+        ("roles_out_of_order", {**good, "conversations": [ANSWER, ask]}),
+        ("unreadable_image", {**good, "image": "pictures/truncated.png"}),
+        ("unknown_role", {**good, "conversations": [{**ask, "from": "narrator"}, ANSWER]}),
+    ]
+    return kinds[number % len(kinds)]
+
+
+def _pictures(folder: Path, seed: int) -> int:
+    """Write 40 pictures, two frames of each and a truncated file; returns 40."""
+    (folder / "pictures").mkdir(parents=True)
+    pictures = [row["images"][0] for row in rows(40, seed=seed)]
+    for number, picture in enumerate(pictures):
+        picture.save(folder / "pictures" / f"{number}.png")
+        for frame in range(2):
+            picture.resize((64, 64)).rotate(90 * frame).save(folder / "pictures" / f"{number}-{frame}.png")
+    whole = (folder / "pictures" / "0.png").read_bytes()
+    (folder / "pictures" / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
+    return len(pictures)
+
+
+def _llava(count: int, bad: int, draw: random.Random, pictures: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """LLaVA rows, the first `bad` of them broken, shuffled; one or two pictures, one or two turns."""
+
+    def place() -> str:
+        return f"pictures/{draw.randrange(pictures)}.png"
+
+    found: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    for number in range(count):
+        if number < bad:
+            reason, row = _broken(number)
+            reasons[reason] += 1
+            found.append(row)
+            continue
+        several = number % 5 == 0
+        ask = "<image>\n<image>\nsay which colour stands left" if several else "<image>\nwhat is the shape?"
+        talk = [{"from": "human", "value": ask}, ANSWER, {"from": "human", "value": "and one?"}, ANSWER]
+        image = [place(), place()] if several else place()
+        found.append({"id": f"l{number}", "image": image, "conversations": talk[: 2 + 2 * (number % 2)]})
+    draw.shuffle(found)
+    return found, reasons
+
+
+def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int = 40, seed: int = 0) -> Mixed:
+    """Write `count` rows under `folder`: the broken share among the LLaVA rows, a quarter text, `videos` with a video."""
+    draw = random.Random(seed)
+    pictures = _pictures(folder, seed)
+    text = count // 4
+    llava = (count - text - videos) // 2
+    first, reasons = _llava(llava, round(count * broken), draw, pictures)
+    (folder / "llava.json").write_text(json.dumps(first))
+    content = [{"type": "image"}, {"type": "text", "text": "what is its colour?"}]
+    sets: dict[str, list[dict[str, Any]]] = {}
+    sets["messages.jsonl"] = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "blue " * (1 + n % 7)}],
+         "images": [f"pictures/{draw.randrange(pictures)}.png"]}
+        for n in range(count - text - videos - llava)
+    ]  # fmt: skip
+    sets["text.jsonl"] = [
+        {"id": n, "messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "one two"}]}
+        for n in range(text)
+    ]
+    ask = {"from": "human", "value": "<video>\nwhat turns?"}
+    sets["video.jsonl"] = [
+        {"id": f"v{n}", "video": [f"pictures/{n % pictures}-{frame}.png" for frame in range(2)], "fps": 1.0,
+         "conversations": [ask, ANSWER]}
+        for n in range(videos)
+    ]  # fmt: skip
+    names = ["llava.json"]
+    for name, made in sets.items():
+        if made:
+            (folder / name).write_text("\n".join(map(json.dumps, made)))
+            names.append(name)
+    (folder / "mix.yaml").write_text("sets:\n" + "".join(f"  - {{path: {name}}}\n" for name in names))
+    return Mixed(folder / "mix.yaml", count, reasons, videos)
