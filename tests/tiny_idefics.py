@@ -37,7 +37,7 @@ PER_TILE = (SIDE // PATCH // SHUFFLE) ** 2
 
 def _config(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> dict[str, Any]:
     return dict(
-        vision_config=dict(TOWER), scale_factor=SHUFFLE, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=dict(TOWER), text_config=LlamaConfig(**text), scale_factor=SHUFFLE, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
@@ -47,9 +47,7 @@ def idefics3(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
     processor = Idefics3Processor(
         Idefics3ImageProcessor(**SIZES), tokenizer, image_seq_len=PER_TILE, chat_template=TEMPLATE
     )
-    config = Idefics3Config(
-        text_config=LlamaConfig(**text), tie_word_embeddings=False, **_config(tokenizer, text)
-    )
+    config = Idefics3Config(tie_word_embeddings=False, **_config(tokenizer, text))
     return Idefics3ForConditionalGeneration(config), processor
 
 
@@ -59,6 +57,5 @@ def smolvlm(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
         SmolVLMImageProcessor(**SIZES), tokenizer, SmolVLMVideoProcessor(**SIZES), image_seq_len=PER_TILE,
         chat_template=TEMPLATE,
     )  # fmt: skip
-    tied = LlamaConfig(**(text | {"tie_word_embeddings": True}))
-    config = SmolVLMConfig(text_config=tied, tie_word_embeddings=True, **_config(tokenizer, text))
+    config = SmolVLMConfig(tie_word_embeddings=True, **_config(tokenizer, text | {"tie_word_embeddings": True}))
     return SmolVLMForConditionalGeneration(config), processor

@@ -73,8 +73,7 @@ class ConversationCollator:
         plain = [piece for piece in pieces if not piece.images]
         batch: dict[str, Tensor] = {}
         if pictured:
-            images = [image for piece in pictured for image in piece.images]
-            batch = self._tokenise(pictured, self.processor, images=images)
+            batch = self._tokenise(pictured, self.processor, images=[piece.images for piece in pictured])
         if plain:
             self._tokenise(plain, self.processor.tokenizer)
         for number, row in enumerate(rows):
@@ -82,6 +81,8 @@ class ConversationCollator:
         keys = [
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
+            # segments that are all zero say nothing; where they mark pictures, attention inside a picture reads them
+            *(["token_type_ids"] if any(p.ids["token_type_ids"].any() for p in pictured if "token_type_ids" in p.ids) else []),
         ]
         text = [[piece for piece in pieces if piece.row == number] for number in range(len(rows))]
         for key in keys:
