@@ -126,6 +126,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
         self._student = model
         if self.quantize:
+            family.open_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
         if self.training.master_weights == "float32":  # exact, so nothing is lost when a check below fails

@@ -21,6 +21,8 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import LifecycleCallbacks, State, active_session, create_session
+from llmcompressor.modeling.moe.conversion_mappings import patch_moe_mappings
+from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.pipelines import CalibrationPipeline
@@ -45,8 +47,11 @@ __all__ = [
     "State",
     "active_session",
     "create_session",
+    "linearize_moe",
+    "load_quantizable_moe",
     "match_named_modules",
     "modify_save_pretrained",
+    "patch_moe_mappings",
     "unpack_from_int32",
 ]
 
@@ -105,6 +110,21 @@ CONTRACT: tuple[Contract, ...] = (
         "llmcompressor.transformers.compression.compressed_tensors_utils:modify_save_pretrained",
         _LLM,
         "checkpoints are written through upstream's own save path",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.linearize:linearize_moe",
+        _LLM,
+        "experts held as one 3D parameter become linears, which can be quantized",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.linearize:load_quantizable_moe",
+        _LLM,
+        "a checkpoint with quantized experts is read back as linears",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.conversion_mappings:patch_moe_mappings",
+        _LLM,
+        "says that such a checkpoint holds each expert by itself",
     ),
     Contract("llmcompressor:oneshot", _LLM, "users call it with our recipe, and the demo makes GPTQ with it"),
     Contract("compressed_tensors.quantization:QuantizationArgs", _CT, "bits, group and symmetry are read from it"),

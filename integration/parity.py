@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
+
+from grace_plugin.artifact.verify import load
 
 
 @dataclass
@@ -60,7 +62,7 @@ def pictures(question: dict[str, Any]) -> dict[str, Any]:
 
 def judge(checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any]) -> Parity:
     """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model = load(Path(checkpoint))
     processor = AutoProcessor.from_pretrained(checkpoint)
     parity = Parity()
     for question, answer in zip(questions, answers, strict=True):

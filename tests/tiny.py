@@ -37,6 +37,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -171,6 +173,23 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen3-VL with four experts in each layer, two of them chosen for a token."""
+    dense, processor = _qwen3_vl(tokenizer, text)
+    dense_text = dense.config.text_config
+    experts = dict(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
+    config = Qwen3VLMoeConfig(
+        text_config=text | experts | {"rope_parameters": dict(dense_text.rope_parameters)},
+        vision_config={k: v for k, v in dense.config.vision_config.to_dict().items() if k != "model_type"},
+        tie_word_embeddings=False, **_qwen_ids(tokenizer),
+    )  # fmt: skip
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.normal_(std=0.5)  # experts are told apart, not drawn by rounding
+    return model, processor
+
+
 def _qwen25_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Window attention in the tower, tied embeddings as in the 3B model."""
     vision = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
@@ -196,6 +215,7 @@ def _qwen25_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tupl
 _BUILDERS = {
     "llava": _llava, "llava_next": tiny_llava.llava_next, "llava_onevision": tiny_llava.llava_onevision,
     "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen25_vl, "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "internvl": tiny_llava.internvl, "smolvlm": tiny_idefics.smolvlm, "idefics3": tiny_idefics.idefics3,
     "gemma3": tiny_llava.gemma3, "mistral3": tiny_llava.mistral3, "pixtral": tiny_llava.pixtral,
 }  # fmt: skip

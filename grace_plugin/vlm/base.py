@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,6 +73,14 @@ class Family(ABC):
     def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]] | None:
         """Per image, which of its placeholders are visual tokens; None when all of them are."""
         return None
+
+    def open_experts(self, model: nn.Module) -> None:
+        """Turn experts held as one parameter into linears; a model without such experts is left alone."""
+        return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Inside it, transformers reads a quantized checkpoint of this family as `open_experts` left the model."""
+        return nullcontext()
 
     @abstractmethod
     def pixel_signature(self, config: Any) -> dict[str, Any]:

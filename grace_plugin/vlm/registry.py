@@ -9,6 +9,7 @@ from torch import nn
 from grace_plugin.vlm.anyres import LlavaNext, LlavaOnevision
 from grace_plugin.vlm.base import Family
 from grace_plugin.vlm.llava import Llava, Mistral3
+from grace_plugin.vlm.qwen_moe import Qwen3VLMoe
 from grace_plugin.vlm.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from grace_plugin.vlm.tiles import Gemma3, Idefics3, InternVL, SmolVLM
 
@@ -46,7 +47,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 for _family in (
-    Llava(), LlavaNext(), LlavaOnevision(), Qwen2VL(), Qwen25VL(), Qwen3VL(), InternVL(), SmolVLM(), Idefics3(), Gemma3(),
-    Mistral3(),
+    Llava(), LlavaNext(), LlavaOnevision(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), InternVL(), SmolVLM(),
+    Idefics3(), Gemma3(), Mistral3(),
 ):  # fmt: skip
     register_family(_family)
