@@ -33,7 +33,14 @@ from grace_plugin.recipe import (
 from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
 from grace_plugin.teacher import load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
-from grace_plugin.vlm import check_pixels, family_of, load_tokenizer, shared_vocabulary
+from grace_plugin.vlm import (
+    check_image_processors,
+    check_pixels,
+    family_of,
+    load_image_processor,
+    load_tokenizer,
+    shared_vocabulary,
+)
 
 __all__ = ["GraceModifier"]
 
@@ -155,6 +162,7 @@ class GraceModifier(Modifier, QuantizationMixin):
             teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
         check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
         own, theirs = processors
+        check_image_processors(own or load_image_processor(model), theirs or load_image_processor(teacher))
         self._vocabulary = shared_vocabulary(
             own or load_tokenizer(model, "student"),
             theirs or load_tokenizer(teacher, "teacher"),

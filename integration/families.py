@@ -22,12 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import grace_plugin
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from grace_plugin.vlm import family_of
 from integration.parity import judge, prompts
+from tests.films import films
 from tests.pairs import pair, recipe_text, run
 from tests.tiny import EVERY, build, rows
 
@@ -66,24 +65,13 @@ class Row:
     error: str = ""
 
 
-def films(count: int) -> list[dict[str, Any]]:
-    """Questions with a video of four frames, each with its frames and what a decoder would say of them."""
-    asked = []
-    for seed in range(count):
-        frames = [row["images"][0].resize((96, 64)) for row in rows(2, seed=60 + seed)]
-        video = np.stack([np.asarray(frames[i // 2]) for i in range(4)])
-        metadata = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3],
-                    "video_backend": "opencv", "do_sample_frames": False}  # fmt: skip
-        content = [{"type": "video"}, {"type": "text", "text": "what is the shape and what is its colour?"}]
-        asked.append({"messages": [{"role": "user", "content": content}], "images": [], "videos": [(video, metadata)]})
-    return asked
-
-
 def questions(name: str) -> list[dict[str, Any]]:
     """Pictures training never saw: six single, three pairs, two questions without, and two videos where they are known."""
-    asked = prompts(rows(6, seed=21) + rows(3, seed=22, images=2) + rows(2, seed=23, images=0))
     model, _ = build(name)
-    return asked + (films(2) if "video" in family_of(model).token_ids(model.config) else [])
+    family = family_of(model)
+    several = rows(3, seed=22, images=2) if family.served_images is None else rows(3, seed=24)
+    asked = prompts(rows(6, seed=21) + several + rows(2, seed=23, images=0))
+    return asked + (films(2) if "video" in family.token_ids(model.config) else [])
 
 
 def train(row: Row, folder: Path) -> Path:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoProcessor
 
 from grace_plugin.artifact.verify import load
+from tests.films import pictures
 
 
 @dataclass
@@ -46,18 +47,6 @@ class Parity:
 def prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without their last, the assistant's, turn."""
     return [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
-
-
-def pictures(question: dict[str, Any]) -> dict[str, Any]:
-    """What a processor is given of a question: its images (one list for one text), or its videos frame by frame."""
-    if question.get("videos"):
-        films = [frames for frames, _ in question["videos"]]
-        return {
-            "videos": films,
-            "video_metadata": [metadata for _, metadata in question["videos"]],
-            "do_sample_frames": False,
-        }
-    return {"images": [question["images"]]} if question["images"] else {}
 
 
 def judge(checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any]) -> Parity:

@@ -77,18 +77,18 @@ def llava_next(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Buil
 
 
 def llava_onevision(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
-    """SigLIP tower, Qwen2 decoder, a mosaic that is shrunk above two tiles' worth of patches; videos."""
+    """SigLIP tower, Qwen2 decoder, a mosaic of up to four tiles; videos."""
     square = {"height": SIDE, "width": SIDE}
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS), tokenizer,
         LlavaOnevisionVideoProcessor(size=square), num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full", chat_template=chat_template("<image>\\n", "<video>\\n"),
-        vision_aspect_ratio="anyres_max_2",
+        vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(vision_use_head=False, **TOWER), text_config=Qwen2Config(**_headless(text)),
         image_token_index=_mark(tokenizer, "<image>"), video_token_index=_mark(tokenizer, "<video>"),
-        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
     return LlavaOnevisionForConditionalGeneration(config), processor
 

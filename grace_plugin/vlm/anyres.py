@@ -5,6 +5,9 @@ too many patches (OneVision) it is shrunk. `image_newline` is a learned vector, 
 image's token id and is not a visual token. In OneVision an image of a row with several images has its base view alone, and a
 video has its frames pooled by two with one newline behind the last.
 
+vLLM (0.32) cuts each image of a prompt with several into tiles and knows `anyres_max_9` alone; transformers does neither, so
+rows with several images are trained as transformers lays them out and are best served one image at a time.
+
 Sizes come from `image_sizes` ([I, 2], pixels), `batch_num_images` ([rows]) and the model's config.
 """
 
@@ -82,6 +85,7 @@ class LlavaOnevision(LlavaNext):
     """`LlavaOnevisionForConditionalGeneration`, images and videos."""
 
     model_type = "llava_onevision"
+    served_images: ClassVar[int | None] = 1
 
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.video_token_id}

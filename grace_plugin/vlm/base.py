@@ -59,6 +59,8 @@ class Family(ABC):
     head: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?lm_head$",)
     #: routers of mixtures of experts, which stay as they are
     router: ClassVar[tuple[str, ...]] = ()
+    #: images of one prompt that vLLM lays out as transformers does; None for any number
+    served_images: ClassVar[int | None] = None
     #: module path of the decoder inside the model
     decoder: ClassVar[str] = "model.language_model"
 
