@@ -192,7 +192,7 @@ def _end_probe(state: ControllerState) -> ControllerState:
 def _follow(state: ControllerState) -> ControllerState:
     """Move the anchor when its segment is over, then the target and its smoothed form."""
     assert state.reference is not None
-    segment = state.segment
+    reference, segment = state.reference, state.segment
     end = min(SEGMENT_GROWTH * segment.started, segment.started + SEGMENT_SHARE * state.total_steps)
     if state.counted >= end:
         distance = max(segment.place - state.anchor_place, 1e-3)
@@ -203,7 +203,7 @@ def _follow(state: ControllerState) -> ControllerState:
     ahead = math.log(max(state.travelled, SMALLEST_LEVEL)) - state.anchor_place
     target = min(state.target, state.anchor * math.exp(-state.slope * ahead))
     decay = state.settings.ema_decay
-    return replace(state, target=target, reference=decay * state.reference + (1 - decay) * target)
+    return replace(state, target=target, reference=decay * reference + (1 - decay) * target)
 
 
 def _ascend(state: ControllerState) -> ControllerState:

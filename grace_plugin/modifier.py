@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
+from grace_plugin.kernels import check_kernels
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import Attached, Format, attach, check_layers
 from grace_plugin.recipe import (
@@ -27,11 +28,12 @@ from grace_plugin.recipe import (
     OneshotRecipe,
     RelationalRecipe,
     ScalesRecipe,
+    ServingRecipe,
     TeacherRecipe,
     TrainingRecipe,
 )
 from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
-from grace_plugin.teacher import load_teacher
+from grace_plugin.teacher import MISSING, load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import (
     check_image_processors,
@@ -68,6 +70,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     relational: RelationalRecipe = Field(default_factory=RelationalRecipe)
     controller: ControllerRecipe = Field(default_factory=ControllerRecipe)
     scales: ScalesRecipe = Field(default_factory=ScalesRecipe)
+    serving: ServingRecipe = Field(default_factory=ServingRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     oneshot: OneshotRecipe = Field(default_factory=OneshotRecipe)
 
@@ -155,10 +158,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         teacher: Any = self._given_teacher if self._given_teacher is not None else state.teacher_model
         if teacher is None:
             if self.teacher.model is None:
-                raise ValueError(
-                    "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or "
-                    "disable the distill and relational blocks"
-                )
+                raise ValueError(MISSING)
             teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
         check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
         own, theirs = processors
@@ -179,6 +179,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         check_fused(formats, model)
         for (num_bits, group_size), linears in formats.items():
             check_layers(linears, Format(group_size, num_bits, self._dtype))
+        check_kernels(formats, self.serving.tensor_parallel_size)
         return formats
 
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "OneshotRecipe",
     "RelationalRecipe",
     "ScalesRecipe",
+    "ServingRecipe",
     "TeacherRecipe",
     "TrainingRecipe",
 ]
@@ -128,6 +129,12 @@ class ScalesRecipe(Block):
         if self.search_low >= self.search_high:
             raise ValueError(f"scales.search_low ({self.search_low}) must be below search_high ({self.search_high})")
         return self
+
+
+class ServingRecipe(Block):
+    """What the checkpoint is meant to be served on, so that shapes no kernel takes are refused before training."""
+
+    tensor_parallel_size: Count = 1
 
 
 class TrainingRecipe(Block):

@@ -20,10 +20,13 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from compressed_tensors.utils import match_named_modules
+from llmcompressor import oneshot as upstream_oneshot
 from llmcompressor.core import LifecycleCallbacks, State, active_session, create_session
 from llmcompressor.modeling.moe.conversion_mappings import patch_moe_mappings
 from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
 from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.pipelines import CalibrationPipeline
 from llmcompressor.recipe import Recipe
@@ -33,12 +36,14 @@ __all__ = [
     "CONTRACT",
     "CalibrationPipeline",
     "Contract",
+    "GPTQModifier",
     "LifecycleCallbacks",
     "Modifier",
     "ModifierFactory",
     "QuantizationArgs",
     "QuantizationConfig",
     "QuantizationMixin",
+    "QuantizationModifier",
     "QuantizationScheme",
     "QuantizationStatus",
     "QuantizationStrategy",
@@ -53,6 +58,7 @@ __all__ = [
     "modify_save_pretrained",
     "patch_moe_mappings",
     "unpack_from_int32",
+    "upstream_oneshot",
 ]
 
 
@@ -126,7 +132,11 @@ CONTRACT: tuple[Contract, ...] = (
         _LLM,
         "says that such a checkpoint holds each expert by itself",
     ),
-    Contract("llmcompressor:oneshot", _LLM, "users call it with our recipe, and the demo makes GPTQ with it"),
+    Contract("llmcompressor:oneshot", _LLM, "users call it with our recipe, and our own oneshot ends in it"),
+    Contract("llmcompressor.modifiers.gptq:GPTQModifier", _LLM, "a baseline of the demo"),
+    Contract(
+        "llmcompressor.modifiers.quantization:QuantizationModifier", _LLM, "round-to-nearest, a baseline of the demo"
+    ),
     Contract("compressed_tensors.quantization:QuantizationArgs", _CT, "bits, group and symmetry are read from it"),
     Contract("compressed_tensors.quantization:QuantizationConfig", _CT, "quantization_config of a checkpoint is one"),
     Contract("compressed_tensors.quantization:QuantizationScheme", _CT, "each targeted layer carries one"),

@@ -103,13 +103,29 @@ def test_gradient_checkpointing_changes_no_gradient(
     assert max(apart.values()) < 1e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
 
 
-def test_reentrant_checkpointing_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="use non-reentrant activation checkpointing"):
-        gradients(
-            pairs["llava"], tmp_path / "out", 8, gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": True},
-        )  # fmt: skip
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reentrant_checkpointing_gives_the_same_gradient_too(
+    pairs: dict[str, Pair], whole: Any, tmp_path: Path, family: str
+) -> None:
+    reentrant = {"use_reentrant": True}
+    again, _ = gradients(
+        pairs[family], tmp_path / "out", 8, gradient_checkpointing=True, gradient_checkpointing_kwargs=reentrant
+    )
+    apart = distances(whole[family][0].grad, again.grad)
+    assert max(apart.values()) < 1e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
+
+
+def test_reentrant_checkpointing_behind_frozen_inputs(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """With frozen embeddings and projector nothing that enters the checkpointed layers would carry a gradient by itself."""
+    frozen = ["re:.*embed_tokens.*", "re:.*multi_modal_projector.*"]
+    recipe = recipe_text(pairs["llava"].teacher, training={"freeze": frozen})
+    plain, _ = gradients(pairs["llava"], tmp_path / "plain", 8, recipe=recipe)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    again, _ = gradients(pairs["llava"], tmp_path / "again", 8, recipe=recipe, **reentrant)
+    apart = distances(plain.grad, again.grad)
+    assert max(apart.values()) < 1e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
+    assert any(name.endswith("layers.0.self_attn.q_proj.weight") for name in plain.grad)
+    assert not any("embed_tokens" in name or "multi_modal_projector" in name for name in plain.grad)
 
 
 # ---- plain PyTorch in float64 ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
 tokenizer and processor files      the source's, byte for byte
 recipe.yaml                        the recipe with inferred values
-grace/record.json                  hashes of the codes and scales of the last training forward, environment
+grace/record.json                  hashes of codes and scales of the last training forward, of all other weights, environment
 grace/probe.safetensors            a training batch with an image, and the trained model's logits on it
 verification.json                  what `verify` found
 """
@@ -25,8 +25,10 @@ __all__ = [
     "PROBE",
     "RECORD",
     "VERIFICATION",
+    "dense_digests",
     "digest",
     "environment",
+    "file_digest",
     "processor_files",
     "rewrite_ignore",
     "source_folder",
@@ -46,6 +48,22 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous()
     head = f"{flat.dtype} {tuple(flat.shape)} ".encode()
     return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
+    """Hashes by name of every parameter that is no code and no scale: tower, projector, embeddings, norms, biases, head."""
+    packed = {"weight", "weight_packed", "weight_scale", "weight_shape"}
+    found = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if module not in quantized or leaf not in packed:
+            found[name] = digest(parameter)
+    return found
 
 
 def environment() -> dict[str, str]:
@@ -68,7 +86,9 @@ def source_folder(source: str | Path) -> Path:
         ValueError: no source at all, or neither a folder nor a model of the hub cache.
     """
     if not str(source) or str(source) == ".":
-        raise ValueError("the student has no name_or_path, so its processor files cannot be found; load it from a checkpoint")
+        raise ValueError(
+            "the student has no name_or_path, so its processor files cannot be found; load it from a checkpoint"
+        )
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

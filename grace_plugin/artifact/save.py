@@ -14,19 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from grace_plugin.artifact.layout import (
     PROBE,
     RECORD,
+    dense_digests,
     digest,
     environment,
+    file_digest,
     processor_files,
     rewrite_ignore,
     source_folder,
 )
 from grace_plugin.artifact.probe import probe_logits, write_probe
+from grace_plugin.artifact.ranks import is_writer, together
 from grace_plugin.artifact.verify import check_against_run
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.upstream import modify_save_pretrained
@@ -45,11 +47,6 @@ def check_destination(output_dir: str | os.PathLike[str]) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another output_dir or remove it")
     return path
-
-
-def is_writer() -> bool:
-    """Whether this process writes: global rank 0, one writer however many nodes."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def install_save(model: Any, modifier: GraceModifier) -> None:
@@ -74,55 +71,71 @@ def install_save(model: Any, modifier: GraceModifier) -> None:
         rewrite_ignore(folder, model, patterns)
         if probe is not None and logits is not None:
             write_probe(folder / PROBE, probe, logits)
-        write_record(folder, modifier, source=str(getattr(model, "name_or_path", "")))
+        write_record(folder, model, modifier)
 
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # upstream's mark: do not wrap again
     save_pretrained._grace = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
 
 
-def write_record(folder: Path, modifier: GraceModifier, source: str) -> None:
-    """Write what the run knows of its last training forward: a hash of codes and scales per layer."""
-    objective = modifier.objective
+def write_record(folder: Path, model: nn.Module, modifier: GraceModifier) -> None:
+    """Write what the run knows of its last training forward: hashes of codes and scales per layer, and of all other weights."""
     record = {
-        "source": source,
+        "source": str(getattr(model, "name_or_path", "")),
         "stored_dtype": str(modifier.saved_dtype).removeprefix("torch."),
         "environment": environment(),
-        "run": objective.state_dict(),
+        "run": modifier.objective.state_dict(),
         "layers": {
             name: {"codes": digest(codes), "scales": digest(scales)}
             for name, (codes, scales) in modifier.frozen.items()
         },
+        "dense": dense_digests(model, set(modifier.frozen)),
     }
     path = folder / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy the source's processor files byte for byte and add their hashes to the record."""
+    for file in processor_files(source):
+        shutil.copy2(file, folder / file.name)
+    record = json.loads((folder / RECORD).read_text())
+    record["processor_files"] = {file.name: file_digest(file) for file in processor_files(source)}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
 def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes.
+    """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes, all read it back.
 
     Raises:
         FileExistsError: the destination is not empty.
         VerificationError: a proof failed; nothing is left at the destination.
     """
-    destination = check_destination(output_dir)
+    device = next(model.parameters()).device
+    destination = together(lambda: check_destination(output_dir), device)
     partial = destination.with_name(f".{destination.name}.partial")
-    if is_writer():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
     source = source_folder(getattr(model, "name_or_path", ""))
     install_save(model, modifier)
-    try:
+
+    def write() -> None:
+        if is_writer():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(partial)  # type: ignore[operator]
-        if not is_writer():
-            return {}
-        for file in processor_files(source):
-            shutil.copy2(file, partial / file.name)
-        verification = check_against_run(partial, modifier.frozen, source)
-        if destination.exists():
-            destination.rmdir()
-        partial.rename(destination)
+        if is_writer():
+            copy_processor(source, partial)
+
+    def publish() -> None:
+        if is_writer():
+            if destination.exists():
+                destination.rmdir()
+            partial.rename(destination)
+
+    try:
+        together(write, device)
+        verification = together(lambda: check_against_run(partial, modifier.frozen, source), device)
+        together(publish, device)
         return verification
     except BaseException:
         if is_writer():

@@ -1,9 +1,10 @@
 """Prove that a checkpoint on disk is what was trained, bit for bit.
 
-Four proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
-element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; the
-loaded model's logits on a training batch with an image are the trained model's; tokenizer and processor files are the
-source's. A failed proof raises, and at the end of a run nothing is left at the destination.
+Five proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
+element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; every
+other weight is the trained one (by hash); the loaded model's logits on a training batch with an image are the trained
+model's; tokenizer and processor files are the source's (reported only, where upstream's `oneshot` wrote them). A failed
+proof raises, and at the end of a run nothing is left at the destination.
 
 Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
 reported and does not decide, because kernels differ between machines.
@@ -19,8 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, digest, environment, processor_files
+from grace_plugin.artifact.layout import (
+    PROBE,
+    RECORD,
+    VERIFICATION,
+    dense_digests,
+    digest,
+    environment,
+    file_digest,
+    processor_files,
+)
 from grace_plugin.artifact.probe import probe_logits, read_probe
+from grace_plugin.artifact.ranks import is_writer
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
 from grace_plugin.vlm import FAMILIES
@@ -132,6 +143,13 @@ def _conclude(
 ) -> dict[str, Any]:
     """Logits, dense weights and processor files; then the verdict, written and raised."""
     failed = [key for key in ("codes_differing", "scales_differing") if result[key]]
+    record = json.loads((folder / RECORD).read_text())
+    found = dense_digests(model, set(stored))
+    result["dense"] = len(record["dense"])
+    result["dense_differing"] = sorted(
+        name for name in record["dense"].keys() | found.keys() if record["dense"].get(name) != found.get(name)
+    )
+    failed += ["dense_differing"] if result["dense_differing"] else []
     if result["layers"] != result["layers_stored"]:
         failed.append("layers_stored")
     if (folder / PROBE).is_file():
@@ -151,17 +169,19 @@ def _conclude(
         dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
         result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
         failed += ["weights_differing"] if result["weights_differing"] else []
-    if source is not None:
+    recorded = record.get("processor_files")  # absent where upstream's own oneshot wrote them
+    if recorded is None and source is not None:
+        recorded = {file.name: file_digest(file) for file in processor_files(source)}
+    if recorded is not None:
         changed = [
-            file.name
-            for file in processor_files(source)
-            if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes()
+            name for name, sha in recorded.items() if not (folder / name).is_file() or file_digest(folder / name) != sha
         ]
-        result["processor_files"] = len(processor_files(source))
-        result["processor_files_changed"] = changed
+        result["processor_files"], result["processor_files_changed"] = len(recorded), changed
+        failed += ["processor_files_changed"] if changed and "processor_files" in record else []
     result["failed"] = failed
     result["verified"] = not failed
-    (folder / VERIFICATION).write_text(json.dumps(result, indent=1) + "\n")
+    if is_writer():
+        (folder / VERIFICATION).write_text(json.dumps(result, indent=1) + "\n")
     if failed:
         raise VerificationError(f"{folder} is not what was trained: {', '.join(failed)}; details: {json.dumps(result)}")
     return result

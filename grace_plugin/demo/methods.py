@@ -20,6 +20,7 @@ from grace_plugin.demo.scenes import training_rows
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe
+from grace_plugin.upstream import GPTQModifier, QuantizationModifier, upstream_oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]
@@ -95,20 +96,18 @@ def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
 
 def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> Path:
     """Round-to-nearest ("rtn") or "gptq" of the student by llm-compressor, saved as compressed-tensors."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-
     model = load_model(STUDENT)
     patterns = family_of(model).quantization_ignore()
     options: dict[str, Any] = {"config_groups": low_bit_groups(bits), "ignore": patterns}
     if method == "gptq":
-        rows = list(training_rows(Budget.data_seed, Budget.calibration_rows))
+        rows: Any = list(training_rows(Budget.data_seed, Budget.calibration_rows))
         collator = ConversationCollator(processor)
         loader: Any = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
-        oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")
+        upstream_oneshot(
+            model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic"
+        )
     else:
-        oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)
+        upstream_oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)
     model.save_pretrained(str(output_dir), save_compressed=True)
     rewrite_ignore(output_dir, model, patterns)
     processor.save_pretrained(output_dir)

@@ -18,6 +18,7 @@ import numpy as np
 
 from .pictures import CATEGORIES, GRID, NAMES
 
+COLUMNS = "abc"  # places are named as in a spreadsheet: columns a to c from the left, rows 1 to 3 from the top
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -61,16 +62,18 @@ def _neighbours(position: int) -> dict[str, int]:
 def cell(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """What stands at a place."""
     row, column = divmod(int(rng.integers(GRID * GRID)), GRID)
-    return Question("cell", f"what is in row {row + 1} column {column + 1}", (NAMES[cells[row * GRID + column]],))
+    return Question("cell", f"what is at {COLUMNS[column]} {row + 1}", (NAMES[cells[row * GRID + column]],))
 
 
 def locate(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """Where a thing stands (its only place)."""
+    """Which row or column a thing stands in (its only place)."""
     position = _single(cells, rng)
     if position is None:
         return None
     row, column = divmod(position, GRID)
-    return Question("locate", f"where is the {NAMES[cells[position]]}", (f"row {row + 1} column {column + 1}",))
+    if rng.random() < 0.5:
+        return Question("locate", f"which row holds the {NAMES[cells[position]]}", (str(row + 1),))
+    return Question("locate", f"which column holds the {NAMES[cells[position]]}", (COLUMNS[column],))
 
 
 def beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
@@ -112,9 +115,9 @@ def tally(cells: Sequence[int], rng: np.random.Generator) -> Question:
 def exists(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """Whether a kind stands in the grid."""
     if rng.random() < 0.5:
-        return Question("exists", f"is the {NAMES[int(_pick(rng, cells))]} there", ("yes",))
+        return Question("exists", f"do you see the {NAMES[int(_pick(rng, cells))]}", ("yes",))
     absent = sorted(set(range(len(NAMES))) - set(cells))
-    return Question("exists", f"is the {NAMES[int(_pick(rng, absent))]} there", ("no",))
+    return Question("exists", f"do you see the {NAMES[int(_pick(rng, absent))]}", ("no",))
 
 
 def most(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
@@ -161,7 +164,7 @@ def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """A column from top to bottom."""
     column = int(rng.integers(GRID))
     names = [NAMES[cells[row * GRID + column]] for row in range(GRID)]
-    return Question("list_column", f"list column {column + 1}", (" ".join(names),))
+    return Question("list_column", f"list column {COLUMNS[column]}", (" ".join(names),))
 
 
 TYPES: dict[str, Asker] = {
@@ -186,7 +189,7 @@ def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = t
 
 def vocabulary() -> list[str]:
     """Every word that a question or an answer can hold, in a fixed order."""
-    words = "what is in row column where the left right of above below and how many cells show a an there which has most".split()
+    words = "what is at in row column which holds has most the left right of above below and how many cells show a an do you see".split()
     words += "name one thing next to animal food vehicle list yes no".split()
     numbers = [str(number) for number in range(GRID * GRID + 1)]
-    return [*dict.fromkeys(words), *numbers, *NAMES]
+    return list(dict.fromkeys([*words, *COLUMNS, *numbers, *NAMES]))

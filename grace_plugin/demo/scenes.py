@@ -24,7 +24,7 @@ from .questions import TYPES, ask
 
 HELDOUT_SHARE = 8  # one composition in this many is held out
 HELDOUT_SEED = 20_260_122
-FEWEST_KINDS, MOST_KINDS = 6, 12
+FEWEST_KINDS, MOST_KINDS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def is_heldout(cells: np.ndarray) -> bool:
 
 
 def draw_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
-    """A scene of 6 to 12 different kinds whose composition lies on the wanted side of the split."""
+    """A scene of 4 to 8 different kinds whose composition lies on the wanted side of the split."""
     while True:
         kinds = rng.permutation(len(NAMES))[: rng.integers(FEWEST_KINDS, MOST_KINDS + 1)]
         cells = kinds[rng.integers(len(kinds), size=(GRID, GRID))].astype(np.uint8)

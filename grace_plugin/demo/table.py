@@ -20,7 +20,7 @@ OURS, STUDENT = "GRACE INT4", "student BF16"
 
 def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds: dict[str, float]) -> dict[str, Any]:
     """Counts, intervals, paired differences, verification and seconds as plain values."""
-    methods = {}
+    methods: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         correct, asked = sum(result.right), len(result.right)
         low, high = interval(correct, asked)

@@ -32,15 +32,13 @@ from torch.nn.functional import logsigmoid
 from grace_plugin.losses.precision import loss_dtype
 
 
-class DecoupledTerms(NamedTuple):
-    """Both divergences and all that their gradient needs.
+class Directions(NamedTuple):
+    """What the gradient is made of.
 
     With u the student's logit at temperature T (``logit / T``), ``d tckd / d u = pull * (onehot(y) - others_s)`` and
     ``d nckd / d u = others_s - others_t``.
     """
 
-    tckd: Tensor  # [N], nats
-    nckd: Tensor  # [N], nats
     pull: Tensor  # [N], P_S(y) - P_T(y)
     others_s: Tensor  # [N, V], student renormalised over the tokens that are not y; 0 at y
     others_t: Tensor  # [N, V], the same of the teacher
@@ -48,8 +46,8 @@ class DecoupledTerms(NamedTuple):
 
 def decoupled_terms(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
-) -> DecoupledTerms:
-    """TCKD, NCKD and the parts of their gradients. Builds no autograd graph of its own.
+) -> tuple[Tensor, Tensor, Directions]:
+    """TCKD [N], NCKD [N] and the parts of their gradients. Builds no autograd graph of its own.
 
     Args:
         student_logits: [N, V], any floating type.
@@ -63,24 +61,24 @@ def decoupled_terms(
         odds_t, log_others_t = _split(teacher_logits.to(dtype), targets, temperature)
         tckd = _weighted_gap(logsigmoid(odds_t), logsigmoid(odds_s))
         tckd = tckd + _weighted_gap(logsigmoid(-odds_t), logsigmoid(-odds_s))
-        nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=-1)
+        nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=1)
         # The difference of two probabilities near 1 is the difference of their complements, which does not cancel.
         from_above = torch.sigmoid(-odds_t) - torch.sigmoid(-odds_s)
         from_below = torch.sigmoid(odds_s) - torch.sigmoid(odds_t)
         pull = torch.where(odds_t > 0, from_above, from_below)
-        return DecoupledTerms(tckd, nckd, pull, log_others_s.exp_(), log_others_t.exp_())
+        return tckd, nckd, Directions(pull, log_others_s.exp_(), log_others_t.exp_())
 
 
 def _split(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-odds of the target against all others [N], and log-probabilities of the others among themselves [N, V]."""
-    column = targets.unsqueeze(-1)
+    column = targets.unsqueeze(1)
     scaled = logits / temperature
-    target = scaled.gather(-1, column)
-    others = scaled.scatter_(-1, column, -math.inf)
-    mass = torch.logsumexp(others, dim=-1, keepdim=True)
+    target = scaled.gather(1, column)
+    others = scaled.scatter_(1, column, -math.inf)
+    mass = torch.logsumexp(others, dim=1, keepdim=True)
     # Without a single other token the mass is -inf, and -inf - (-inf) would be NaN: such a row has no others at all.
     others = others.sub_(torch.where(mass == -math.inf, 0.0, mass))
-    return (target - mass).squeeze(-1), others
+    return (target - mass).squeeze(1), others
 
 
 def _weighted_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -90,22 +88,22 @@ def _weighted_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def add_decoupled_gradient(
-    grad_logits: Tensor, terms: DecoupledTerms, targets: Tensor, weights: tuple[Tensor, Tensor], temperature: float
+    grad_logits: Tensor, directions: Directions, targets: Tensor, weights: tuple[Tensor, Tensor], temperature: float
 ) -> Tensor:
     """Add ``sum_i weights[0][i] * TCKD_i + weights[1][i] * NCKD_i`` differentiated by the student's logits, in place.
 
     Args:
         grad_logits: [N, V], changed and returned.
-        terms: of the same N positions; its matrices are used up.
+        directions: of the same N positions.
         targets: [N] int64.
         weights: two [N] tensors, the weight of each position's TCKD and of its NCKD.
         temperature: as given to :func:`decoupled_terms`.
     """
-    weight_tckd, weight_nckd = (weight.unsqueeze(-1) / temperature for weight in weights)
-    toward_target = weight_tckd * terms.pull.unsqueeze(-1)
-    grad_logits.addcmul_(terms.others_s, weight_nckd - toward_target)
-    grad_logits.addcmul_(terms.others_t, -weight_nckd)
-    return grad_logits.scatter_add_(-1, targets.unsqueeze(-1), toward_target)
+    weight_tckd, weight_nckd = (weight.unsqueeze(1) / temperature for weight in weights)
+    toward_target = weight_tckd * directions.pull.unsqueeze(1)
+    grad_logits.addcmul_(directions.others_s, weight_nckd - toward_target)
+    grad_logits.addcmul_(directions.others_t, -weight_nckd)
+    return grad_logits.scatter_add_(1, targets.unsqueeze(1), toward_target)
 
 
 class _DecoupledKD(torch.autograd.Function):
@@ -119,22 +117,21 @@ class _DecoupledKD(torch.autograd.Function):
         alpha: float,
         beta: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        terms = decoupled_terms(student_logits, teacher_logits, targets, temperature)
+        tckd, nckd, directions = decoupled_terms(student_logits, teacher_logits, targets, temperature)
         ctx.settings = (temperature, alpha, beta)
-        ctx.grad_dtype = student_logits.dtype
-        ctx.save_for_backward(terms.pull, terms.others_s, terms.others_t, targets)
-        return terms.tckd, terms.nckd, _combine(terms.tckd, terms.nckd, temperature, alpha, beta)
+        ctx.save_for_backward(targets, *directions)
+        return tckd, nckd, _combine(tckd, nckd, temperature, alpha, beta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tckd: Tensor, grad_nckd: Tensor, grad_dkd: Tensor) -> tuple[Tensor | None, ...]:
-        pull, others_s, others_t, targets = ctx.saved_tensors
+        targets, *saved = ctx.saved_tensors
+        directions = Directions(*saved)
         temperature, alpha, beta = ctx.settings
         scale = temperature * temperature
         weights = (grad_tckd + alpha * scale * grad_dkd, grad_nckd + beta * scale * grad_dkd)
-        terms = DecoupledTerms(grad_tckd, grad_nckd, pull, others_s, others_t)
-        grad = add_decoupled_gradient(torch.zeros_like(others_s), terms, targets, weights, temperature)
-        return grad.to(ctx.grad_dtype), None, None, None, None, None
+        grad = torch.zeros_like(directions.others_s)
+        return add_decoupled_gradient(grad, directions, targets, weights, temperature), None, None, None, None, None
 
 
 def _combine(tckd: Tensor, nckd: Tensor, temperature: float, alpha: float, beta: float) -> Tensor:
@@ -197,9 +194,9 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
         sharpness: k >= 0; 0 opens every gate fully.
     """
     logits = teacher_logits.to(loss_dtype(teacher_logits))
-    log_p = torch.log_softmax(logits, dim=-1)
+    log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
-    log_ids = (logits > -math.inf).sum(dim=-1).to(logits.dtype).log()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+    log_ids = (logits > -math.inf).sum(dim=1).to(logits.dtype).log()
     share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
     return torch.exp(-sharpness * share), entropy

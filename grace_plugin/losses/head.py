@@ -47,6 +47,13 @@ class _Settings(NamedTuple):
     beta_dkd: float
     chunk: int
     form_gradients: bool
+    dtype: torch.dtype
+
+
+class _Teacher(NamedTuple):
+    hidden: Tensor  # [N, d_t]
+    head: Head
+    gate: Tensor  # [N]
 
 
 @torch.no_grad()
@@ -96,68 +103,64 @@ class _DistillationHead(torch.autograd.Function):
         weight_s: Tensor,
         bias_s: Tensor | None,
         student: Head,
-        hidden_t: Tensor | None,
-        teacher: Head | None,
+        teacher: _Teacher | None,
         targets: Tensor,
-        gate: Tensor | None,
         scales: tuple[Tensor | float, Tensor | float],
         settings: _Settings,
     ) -> tuple[Tensor, Tensor]:
-        dtype = loss_dtype(hidden_s, hidden_t)
-        needs = tuple(settings.form_gradients and need for need in ctx.needs_input_grad[:3])
-        gradients = Gradients(hidden_s, weight_s, bias_s, needs, dtype)  # type: ignore[arg-type]
+        dtype = settings.dtype
+        needs = [settings.form_gradients and need for need in ctx.needs_input_grad[:3]]
+        gradients = Gradients(hidden_s, weight_s, bias_s, needs, dtype)
         sums = torch.zeros(4, dtype=dtype, device=hidden_s.device)
         for start in range(0, hidden_s.shape[0], settings.chunk):
             rows = slice(start, start + settings.chunk)
             logits_s = student.logits(hidden_s[rows], dtype)
-            logits_t = None if hidden_t is None or teacher is None else teacher.logits(hidden_t[rows], dtype)
-            weight = None if gate is None else gate[rows]
-            parts, grad = _chunk(logits_s, logits_t, targets[rows], weight, scales, settings)
+            known = None if teacher is None else (teacher.head.logits(teacher.hidden[rows], dtype), teacher.gate[rows])
+            parts, grad = _chunk(logits_s, known, targets[rows], scales, settings)
             sums += parts
             if any(needs):
                 gradients.add(rows, grad, hidden_s[rows], student)
         ctx.save_for_backward(*gradients.all())
-        ctx.dtypes = (hidden_s.dtype, weight_s.dtype, None if bias_s is None else bias_s.dtype)
-        loss = scales[0] * sums[0] + (scales[1] * sums[1] if gate is not None else 0.0)
+        loss = scales[0] * sums[0] if teacher is None else scales[0] * sums[0] + scales[1] * sums[1]
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, *[None] * 7)
+        scaled = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None
 
 
 def _chunk(
     logits_s: Tensor,
-    logits_t: Tensor | None,
+    known: tuple[Tensor, Tensor] | None,
     targets: Tensor,
-    gate: Tensor | None,
     scales: tuple[Tensor | float, Tensor | float],
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Sums [CE, gated DKD, gated TCKD, gated NCKD] of one chunk, and the loss differentiated by its logits [n, V]."""
-    column = targets.unsqueeze(-1)
-    log_p = torch.log_softmax(logits_s, dim=-1)
-    ce_sum = -log_p.gather(-1, column).sum()
+    """Sums [CE, gated DKD, gated TCKD, gated NCKD] of one chunk, and the loss differentiated by its logits [n, V].
+
+    ``known`` is the teacher's logits [n, V] and gate [n].
+    """
+    column = targets.unsqueeze(1)
+    log_p = torch.log_softmax(logits_s, dim=1)
+    ce_sum = -log_p.gather(1, column).sum()
     grad = log_p.exp_()
-    grad.scatter_add_(-1, column, torch.full_like(column, -1, dtype=grad.dtype))
+    grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=grad.dtype))
     grad *= scales[0]
     zero = torch.zeros_like(ce_sum)
-    if logits_t is None or gate is None:
+    if known is None:
         return torch.stack([ce_sum, zero, zero, zero]), grad
-    terms = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
+    logits_t, gate = known
+    tckd, nckd, directions = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
     square = settings.temperature * settings.temperature
-    tckd_sum = (gate * terms.tckd).sum()
-    nckd_sum = (gate * terms.nckd).sum()
+    tckd_sum = (gate * tckd).sum()
+    nckd_sum = (gate * nckd).sum()
     dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)
     weight = scales[1] * square * gate
     weights = (settings.alpha * weight, settings.beta_dkd * weight)
-    add_decoupled_gradient(grad, terms, targets, weights, settings.temperature)
+    add_decoupled_gradient(grad, directions, targets, weights, settings.temperature)
     return torch.stack([ce_sum, dkd_sum, tckd_sum, nckd_sum]), grad
 
 
@@ -220,14 +223,11 @@ def distillation_head(
             check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
             check_rows("teacher hidden states", hidden_t, hidden_s)
             check_rows("gates", gate, hidden_s)
-            hidden_t = hidden_t.detach()
-            gate = gate.detach().to(dtype)
-            teacher = cut(hidden_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), vocabulary)
-        used_gate = None if teacher is None else gate
+            head_t = cut(hidden_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), vocabulary)
+            teacher = _Teacher(hidden_t.detach(), head_t, gate.detach().to(dtype))
         scales = (_constant(ce_scale, dtype), _constant(kd_scale, dtype))
-        settings = _Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled())
-        loss, sums = _DistillationHead.apply(
-            hidden_s, weight_s, bias_s, student, hidden_t, teacher, targets, used_gate, scales, settings
-        )
-    gate_sum = sums.new_zeros(()) if used_gate is None else used_gate.sum()
-    return HeadOutput(loss, *sums.detach().unbind(), gate_sum=gate_sum, positions=hidden_s.shape[0])
+        settings = _Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled(), dtype)
+        loss, sums = _DistillationHead.apply(hidden_s, weight_s, bias_s, student, teacher, targets, scales, settings)
+    gate_sum = sums.new_zeros(()) if teacher is None else teacher.gate.sum()
+    ce_sum, dkd_sum, tckd_sum, nckd_sum = sums.detach().unbind()
+    return HeadOutput(loss, ce_sum, dkd_sum, tckd_sum, nckd_sum, gate_sum, hidden_s.shape[0])

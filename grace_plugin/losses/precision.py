@@ -21,4 +21,7 @@ def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off on the device of ``tensor``: a surrounding autocast must not change a loss."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )

@@ -30,11 +30,13 @@ class Head(NamedTuple):
 
 
 def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> Head:
+    """The first ``vocabulary`` rows of a head [rows, d], in the dtype of ``hidden``."""
     bias = None if bias is None else bias[:vocabulary].to(hidden.dtype)
     return Head(weight[:vocabulary].to(hidden.dtype), bias)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, chunk: int) -> None:
+    """ValueError, naming ``side``, for a head that fits neither its hidden states nor the common vocabulary."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, got {chunk}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -50,6 +52,7 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, v
 
 
 def check_rows(name: str, given: Tensor, hidden_s: Tensor) -> None:
+    """ValueError when ``given`` has not one row per student position."""
     if given.shape[0] != hidden_s.shape[0]:
         raise ValueError(f"{given.shape[0]} {name} for {hidden_s.shape[0]} student positions; give one per position")
 
@@ -58,7 +61,7 @@ class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
     ) -> None:
         # float16 cannot hold a gradient already divided by the window's tokens; bfloat16 and float32 can.
         self.product_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype

@@ -99,8 +99,10 @@ def linear_cka(features_t: Tensor, features_s: Tensor) -> Tensor:
         ValueError: not two matrices with the same number of rows.
     """
     if features_t.ndim != 2 or features_s.ndim != 2 or features_t.shape[0] != features_s.shape[0]:
-        shapes = f"{tuple(features_t.shape)} and {tuple(features_s.shape)}"
-        raise ValueError(f"linear_cka needs two matrices with the same rows, got {shapes}")
+        raise ValueError(
+            "linear_cka needs two matrices with the same rows, got "
+            f"{tuple(features_t.shape)} and {tuple(features_s.shape)}"
+        )
     dtype = loss_dtype(features_t, features_s)
     with full_precision(features_s):
         centred_t = _centred(_unit_scale(features_t.to(dtype)))
@@ -109,7 +111,7 @@ def linear_cka(features_t: Tensor, features_s: Tensor) -> Tensor:
 
 
 def _check_sizes(hidden: Tensor, sizes: Sequence[int]) -> None:
-    if hidden.ndim != 2 or sum(sizes) != hidden.shape[0] or min(sizes, default=0) < 0:
+    if hidden.ndim != 2 or sum(sizes) != hidden.shape[0] or any(size < 0 for size in sizes):
         raise ValueError(
             f"hidden states {tuple(hidden.shape)} do not split into images of {list(sizes)} visual tokens; "
             "the sizes must add up to the rows"
@@ -146,7 +148,7 @@ def countable_images(hidden_t: Tensor, sizes: Sequence[int]) -> Tensor:
         for size, images in _by_size(sizes).items():
             batch = torch.stack([parts[image] for image in images]).to(loss_dtype(hidden_t))
             fine = ~_degenerate(_square_norm(_centred(_unit_rows(batch))), size)
-            for image, counts in zip(images, fine.unbind(), strict=True):
+            for image, counts in zip(images, fine.unbind()):
                 counted[image] = counts
     return torch.stack(counted) if counted else too_small.new_zeros(0)
 

@@ -16,9 +16,8 @@ micro-batches and all ranks, so value and gradient do not depend on how the batc
         optimizer.zero_grad()
     frozen = grace.finalize(torch.bfloat16)
 
-It refuses reentrant activation checkpointing (no hidden state would reach the losses), unknown families, and labels outside
-the shared vocabulary. Cost beside the student: one teacher forward, the teacher's head once more for the gates, and one host
-synchronisation per optimizer step.
+It refuses hidden states without a gradient (a decoder frozen as a whole), unknown families and labels outside the vocabulary.
+Cost beside the student: a teacher forward, the teacher's head once more for the gates, two host reads per optimizer step.
 """
 
 from __future__ import annotations
@@ -33,13 +32,18 @@ from torch import Tensor, nn
 from grace_plugin import controller as dual
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.terms import head_term, visual_term
-from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, look, model_inputs
+from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look, model_inputs
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
-from grace_plugin.teacher import ResidentTeacher
+from grace_plugin.teacher import MISSING, ResidentTeacher
 from grace_plugin.vlm import capture, family_of, matches
 
 __all__ = ["GraceObjective"]
+
+NO_GRADIENT = (
+    "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
+    "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
 
 
 class GraceObjective:
@@ -56,10 +60,8 @@ class GraceObjective:
         self.relational = relational or RelationalRecipe()
         self.controller = controller or ControllerRecipe()
         self.training = training or TrainingRecipe()
-        self.teacher: ResidentTeacher | None = None
         self.attached: tuple[Attached, ...] = ()
-        self.steps = 0
-        self.nonfinite_steps = 0
+        self.steps = self.nonfinite_steps = 0
         self.record: StepRecord | None = None
         self.probe: dict[str, Tensor] | None = None
         self._window = Window()
@@ -92,16 +94,13 @@ class GraceObjective:
             ValueError: no teacher where one is needed, an unknown family, or fewer than one step.
         """
         if self.needs_teacher and teacher is None:
-            raise ValueError(
-                "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or "
-                "disable the distill and relational blocks"
-            )
+            raise ValueError(MISSING)
         if total_steps < 1:
             raise ValueError(f"a run needs at least 1 optimizer step, got total_steps={total_steps}")
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
-        self.teacher = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
+        self.teacher: ResidentTeacher | None = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
         self._text_model = self.family.text_model(student)
         for name, parameter in student.named_parameters():
             if not self.family.trains(name) or matches(name, self.training.freeze):
@@ -117,15 +116,13 @@ class GraceObjective:
     def omega(self) -> float:
         """Weight of the relational term in the next step, warm-up included."""
         asked = self.relational
-        if not asked.enabled:
-            return 0.0
-        return asked.weight * dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
+        factor = dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
+        return asked.weight * factor if asked.enabled else 0.0
 
     def window(self, batches: Sequence[Mapping[str, Any]]) -> int:
         """Open the next optimizer step: teacher states, gates and divisors of its micro-batches.
 
-        Every rank calls it once per optimizer step, with an empty list if it has no batch. Returns the window's supervised
-        tokens over all ranks.
+        Every rank calls it once per step, with an empty list if it has no batch. Returns the supervised tokens of all ranks.
 
         Raises:
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
@@ -162,13 +159,9 @@ class GraceObjective:
         with capture(self._text_model) as caught:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         assert caught.final is not None and caught.penultimate is not None
-        relational = self.relational.enabled and bool(item.visual.sizes)
-        missing = not caught.final.requires_grad or (relational and not caught.penultimate.requires_grad)
-        if torch.is_grad_enabled() and missing:
-            raise RuntimeError(
-                "the decoder's hidden states carry no gradient; use non-reentrant activation checkpointing "
-                "(gradient_checkpointing_kwargs={'use_reentrant': False}) and leave some of the decoder trainable"
-            )
+        read = [caught.final, *([caught.penultimate] if self.relational.enabled and item.visual.sizes else [])]
+        if torch.is_grad_enabled() and not all(state.requires_grad for state in read):
+            raise RuntimeError(NO_GRADIENT)
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
             self._window, item, caught.final, head, self.teacher,
@@ -186,9 +179,8 @@ class GraceObjective:
     def step(self, progress: float, *, skipped: bool = False) -> None:
         """One controller update per optimizer step, after `measure`.
 
-        Args:
-            progress: the learning rate as a share of its peak, in [0, 1].
-            skipped: the optimizer did not step, because a loss or a gradient was not finite.
+        progress: the learning rate as a share of its peak, in [0, 1]. skipped: the optimizer did not step, because a loss or a
+        gradient was not finite.
 
         Raises:
             FloatingPointError: more such steps than `training.max_nonfinite_steps`.
@@ -201,19 +193,14 @@ class GraceObjective:
             if self.nonfinite_steps > self.training.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
-                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}. Lower the learning rate, check "
-                    "the data, or raise that number"
+                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate, or check the data"
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
 
     def gate_quantiles(self) -> dict[str, float]:
         """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
-        if self._gates is None or self._gates.numel() == 0:
-            return {}
-        levels = torch.tensor([0.05, 0.5, 0.95], device=self._gates.device, dtype=self._gates.dtype)
-        q05, q50, q95 = torch.quantile(self._gates, levels).tolist()
-        return {"gate_q05": q05, "gate_q50": q50, "gate_q95": q95}
+        return gate_quantiles(self._gates)
 
     def controller_logs(self) -> dict[str, float]:
         """ema, tau, eta (nats) and the share of steps at a bound; empty without distillation or controller."""

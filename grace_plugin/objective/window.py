@@ -23,7 +23,17 @@ from grace_plugin.recipe import DistillRecipe, RelationalRecipe
 from grace_plugin.teacher import ResidentTeacher, TeacherStates
 from grace_plugin.vlm import Family, VisualTokens
 
-__all__ = ["IGNORE_INDEX", "MicroBatch", "StepRecord", "Window", "all_reduce_sum", "labels_of", "look", "model_inputs"]
+__all__ = [
+    "IGNORE_INDEX",
+    "MicroBatch",
+    "StepRecord",
+    "Window",
+    "all_reduce_sum",
+    "gate_quantiles",
+    "labels_of",
+    "look",
+    "model_inputs",
+]
 
 IGNORE_INDEX = -100
 
@@ -108,6 +118,14 @@ def all_reduce_sum(tensor: Tensor) -> None:
     """Sum over the ranks in place; every rank takes part, whatever it holds."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
+
+
+def gate_quantiles(gates: Tensor | None) -> dict[str, float]:
+    """5th, 50th and 95th percentile of gates [N], by name; empty without any."""
+    if gates is None or gates.numel() == 0:
+        return {}
+    levels = torch.tensor([0.05, 0.5, 0.95], device=gates.device, dtype=gates.dtype)
+    return dict(zip(("gate_q05", "gate_q50", "gate_q95"), torch.quantile(gates, levels).tolist(), strict=True))
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,17 +94,17 @@ class Attached:
     def clip_share(self) -> Tensor:
         """Share of all attached weights that the clip acts on: 0-dimensional float32 on the first layer's device."""
         device = next(iter(self._linears.values())).weight.device
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        for linear, scale, form in self._layers():
-            acted = clipped(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
-            count += acted.to(device, non_blocking=True)
-        return count / sum(linear.weight.numel() for linear in self._linears.values())
+        counts = [
+            clipped(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype).to(device)
+            for linear, scale, form in self._layers().values()
+        ]
+        return torch.stack(counts).sum() / sum(linear.weight.numel() for linear in self._linears.values())
 
     @torch.no_grad()
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes int8 [out, in] and scales [out, groups] in the stored dtype, of every layer as it stands now."""
         frozen = {}
-        for name, (linear, scale, form) in zip(self._linears, self._layers(), strict=True):
+        for name, (linear, scale, form) in self._layers().items():
             integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
             frozen[name] = (integers, stored_scale(scale, form.stored_dtype))
         return frozen
@@ -115,7 +115,7 @@ class Attached:
 
         The codes do not change by it: quantizing a baked weight again gives the same codes.
         """
-        for linear, scale, form in self._layers():
+        for linear, scale, form in self._layers().values():
             integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
             linear.weight.grad = None
             linear.weight.data = dequantize(integers, stored_scale(scale, form.stored_dtype))
@@ -132,9 +132,11 @@ class Attached:
         state: _LayerState = linear.__dict__[_STATE]
         return state
 
-    def _layers(self) -> Iterator[tuple[nn.Linear, Tensor, Format]]:
-        for linear in self._linears.values():
-            yield linear, getattr(linear, PARAMETER), self._state(linear).format
+    def _layers(self) -> dict[str, tuple[nn.Linear, Tensor, Format]]:
+        return {
+            name: (linear, getattr(linear, PARAMETER), self._state(linear).format)
+            for name, linear in self._linears.items()
+        }
 
 
 def _restore(linear: nn.Linear) -> None:

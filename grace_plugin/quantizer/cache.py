@@ -53,8 +53,7 @@ class WeightCache:
     def __init__(self, counter: StepCounter | None = None) -> None:
         self.quantizations = 0
         self._counter = counter
-        self._key: tuple[object, ...] | None = None
-        self._value: Tensor | None = None
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def get(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], Tensor]) -> Tensor:
         """The value for these inputs: a new tensor object over the kept storage, computed when anything has changed."""
@@ -63,16 +62,11 @@ class WeightCache:
             *(part for t in (weight, log_scale) for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
             dtype,
         )
-        if self._value is None or key != self._key:
-            self._value = compute()
-            self._key = key
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, compute())
             self.quantizations += 1
-        return self._value.detach()
+        return self._kept[1].detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         """A copied layer starts with an empty cache that listens to the same counter."""
         return WeightCache(self._counter)
-
-    def clear(self) -> None:
-        """Forget the value and release its memory."""
-        self._key = self._value = None

@@ -40,7 +40,7 @@ from grace_plugin.quantizer.scales import (
 
 def _unrounded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
-    return weight.to(dtype).unflatten(-1, (scale.shape[-1], -1)) / scale.to(dtype).unsqueeze(-1)
+    return weight.to(dtype).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
 
 
 def _check_shapes(weight: Tensor, scale: Tensor) -> None:
@@ -72,7 +72,7 @@ def codes(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: tor
     scale = stored_scale(log_scale, stored_dtype)
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        found[rows] = _unrounded(weight[rows], scale[rows], dtype).round_().clamp_(smallest, largest).flatten(-2)
+        found[rows] = _unrounded(weight[rows], scale[rows], dtype).round_().clamp_(smallest, largest).flatten(1)
     return found
 
 
@@ -88,8 +88,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         ValueError: scales that do not fit.
     """
     _check_shapes(codes, scale)
-    grouped = codes.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
-    return (grouped * scale.unsqueeze(-1)).flatten(-2)
+    return (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
 
 
 @torch.no_grad()
@@ -122,12 +121,12 @@ def _backward(
         unrounded = _unrounded(weight[rows], scale[rows], dtype)
         rounded = unrounded.round()
         inside = (rounded >= smallest) & (rounded <= largest)
-        grad = grad_out[rows].to(dtype).unflatten(-1, (scale.shape[-1], -1))
+        grad = grad_out[rows].unflatten(1, (scale.shape[1], -1))
         if grad_weight is not None:
-            grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(-2)
+            grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
         if grad_log_scale is not None:
             step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, unrounded, 0.0))
-            grad_log_scale[rows] = (grad * step).sum(dim=-1) * scale[rows].to(dtype)
+            grad_log_scale[rows] = (grad * step).sum(dim=2) * scale[rows]
     return grad_weight, grad_log_scale
 
 
@@ -154,14 +153,17 @@ class _FakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_scale = ctx.saved_tensors
-        grads = _backward(weight, log_scale, grad_out, *ctx.format, ctx.needs_input_grad[:2])
+        num_bits, stored_dtype = ctx.format
+        grads = _backward(weight, log_scale, grad_out, num_bits, stored_dtype, ctx.needs_input_grad[:2])
         return (*grads, None, None, None, None)
 
 
 def forward_dtype(weight: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def fake_quantize(

@@ -122,7 +122,7 @@ class _StoredScale(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_scale: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return grad_scale.to(ctx.grad_dtype) * scale.to(ctx.grad_dtype), None
+        return grad_scale.to(ctx.grad_dtype) * scale, None
 
 
 def stored_scale(log_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,14 +174,14 @@ def start_scales(
     groups = group_count(weight.shape[1], group_size)
     found = torch.empty(weight.shape[0], groups, dtype=compute_dtype(weight), device=weight.device)
     for rows in row_blocks(*weight.shape):
-        block = weight[rows].to(found.dtype).unflatten(-1, (groups, -1))
-        unit = block.abs().amax(dim=-1) / largest
+        block = weight[rows].to(found.dtype).unflatten(1, (groups, -1))
+        unit = block.abs().amax(dim=2) / largest
         best = torch.full_like(unit, torch.inf)
         chosen = torch.zeros_like(unit)
         for factor in torch.linspace(low, high, candidates, dtype=torch.float64).tolist():
             scale = round_scale(unit * factor, dtype).to(found.dtype)
-            codes = (block / scale.unsqueeze(-1)).round_().clamp_(smallest, largest)
-            error = codes.mul_(scale.unsqueeze(-1)).sub_(block).square_().sum(dim=-1)
+            codes = (block / scale.unsqueeze(2)).round_().clamp_(smallest, largest)
+            error = codes.mul_(scale.unsqueeze(2)).sub_(block).square_().sum(dim=2)
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
         found[rows] = torch.where(unit > 0, chosen, 0.0).log()

@@ -30,7 +30,9 @@ class GraceCallback(TrainerCallback):
         """Warm-up, probe and controller follow the length of the run, so it must be the one they were prepared for."""
         prepared = self.trainer.objective.total_steps
         if state.max_steps != prepared:
-            raise RuntimeError(f"Trainer plans {state.max_steps} optimizer steps, the objective was prepared for {prepared}")
+            raise RuntimeError(
+                f"Trainer plans {state.max_steps} optimizer steps, the objective was prepared for {prepared}"
+            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._in_session:

@@ -21,7 +21,7 @@ from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
 from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
+from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session, upstream_oneshot
 
 __all__ = ["GracePipeline", "oneshot", "register_pipeline"]
 
@@ -114,8 +114,6 @@ def oneshot(
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
-    from llmcompressor import oneshot as upstream_oneshot
-
     check_destination(output_dir)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class TrainResult:
     """What a run gives back.
 
-    checkpoint: the verified folder. model: the student as saved. verification: the proofs (empty on other ranks than 0).
+    checkpoint: the verified folder. model: the student as saved. verification: the proofs (the same on every rank).
     history: Trainer's log, one dict per logging step, losses in nats.
     """
 

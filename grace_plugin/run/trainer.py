@@ -9,6 +9,7 @@ resumed run continues with the same bits.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ class GraceTrainer(Trainer):
     ) -> None:
         self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
         self.train_loader = train_loader
+        asked = kwargs.get("args")
+        if asked is not None and asked.ddp_find_unused_parameters is None:
+            asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
@@ -112,6 +116,13 @@ class GraceTrainer(Trainer):
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
         self.grad_norm_finite = all(bool(torch.isfinite(norm)) for norm in norms)
         return norms[0]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm to log; without clipping it is taken here, and looked at."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is None and norm is not None:
+            self.grad_norm_finite = math.isfinite(norm)
+        return norm
 
     # ---- checkpoints --------------------------------------------------------------------------------------------------
 

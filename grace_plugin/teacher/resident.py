@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from grace_plugin.vlm import VisualTokens, capture, family_of
 
-__all__ = ["ResidentTeacher", "TeacherStates", "load_teacher"]
+__all__ = ["MISSING", "ResidentTeacher", "TeacherStates", "load_teacher"]
+
+
+MISSING = (
+    "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or disable the distill "
+    "and relational blocks"
+)
 
 
 @dataclass(frozen=True)

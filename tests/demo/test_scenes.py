@@ -28,11 +28,11 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
         (found,) = np.argwhere(grid == name).tolist()
         return found[0], found[1]
 
-    if match := re.fullmatch(r"what is in row (\d) column (\d)", text):
-        return {grid[int(match[1]) - 1, int(match[2]) - 1]}
-    if match := re.fullmatch(r"where is the (\w+)", text):
-        y, x = place(match[1])
-        return {f"row {y + 1} column {x + 1}"}
+    if match := re.fullmatch(r"what is at ([a-c]) (\d)", text):
+        return {grid[int(match[2]) - 1, "abc".index(match[1])]}
+    if match := re.fullmatch(r"which (row|column) holds the (\w+)", text):
+        y, x = place(match[2])
+        return {str(y + 1) if match[1] == "row" else "abc"[x]}
     if match := re.fullmatch(r"what is (above|below) and (left|right) of the (\w+)", text):
         y, x = place(match[3])
         return {grid[y + (1 if match[1] == "below" else -1), x + (1 if match[2] == "right" else -1)]}
@@ -45,7 +45,7 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
         return {str((grid == match[1]).sum())}
     if match := re.fullmatch(r"how many cells show an? (\w+)", text):
         return {str(sum(name in categories[match[1]] for name in grid.flat))}
-    if match := re.fullmatch(r"is the (\w+) there", text):
+    if match := re.fullmatch(r"do you see the (\w+)", text):
         return {"yes" if (grid == match[1]).any() else "no"}
     if match := re.fullmatch(r"which row has most (\w+)", text):
         sums = (grid == match[1]).sum(axis=1)
@@ -56,14 +56,14 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
     if match := re.fullmatch(r"name one thing next to the (\w+)", text):
         y, x = place(match[1])
         steps = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
-        return {grid[at] for at in steps if 0 <= at[0] < 4 and 0 <= at[1] < 4}
+        return {grid[at] for at in steps if 0 <= at[0] < 3 and 0 <= at[1] < 3}
     if match := re.fullmatch(r"name one (\w+)", text):
         return {name for name in grid.flat if name in categories[match[1]]}
     if match := re.fullmatch(r"list row (\d)", text):
         return {" ".join(grid[int(match[1]) - 1])}
-    match = re.fullmatch(r"list column (\d)", text)
+    match = re.fullmatch(r"list column ([a-c])", text)
     assert match, text
-    return {" ".join(grid[:, int(match[1]) - 1])}
+    return {" ".join(grid[:, "abc".index(match[1])])}
 
 
 @pytest.mark.parametrize("rows", [scenes.training_rows(7, COUNT), scenes.heldout_rows(COUNT)], ids=["train", "heldout"])
@@ -78,23 +78,23 @@ def test_right_answers_are_those_of_the_oracle(rows):
 
 
 def test_labels_of_open_questions_use_every_right_answer():
-    rows = [row for row in scenes.training_rows(3, 4000) if len(row["accept"]) == 4]
+    rows = [row for row in scenes.training_rows(3, 4000) if len(row["accept"]) == 3]
     places = [row["accept"].index(row["messages"][1]["content"][0]["text"]) for row in rows]
-    share = np.bincount(places, minlength=4) / len(rows)
-    assert len(rows) > 200 and np.all(np.abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(rows)))
+    share = np.bincount(places, minlength=3) / len(rows)
+    assert len(rows) > 200 and np.all(np.abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / len(rows)))
 
 
 def test_no_training_row_shows_a_heldout_composition():
     for rows, wanted in ((scenes.training_rows(11, COUNT), False), (scenes.heldout_rows(COUNT), True)):
         assert all(scenes.is_heldout(scene_of(row).cells) is wanted for row in rows)
-    cells = np.random.default_rng(0).integers(len(pictures.NAMES), size=(8000, 4, 4))
+    cells = np.random.default_rng(0).integers(len(pictures.NAMES), size=(8000, 3, 3))
     share = np.mean([scenes.is_heldout(grid) for grid in cells])
     assert abs(share - 1 / scenes.HELDOUT_SHARE) < 4 * np.sqrt(0.125 * 0.875 / 8000)
 
 
 def test_rule_of_the_split_does_not_depend_on_integer_type_or_memory_layout():
     for seed in range(50):
-        cells = np.random.default_rng(seed).integers(48, size=(4, 4))
+        cells = np.random.default_rng(seed).integers(36, size=(3, 3))
         assert scenes.is_heldout(cells) == scenes.is_heldout(np.asfortranarray(cells.astype(np.uint8)))
 
 
@@ -116,15 +116,15 @@ def test_image_holds_each_picture_in_its_cell():
     row = scenes.training_rows(2, 1)[0]
     scene, image = scene_of(row), np.asarray(row["images"][0])
     assert image.shape == (96, 96, 3) and row["images"][0].mode == "RGB"
-    for y, x in np.ndindex(4, 4):
-        tile = image[y * 24 : (y + 1) * 24, x * 24 : (x + 1) * 24]
+    for y, x in np.ndindex(3, 3):
+        tile = image[y * 32 : (y + 1) * 32, x * 32 : (x + 1) * 32]
         every = pictures.atlas()[scene.background]
         kind, shift = np.argwhere((every == tile).all(axis=(2, 3, 4)))[0]
         assert (kind, shift) == (scene.cells[y, x], scene.shifts[y, x])
 
 
 def test_questions_that_do_not_fit_name_the_types():
-    full = list(range(8)) * 2  # every kind twice: nothing stands anywhere only once
+    full = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # every kind three times: nothing stands anywhere only once
     with pytest.raises(ValueError, match="locate"):
         questions.ask(full, np.random.default_rng(0), ("locate",))
 

@@ -125,6 +125,15 @@ def test_the_target_gradient_of_two_confident_sides_does_not_cancel():
     assert student.grad[0, 1].item() == pytest.approx(-want / 2, rel=1e-5)
 
 
+def test_the_gradient_of_a_teacher_without_an_opinion_on_the_target():
+    """Even odds: both ways of writing the difference meet here."""
+    teacher = torch.tensor([[0.0, 0.0]])
+    student = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)[0].sum().backward()
+    want = 1 / (1 + math.exp(-1.0)) - 0.5
+    assert student.grad[0].tolist() == pytest.approx([want, -want], rel=1e-6)
+
+
 def test_the_target_gradient_of_an_unlikely_target_does_not_cancel():
     teacher = torch.tensor([[-28.0, 0.0, 0.0]])
     student = torch.tensor([[-27.0, 0.0, 0.0]], requires_grad=True)
@@ -203,6 +212,21 @@ def test_bfloat16_inputs_are_computed_in_float32():
         torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=1e-7)
     got[2].sum().backward()
     assert leaf.grad.dtype == torch.bfloat16
+    gate, entropy = confidence_gate(teacher)
+    want_gate, want_entropy = confidence_gate(teacher.double())
+    assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(gate.double(), want_gate, rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_float64_side_decides_the_precision_of_all(dtypes):
+    student, teacher, targets = draw(3, 6, dtype=torch.float32)
+    want = decoupled_kd(student.double(), teacher.double(), targets)
+    got = decoupled_kd(student.to(dtypes[0]), teacher.to(dtypes[1]), targets)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float64
+        assert torch.equal(a, b)
 
 
 def test_a_float64_side_decides_the_precision():

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck
 
 from grace_plugin.losses import countable_images, linear_cka, relational_loss
 from tests.reference import relational as oracle
+from tests.reference.footprint import Footprint
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -150,6 +151,24 @@ def test_what_float32_can_still_measure_is_not_skipped():
     assert relational_loss(student, base + 1e-3 * noise, [8]).loss_sum.item() == pytest.approx(want, rel=1e-2)
 
 
+@pytest.mark.parametrize("n", [8, 64])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_linear_cka_has_the_same_threshold_relative_to_the_length_of_its_rows(n, unit):
+    noise, other = normal(64, 8, seed=3)[:n], normal(64, 5, seed=4)[:n]
+    base = torch.zeros(n, 8, dtype=torch.float64)
+    base[:, 0] = 1.0
+    assert linear_cka(unit * (base + 1e-4 * noise), other).item() > 0.01
+    assert linear_cka(unit * (base + 1e-5 * noise), other).item() == 0
+    assert linear_cka(other, unit * (base + 1e-5 * noise)).item() == 0
+
+
+def test_a_float64_view_decides_the_precision_of_linear_cka():
+    a, b = normal(6, 3, seed=1), normal(6, 4, seed=2)
+    assert linear_cka(a.float(), b).dtype == torch.float64
+    assert linear_cka(a, b.float()).dtype == torch.float64
+    assert linear_cka(a.float(), b.float()).dtype == torch.float32
+
+
 def test_the_threshold_does_not_depend_on_the_number_of_tokens():
     noise = normal(64, 8, seed=3, dtype=torch.float64)
     base = torch.zeros(64, 8, dtype=torch.float64)
@@ -244,6 +263,45 @@ def test_images_of_one_size_are_worked_on_as_one_batch():
 
     assert products(2) == products(12)
     assert products(12) > 0
+
+
+@pytest.mark.parametrize(("n", "d_t", "d_s"), [(4, 60, 50), (60, 5, 4), (30, 4, 200), (30, 200, 4)])
+def test_the_smaller_product_is_formed(n, d_t, d_s):
+    """No kernel over widths when tokens are few, none over tokens when widths are small."""
+    teacher, student = normal(n, d_t), normal(n, d_s, seed=1)
+    with Footprint() as seen:
+        relational_loss(student, teacher, [n])
+    cross = min(n * n, d_t * d_s) if n * (d_t + d_s) > d_t * d_s else n * n
+    own = max(min(n, d_t), min(n, d_s)) ** 2
+    assert seen.largest == max(n * d_t, n * d_s, cross, own)
+
+
+@pytest.mark.parametrize("double", ["student", "teacher"])
+def test_a_float64_side_decides_the_precision(double):
+    teacher, student = normal(9, 3, seed=1).float(), normal(9, 4, seed=2).float()
+    raised = (student.double(), teacher) if double == "student" else (student, teacher.double())
+    out = relational_loss(*raised, [4, 5])
+    want = relational_loss(student.double(), teacher.double(), [4, 5])
+    assert out.loss_sum.dtype == torch.float64
+    assert torch.equal(out.loss_sum, want.loss_sum)
+
+
+def test_counting_sees_in_bfloat16_what_the_loss_sees():
+    """Rows that differ in the last bit of bfloat16 are told apart; computed in bfloat16 their mean would hide it."""
+    hidden = torch.ones(6, 40, dtype=torch.bfloat16)
+    hidden[::2, ::2] += 2**-7
+    assert countable_images(hidden, [6]).tolist() == [True]
+    assert relational_loss(hidden, hidden, [6]).images.item() == 1
+    hidden = torch.ones(64, 16, dtype=torch.bfloat16) / 3
+    assert countable_images(hidden, [64]).tolist() == [False]
+    assert relational_loss(hidden, hidden, [64]).images.item() == 0
+
+
+def test_empty_batches_count_in_integers_and_add_in_float32():
+    empty = torch.zeros(0, 4, dtype=torch.bfloat16)
+    for sizes in ([], [0]):
+        out = relational_loss(empty, empty, sizes)
+        assert (out.loss_sum.dtype, out.images.dtype, out.skipped.dtype) == (torch.float32, torch.int64, torch.int64)
 
 
 def test_the_oracle_knows_its_own_definition():

@@ -303,6 +303,20 @@ def test_layers_that_carry_scales_are_refused_and_keep_them():
     assert result.freeze()
 
 
+def test_a_parameter_of_that_name_that_is_not_ours_is_not_overwritten():
+    model = Tiny()
+    model.up.register_parameter(PARAMETER, nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"1 problem\(s\).*\n  up: carries learned scales already"):
+        attach(model.linears(), group_size=16)
+    assert model.up.weight_log_scale.shape == (1,)
+
+
+def test_scales_are_float32_even_for_float64_weights():
+    model = Tiny().double()
+    result = attach(model.linears(), group_size=16)
+    assert {scale.dtype for scale in result.scales.values()} == {torch.float32}
+
+
 def test_bad_formats_and_empty_selections_are_refused():
     model = Tiny()
     with pytest.raises(ValueError, match="no layer to quantize; check targets and ignore"):
@@ -328,7 +342,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     names, fields = list(model.state_dict()), [set(vars(model.up)), set(vars(model.down))]
     want = model(batch())
     with pytest.raises(RuntimeError, match="out of memory"):
-        attach(model.linears(), group_size=16)
+        attach({**model.linears(), "head": model.head}, group_size=16)
     assert list(model.state_dict()) == names
     assert [set(vars(model.up)), set(vars(model.down))] == fields
     assert torch.equal(model(batch()), want)
@@ -349,6 +363,14 @@ def test_a_copy_of_the_model_is_independent():
             scale.copy_(clone.linears()[name].weight_log_scale)
     assert torch.equal(clone(batch()), plain(batch()))
     assert not torch.equal(clone(batch()), model(batch()))
+
+
+def test_the_cache_tells_autocast_s_weight_from_the_other():
+    model, _ = attached()
+    plain = model.up(batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.up(batch()).dtype == torch.bfloat16
+    assert torch.equal(model.up(batch()), plain)
 
 
 def test_autocast_computes_in_its_dtype():

@@ -54,6 +54,55 @@ def test_codes_stay_in_their_range(bits, seed, exponent, stored):
     assert found.max() <= 2 ** (bits - 1) - 1
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_bfloat16_weights_are_divided_in_float32(stored):
+    """A quotient rounded to bfloat16 would fall on ties that are none."""
+    dtype = torch.bfloat16 if stored == "bfloat16" else torch.float16
+    weight, log_scale = draw(rows=64, columns=96, groups=3, dtype=dtype)
+    got = codes(weight, log_scale, num_bits=6, stored_dtype=STORED[stored])
+    want, values = oracle.quantize(weight.tolist(), log_scale.tolist(), 6, stored)
+    assert got.tolist() == want
+    s = stored_scale(log_scale, STORED[stored]).repeat_interleave(32, dim=1)
+    assert ((weight / s).round().clamp(-32, 31) != got).any()
+    value = fake_quantize(weight, log_scale, group_size=32, num_bits=6, stored_dtype=STORED[stored])
+    assert value.tolist() == values
+    limit = [sum(not -32 <= oracle.nearest(w / t) <= 31 for w, t in zip(a, b, strict=True)) for a, b in
+             zip(weight.float().tolist(), s.float().tolist(), strict=True)]  # fmt: skip
+    assert clipped(weight, log_scale, num_bits=6, stored_dtype=STORED[stored]).item() == sum(limit)
+
+
+def test_bfloat16_weights_have_their_gradient_formed_in_float32():
+    weight, log_scale = draw(rows=16, columns=64, groups=2, dtype=torch.bfloat16)
+    leaves = [weight.clone().requires_grad_(), log_scale.clone().requires_grad_()]
+    upstream = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    quantized(*leaves, group_size=32).backward(upstream)
+    by_weight, by_theta = oracle.gradients(weight.tolist(), log_scale.tolist(), upstream.tolist(), 4, "bfloat16")
+    assert leaves[0].grad.tolist() == by_weight
+    torch.testing.assert_close(leaves[1].grad, torch.tensor(by_theta), rtol=1e-4, atol=1e-5)
+
+
+def test_a_float64_side_decides_the_precision_of_the_division():
+    """w / s a hair above a tie: float32 sees the tie and rounds to 0, float64 rounds to 1."""
+    hair = 1e-12
+    form = {"num_bits": 4, "stored_dtype": torch.float64}
+    cases = [
+        (torch.tensor([[0.5 + hair]], dtype=torch.float64), torch.tensor([[0.0]])),
+        (torch.tensor([[0.5]]), torch.tensor([[-hair]], dtype=torch.float64)),
+    ]
+    for weight, log_scale in cases:
+        assert codes(weight, log_scale, **form).item() == 1
+        assert clipped(weight + 7.0, log_scale, **form).item() == 1
+    assert codes(torch.tensor([[0.5]]), torch.tensor([[0.0]]), **form).item() == 0
+    weight = torch.tensor([[7.5 + hair]], dtype=torch.float64, requires_grad=True)
+    quantized(weight, torch.tensor([[0.0]]), group_size=1, stored_dtype=torch.float64).sum().backward()
+    assert weight.grad.item() == 0
+    log_scale = torch.tensor([[-hair]], dtype=torch.float64)
+    weight = torch.tensor([[7.5]], requires_grad=True)
+    theta = log_scale.clone().requires_grad_()
+    fake_quantize(weight.double(), theta, group_size=1, num_bits=4, stored_dtype=torch.float64).sum().backward()
+    assert weight.grad.item() == 0
+
+
 def test_ties_round_to_even_and_the_ends_are_reached():
     log_scale = torch.zeros(1, 1)
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -8.5, 7.5, -9.0, 7.4, 100.0, -8.4]])

@@ -1,0 +1,123 @@
+"""Dtypes of the chunked head: products in the hidden states' dtype, everything else exact in float32 or float64."""
+
+import pytest
+import torch
+
+from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
+from tests.losses.sides import draw, grads, run
+from tests.reference.footprint import Footprint
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_matrix_product_runs_in_the_dtype_of_the_hidden_states(dtype):
+    sides, targets = draw(dtype=dtype)
+    with Footprint() as seen:
+        run(sides, targets).loss.backward()
+    assert seen.products == {dtype}
+
+
+@pytest.mark.parametrize("double", ["s", "t"])
+def test_a_float64_side_decides_the_precision(double):
+    sides, targets = draw(dtype=torch.float32)
+    raised = {k: v.detach().double() if k.endswith(f"_{double}") else v.detach() for k, v in sides.items()}
+    out = run(raised, targets, ce_scale=torch.tensor(0.3), kd_scale=0.7)
+    parts = [out.loss, out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum, out.gate_sum]
+    assert {part.dtype for part in parts} == {torch.float64}
+    everything = {k: v.detach().double() for k, v in sides.items()}
+    want = run(everything, targets, ce_scale=torch.tensor(0.3, dtype=torch.float32), kd_scale=0.7)
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0)
+
+
+def test_a_bfloat16_teacher_has_float32_gates():
+    sides, _ = draw(dtype=torch.bfloat16)
+    gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)
+    logits = torch.nn.functional.linear(sides["hidden_t"], sides["weight_t"], sides["bias_t"])[:, :9]
+    want, _ = confidence_gate(logits.float())
+    assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(gate, want, rtol=0, atol=5e-3)
+    assert len(set(gate.tolist())) == 7
+    assert not torch.equal(gate, gate.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_as_exact_as_torch_s_own_products(dtype):
+    """The error of each gradient against float64 stays within twice that of unchunked torch in the same dtype."""
+    sides, targets = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
+    torch_own, _ = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
+    exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in sides.items()}
+    scales = {"ce_scale": 1 / 64, "kd_scale": 0.5 / 64}
+    out = run(sides, targets, v=50, chunk=16, **scales)
+    want = run(exact, targets, v=50, chunk=64, **scales)
+    z_s = torch.nn.functional.linear(torch_own["hidden_s"], torch_own["weight_s"], torch_own["bias_s"])[:, :50].float()
+    z_t = torch.nn.functional.linear(torch_own["hidden_t"], torch_own["weight_t"], torch_own["bias_t"])[:, :50].float()
+    gate, _ = confidence_gate(z_t)
+    plain = torch.nn.functional.cross_entropy(z_s, targets, reduction="sum") / 64
+    plain = plain + 0.5 / 64 * (gate * decoupled_kd(z_s, z_t, targets)[2]).sum()
+    out.loss.backward()
+    want.loss.backward()
+    plain.backward()
+    assert out.loss.dtype == torch.float32
+    assert abs(out.loss.item() - want.loss.item()) <= 2 * abs(plain.item() - want.loss.item()) + 1e-6 * want.loss.item()
+    for got, torch_grad, expected in zip(grads(sides), grads(torch_own), grads(exact), strict=True):
+        assert got.dtype == dtype
+        error = (got.double() - expected).norm()
+        assert error <= 2 * (torch_grad.double() - expected).norm() + 1e-6 * expected.norm()
+
+
+def test_float16_gradients_of_a_long_window_do_not_underflow():
+    """1 / (tokens of the window) times a probability is below float16's smallest number; the sum is not."""
+    sides, targets = draw(n=32, dtype=torch.float16)
+    exact, _ = draw(n=32, dtype=torch.float16)
+    exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in exact.items()}
+    run(sides, targets, ce_scale=2e-6, kd_scale=0.0).loss.backward()
+    run(exact, targets, ce_scale=2e-6, kd_scale=0.0).loss.backward()
+    error = (sides["weight_s"].grad.double() - exact["weight_s"].grad).abs().max()
+    assert exact["weight_s"].grad.abs().max() > 5e-6
+    assert error < 1e-7
+    sides["hidden_s"].grad = exact["hidden_s"].grad = None
+    (4096 * run(sides, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
+    (4096 * run(exact, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
+    error = (sides["hidden_s"].grad.double() - exact["hidden_s"].grad).norm()
+    assert error < 2e-3 * exact["hidden_s"].grad.norm()
+
+
+def test_a_weight_of_another_dtype_is_multiplied_in_the_dtype_of_the_hidden_state():
+    sides, targets = draw(dtype=torch.float32, seed=8)
+    mixed = {k: v.detach().bfloat16() if k.startswith("hidden") else v.detach().clone() for k, v in sides.items()}
+    mixed["weight_s"].requires_grad_()
+    lowered = {k: v.detach().bfloat16() for k, v in sides.items()}
+    lowered["weight_s"].requires_grad_()
+    out, want = run(mixed, targets), run(lowered, targets)
+    assert torch.equal(out.loss, want.loss)
+    out.loss.backward()
+    want.loss.backward()
+    assert mixed["weight_s"].grad.dtype == torch.float32
+    assert torch.equal(mixed["weight_s"].grad.bfloat16(), lowered["weight_s"].grad)
+
+
+def test_weight_gradients_of_many_chunks_are_added_in_float32():
+    """256 chunks whose single contributions vanish against a bfloat16 sum."""
+    n = 256
+    hidden = torch.ones(n, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(n, dtype=torch.int64)
+    out = distillation_head(hidden, weight, bias, None, None, None, targets, None, vocabulary=8, ce_scale=1.0, chunk=1)
+    out.loss.backward()
+    assert (weight.grad.dtype, bias.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert bias.grad.tolist() == pytest.approx([-n * 7 / 8, *[n / 8] * 7], rel=4e-3)
+    assert weight.grad[0, 0].item() == pytest.approx(-n * 7 / 8, rel=4e-3)
+    assert weight.grad[1, 0].item() == pytest.approx(n / 8, rel=4e-3)
+
+
+def test_a_surrounding_autocast_changes_nothing():
+    sides, targets = draw(dtype=torch.float32)
+    again, _ = draw(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(sides, targets)
+        inside.loss.backward()
+    outside = run(again, targets)
+    outside.loss.backward()
+    assert torch.equal(inside.loss, outside.loss)
+    for got, want in zip(grads(sides), grads(again), strict=True):
+        assert torch.equal(got, want)

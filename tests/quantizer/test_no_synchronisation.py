@@ -1,0 +1,33 @@
+"""The quantizer runs on the meta device, where reading a value on the host or leaving the device raises."""
+
+import torch
+from torch import nn
+
+from grace_plugin.quantizer import attach, clipped, codes, dequantize, fake_quantize, start_scales, stored_scale
+
+
+def on_meta(*tensors):
+    return {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_every_function():
+    weight = torch.empty(6, 32, device="meta", requires_grad=True)
+    log_scale = torch.empty(6, 2, device="meta", requires_grad=True)
+    form = {"num_bits": 4, "stored_dtype": torch.bfloat16}
+    assert on_meta(start_scales(weight, 16))
+    integers, scale = codes(weight, log_scale, **form), stored_scale(log_scale, torch.bfloat16)
+    assert on_meta(integers, scale, dequantize(integers, scale), clipped(weight, log_scale, **form))
+    fake_quantize(weight, log_scale, group_size=16, **form).sum().backward()
+    assert on_meta(weight.grad, log_scale.grad)
+
+
+def test_an_attached_layer():
+    layers = {"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8, bias=False, device="meta")}
+    attached = attach(layers, group_size=16)
+    x = torch.empty(3, 32, device="meta")
+    (layers["a"](x) + layers["b"](x)).sum().backward()
+    frozen = attached.freeze()
+    assert on_meta(attached.clip_share(), *frozen["a"], *frozen["b"], layers["a"].weight_log_scale.grad)
+    assert attached.quantizations == 2
+    attached.bake()
+    assert on_meta(layers["a"].weight)
