@@ -106,7 +106,11 @@ def serve(python: Path, jobs: dict[str, Job]) -> dict[str, list[Probed] | str]:
 def compare(row: Row, checkpoint: Path, asked: list[dict[str, Any]], answers: list[Probed]) -> None:
     """Judge vLLM's tokens by transformers, reloaded from disk; fills the row."""
     parity = judge(checkpoint, asked, answers)
-    row.prompts_differing, row.tokens, row.tokens_differing = parity.prompts_differing, parity.tokens, len(parity.margins)
+    row.prompts_differing, row.tokens, row.tokens_differing = (
+        parity.prompts_differing,
+        parity.tokens,
+        len(parity.margins),
+    )
     row.mean, row.most = round(parity.mean, 4), round(max(parity.differences, default=0.0), 4)
     row.margin = round(max(parity.margins, default=0.0), 4)
     row.video = sum(bool(question.get("videos")) for question in asked) or None

@@ -38,7 +38,15 @@ def test_train_and_oneshot_forms_differ_in_the_run_alone(path: Path) -> None:
 
 def test_the_pairs_of_the_issue_are_there() -> None:
     names = {path.stem for path in RECIPES}
-    wanted = ("llava_1_5_7b", "qwen2_vl_2b", "qwen2_5_vl_3b", "qwen3_vl_2b", "qwen3_vl_4b", "internvl3_2b", "smolvlm2_2_2b")
+    wanted = (
+        "llava_1_5_7b",
+        "qwen2_vl_2b",
+        "qwen2_5_vl_3b",
+        "qwen3_vl_2b",
+        "qwen3_vl_4b",
+        "internvl3_2b",
+        "smolvlm2_2_2b",
+    )
     assert {f"{name}_w4a16{form}" for name in wanted for form in ("", "_oneshot")} <= names
 
 

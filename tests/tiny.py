@@ -1,9 +1,11 @@
 """Tiny random vision-language models with their processors, built from config without any hub.
 
-Every family of the registry, each a real transformers class of 2 to 4 million parameters whose decoder widths are multiples of 128, so that group sizes 32 and 128 both fit. `hidden`, `layers` and `vocab_rows` make
-a bigger teacher or one with a padded vocabulary; `words="other"` gives the same family another tokenizer, for refusals.
-LLaVA and Qwen3-VL chat templates carry `{% generation %}` marks, the one of Qwen2-VL does not. A build takes well under
-two seconds; weights are drawn wide (std 0.08) so that an untrained model does not repeat one token when it is greedy.
+Every family of the registry, each a real transformers class of 2 to 4 million parameters whose decoder widths are
+multiples of 128, so that group sizes 32 and 128 both fit. `hidden`, `layers` and `vocab_rows` make a bigger teacher or
+one with a padded vocabulary; `words="other"` gives the same family another tokenizer, for refusals. LLaVA and Qwen3-VL
+chat templates carry `{% generation %}` marks, the others do not. Embeddings are tied in Qwen2.5-VL, SmolVLM and Gemma 3. A
+build takes well under two seconds; weights are drawn wide (std 0.08) so that an untrained model does not repeat one
+token when it is greedy.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ PER_TILE = (SIDE // PATCH // SHUFFLE) ** 2
 
 def _config(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> dict[str, Any]:
     return dict(
-        vision_config=dict(TOWER), text_config=LlamaConfig(**text), scale_factor=SHUFFLE, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=dict(TOWER), text_config=LlamaConfig(**text), scale_factor=SHUFFLE,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 

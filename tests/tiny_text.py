@@ -29,7 +29,12 @@ QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>
                 "<|video_pad|>"]  # fmt: skip
 MARKS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-TILES = {"fake": "<fake_token_around_image>", "image_token": "<image>", "global": "<global-img>", "end": "<end_of_utterance>"}
+TILES = {
+    "fake": "<fake_token_around_image>",
+    "image_token": "<image>",
+    "global": "<global-img>",
+    "end": "<end_of_utterance>",
+}
 #: further families: tokens of the tokenizer itself, and those it names for the processor
 SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "llava_onevision": (CHAT, {"image_token": "<image>", "video_token": "<video>", "start": "<|im_start|>"}),
@@ -39,8 +44,10 @@ SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         "video_token": "<video>", "start": "<|im_start|>",
     }),
     "idefics3": (CHAT, TILES | {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}),
+    # line breaks are tokens of Gemma's own vocabulary, and vLLM looks them up
     "gemma3": ({"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, {
         "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        **{f"lines{k}": "\n" * k for k in (1, 2, 3, 4)},
     }),
 }  # fmt: skip
 SPECIAL |= {"mistral3": SPECIAL["pixtral"], "smolvlm": SPECIAL["idefics3"]}

@@ -82,7 +82,11 @@ class ConversationCollator:
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
             # segments that are all zero say nothing; where they mark pictures, attention inside a picture reads them
-            *(["token_type_ids"] if any(p.ids["token_type_ids"].any() for p in pictured if "token_type_ids" in p.ids) else []),
+            *(
+                ["token_type_ids"]
+                if any(p.ids["token_type_ids"].any() for p in pictured if "token_type_ids" in p.ids)
+                else []
+            ),
         ]
         text = [[piece for piece in pieces if piece.row == number] for number in range(len(rows))]
         for key in keys:

@@ -85,8 +85,9 @@ def _written(job: Job, folder: Path, number: int) -> dict[str, Any]:
             image.convert("RGB").save(paths[-1])
         videos = []
         for i, (frames, metadata) in enumerate(question.get("videos", ())):
-            videos.append([str(folder / f"{number}-{k}-{i}.npy"), dict(metadata)])
-            numpy.save(videos[-1][0], frames)
+            path = str(folder / f"{number}-{k}-{i}.npy")
+            numpy.save(path, frames)
+            videos.append([path, dict(metadata)])
         questions.append({"messages": question["messages"], "images": paths, "videos": videos})
     return {
         "checkpoint": str(Path(job.checkpoint).resolve()),

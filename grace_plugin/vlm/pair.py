@@ -143,4 +143,6 @@ def _plain(value: Any) -> Any:
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     keys = [*ours, *(key for key in theirs if key not in ours)]
-    return "; ".join(f"{key}: {ours.get(key)!r} / {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key))
+    return "; ".join(
+        f"{key}: {ours.get(key)!r} / {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)
+    )

@@ -58,8 +58,10 @@ def filmed(processor: Any, frames: int = 4) -> dict[str, Tensor]:
 def seen(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """bool [B, S]: where the decoder is given something else than the embedding of the token, newlines apart."""
     given: list[Tensor] = []
-    hook = family_of(model).text_model(model).register_forward_pre_hook(
-        lambda _m, _a, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    hook = (
+        family_of(model)
+        .text_model(model)
+        .register_forward_pre_hook(lambda _m, _a, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True)
     )
     with torch.no_grad():
         model(**batch)
@@ -94,7 +96,9 @@ def test_each_picture_of_a_row_owns_what_it_owns_alone(built: Built, name: str) 
     family = family_of(model)
     both = mixed()[:1]
     sizes = family.visual_tokens(model.config, collated(processor, both)).sizes
-    alone = [int(seen(model, collated(processor, [{**rows(1)[0], "images": [image]}])).sum()) for image in both[0]["images"]]
+    alone = [
+        int(seen(model, collated(processor, [{**rows(1)[0], "images": [image]}])).sum()) for image in both[0]["images"]
+    ]
     if family.served_images is None:
         assert list(sizes) == alone
     else:  # laid out anew beside another: each has its base view
@@ -142,7 +146,9 @@ def test_all_linears_of_the_decoder_are_quantized_and_nothing_else(name: str) ->
     model, _ = build(name)
     family = family_of(model)
     family.open_experts(model)
-    chosen = {id(module) for module in dict(match_named_modules(model, ["Linear"], family.quantization_ignore())).values()}
+    chosen = {
+        id(module) for module in dict(match_named_modules(model, ["Linear"], family.quantization_ignore())).values()
+    }
     inside = {id(m) for m in family.text_model(model).layers.modules() if isinstance(m, nn.Linear)}
     outside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside]
     assert chosen == inside
