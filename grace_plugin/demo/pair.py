@@ -1,8 +1,8 @@
 """What the bundled pair is made of: one tokenizer, one processor, two LLaVA shapes.
 
-Teacher and student share the tokenizer (one token per word, about 120 words) and the frozen CLIP vision tower, as LLaVA-1.5
+Teacher and student share the tokenizer (one token per word, about 80 words) and the frozen CLIP vision tower, as LLaVA-1.5
 7B and 13B do; their decoders differ in width and depth. Every decoder width is a multiple of 128, so that W4A16 with group 128 fits
-vLLM's INT4 kernels. An image of 96 x 96 pixels gives 16 visual tokens, one per cell; the image processor passes it unchanged.
+vLLM's INT4 kernels. An image of 96 x 96 pixels gives 9 visual tokens, one per cell; the image processor passes it unchanged.
 
 Prompts: `<s><user><image>...question<assistant>answer</s>`; capital letters and ? , . ! are dropped by the tokenizer's normalizer.
 """
@@ -32,6 +32,7 @@ PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT)
 WORDS = (*SPECIAL, *vocabulary())
 VISUAL_TOKENS = GRID * GRID
+ROWS = -(-len(WORDS) // 32) * 32  # of the embedding table, padded to a multiple of 32 as in published checkpoints
 
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{% if message['role'] == 'user' %}<user>"
@@ -74,7 +75,7 @@ def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
             image_size=SIZE, patch_size=CELL, projection_dim=128,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+            vocab_size=ROWS, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=width // head, num_key_value_heads=width // head, head_dim=head, max_position_embeddings=512,
             bos_token_id=token[BOS], eos_token_id=token[EOS], pad_token_id=token[PAD], tie_word_embeddings=False,
             initializer_range=0.04,
@@ -92,11 +93,16 @@ def save_pair_member(model: LlavaForConditionalGeneration, folder: Path) -> None
     tokens = model.config.text_config
     model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(
-        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, do_sample=False
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        do_sample=False,
     )
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     file, old, new = folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model."
     tensors = load_file(file)
-    renamed = {key.replace(old, new, 1) if old in key and new not in key else key: value for key, value in tensors.items()}
+    renamed = {
+        key.replace(old, new, 1) if old in key and new not in key else key: value for key, value in tensors.items()
+    }
     save_file(renamed, file, metadata={"format": "pt"})

@@ -48,10 +48,6 @@ def _single(cells: Sequence[int], rng: np.random.Generator) -> int | None:
     return int(rng.choice(once)) if once else None
 
 
-def _row(cells: Sequence[int], row: int) -> Sequence[int]:
-    return cells[row * GRID : (row + 1) * GRID]
-
-
 def _neighbours(position: int) -> dict[str, int]:
     """Direction -> position of the neighbour inside the grid."""
     row, column = divmod(position, GRID)
@@ -86,56 +82,46 @@ def beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     return Question("beside", f"what is {direction} the {NAMES[cells[position]]}", (NAMES[cells[around[direction]]],))
 
 
-def between(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """What stands two steps away: the neighbour of the neighbour, in two directions at a right angle."""
-    position = _single(cells, rng)
-    if position is None:
-        return None
-    around = _neighbours(position)
-    vertical = _pick(rng, [name for name in ("above", "below") if name in around])
-    side = _pick(rng, [name for name in ("left of", "right of") if name in around])
-    target = around[vertical] + DIRECTIONS[side][1]
-    return Question("between", f"what is {vertical} and {side} the {NAMES[cells[position]]}", (NAMES[cells[target]],))
+def _of(category: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in CATEGORIES[category]]
 
 
-def count(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """How often a kind stands in the grid."""
-    kind = int(_pick(rng, cells)) if rng.random() < 0.85 else int(rng.integers(len(NAMES)))
-    return Question("count", f"how many cells show the {NAMES[kind]}", (str(list(cells).count(kind)),))
+def _line(cells: Sequence[int], rng: np.random.Generator) -> tuple[str, list[str]]:
+    """A row or a column: how it is called, and the names in it."""
+    number = int(rng.integers(GRID))
+    if rng.random() < 0.5:
+        return f"row {number + 1}", [NAMES[kind] for kind in cells[number * GRID : (number + 1) * GRID]]
+    return f"column {COLUMNS[number]}", [NAMES[kind] for kind in cells[number::GRID]]
 
 
 def tally(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """How many cells hold a kind of a category."""
     category = str(_pick(rng, list(CATEGORIES)))
-    article = "an" if category == "animal" else "a"
-    number = sum(NAMES[kind] in CATEGORIES[category] for kind in cells)
-    return Question("tally", f"how many cells show {article} {category}", (str(number),))
+    number = len(_of(category, [NAMES[kind] for kind in cells]))
+    return Question("tally", f"how many cells show the {category}", (str(number),))
 
 
-def exists(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """Whether a kind stands in the grid."""
-    if rng.random() < 0.5:
-        return Question("exists", f"do you see the {NAMES[int(_pick(rng, cells))]}", ("yes",))
-    absent = sorted(set(range(len(NAMES))) - set(cells))
-    return Question("exists", f"do you see the {NAMES[int(_pick(rng, absent))]}", ("no",))
+def tally_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question:
+    """How many cells of a row or column hold a kind of a category."""
+    category = str(_pick(rng, list(CATEGORIES)))
+    place, names = _line(cells, rng)
+    return Question("tally_in_line", f"how many cells of {place} show the {category}", (str(len(_of(category, names))),))
 
 
 def most(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """Which row holds a kind most often, where one row does."""
-    repeated = [kind for kind, number in Counter(cells).items() if number > 1]
-    if not repeated:
+    """Which row holds a category most often, where one row does."""
+    category = str(_pick(rng, list(CATEGORIES)))
+    names = [NAMES[kind] for kind in cells]
+    numbers = [len(_of(category, names[row * GRID : (row + 1) * GRID])) for row in range(GRID)]
+    if numbers.count(max(numbers)) != 1:
         return None
-    kind = int(_pick(rng, repeated))
-    per_row = [list(_row(cells, row)).count(kind) for row in range(GRID)]
-    if per_row.count(max(per_row)) != 1:
-        return None
-    return Question("most", f"which row has most {NAMES[kind]}", (str(per_row.index(max(per_row)) + 1),))
+    return Question("most", f"which row has most of the {category}", (str(numbers.index(max(numbers)) + 1),))
 
 
-def some_in_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """Any thing of a row."""
-    row = int(rng.integers(GRID))
-    return Question("some_in_row", f"name one thing in row {row + 1}", _unique(NAMES[k] for k in _row(cells, row)))
+def some_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question:
+    """Any thing of a row or column."""
+    place, names = _line(cells, rng)
+    return Question("some_in_line", f"name one thing in {place}", _unique(names))
 
 
 def some_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
@@ -150,14 +136,22 @@ def some_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | No
 def some_of_category(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     """Any animal, food or vehicle in the grid."""
     category = str(_pick(rng, list(CATEGORIES)))
-    names = _unique(NAMES[kind] for kind in cells if NAMES[kind] in CATEGORIES[category])
+    names = _unique(_of(category, [NAMES[kind] for kind in cells]))
     return Question("some_of_category", f"name one {category}", names) if names else None
+
+
+def some_of_category_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any animal, food or vehicle of a row or column."""
+    category = str(_pick(rng, list(CATEGORIES)))
+    place, names = _line(cells, rng)
+    right = _unique(_of(category, names))
+    return Question("some_of_category_in_line", f"name one {category} in {place}", right) if right else None
 
 
 def list_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """A row from left to right."""
     row = int(rng.integers(GRID))
-    return Question("list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in _row(cells, row)),))
+    return Question("list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in cells[row * GRID : (row + 1) * GRID]),))
 
 
 def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
@@ -170,13 +164,93 @@ def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
 TYPES: dict[str, Asker] = {
     asker.__name__: asker
     for asker in (
-        cell, locate, beside, between, count, tally, exists, most, some_in_row, some_beside, some_of_category, list_row, list_column,
+        cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
+        some_of_category_in_line, list_row, list_column,
     )
 }  # fmt: skip
 
 
-def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = tuple(TYPES)) -> Question:
-    """One question of a type drawn evenly from `types`; a type that the scene does not allow is drawn again.
+WEIGHTS = {"beside": 4, "locate": 3, "most": 3, "some_beside": 3, "tally": 2, "tally_in_line": 2}
+"""How often a type is drawn relative to the others (1): relations and counts, which the decoder must work out, come more often."""
+MIXTURE = tuple(name for name in TYPES for _ in range(WEIGHTS.get(name, 1)))
+
+
+def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = MIXTURE) -> Question:
+    """One question of a type drawn evenly from `types` (a name may stand there several times); a type that the scene does not allow is drawn again.
+
+    Raises ValueError naming the types when none of them fits after 100 draws.
+    """
+    for _ in range(100):
+        question = TYPES[types[int(rng.integers(len(types)))]](cells, rng)
+        if question is not None:
+            return question
+    raise ValueError(f"no question of the types {list(types)} fits the grid {[NAMES[kind] for kind in cells]}")
+
+
+def vocabulary() -> list[str]:
+    """Every word that a question or an answer can hold, in a fixed order."""
+    words = "what is at in row column which holds has most of the left right above below how many cells show".split()
+    words += "name one thing next to animal food vehicle list".split()
+    numbers = [len(_of(category, names[row * GRID : (row + 1) * GRID])) for row in range(GRID)]
+    if numbers.count(max(numbers)) != 1:
+        return None
+    return Question("most", f"which row has most of the {category}", (str(numbers.index(max(numbers)) + 1),))
+
+
+def some_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question:
+    """Any thing of a row or column."""
+    place, names = _line(cells, rng)
+    return Question("some_in_line", f"name one thing in {place}", _unique(names))
+
+
+def some_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any neighbour of a thing."""
+    position = _single(cells, rng)
+    if position is None:
+        return None
+    names = _unique(NAMES[cells[place]] for place in _neighbours(position).values())
+    return Question("some_beside", f"name one thing next to the {NAMES[cells[position]]}", names)
+
+
+def some_of_category(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any animal, food or vehicle in the grid."""
+    category = str(_pick(rng, list(CATEGORIES)))
+    names = _unique(_of(category, [NAMES[kind] for kind in cells]))
+    return Question("some_of_category", f"name one {category}", names) if names else None
+
+
+def some_of_category_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
+    """Any animal, food or vehicle of a row or column."""
+    category = str(_pick(rng, list(CATEGORIES)))
+    place, names = _line(cells, rng)
+    right = _unique(_of(category, names))
+    return Question("some_of_category_in_line", f"name one {category} in {place}", right) if right else None
+
+
+def list_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
+    """A row from left to right."""
+    row = int(rng.integers(GRID))
+    return Question("list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in cells[row * GRID : (row + 1) * GRID]),))
+
+
+def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
+    """A column from top to bottom."""
+    column = int(rng.integers(GRID))
+    names = [NAMES[cells[row * GRID + column]] for row in range(GRID)]
+    return Question("list_column", f"list column {COLUMNS[column]}", (" ".join(names),))
+
+
+TYPES: dict[str, Asker] = {
+    asker.__name__: asker
+    for asker in (
+        cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
+        some_of_category_in_line, list_row, list_column,
+    )
+}  # fmt: skip
+
+
+def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = MIXTURE) -> Question:
+    """One question of a type drawn evenly from `types` (a name may stand there several times); a type that the scene does not allow is drawn again.
 
     Raises ValueError naming the types when none of them fits after 100 draws.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .pictures import BACKGROUNDS, GRID, NAMES, SHIFTS, compose
-from .questions import TYPES, ask
+from .questions import MIXTURE, ask
 
 HELDOUT_SHARE = 8  # one composition in this many is held out
 HELDOUT_SEED = 20_260_122
@@ -55,7 +55,7 @@ def draw_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
             return Scene(cells, shifts, int(rng.integers(len(BACKGROUNDS))))
 
 
-def make_row(seed: int, index: int, heldout: bool = False, types: Sequence[str] = tuple(TYPES)) -> dict[str, Any]:
+def make_row(seed: int, index: int, heldout: bool = False, types: Sequence[str] = MIXTURE) -> dict[str, Any]:
     """The row number `index` of the stream `seed`; see the module for its fields."""
     rng = np.random.default_rng((seed, index))
     scene = draw_scene(rng, heldout)
@@ -76,7 +76,7 @@ def make_row(seed: int, index: int, heldout: bool = False, types: Sequence[str] 
 class SceneRows(Sequence):
     """Rows composed when they are read; works as a map-style torch Dataset. `count` rows of the stream `seed`."""
 
-    def __init__(self, seed: int, count: int, heldout: bool = False, types: Sequence[str] = tuple(TYPES)):
+    def __init__(self, seed: int, count: int, heldout: bool = False, types: Sequence[str] = MIXTURE):
         self.seed, self.count, self.heldout, self.types = seed, count, heldout, tuple(types)
 
     def __len__(self) -> int:

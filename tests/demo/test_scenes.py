@@ -33,26 +33,27 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
     if match := re.fullmatch(r"which (row|column) holds the (\w+)", text):
         y, x = place(match[2])
         return {str(y + 1) if match[1] == "row" else "abc"[x]}
-    if match := re.fullmatch(r"what is (above|below) and (left|right) of the (\w+)", text):
-        y, x = place(match[3])
-        return {grid[y + (1 if match[1] == "below" else -1), x + (1 if match[2] == "right" else -1)]}
     if match := re.fullmatch(r"what is (left of|right of|above|below) the (\w+)", text):
         y, x = place(match[2])
         target = {"left of": (y, x - 1), "right of": (y, x + 1), "above": (y - 1, x), "below": (y + 1, x)}[match[1]]
         assert min(target) >= 0
         return {grid[target]}
+    def line(place: str) -> list[str]:
+        kind, which = place.split()
+        return list(grid[int(which) - 1] if kind == "row" else grid[:, "abc".index(which)])
+
     if match := re.fullmatch(r"how many cells show the (\w+)", text):
-        return {str((grid == match[1]).sum())}
-    if match := re.fullmatch(r"how many cells show an? (\w+)", text):
         return {str(sum(name in categories[match[1]] for name in grid.flat))}
-    if match := re.fullmatch(r"do you see the (\w+)", text):
-        return {"yes" if (grid == match[1]).any() else "no"}
-    if match := re.fullmatch(r"which row has most (\w+)", text):
-        sums = (grid == match[1]).sum(axis=1)
+    if match := re.fullmatch(r"how many cells of (\w+ \w) show the (\w+)", text):
+        return {str(sum(name in categories[match[2]] for name in line(match[1])))}
+    if match := re.fullmatch(r"which row has most of the (\w+)", text):
+        sums = np.isin(grid.astype(str), list(categories[match[1]])).sum(axis=1)
         assert np.sort(sums)[-1] > np.sort(sums)[-2]
         return {str(int(np.argmax(sums)) + 1)}
-    if match := re.fullmatch(r"name one thing in row (\d)", text):
-        return set(grid[int(match[1]) - 1])
+    if match := re.fullmatch(r"name one thing in (\w+ \w)", text):
+        return set(line(match[1]))
+    if match := re.fullmatch(r"name one (\w+) in (\w+ \w)", text):
+        return {name for name in line(match[2]) if name in categories[match[1]]}
     if match := re.fullmatch(r"name one thing next to the (\w+)", text):
         y, x = place(match[1])
         steps = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
@@ -94,7 +95,7 @@ def test_no_training_row_shows_a_heldout_composition():
 
 def test_rule_of_the_split_does_not_depend_on_integer_type_or_memory_layout():
     for seed in range(50):
-        cells = np.random.default_rng(seed).integers(36, size=(3, 3))
+        cells = np.random.default_rng(seed).integers(24, size=(3, 3))
         assert scenes.is_heldout(cells) == scenes.is_heldout(np.asfortranarray(cells.astype(np.uint8)))
 
 

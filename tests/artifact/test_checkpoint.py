@@ -1,0 +1,252 @@
+"""A checkpoint proves itself: every kind of change is found, and a failed proof leaves nothing behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import grace_plugin
+from grace_plugin.artifact import VerificationError
+from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, digest, processor_files, source_folder
+from grace_plugin.artifact.probe import POSITIONS, probe_logits, read_probe
+from grace_plugin.data import ConversationCollator
+from tests.conftest import Finished
+from tests.pairs import recipe_text, run
+from tests.tiny import FAMILIES, build, rows
+
+LAYER = "model.language_model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def stored_name(folder: Path, ending: str) -> str:
+    (name,) = [n for n in load_file(folder / "model.safetensors") if n.endswith(ending)]
+    return name
+
+
+def change(folder: Path, ending: str, edit: Callable[[torch.Tensor], None]) -> None:
+    """Edit one tensor of a checkpoint in place."""
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    edit(tensors[stored_name(folder, ending)])
+    save_file(tensors, path, metadata)
+
+
+def failed(folder: Path) -> list[str]:
+    """Names of the proofs that failed; the verdict on disk says the same."""
+    with pytest.raises(VerificationError, match="is not what was trained"):
+        grace_plugin.verify(folder)
+    verdict = json.loads((folder / VERIFICATION).read_text())
+    assert verdict["verified"] is False
+    return verdict["failed"]
+
+
+def test_an_untouched_checkpoint_verifies(copy: Path) -> None:
+    found = grace_plugin.verify(copy)
+    assert found["verified"] and found["failed"] == []
+    assert (found["layers"], found["layers_stored"], found["codes_differing"], found["scales_differing"]) == (
+        21,
+        21,
+        0,
+        0,
+    )
+    model, _ = build("llava")
+    decoder = [m.weight.numel() for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
+    assert found["codes"] == sum(decoder)
+    assert found["logits_equal"] and found["logits_compared"] > 0
+    assert found["weights_differing"] == 0
+    assert found["processor_files"] == 4 and found["processor_files_changed"] == []
+    assert json.loads((copy / VERIFICATION).read_text()) == found
+
+
+def flip_last_bit(tensor: torch.Tensor) -> None:
+    tensor.view(-1)[3:4].view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).bitwise_xor_(1)
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        ("layers.1.self_attn.q_proj.weight_packed", "codes_differing"),
+        ("layers.1.self_attn.q_proj.weight_scale", "scales_differing"),
+        ("layers.2.input_layernorm.weight", "dense_differing"),
+        ("multi_modal_projector.linear_1.bias", "dense_differing"),
+        ("lm_head.weight", "dense_differing"),
+    ],
+)
+def test_one_changed_bit_is_found(copy: Path, ending: str, expected: str) -> None:
+    change(copy, ending, flip_last_bit)
+    assert expected in failed(copy)
+
+
+def test_the_changed_layer_is_named(copy: Path) -> None:
+    change(copy, "layers.1.self_attn.q_proj.weight_packed", flip_last_bit)
+    failed(copy)
+    assert json.loads((copy / VERIFICATION).read_text())["layers_differing"] == [LAYER]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_changed_or_missing_processor_file_is_found(copy: Path, gone: bool) -> None:
+    file = copy / "tokenizer_config.json"
+    if gone:
+        file.unlink()
+        file = copy / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+    assert failed(copy) == ["processor_files_changed"]
+
+
+def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
+    tensors = load_file(copy / PROBE)
+    tensors["logits"].view(-1)[0] += 1.0
+    save_file(tensors, copy / PROBE)
+    assert failed(copy) == ["logits_equal"]
+
+
+def test_in_another_environment_logits_are_reported_and_do_not_decide(copy: Path) -> None:
+    tensors = load_file(copy / PROBE)
+    tensors["logits"].view(-1)[0] += 1.0
+    save_file(tensors, copy / PROBE)
+    record = json.loads((copy / RECORD).read_text())
+    record["environment"]["device"] = "another"
+    (copy / RECORD).write_text(json.dumps(record))
+    found = grace_plugin.verify(copy)
+    assert found["verified"] and not found["logits_equal"]
+    assert found["logits_largest_difference"] == pytest.approx(1.0, rel=0.01)
+    assert "another environment" in found["logits_note"]
+
+
+def test_a_layer_the_record_does_not_know_is_found(copy: Path) -> None:
+    record = json.loads((copy / RECORD).read_text())
+    record["layers"]["model.no_such_layer"] = record["layers"].pop(LAYER)
+    (copy / RECORD).write_text(json.dumps(record))
+    assert {"codes_differing", "scales_differing"} <= set(failed(copy))
+
+
+def test_a_folder_without_a_record_is_named(copy: Path) -> None:
+    (copy / RECORD).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{copy} holds no grace/record\.json: it was not written by GRACE"):
+        grace_plugin.verify(copy)
+
+
+def test_processor_files_are_the_sources_byte_for_byte(finished: Finished) -> None:
+    names = {path.name for path in processor_files(finished.pair.student)}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
+    for name in names:
+        assert (finished.folder / name).read_bytes() == (finished.pair.student / name).read_bytes()
+
+
+def test_the_probes_logits_are_the_reloaded_models_at_supervised_positions(finished: Finished) -> None:
+    probe, expected = read_probe(finished.folder / PROBE)
+    model = AutoModelForImageTextToText.from_pretrained(finished.folder, dtype="auto").eval()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in probe.items() if k != "labels"}).logits
+    places = (probe["labels"][:, 1:] != -100).nonzero().tolist()[:POSITIONS]
+    assert torch.equal(expected, torch.stack([logits[b, s] for b, s in places]))
+    assert "pixel_values" in probe
+
+
+def test_a_probe_without_labels_is_read_at_its_last_positions() -> None:
+    model, processor = build("llava")
+    batch = ConversationCollator(processor)(rows(1))
+    del batch["labels"]
+    model.train()
+    found = probe_logits(model, batch)
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(found, model.eval()(**batch).logits[0, -POSITIONS:])
+
+
+def test_two_runs_write_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+    """Also: a saved recipe run again gives the same run."""
+    again = run(
+        finished.pair, tmp_path / "out", finished.dataset, recipe=finished.folder / "recipe.yaml", max_steps=8,
+        gradient_accumulation_steps=2, logging_steps=1,
+    )  # fmt: skip
+    for name in ("model.safetensors", "config.json", "recipe.yaml", RECORD, PROBE):
+        ours, theirs = (
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() for folder in (finished.folder, again.checkpoint)
+        )
+        assert ours == theirs, name
+
+
+def test_the_codes_on_disk_are_not_those_of_rounding(finished: Finished) -> None:
+    """Training moved them: the checkpoint is not round-to-nearest of the source."""
+    scale = load_file(finished.folder / "model.safetensors")[
+        stored_name(finished.folder, "layers.0.mlp.up_proj.weight_scale")
+    ]
+    weight = load_file(finished.pair.student / "model.safetensors")[
+        stored_name(finished.pair.student, "layers.0.mlp.up_proj.weight")
+    ]
+    assert scale.shape == (weight.shape[0], weight.shape[1] // 128)
+    assert scale.dtype == torch.bfloat16
+    largest = weight.unflatten(1, (-1, 128)).abs().amax(-1) / 7
+    assert not torch.equal(scale, largest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_checkpoint_without_missing_or_unexpected_keys(
+    family: str, pair_of: Any, tmp_path: Path
+) -> None:
+    """The rewritten ignore list maps back; the stock one crashes here for LLaVA and Qwen2-VL."""
+    result = run(pair_of(family), tmp_path / "out", max_steps=1)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        result.checkpoint, dtype="auto", output_loading_info=True
+    )
+    assert {key: list(value) for key, value in report.items() if value} == {}
+    config = json.loads((result.checkpoint / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert all(entry.startswith("re:") for entry in config["ignore"])
+    packed = {name for name, module in model.named_modules() if hasattr(module, "weight_packed")}
+    assert len(packed) == 21 and all(".language_model." in name for name in packed)
+    AutoProcessor.from_pretrained(result.checkpoint)
+
+
+def test_a_proof_that_fails_at_the_end_of_a_run_leaves_nothing(finished: Finished, tmp_path: Path) -> None:
+    """A student whose save path is broken: one packed code of the file is changed before it is verified."""
+    student = AutoModelForImageTextToText.from_pretrained(finished.pair.student, dtype=torch.float32)
+
+    class Broken(type(student)):
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            out = super().save_pretrained(save_directory, *args, **kwargs)
+            change(Path(save_directory), "layers.0.mlp.up_proj.weight_packed", flip_last_bit)
+            return out
+
+    student.__class__ = Broken
+    with pytest.raises(VerificationError, match=r'codes_differing.*"codes_differing": 1,'):
+        run(finished.pair, tmp_path / "o/out", model=student)
+    assert {path.name for path in (tmp_path / "o").iterdir()} <= {"out.run"}
+
+
+def test_digest_depends_on_bytes_shape_and_dtype() -> None:
+    tensor = torch.arange(6, dtype=torch.int8)
+    others = [tensor.view(2, 3), tensor.view(torch.uint8), tensor.flip(0)]
+    assert digest(tensor) == digest(tensor.clone())
+    assert len({digest(t) for t in (tensor, *others)}) == 4
+    assert digest(torch.arange(12).view(3, 4).T) == digest(torch.arange(12).view(3, 4).T.contiguous())
+
+
+def test_a_source_that_is_nowhere_is_named() -> None:
+    with pytest.raises(ValueError, match="cannot find the processor files of 'no/such-model'"):
+        source_folder("no/such-model")
+
+
+def test_the_recipe_beside_the_checkpoint_holds_inferred_values(finished: Finished) -> None:
+    text = (finished.folder / "recipe.yaml").read_text()
+    assert r"re:(.*\.)?vision_tower\..*" in text
+    assert str(finished.pair.teacher) in text
+    assert "!!python" not in text and recipe_text(finished.pair.teacher) != text
