@@ -124,7 +124,8 @@ class GraceModifier(Modifier, QuantizationMixin):
     # ---- lifecycle ----------------------------------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check the pair and the layers, attach schemes and scales; nothing is changed when a check fails.
+        """Check the pair and the layers, attach schemes and scales; nothing is changed when a check fails, but that
+        experts held as one parameter are linears by then, which compute the same.
 
         Keyword `processors` (student's, teacher's) replaces the tokenizers read from the models' own folders.
 
