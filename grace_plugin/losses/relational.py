@@ -48,7 +48,7 @@ def _unit_rows(features: Tensor) -> Tensor:
 
 def _unit_scale(features: Tensor) -> Tensor:
     """One factor for all rows [n, d], so that a row is of length 1 in the root mean square."""
-    square = features.square().sum(dim=-1).mean()
+    square = features.square().sum(dim=1).mean()
     return features * torch.where(square > 0, square, 1.0).rsqrt()
 
 

@@ -38,9 +38,9 @@ from grace_plugin.quantizer.scales import (
 )
 
 
-def _unrounded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _unrounded(weight: Tensor, scale: Tensor) -> Tensor:
     """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
-    return weight.to(dtype).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
+    return weight.to(compute_dtype(weight)).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
 
 
 def _check_shapes(weight: Tensor, scale: Tensor) -> None:
@@ -68,11 +68,10 @@ def codes(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: tor
     check_format(num_bits, stored_dtype)
     _check_shapes(weight, log_scale)
     smallest, largest = code_range(num_bits)
-    dtype = compute_dtype(weight, log_scale)
     scale = stored_scale(log_scale, stored_dtype)
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        found[rows] = _unrounded(weight[rows], scale[rows], dtype).round_().clamp_(smallest, largest).flatten(1)
+        found[rows] = _unrounded(weight[rows], scale[rows]).round_().clamp_(smallest, largest).flatten(1)
     return found
 
 
@@ -95,11 +94,10 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def clipped(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> Tensor:
     """How many weights the clip acts on: 0-dimensional int64 on the weight's device."""
     smallest, largest = code_range(num_bits)
-    dtype = compute_dtype(weight, log_scale)
     scale = stored_scale(log_scale, stored_dtype)
     count = torch.zeros((), dtype=torch.int64, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        rounded = _unrounded(weight[rows], scale[rows], dtype).round_()
+        rounded = _unrounded(weight[rows], scale[rows]).round_()
         count += ((rounded < smallest) | (rounded > largest)).sum()
     return count
 
@@ -113,12 +111,11 @@ def _backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     smallest, largest = code_range(num_bits)
-    dtype = compute_dtype(weight, log_scale)
     scale = stored_scale(log_scale, stored_dtype)
     grad_weight = torch.empty_like(weight) if needs[0] else None
     grad_log_scale = torch.empty_like(log_scale) if needs[1] else None
     for rows in row_blocks(*weight.shape):
-        unrounded = _unrounded(weight[rows], scale[rows], dtype)
+        unrounded = _unrounded(weight[rows], scale[rows])
         rounded = unrounded.round()
         inside = (rounded >= smallest) & (rounded <= largest)
         grad = grad_out[rows].unflatten(1, (scale.shape[1], -1))

@@ -97,9 +97,9 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 when any tensor is float64, float32 otherwise: in which codes and gradients are computed."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for a float64 weight, float32 otherwise: what it is divided in."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,7 @@ def test_relational_loss_and_its_count():
     counted = countable_images(empty(20, 6), [5, 5, 3, 7])
     assert on_meta(counted)
     assert counted.shape == (4,)
+    assert on_meta(*relational_loss(empty(3, 4), empty(3, 6), [3]))
     assert on_meta(countable_images(empty(0, 6), []))
     assert on_meta(countable_images(empty(3, 6), [3]))
     assert on_meta(linear_cka(empty(6, 3), empty(6, 4)))

@@ -66,9 +66,12 @@ def test_bfloat16_weights_are_divided_in_float32(stored):
     assert ((weight / s).round().clamp(-32, 31) != got).any()
     value = fake_quantize(weight, log_scale, group_size=32, num_bits=6, stored_dtype=STORED[stored])
     assert value.tolist() == values
-    limit = [sum(not -32 <= oracle.nearest(w / t) <= 31 for w, t in zip(a, b, strict=True)) for a, b in
-             zip(weight.float().tolist(), s.float().tolist(), strict=True)]  # fmt: skip
-    assert clipped(weight, log_scale, num_bits=6, stored_dtype=STORED[stored]).item() == sum(limit)
+    ratios = [w / t for w, t in zip(weight.flatten().tolist(), s.flatten().tolist(), strict=True)]
+    acted = sum(not -8 <= oracle.nearest(ratio) <= 7 for ratio in ratios)
+    assert clipped(weight, log_scale, num_bits=4, stored_dtype=STORED[stored]).item() == acted
+    if stored == "bfloat16":
+        rounded = (weight / s).round()
+        assert ((rounded < -8) | (rounded > 7)).sum().item() != acted
 
 
 def test_bfloat16_weights_have_their_gradient_formed_in_float32():
@@ -91,7 +94,8 @@ def test_a_float64_side_decides_the_precision_of_the_division():
     ]
     for weight, log_scale in cases:
         assert codes(weight, log_scale, **form).item() == 1
-        assert clipped(weight + 7.0, log_scale, **form).item() == 1
+        assert clipped(-weight - 8.0, log_scale, **form).item() == 1
+        assert clipped(-weight.float() - 8.0, torch.zeros(1, 1), **form).item() == 0
     assert codes(torch.tensor([[0.5]]), torch.tensor([[0.0]]), **form).item() == 0
     weight = torch.tensor([[7.5 + hair]], dtype=torch.float64, requires_grad=True)
     quantized(weight, torch.tensor([[0.0]]), group_size=1, stored_dtype=torch.float64).sum().backward()

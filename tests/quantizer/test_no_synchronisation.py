@@ -31,3 +31,8 @@ def test_an_attached_layer():
     assert attached.quantizations == 2
     attached.bake()
     assert on_meta(layers["a"].weight)
+
+
+def test_clip_share_of_layers_on_two_devices_stands_on_the_first():
+    attached = attach({"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8)}, group_size=16)
+    assert on_meta(attached.clip_share())

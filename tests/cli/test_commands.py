@@ -1,0 +1,169 @@
+"""The commands as a user runs them: light help, one sentence and a status for bad input, train and verify end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grace_plugin.cli import commands
+from grace_plugin.cli.register_grace import COMMANDS, REGISTER_COMMANDS, GraceCommand
+from tests.conftest import Finished
+from tests.pairs import Pair, recipe_text
+from tests.tiny import rows
+
+BIN = Path(sys.executable).parent
+ENTRIES = ([str(BIN / "grace")], [str(BIN / "optimum-cli"), "grace"])
+
+
+def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+    )  # fmt: skip
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The alias's entry point with these arguments; returns its exit status."""
+    from grace_plugin.cli.register_grace import main
+
+    monkeypatch.setattr(sys, "argv", ["grace", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=["grace", "optimum-cli"])
+@pytest.mark.parametrize("command", [None, "train", "oneshot", "verify", "demo"])
+def test_help_is_light_and_names_what_it_takes(entry: list[str], command: str | None) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = call(*entry, *([command] if command else []), "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    expected = (
+        ["train", "oneshot", "verify", "demo"]
+        if command is None
+        else {"verify": ["checkpoint"]}.get(command, ["--output_dir"])
+    )
+    assert all(word in done.stdout for word in expected)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0
+
+
+@pytest.mark.parametrize("module", ["optimum.commands.register.register_grace", "optimum.commands.optimum_cli"])
+def test_registering_imports_nothing_heavy(module: str) -> None:
+    heavy = ("torch", "transformers", "llmcompressor", "grace_plugin")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    assert call(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_the_group_and_the_alias_share_their_commands() -> None:
+    assert REGISTER_COMMANDS == [GraceCommand]
+    assert [c.name for c in GraceCommand.SUBCOMMANDS] == [name for name, _, _ in COMMANDS] == list(commands.COMMANDS)
+
+
+def test_the_group_alone_prints_its_commands() -> None:
+    done = call(*ENTRIES[1])
+    assert done.returncode == 2
+    assert "train" in done.stdout and "verify" in done.stdout
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=["grace", "optimum-cli"])
+def test_verify_passes_fails_and_refuses(entry: list[str], finished: Finished, tmp_path: Path) -> None:
+    good = shutil.copytree(finished.folder, tmp_path / "good")
+    done = call(*entry, "verify", str(good))
+    assert done.returncode == 0, done.stderr
+    assert '"codes_differing": 0' in done.stdout
+    (good / "tokenizer_config.json").write_text("{}")
+    done = call(*entry, "verify", str(good))
+    assert done.returncode == 1
+    assert "grace verify failed:" in done.stderr and "processor_files_changed" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = call(*entry, "verify", str(tmp_path))
+    assert done.returncode == 2
+    assert "grace verify:" in done.stderr and "holds no grace/record.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def written(pair: Pair, folder: Path) -> tuple[Path, Path]:
+    """A recipe file and a JSONL dataset with pictures beside it."""
+    recipe, data = folder / "recipe.yaml", folder / "rows.jsonl"
+    recipe.write_text(recipe_text(pair.teacher, oneshot={"epochs": 1.0, "learning_rate": 1e-3}))
+    lines = []
+    for number, row in enumerate(rows(4, seed=61)):
+        row["images"][0].save(folder / f"{number}.png")
+        lines.append(json.dumps({**row, "images": [f"{number}.png"]}))
+    data.write_text("\n".join(lines))
+    return recipe, data
+
+
+@pytest.mark.parametrize("name", ["train", "oneshot"])
+def test_a_run_through_the_command(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    recipe, data = written(llava, tmp_path)
+    options = ["--set", "max_steps=2", "--set", "per_device_train_batch_size=2", "--set", "learning_rate=1e-3"]
+    options += ["--set", "disable_tqdm=true", "--set", "use_cpu=true"] if name == "train" else []
+    options = options if name == "train" else ["--batch_size", "2", "--num_calibration_samples", "4"]
+    status = in_process(
+        monkeypatch, name, str(recipe), "--model", str(llava.student), "--dataset", str(data), "--output_dir",
+        str(tmp_path / "out"), *options,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert f"verified checkpoint: {tmp_path / 'out'}" in printed
+    assert json.loads((tmp_path / "out/grace/record.json").read_text())["run"]["steps"] == 2
+    assert in_process(monkeypatch, "verify", str(tmp_path / "out"), "--source", str(llava.student)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"--dataset": "none.jsonl"}, "no dataset file at none.jsonl"),
+        ({"--model": "/no/where"}, "cannot load the student '/no/where'"),
+        ({"recipe": "none.yaml"}, "no recipe at none.yaml"),
+        ({"--teacher": "/no/teacher"}, "cannot load the teacher '/no/teacher'"),
+        ({"--set": "learning_rate"}, "--set takes NAME=VALUE, got 'learning_rate'"),
+        ({"--set": "learning_rte=1"}, "learning_rte"),
+        ({"--max_length": "12"}, "max_length is 12"),
+        ({"--output_dir": "full"}, "full exists and is not empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    change: dict[str, str], sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    recipe, data = written(llava, tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("x")
+    given = {
+        "recipe": str(recipe),
+        "--model": str(llava.student),
+        "--dataset": str(data),
+        "--output_dir": "out",
+    } | change
+    options = [part for name, value in given.items() if name != "recipe" for part in (name, value)]
+    before = {path.name for path in tmp_path.iterdir()}
+    assert in_process(monkeypatch, "train", given["recipe"], *options) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grace train:")]
+    assert len(error) == 1 and sentence in error[0]
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_settings_are_read_as_yaml_and_numbers_with_an_exponent_as_numbers() -> None:
+    given = ["learning_rate=2e-5", "max_steps=3", "bf16=false", "output=a=b", "run_name=else", "seed=1.5E1"]
+    assert commands._settings(given) == {
+        "learning_rate": 2e-5, "max_steps": 3, "bf16": False, "output": "a=b", "run_name": "else", "seed": 15.0,
+    }  # fmt: skip
+
+
+def test_an_unknown_command_is_refused() -> None:
+    done = call(str(BIN / "grace"), "quantise")
+    assert done.returncode == 2
+    assert "invalid choice: 'quantise'" in done.stderr
