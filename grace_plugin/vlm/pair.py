@@ -130,8 +130,8 @@ def check_image_processors(student: Any, teacher: Any) -> None:
     if differing:
         raise ValueError(
             f"teacher and student have different image settings (student / teacher): {differing}; the student's processor "
-            "makes the pixels of both. Give both the same settings, or pass the student's as teacher_processor= if the "
-            "teacher is meant to see them"
+            "makes the pixels of both. Give both the same settings; if the teacher is meant to see the student's, pass its own "
+            "processor with the student's values as teacher_processor="
         )
 
 
