@@ -2,6 +2,7 @@
 #   make demo    train, save, verify and serve the bundled pair, and print the table
 #   make test    unit tests with line coverage, then integration with vLLM in its own environment
 #   make lint    style, types and the layout rules
+#   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
 #   make bench   speed and memory against floors
 PYTHON ?= python3
 TRAIN := .venv/train
@@ -10,7 +11,7 @@ TRAIN_BUILT := $(TRAIN)/.built
 SERVE_BUILT := $(SERVE)/.built
 BUILDER := integration/env/build.py integration/env/mend.py
 
-.PHONY: demo test unit integration lint bench env clean
+.PHONY: demo test unit integration families lint bench env clean
 .DEFAULT_GOAL := env
 
 env:
@@ -32,6 +33,9 @@ unit: $(TRAIN_BUILT)
 
 integration: env unit
 	GRACE_SERVE_PYTHON=$(SERVE)/bin/python $(TRAIN)/bin/python -m pytest integration -q
+
+families: env
+	$(TRAIN)/bin/python -m integration.families $(FAMILIES) --serve-python $(SERVE)/bin/python
 
 lint: $(TRAIN_BUILT)
 	$(TRAIN)/bin/ruff check .

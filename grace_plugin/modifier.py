@@ -35,7 +35,14 @@ from grace_plugin.recipe import (
 from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
 from grace_plugin.teacher import MISSING, load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
-from grace_plugin.vlm import check_pixels, family_of, load_tokenizer, shared_vocabulary
+from grace_plugin.vlm import (
+    check_image_processors,
+    check_pixels,
+    family_of,
+    load_image_processor,
+    load_tokenizer,
+    shared_vocabulary,
+)
 
 __all__ = ["GraceModifier"]
 
@@ -117,7 +124,8 @@ class GraceModifier(Modifier, QuantizationMixin):
     # ---- lifecycle ----------------------------------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check the pair and the layers, attach schemes and scales; nothing is changed when a check fails.
+        """Check the pair and the layers, attach schemes and scales; nothing is changed when a check fails, but that
+        experts held as one parameter are linears by then, which compute the same.
 
         Keyword `processors` (student's, teacher's) replaces the tokenizers read from the models' own folders.
 
@@ -129,6 +137,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
         self._student = model
         if self.quantize:
+            family.open_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
         if self.training.master_weights == "float32":  # exact, so nothing is lost when a check below fails
@@ -154,6 +163,7 @@ class GraceModifier(Modifier, QuantizationMixin):
             teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
         check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
         own, theirs = processors
+        check_image_processors(own or load_image_processor(model), theirs or load_image_processor(teacher))
         self._vocabulary = shared_vocabulary(
             own or load_tokenizer(model, "student"),
             theirs or load_tokenizer(teacher, "teacher"),

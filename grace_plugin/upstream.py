@@ -22,6 +22,8 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils import match_named_modules
 from llmcompressor import oneshot as upstream_oneshot
 from llmcompressor.core import LifecycleCallbacks, State, active_session, create_session
+from llmcompressor.modeling.moe.conversion_mappings import patch_moe_mappings
+from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -50,8 +52,11 @@ __all__ = [
     "State",
     "active_session",
     "create_session",
+    "linearize_moe",
+    "load_quantizable_moe",
     "match_named_modules",
     "modify_save_pretrained",
+    "patch_moe_mappings",
     "unpack_from_int32",
     "upstream_oneshot",
 ]
@@ -111,6 +116,21 @@ CONTRACT: tuple[Contract, ...] = (
         "llmcompressor.transformers.compression.compressed_tensors_utils:modify_save_pretrained",
         _LLM,
         "checkpoints are written through upstream's own save path",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.linearize:linearize_moe",
+        _LLM,
+        "experts held as one 3D parameter become linears, which can be quantized",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.linearize:load_quantizable_moe",
+        _LLM,
+        "a checkpoint with quantized experts is read back as linears",
+    ),
+    Contract(
+        "llmcompressor.modeling.moe.conversion_mappings:patch_moe_mappings",
+        _LLM,
+        "says that such a checkpoint holds each expert by itself",
     ),
     Contract("llmcompressor:oneshot", _LLM, "users call it with our recipe, and our own oneshot ends in it"),
     Contract("llmcompressor.modifiers.gptq:GPTQModifier", _LLM, "a baseline of the demo"),

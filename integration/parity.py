@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
+
+from grace_plugin.artifact.verify import load
+from tests.films import pictures
 
 
 @dataclass
@@ -48,12 +51,12 @@ def prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def judge(checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any]) -> Parity:
     """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model = load(Path(checkpoint))
     processor = AutoProcessor.from_pretrained(checkpoint)
     parity = Parity()
     for question, answer in zip(questions, answers, strict=True):
         text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
-        batch = dict(processor(text=[text], images=question["images"] or None, return_tensors="pt"))
+        batch = dict(processor(text=[text], **pictures(question), return_tensors="pt"))
         parity.prompts_differing += batch["input_ids"][0].tolist() != answer.prompt_ids
         _compare(parity, model, batch, answer)
     return parity
@@ -64,8 +67,8 @@ def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer:
     length = batch["input_ids"].shape[1]
     batch["input_ids"] = torch.cat([batch["input_ids"], said], 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    if "mm_token_type_ids" in batch:
-        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(said)], 1)
+    for key in {"mm_token_type_ids", "token_type_ids"} & batch.keys():
+        batch[key] = torch.cat([batch[key], torch.zeros_like(said)], 1)
     with torch.no_grad():
         logits = model(**batch).logits[0, length - 1 : -1]
     logp = logits.float().log_softmax(-1)

@@ -29,7 +29,7 @@ LEAST = {  # what the small rooms may import from outside the standard library
     "recipe": {"pydantic"},
     "losses": {"torch"},
     "quantizer": {"torch"},
-    "serve": {"PIL", "vllm"},
+    "serve": {"PIL", "numpy", "vllm"},
     "upstream": {"llmcompressor", "compressed_tensors", "torch", "transformers"},
 }
 BORDER = {"llmcompressor", "compressed_tensors"}

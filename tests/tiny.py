@@ -1,10 +1,11 @@
 """Tiny random vision-language models with their processors, built from config without any hub.
 
-Three families (LLaVA-1.5, Qwen2-VL, Qwen3-VL), each a real transformers class of 2 to 4 million parameters whose
-decoder widths are multiples of 128, so that group sizes 32 and 128 both fit. `hidden`, `layers` and `vocab_rows` make
-a bigger teacher or one with a padded vocabulary; `words="other"` gives the same family another tokenizer, for refusals.
-LLaVA and Qwen3-VL chat templates carry `{% generation %}` marks, the one of Qwen2-VL does not. A build takes well under
-two seconds; weights are drawn wide (std 0.08) so that an untrained model does not repeat one token when it is greedy.
+Every family of the registry, each a real transformers class of 2 to 4 million parameters whose decoder widths are
+multiples of 128, so that group sizes 32 and 128 both fit. `hidden`, `layers` and `vocab_rows` make a bigger teacher or
+one with a padded vocabulary; `words="other"` gives the same family another tokenizer, for refusals. LLaVA and Qwen3-VL
+chat templates carry `{% generation %}` marks, the others do not. Embeddings are tied in Qwen2.5-VL, SmolVLM and Gemma 3. A
+build takes well under two seconds; weights are drawn wide (std 0.08) so that an untrained model does not repeat one
+token when it is greedy.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -35,15 +39,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
+from tests import tiny_idefics, tiny_llava
 from tests.tiny_text import LLAVA_TEMPLATE, QWEN2_TEMPLATE, QWEN3_TEMPLATE, make_tokenizer, rows
 
-__all__ = ["FAMILIES", "build", "make_tokenizer", "rows", "save"]
+__all__ = ["EVERY", "FAMILIES", "build", "make_tokenizer", "rows", "save"]
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
+"""One family of each kind; tests that are not about families go over these."""
 HEAD_DIM, KV_HEADS = 64, 2
 
 
@@ -68,10 +76,10 @@ def build(
     vocab = vocab_rows or len(tokenizer)
     if vocab < len(tokenizer):
         raise ValueError(f"vocab_rows={vocab} is below the tokenizer's {len(tokenizer)}")
-    make = {"llava": _llava, "qwen2_vl": _qwen2_vl, "qwen3_vl": _qwen3_vl}[family]
+    make = _BUILDERS[family]
     text = dict(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 3 // 2, num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM, num_key_value_heads=KV_HEADS, max_position_embeddings=2048,
+        num_attention_heads=hidden // HEAD_DIM, head_dim=HEAD_DIM, num_key_value_heads=KV_HEADS, max_position_embeddings=2048,
         initializer_range=0.08, rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -112,7 +120,7 @@ def _llava(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Pr
             hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=side,
             patch_size=patch, projection_dim=128, initializer_range=0.05,
         ),
-        text_config=LlamaConfig(**text, head_dim=HEAD_DIM),
+        text_config=LlamaConfig(**text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(side // patch) ** 2,
         vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -134,6 +142,7 @@ def _qwen2_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple
         chat_template=QWEN2_TEMPLATE,
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    del text["head_dim"]
     config = Qwen2VLConfig(
         text_config=dict(text, rope_parameters=rope),
         vision_config=dict(
@@ -155,7 +164,7 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config=dict(text, head_dim=HEAD_DIM, rope_parameters=rope),
+        text_config=dict(text, rope_parameters=rope),
         vision_config=dict(
             depth=3, hidden_size=128, intermediate_size=256, num_heads=4, in_channels=3, patch_size=16,
             spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"],
@@ -166,9 +175,61 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen3-VL with four experts in each layer, two of them chosen for a token."""
+    dense, processor = _qwen3_vl(tokenizer, text)
+    dense_text = dense.config.text_config
+    experts = dict(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
+    config = Qwen3VLMoeConfig(
+        text_config=text | experts | {"rope_parameters": dict(dense_text.rope_parameters)},
+        vision_config={k: v for k, v in dense.config.vision_config.to_dict().items() if k != "model_type"},
+        tie_word_embeddings=False, **_qwen_ids(tokenizer),
+    )  # fmt: skip
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.normal_(std=0.5)  # experts are told apart, not drawn by rounding
+    return model, processor
+
+
+def _qwen25_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Window attention in the tower, tied embeddings as in the 3B model."""
+    vision = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size, **vision), tokenizer, Qwen2VLVideoProcessor(size=size, **vision),
+        chat_template=QWEN2_TEMPLATE,
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    del text["head_dim"]
+    config = Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": rope, "tie_word_embeddings": True},
+        vision_config=dict(
+            depth=2, hidden_size=128, intermediate_size=256, out_hidden_size=text["hidden_size"], num_heads=4,
+            in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=56,
+            fullatt_block_indexes=[1], tokens_per_second=2, initializer_range=0.05,
+        ),
+        tie_word_embeddings=True, **_qwen_ids(tokenizer),
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+_BUILDERS = {
+    "llava": _llava, "llava_next": tiny_llava.llava_next, "llava_onevision": tiny_llava.llava_onevision,
+    "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen25_vl, "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "internvl": tiny_llava.internvl, "smolvlm": tiny_idefics.smolvlm, "idefics3": tiny_idefics.idefics3,
+    "gemma3": tiny_llava.gemma3, "mistral3": tiny_llava.mistral3, "pixtral": tiny_llava.pixtral,
+}  # fmt: skip
+EVERY = tuple(_BUILDERS)
+"""Every architecture; `pixtral` is LLaVA's class around another tower."""
+
+
 def _hub_key_names(weights: Path) -> None:
-    """LLaVA's published keys say `vision_tower.vision_model.`; a model built from config is saved without it."""
+    """Published keys of CLIP and SigLIP towers say `vision_tower.vision_model.`; a model built from config omits it."""
     tensors = load_file(weights)
+    if not any(".post_layernorm." in name for name in tensors):  # another tower
+        return
     old, new = "vision_tower.", "vision_tower.vision_model."
     named = {new + k[len(old) :] if k.startswith(old) and not k.startswith(new) else k: v for k, v in tensors.items()}
     if named.keys() != tensors.keys():

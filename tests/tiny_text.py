@@ -27,6 +27,44 @@ SENTENCES = {
 LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                 "<|video_pad|>"]  # fmt: skip
+MARKS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+TILES = {
+    "fake": "<fake_token_around_image>",
+    "image_token": "<image>",
+    "global": "<global-img>",
+    "end": "<end_of_utterance>",
+}
+#: further families: tokens of the tokenizer itself, and those it names for the processor
+SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "llava_onevision": (CHAT, {"image_token": "<image>", "video_token": "<video>", "start": "<|im_start|>"}),
+    "pixtral": (MARKS, {"image_token": "[IMG]", "break": "[IMG_BREAK]", "end": "[IMG_END]"}),
+    "internvl": (CHAT, {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>", "start": "<|im_start|>",
+    }),
+    "idefics3": (CHAT, TILES | {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}),
+    # line breaks are tokens of Gemma's own vocabulary, and vLLM looks them up
+    "gemma3": ({"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, {
+        "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        **{f"lines{k}": "\n" * k for k in (1, 2, 3, 4)},
+    }),
+}  # fmt: skip
+SPECIAL |= {"mistral3": SPECIAL["pixtral"], "smolvlm": SPECIAL["idefics3"]}
+
+
+def chat_template(image: str, video: str = "", end: str = "<|im_end|>") -> str:
+    """A template without generation marks: `role: parts`, closed by `end`; `image` and `video` stand for the pictures."""
+    parts = (
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "{% elif c['type'] == 'video' %}" + video
+        + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    return (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}" + parts
+        + "{% endif %}" + end + "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )  # fmt: skip
+
+
 LLAVA_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}ASSISTANT:{% generation %} "
@@ -92,30 +130,32 @@ def _picture(colour: str, shape: str, ground: str, sides: tuple[int, int], shift
 
 def make_tokenizer(family: str, words: str = "plain") -> PreTrainedTokenizerFast:
     """Byte-level BPE (no text gives an unknown token) trained on a few sentences; `words` chooses which."""
-    llava = family == "llava"
-    core = Tokenizer.from_str(_bpe(llava, words))
-    if llava:
-        named = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-        named["extra_special_tokens"] = {"image_token": "<image>"}
+    if family in ("llava", "llava_next"):
+        named, extra, special = MARKS, {"image_token": "<image>"}, LLAVA_SPECIAL
+    elif family in SPECIAL:
+        named, extra = SPECIAL[family]
+        special = [*named.values(), *extra.values()]
     else:
-        named = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
-        named["extra_special_tokens"] = {
+        named, special = CHAT, QWEN_SPECIAL
+        extra = {
             "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
             "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
         }  # fmt: skip
+    core = Tokenizer.from_str(_bpe(tuple(special), words))
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, clean_up_tokenization_spaces=False, padding_side="left", **named
-    )
+        tokenizer_object=core, clean_up_tokenization_spaces=False, padding_side="left", extra_special_tokens=dict(extra),
+        **named,
+    )  # fmt: skip
 
 
 @lru_cache
-def _bpe(llava: bool, words: str) -> str:
+def _bpe(special: tuple[str, ...], words: str) -> str:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=384,
-        special_tokens=LLAVA_SPECIAL if llava else QWEN_SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -13,6 +13,7 @@ reported and does not decide, because kernels differ between machines.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from grace_plugin.artifact.probe import probe_logits, read_probe
 from grace_plugin.artifact.ranks import is_writer
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
+from grace_plugin.vlm import FAMILIES
 
 __all__ = ["VerificationError", "check_against_run", "verify"]
 
@@ -45,7 +47,9 @@ def load(folder: Path) -> Any:
     """The checkpoint as transformers loads it: quantized layers still packed, dtype as stored."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    known = FAMILIES.get(json.loads((folder / "config.json").read_text()).get("model_type"))
+    with known.reading() if known is not None else nullcontext():
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
 def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 
 class ProbeError(RuntimeError):
     """The serving interpreter failed; the message ends with the tail of its output."""
@@ -28,8 +30,9 @@ class ProbeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """Questions to one checkpoint. questions: {"messages": [...], "images": [PIL, ...]} each. top: alternatives per
-    token.
+    """Questions to one checkpoint: {"messages": [...], "images": [PIL, ...]} each. top: alternatives per token.
+
+    A question may hold "videos" in place of images: (frames uint8 [T, H, W, 3], metadata) each, as vLLM takes them.
     """
 
     checkpoint: str | Path
@@ -80,7 +83,12 @@ def _written(job: Job, folder: Path, number: int) -> dict[str, Any]:
         for i, image in enumerate(question.get("images", ())):
             paths.append(str(folder / f"{number}-{k}-{i}.png"))
             image.convert("RGB").save(paths[-1])
-        questions.append({"messages": question["messages"], "images": paths})
+        videos = []
+        for i, (frames, metadata) in enumerate(question.get("videos", ())):
+            path = str(folder / f"{number}-{k}-{i}.npy")
+            numpy.save(path, frames)
+            videos.append([path, dict(metadata)])
+        questions.append({"messages": question["messages"], "images": paths, "videos": videos})
     return {
         "checkpoint": str(Path(job.checkpoint).resolve()),
         "questions": questions,
@@ -103,15 +111,20 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    most = max((len(question["images"]) for question in job["questions"]), default=0)
+    most = {kind: max((len(q[f"{kind}s"]) for q in job["questions"]), default=0) for kind in ("image", "video")}
     engine = LLM(
         model=job["checkpoint"], max_model_len=job["max_model_len"], max_num_seqs=8, enforce_eager=True,
-        limit_mm_per_prompt={"image": most}, skip_mm_profiling=True, max_logprobs=max(job["top"], 1),
+        limit_mm_per_prompt={kind: number for kind, number in most.items() if number or kind == "image"},
+        skip_mm_profiling=True, max_logprobs=max(job["top"], 1),
     )  # fmt: skip
     greedy = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], logprobs=job["top"])
-    done = engine.chat([_chat(question) for question in job["questions"]], greedy, use_tqdm=False)
+    pictured = [question for question in job["questions"] if not question["videos"]]
+    filmed = [_filmed(question, engine.get_tokenizer()) for question in job["questions"] if question["videos"]]
+    done = engine.chat([_chat(question) for question in pictured], greedy, use_tqdm=False) if pictured else []
+    films = iter(engine.generate(filmed, greedy, use_tqdm=False) if filmed else [])
+    shots = iter(done)
     answers = []
-    for one in done:
+    for one in [next(films if question["videos"] else shots) for question in job["questions"]]:
         said = one.outputs[0]
         top = [{token: value.logprob for token, value in step.items()} for step in said.logprobs]
         ids = list(said.token_ids)
@@ -136,6 +149,12 @@ def _chat(question: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover
         turn if isinstance(turn["content"], str) else turn | {"content": [part(one) for one in turn["content"]]}
         for turn in question["messages"]
     ]
+
+
+def _filmed(question: dict[str, Any], tokenizer: Any) -> dict[str, Any]:  # pragma: no cover - serving interpreter
+    text = tokenizer.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
+    videos = [(numpy.load(path), metadata) for path, metadata in question["videos"]]
+    return {"prompt": text, "multi_modal_data": {"video": videos}}
 
 
 if __name__ == "__main__":  # pragma: no cover - runs in the serving interpreter

@@ -1,7 +1,13 @@
 """Families of vision-language models: one small file each, and a registry."""
 
 from grace_plugin.vlm.base import Capture, Family, VisualTokens, capture, matches
-from grace_plugin.vlm.pair import check_pixels, load_tokenizer, shared_vocabulary
+from grace_plugin.vlm.pair import (
+    check_image_processors,
+    check_pixels,
+    load_image_processor,
+    load_tokenizer,
+    shared_vocabulary,
+)
 from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
 
 __all__ = [
@@ -10,8 +16,10 @@ __all__ = [
     "Family",
     "VisualTokens",
     "capture",
+    "check_image_processors",
     "check_pixels",
     "family_of",
+    "load_image_processor",
     "load_tokenizer",
     "matches",
     "register_family",

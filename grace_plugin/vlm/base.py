@@ -4,6 +4,9 @@ A `Family` answers five questions, always from the model's own config, never fro
 visual tokens, how many of them each image or video owns, where the decoder is, which modules stay unquantized, which stay
 frozen. Everything outside `vlm/` asks these questions and names no family.
 
+A placeholder is not always a visual token: some families close each line of patches with a learned newline that stands under
+the image's own token id. `true_tokens` takes those out; row, column and frame tags have ids of their own and never count.
+
 Legend: B batch, S sequence, M visual tokens of the batch, I images and videos of the batch.
 """
 
@@ -12,14 +15,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Capture", "Family", "VisualTokens", "capture", "matches"]
+__all__ = ["Capture", "Family", "VisualTokens", "capture", "matches", "runs"]
 
 Batch = Mapping[str, Any]
 
@@ -54,6 +57,12 @@ class Family(ABC):
     vision: ClassVar[tuple[str, ...]]
     projector: ClassVar[tuple[str, ...]]
     head: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?lm_head$",)
+    #: routers of mixtures of experts, which stay as they are
+    router: ClassVar[tuple[str, ...]] = ()
+    #: images of one prompt that vLLM lays out as transformers does; None for any number
+    served_images: ClassVar[int | None] = None
+    #: module path of the decoder inside the model
+    decoder: ClassVar[str] = "model.language_model"
 
     @abstractmethod
     def token_ids(self, config: Any) -> dict[str, int]:
@@ -61,7 +70,19 @@ class Family(ABC):
 
     @abstractmethod
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
-        """Visual tokens of each image (or video) of the batch, in order; `total` tokens of that kind were found."""
+        """Placeholders of each image (or video) of the batch, in order; `total` tokens of that kind were found."""
+
+    def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]] | None:
+        """Per image, which of its placeholders are visual tokens; None when all of them are."""
+        return None
+
+    def open_experts(self, model: nn.Module) -> None:
+        """Turn experts held as one parameter into linears; a model without such experts is left alone."""
+        return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Inside it, transformers reads a quantized checkpoint of this family as `open_experts` left the model."""
+        return nullcontext()
 
     @abstractmethod
     def pixel_signature(self, config: Any) -> dict[str, Any]:
@@ -69,11 +90,11 @@ class Family(ABC):
 
     def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder: a module with `layers` (nn.ModuleList) and `norm`."""
-        return model.get_submodule("model.language_model")
+        return model.get_submodule(self.decoder)
 
     def quantization_ignore(self) -> list[str]:
-        """Patterns of the linears that stay in the checkpoint's dtype: vision tower, projector, lm_head."""
-        return [*self.vision, *self.projector, *self.head]
+        """Patterns of the linears that stay in the checkpoint's dtype: vision tower, projector, lm_head, routers."""
+        return [*self.vision, *self.projector, *self.head, *self.router]
 
     def trains(self, parameter_name: str) -> bool:
         """Whether a parameter trains by default: projector and decoder do, the vision tower does not."""
@@ -108,10 +129,24 @@ class Family(ABC):
                     f"{where}: {index.numel()} {kind} tokens in the batch, but its {len(split)} {kind}s own {sum(split)}; "
                     "were visual tokens cut by truncation?"
                 )
+            kept = self.true_tokens(config, batch, kind)
+            if kept is not None:
+                index = index[torch.tensor([true for image in kept for true in image], device=index.device)]
+                split = [sum(image) for image in kept]
             indices.append(index)
             sizes.extend(split)
         empty = torch.zeros(0, dtype=torch.int64, device=ids.device)
         return VisualTokens(torch.cat([empty, *indices]), tuple(sizes))
+
+
+def runs(batch: Batch, token_id: int) -> tuple[list[int], Tensor]:
+    """Unbroken runs of a token in a batch: their lengths in order, and the token id just before each (int64 [runs])."""
+    ids = batch["input_ids"]
+    before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]  # a run never reaches over the end of a row
+    hit, joined = (ids == token_id).flatten(), (before == token_id).flatten()
+    first = hit & ~joined
+    number = first.cumsum(0)[hit]
+    return torch.bincount(number, minlength=1)[1:].tolist(), before.flatten()[first]
 
 
 def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:

@@ -1,4 +1,9 @@
-"""LLaVA-1.5: a CLIP tower, a two-layer projector, a Llama decoder; every image owns the same number of tokens."""
+"""LLaVA-1.5 and Pixtral: a tower, a two-layer projector, a decoder, one placeholder per visual token.
+
+With a CLIP tower every image owns the same number of tokens. With a Pixtral tower (and in Mistral 3, which merges patches)
+an image keeps its own resolution: the processor reports it in `image_sizes`, [I, 2] in pixels, and the break and end tokens
+of its lines have ids of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from typing import Any, ClassVar
 
 from grace_plugin.vlm.base import Batch, Family
 
-__all__ = ["Llava"]
+__all__ = ["Llava", "Mistral3"]
 
 
 class Llava(Family):
@@ -20,12 +25,24 @@ class Llava(Family):
         return {"image": config.image_token_id}
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
-        images = batch["pixel_values"].shape[0]
-        return [total // images] * images
+        if batch.get("image_sizes") is None:
+            images = batch["pixel_values"].shape[0]
+            return [total // images] * images
+        cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        return (batch["image_sizes"] // cell).prod(dim=-1).tolist()
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         return {
             "image_size": config.vision_config.image_size,
             "patch_size": config.vision_config.patch_size,
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         }
+
+
+class Mistral3(Llava):
+    """`Mistral3ForConditionalGeneration`: a Pixtral tower whose patches are merged before the projector."""
+
+    model_type = "mistral3"
+
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        return {**super().pixel_signature(config), "spatial_merge_size": config.spatial_merge_size}

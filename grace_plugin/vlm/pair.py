@@ -6,13 +6,14 @@ two must agree in content, not in name. Image geometry must agree as well, or th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from grace_plugin.vlm.base import Family
 
-__all__ = ["check_pixels", "load_tokenizer", "shared_vocabulary"]
+__all__ = ["check_image_processors", "check_pixels", "load_image_processor", "load_tokenizer", "shared_vocabulary"]
 
 _SAMPLE = (
     "What stands left of the apple? 3 dogs, naïve café, 日本語のテキスト, Привет мир, 12,345.67 €\n"
@@ -69,17 +70,79 @@ def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_
 
 
 def check_pixels(student: Family, student_config: Any, teacher: Family, teacher_config: Any) -> None:
-    """Refuse a pair whose images become different numbers of visual tokens, showing both values.
+    """Refuse a pair whose images become different visual tokens, showing both values.
+
+    A teacher of another family (another generation, a mixture of experts) is taken when both lay images out alike and mark
+    them with the same token ids; whether the tokenizers agree is `shared_vocabulary`'s to say.
 
     Raises:
         ValueError: names every config value that differs.
     """
-    if student.model_type != teacher.model_type:
-        raise ValueError(
-            f"the student is of family '{student.model_type}' and the teacher of '{teacher.model_type}'; "
-            "visual tokens of two families cannot be compared, choose a teacher of the student's family"
-        )
     ours, theirs = student.pixel_signature(student_config), teacher.pixel_signature(teacher_config)
-    differing = [f"{key}: {ours[key]!r} / {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    ours |= {f"{kind} token id": token_id for kind, token_id in student.token_ids(student_config).items()}
+    theirs |= {f"{kind} token id": token_id for kind, token_id in teacher.token_ids(teacher_config).items()}
+    differing = _differing(ours, theirs)
+    if differing and student.model_type != teacher.model_type:
+        raise ValueError(
+            f"the student is of family '{student.model_type}' and the teacher of '{teacher.model_type}', and they see images "
+            f"differently (student / teacher): {differing}; choose a teacher of the student's family"
+        )
     if differing:
-        raise ValueError(f"teacher and student see images differently (student / teacher): {'; '.join(differing)}")
+        raise ValueError(f"teacher and student see images differently (student / teacher): {differing}")
+
+
+#: what an image processor may be told that changes the pixels or the number of visual tokens
+_RESOLUTION = (
+    "size", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size", "image_mean",
+    "image_std", "rescale_factor", "do_resize", "do_center_crop", "do_normalize", "do_pad", "image_grid_pinpoints",
+    "max_image_size", "do_image_splitting", "crop_to_patches", "min_patches", "max_patches", "do_pan_and_scan",
+)  # fmt: skip
+
+
+def load_image_processor(model: nn.Module) -> Any:
+    """The image processor beside a model's checkpoint, or None where there is none to read."""
+    from transformers import AutoImageProcessor
+
+    source = getattr(model, "name_or_path", "")
+    try:
+        return AutoImageProcessor.from_pretrained(source) if source else None
+    except (OSError, ValueError):
+        return None
+
+
+def check_image_processors(student: Any, teacher: Any) -> None:
+    """Refuse a teacher whose own image settings differ from those its pixels are made with, the student's.
+
+    Args:
+        student, teacher: processors or image processors; what holds none (a tokenizer, None) is not compared.
+
+    Raises:
+        ValueError: names every setting that differs, with both values.
+    """
+    settings = []
+    for processor in (student, teacher):
+        images = getattr(processor, "image_processor", processor)
+        if not hasattr(images, "image_mean"):
+            return
+        known = images.to_dict()
+        settings.append({key: _plain(known[key]) for key in _RESOLUTION if known.get(key) is not None})
+    differing = _differing(*settings)
+    if differing:
+        raise ValueError(
+            f"teacher and student have different image settings (student / teacher): {differing}; the student's processor "
+            "makes the pixels of both. Give both the same settings; if the teacher is meant to see the student's, pass its own "
+            "processor with the student's values as teacher_processor="
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: part for key, part in sorted(value.items()) if part is not None}
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    return "; ".join(
+        f"{key}: {ours.get(key)!r} / {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)
+    )

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen3-VL: images and videos at their own resolution, `t * h * w / merge^2` visual tokens each.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos at their own resolution, `t * h * w / merge^2` visual tokens each.
 
 The grid of each image and video comes from the processor (`image_grid_thw`, `video_grid_thw`, [I, 3] in patches). The merger
 (and Qwen3-VL's deepstack mergers) is the projector; it trains, the tower below it is frozen. In Qwen3-VL a video's tokens are
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from grace_plugin.vlm.base import Batch, Family
 
-__all__ = ["Qwen2VL", "Qwen3VL"]
+__all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
 
 
 class Qwen2VL(Family):
@@ -35,6 +35,12 @@ class Qwen2VL(Family):
             "spatial_merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
         }
+
+
+class Qwen25VL(Qwen2VL):
+    """`Qwen2_5_VLForConditionalGeneration`."""
+
+    model_type = "qwen2_5_vl"
 
 
 class Qwen3VL(Qwen2VL):

@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from grace_plugin.vlm.anyres import LlavaNext, LlavaOnevision
 from grace_plugin.vlm.base import Family
-from grace_plugin.vlm.llava import Llava
-from grace_plugin.vlm.qwen_vl import Qwen2VL, Qwen3VL
+from grace_plugin.vlm.llava import Llava, Mistral3
+from grace_plugin.vlm.qwen_moe import Qwen3VLMoe
+from grace_plugin.vlm.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from grace_plugin.vlm.tiles import Gemma3, Idefics3, InternVL, SmolVLM
 
 __all__ = ["FAMILIES", "family_of", "register_family"]
 
@@ -24,7 +27,8 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
-        ValueError: the model's `model_type` is unknown; the message names it and the file to add.
+        ValueError: the model's `model_type` is unknown (the message names it and the file to add), or its output head does
+            more than multiply, which the losses would not see.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -33,8 +37,17 @@ def family_of(model: nn.Module) -> Family:
             f"model family '{model_type}' ({type(model).__name__}) is not known to grace_plugin; known: {sorted(FAMILIES)}. "
             f"Add grace_plugin/vlm/{model_type}.py with a subclass of Family, or call register_family with your own"
         )
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps its logits (final_logit_softcapping={cap}); the losses are taken on uncapped "
+            "logits and would train another model than the one served. Choose a model without it"
+        )
     return FAMILIES[model_type]
 
 
-for _family in (Llava(), Qwen2VL(), Qwen3VL()):
+for _family in (
+    Llava(), LlavaNext(), LlavaOnevision(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), InternVL(), SmolVLM(),
+    Idefics3(), Gemma3(), Mistral3(),
+):  # fmt: skip
     register_family(_family)

@@ -7,7 +7,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForImageTextToText
 
-from grace_plugin.vlm import load_tokenizer, shared_vocabulary
+from grace_plugin.vlm import (
+    check_image_processors,
+    check_pixels,
+    family_of,
+    load_image_processor,
+    load_tokenizer,
+    shared_vocabulary,
+)
 from tests.pairs import Pair
 from tests.tiny import FAMILIES, build, make_tokenizer
 
@@ -71,3 +78,78 @@ def test_a_model_without_a_readable_folder_is_named(role: str, tmp_path) -> None
     model.name_or_path = str(tmp_path / "gone")
     with pytest.raises(ValueError, match=rf"cannot read the {role}'s tokenizer from .*gone.*pass {role}_processor="):
         load_tokenizer(model, role)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "shown"),
+    [
+        ("llava", "size", {"shortest_edge": 112}, r"size: \{'shortest_edge': 56\} / \{'shortest_edge': 112\}"),
+        (
+            "qwen2_vl",
+            "size",
+            {"shortest_edge": 3136, "longest_edge": 50176},
+            "'longest_edge': 12544.*'longest_edge': 50176",
+        ),
+        ("qwen3_vl", "image_mean", [0.1, 0.2, 0.3], r"image_mean: \[0.5, 0.5, 0.5\] / \[0.1, 0.2, 0.3\]"),
+        ("llava_next", "image_grid_pinpoints", [[56, 56]], r"image_grid_pinpoints: .* / \[\[56, 56\]\]"),
+        ("internvl", "max_patches", 6, "max_patches: 3 / 6"),
+        ("smolvlm", "do_image_splitting", False, "do_image_splitting: True / False"),
+        ("gemma3", "do_pan_and_scan", True, "do_pan_and_scan: .* / True"),
+    ],
+)
+def test_other_image_settings_are_refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
+    (_, ours), (_, theirs) = build(name), build(name)
+    check_image_processors(ours, theirs)
+    setattr(theirs.image_processor, field, value)
+    with pytest.raises(ValueError, match=rf"different image settings \(student / teacher\): .*{shown}"):
+        check_image_processors(ours, theirs)
+
+
+def test_settings_that_are_nowhere_are_not_compared(tmp_path) -> None:
+    model, processor = build("llava")
+    assert load_image_processor(model) is None
+    model.name_or_path = str(tmp_path)
+    assert load_image_processor(model) is None
+    check_image_processors(processor, None)
+    check_image_processors(processor.tokenizer, processor)
+
+
+def test_settings_beside_a_checkpoint(llava: Pair) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.bfloat16)
+    _, processor = build("llava")
+    found = load_image_processor(model)
+    check_image_processors(processor, found)
+    found.image_mean = [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="image_mean"):
+        check_image_processors(processor, found)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("qwen2_vl", "qwen2_5_vl"), ("qwen3_vl", "qwen3_vl_moe"), ("smolvlm", "idefics3")]
+)
+def test_a_teacher_of_another_family_that_sees_alike_is_taken(student: str, teacher: str) -> None:
+    (ours, own), (theirs, other) = build(student), build(teacher)
+    check_pixels(family_of(ours), ours.config, family_of(theirs), theirs.config)
+    assert shared_vocabulary(own, other, student_rows=999, teacher_rows=999) == len(own.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "shown"),
+    [
+        ("qwen2_vl", "qwen3_vl", "patch_size: 14 / 16"),
+        ("llava", "llava_next", "image_grid_pinpoints: None / "),
+        ("gemma3", "internvl", "mm_tokens_per_image: 4 / None"),
+        ("pixtral", "mistral3", "spatial_merge_size: None / 2"),
+    ],
+)
+def test_a_teacher_of_another_family_that_sees_otherwise_is_refused(student: str, teacher: str, shown: str) -> None:
+    (ours, _), (theirs, _) = build(student), build(teacher)
+    with pytest.raises(ValueError, match=rf"the student is of family .* and the teacher of .*{shown}"):
+        check_pixels(family_of(ours), ours.config, family_of(theirs), theirs.config)
+
+
+def test_a_teacher_that_marks_images_with_another_token_is_refused() -> None:
+    (ours, _), (theirs, _) = build("qwen2_vl"), build("qwen2_5_vl")
+    theirs.config.image_token_id += 1
+    with pytest.raises(ValueError, match=r"image token id: (\d+) / \d+"):
+        check_pixels(family_of(ours), ours.config, family_of(theirs), theirs.config)

@@ -1,0 +1,101 @@
+"""InternVL3, SmolVLM, Idefics3 and Gemma 3: an image as tiles of one size, each of a fixed number of visual tokens.
+
+The batch does not say how many tiles an image has; the text does. In InternVL an image is one unbroken run of its token (a
+frame of a video is a run of its own, and counts as an image). In SmolVLM and Idefics3 each tile is a run behind a tag, and the
+whole-image view comes last: its tag, which the config does not name, is the one before the batch's last run. In Gemma 3 the
+image and each pan-and-scan crop have begin and end tokens around them and count one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from grace_plugin.vlm.base import Batch, Family, runs
+
+__all__ = ["Gemma3", "Idefics3", "InternVL", "SmolVLM"]
+
+
+class InternVL(Family):
+    """`InternVLForConditionalGeneration`."""
+
+    model_type = "internvl"
+    vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
+    projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
+
+    def token_ids(self, config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id}
+
+    def tokens_per_tile(self, config: Any) -> int:
+        """Visual tokens of one tile."""
+        vision = config.vision_config
+        return int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
+
+    def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
+        per_tile, tiles = self.tokens_per_tile(config), batch["pixel_values"].shape[0]
+        return runs(batch, config.image_token_id)[0] if total == per_tile * tiles else [per_tile] * tiles
+
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        vision = config.vision_config
+        return {
+            "image_size": tuple(vision.image_size),
+            "patch_size": tuple(vision.patch_size),
+            "downsample_ratio": config.downsample_ratio,
+        }
+
+
+class Gemma3(Family):
+    """`Gemma3ForConditionalGeneration`."""
+
+    model_type = "gemma3"
+    vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
+    projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
+
+    def token_ids(self, config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id}
+
+    def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
+        return [config.mm_tokens_per_image] * batch["pixel_values"].shape[0]
+
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        return {"image_size": config.vision_config.image_size, "mm_tokens_per_image": config.mm_tokens_per_image}
+
+
+class Idefics3(Family):
+    """`Idefics3ForConditionalGeneration`."""
+
+    model_type = "idefics3"
+    vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_model\..*",)
+    projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?connector\..*",)
+    decoder: ClassVar[str] = "model.text_model"
+
+    def token_ids(self, config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id}
+
+    def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
+        vision = config.vision_config
+        per_tile = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+        lengths, tags = runs(batch, config.image_token_id)
+        tiles = len(lengths)
+        if batch.get("pixel_attention_mask") is not None:  # a tile that only fills the batch has nothing to see
+            tiles = int(batch["pixel_attention_mask"].flatten(2).any(dim=-1).sum())
+        if lengths != [per_tile] * tiles:
+            return [per_tile] * tiles
+        images = [0]
+        for last in (tags == tags[-1]).tolist():
+            images[-1] += per_tile
+            images += [0] if last else []
+        return images[:-1]
+
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        vision = config.vision_config
+        return {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "scale_factor": config.scale_factor,
+        }
+
+
+class SmolVLM(Idefics3):
+    """`SmolVLMForConditionalGeneration`."""
+
+    model_type = "smolvlm"

@@ -1,0 +1,178 @@
+"""The family table: every family trained, saved, verified, reloaded, and served by vLLM with pictures, token by token.
+
+    python -m integration.families [FAMILY ...] [--serve-python PYTHON] [--json build/families.json] [--work FOLDER]
+
+For each family a tiny student and a wider, deeper teacher are built from config; GRACE trains 20 steps on rows with one, two
+and no pictures; `train` saves and verifies (codes, scales, weights and logits bit for bit); `verify` reads the checkpoint again
+from disk; vLLM answers questions with one, two or no pictures (and a video, where the family takes one); transformers,
+reloaded from disk, judges each token. A family passes when every proof holds, every prompt has the same tokens on both sides,
+and every token is the one transformers would take, but for near-ties. The exit status is 1 when a family fails.
+
+Cost on two cores: about 15 s of training and 8 s of vLLM for each family.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grace_plugin
+from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
+from grace_plugin.vlm import family_of
+from integration.parity import judge, prompts
+from tests.films import films
+from tests.pairs import pair, recipe_text, run
+from tests.tiny import EVERY, build, rows
+
+MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a third of these, other pictures ten times
+STEPS = 20
+SERVE_PYTHON = Path(__file__).parents[1] / ".venv/serve/bin/python"
+COLUMNS = (
+    "family", "train", "rcka", "codes_differing", "verified", "prompts_differing", "tokens", "tokens_differing",
+    "mean", "most", "video", "passed",
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One family. train: seconds. rcka: 1 - CKA of the last logged step. mean, most: nats between the two engines.
+
+    tokens_differing: tokens transformers would not have taken; margin: how far ahead its own choice was at most, nats.
+    video: questions with a video asked, None for a family without. error: why a stage did not end.
+    """
+
+    family: str
+    train: float = 0.0
+    rcka: float | None = None
+    codes: int = 0
+    codes_differing: int | None = None
+    verified: bool = False
+    prompts_differing: int | None = None
+    tokens: int = 0
+    tokens_differing: int | None = None
+    margin: float = 0.0
+    mean: float | None = None
+    most: float | None = None
+    video: int | None = None
+    seconds: float = 0.0
+    passed: bool = False
+    error: str = ""
+
+
+def questions(name: str) -> list[dict[str, Any]]:
+    """Pictures training never saw: six single, three pairs, two questions without, and two videos where they are known."""
+    model, _ = build(name)
+    family = family_of(model)
+    several = rows(3, seed=22, images=2) if family.served_images is None else rows(3, seed=24)
+    asked = prompts(rows(6, seed=21) + several + rows(2, seed=23, images=0))
+    return asked + (films(2) if "video" in family.token_ids(model.config) else [])
+
+
+def train(row: Row, folder: Path) -> Path:
+    """Train, save, verify twice (in memory, and from disk alone); fills the row and returns the checkpoint."""
+    started = time.monotonic()
+    made = pair(row.family, folder)
+    dataset = rows(16, seed=1) + rows(8, seed=2, images=2) + rows(8, seed=3, images=0)
+    random.Random(0).shuffle(dataset)
+    options = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
+    done = run(made, folder / "out", dataset, recipe=recipe_text(made.teacher), **options)
+    row.train = round(time.monotonic() - started, 1)
+    row.rcka = round([log["loss_rcka"] for log in done.history if log.get("images")][-1], 3)
+    row.codes = done.verification["codes"]
+    again = grace_plugin.verify(done.checkpoint)
+    row.codes_differing = done.verification["codes_differing"] + again["codes_differing"]
+    row.verified = done.verification["verified"] and again["verified"] and again["logits_equal"]
+    return done.checkpoint
+
+
+def serve(python: Path, jobs: dict[str, Job]) -> dict[str, list[Probed] | str]:
+    """Answers of each family from one vLLM process; when that fails, one process each, and a message where it fails."""
+    if not jobs:
+        return {}
+    try:
+        return dict(zip(jobs, probe(python, list(jobs.values()), timeout=900.0)[0], strict=True))
+    except ProbeError as error:
+        if len(jobs) == 1:
+            return {next(iter(jobs)): str(error)}
+        return {name: said for name, job in jobs.items() for name, said in serve(python, {name: job}).items()}
+
+
+def compare(row: Row, checkpoint: Path, asked: list[dict[str, Any]], answers: list[Probed]) -> None:
+    """Judge vLLM's tokens by transformers, reloaded from disk; fills the row."""
+    parity = judge(checkpoint, asked, answers)
+    row.prompts_differing, row.tokens, row.tokens_differing = (
+        parity.prompts_differing,
+        parity.tokens,
+        len(parity.margins),
+    )
+    row.mean, row.most = round(parity.mean, 4), round(max(parity.differences, default=0.0), 4)
+    row.margin = round(max(parity.margins, default=0.0), 4)
+    row.video = sum(bool(question.get("videos")) for question in asked) or None
+    row.passed = (
+        row.verified and row.codes_differing == 0 and row.prompts_differing == 0 and row.tokens > 0
+        and row.mean < MEAN and row.most < MOST and row.margin < NEAR_TIE and row.tokens_differing <= row.tokens // 50
+    )  # fmt: skip
+
+
+def table(names: list[str], python: Path, work: Path) -> list[Row]:
+    """Run every family named; a family that fails does not stop the others."""
+    found = {name: Row(name) for name in names}
+    checkpoints, asked = {}, {}
+    for name, row in found.items():
+        started = time.monotonic()
+        try:
+            checkpoints[name], asked[name] = train(row, work / name), questions(name)
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}"
+        row.seconds = time.monotonic() - started
+        print(f"{name}: trained in {row.train} s {row.error[:200]}", flush=True)
+    started = time.monotonic()
+    said = serve(python, {name: Job(path, asked[name], max_tokens=12) for name, path in checkpoints.items()})
+    shared = (time.monotonic() - started) / max(len(said), 1)
+    for name, answers in said.items():
+        row, started = found[name], time.monotonic()
+        try:
+            if isinstance(answers, str):
+                raise ProbeError(answers)
+            compare(row, checkpoints[name], asked[name], answers)
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}"
+        row.seconds = round(row.seconds + shared + time.monotonic() - started, 1)
+    return list(found.values())
+
+
+def show(found: list[Row]) -> str:
+    """The table as text; what failed is said below it."""
+    cells = [COLUMNS, *(tuple(str(getattr(row, column)) for column in COLUMNS) for row in found)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([*lines, *(f"{row.family}: {row.error}" for row in found if row.error)])
+
+
+def main() -> int:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(description="The family table")
+    parser.add_argument("families", nargs="*", choices=[*EVERY, []], default=[])
+    parser.add_argument("--serve-python", type=Path, default=SERVE_PYTHON)
+    parser.add_argument("--json", type=Path, default=Path("build/families.json"))
+    parser.add_argument("--work", type=Path, help="keep checkpoints here")
+    given = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="grace-families-") as folder:
+        found = table(given.families or list(EVERY), given.serve_python, given.work or Path(folder))
+    print(show(found))
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    seconds = round(time.monotonic() - started, 1)
+    given.json.write_text(json.dumps({"seconds": seconds, "families": [asdict(row) for row in found]}, indent=1) + "\n")
+    print(f"{sum(row.passed for row in found)} of {len(found)} families passed in {seconds} s; {given.json}")
+    return 0 if all(row.passed for row in found) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
