@@ -3,12 +3,12 @@
 1. Emoji: `npm pack emoji-datasource-google@16` (or --emoji, its folder img/google/64), scaled to 32 x 32.
 2. Vision: tower, projector and word table learn to name each visual token's kind, row and column; then the tower is frozen.
 3. Teacher: answers packed questions, easy types first.
-4. Student: the same frozen tower, its own projector and words, a smaller decoder, fewer questions. It stops where a small
-   model's training typically is stopped: its curve still rises slowly.
+4. Student: the same frozen tower, its own projector and words, a decoder with a quarter of the weights, fewer questions.
 
 Content matching (from a name to its place) forms late or never from an ordinary start. Three things bring it about, all of
 them in this file: visual tokens named first (2), queries and keys that start equal in half of the heads, and the first answer
-token asked one position early for the first steps. Everything is seeded; another CPU gives other last digits, hence other weights.
+token asked one position early for the first steps. Everything is seeded; another CPU gives other last digits, hence other
+weights.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ from .scenes import HELDOUT_SEED
 
 PACKAGE = "emoji-datasource-google@16"
 EASY = ("locate", "cell", "list_row", "list_column", "some_of_category", "some_in_line")
+RELATIONS = (
+    *("cell", "list_row", "list_column", "some_of_category", "some_in_line", "some_of_category_in_line"),
+    *("beside",) * 4, *("locate",) * 3, *("most",) * 3, *("some_beside",) * 3, *("tally",) * 2, *("tally_in_line",) * 2,
+)  # fmt: skip
 LICENCE = (
     "The pictures in this folder are from the Noto Emoji set, (c) Google, Apache License 2.0, taken from the npm package\n"
     f"{PACKAGE} (images of 64 x 64 pixels) and scaled to 32 x 32.\n"
@@ -48,8 +52,12 @@ LICENCE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How one member is trained. lr: peak of a cosine after `warmup` steps; `easy`, `early`, `naming`: until which step only
-    the easy types are asked, the first token is also asked early, the naming loss is mixed in (weight 0.1, falling)."""
+    """How one member is trained.
+
+    lr: peak of a cosine after `warmup` steps. easy, relations: until which step only EASY, then only RELATIONS are asked,
+    MIXTURE afterwards. early: until which step the first answer token is also asked one position early. naming: until which
+    step the naming loss is mixed in, with a weight that falls from 0.1.
+    """
 
     width: int
     layers: int
@@ -60,6 +68,7 @@ class Plan:
     steps: int
     lr: float
     easy: int
+    relations: int
     early: int
     naming: int
     warmup: int = 100
@@ -67,8 +76,12 @@ class Plan:
     questions: int = 6
 
 
-TEACHER = Plan(256, 3, 512, 64, seed=0, naming_steps=250, steps=2500, lr=7e-4, easy=250, early=1000, naming=1500)
-STUDENT = Plan(128, 2, 256, 32, seed=5, naming_steps=200, steps=1200, lr=1.5e-3, easy=200, early=500, naming=500)
+TEACHER = Plan(
+    256, 3, 512, 64, seed=0, naming_steps=250, steps=1700, lr=7e-4, easy=200, relations=800, early=800, naming=1500
+)
+STUDENT = Plan(
+    128, 3, 256, 32, seed=5, naming_steps=200, steps=1000, lr=1.5e-3, easy=200, relations=1000, early=500, naming=500
+)
 
 
 def rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -117,7 +130,7 @@ def learn_answers(model: LlavaForConditionalGeneration, plan: Plan, heldout: Seq
     started, total = time.time(), 0.0
     for step in range(plan.steps):
         optimizer.param_groups[0]["lr"] = rate(step, plan.steps, plan.warmup, plan.lr)
-        types = EASY if step < plan.easy else MIXTURE
+        types = EASY if step < plan.easy else RELATIONS if step < plan.relations else MIXTURE
         batch = pack(plan.seed + 1, step, plan.images, plan.questions, types, early=step < plan.early)
         with torch.autocast("cpu", torch.bfloat16):
             features = visual_features(model, batch.pixels)
@@ -131,24 +144,38 @@ def learn_answers(model: LlavaForConditionalGeneration, plan: Plan, heldout: Seq
         if step % 50 == 49:
             log(f"step {step + 1} of {plan.steps}: loss {total / 50:.4f}, {time.time() - started:.0f} s")
             total = 0.0
-        if step % 500 == 499:
+        if step % 250 == 249:
             log(f"  held out: {accuracy(model, heldout)}")
 
 
+def named_tower() -> dict[str, torch.Tensor]:
+    """The vision tower that both members share: stage 2 of the teacher, seconds of work, the same whenever it is run."""
+    model = start(TEACHER, None)
+    learn_names(model, TEACHER)
+    return {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
+
+
 def train_member(plan: Plan, vision: dict[str, torch.Tensor] | None, heldout: Sequence[Packed], log: Any) -> Any:
-    """A trained member and what build.json says of it."""
+    """A trained member and what build.json says of it. vision: the frozen tower, None to train it here."""
     started = time.time()
     model = start(plan, vision)
     learn_names(model, plan)
     learn_answers(model, plan, heldout, log)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
     share, by_type = accuracy(model, heldout)
-    report = asdict(plan) | {"seconds": round(time.time() - started), "parameters": sum(p.numel() for p in model.parameters())}
+    report = asdict(plan) | {
+        "seconds": round(time.time() - started),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     return model, report | {"heldout_accuracy": share, "heldout_by_type": by_type}
 
 
 def fetch_emoji(folder: Path) -> Path:
     """Download the npm package into `folder` and return its pictures of 64 x 64 pixels."""
-    name = subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
+    name = subprocess.run(
+        ["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
     with tarfile.open(folder / name) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package" / "img" / "google" / "64"
@@ -165,24 +192,31 @@ def write_emoji(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emoji", type=Path, help="folder with the 64 x 64 pictures; without it the npm package is downloaded")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="where teacher/, student/, emoji/ and build.json go")
+    parser.add_argument(
+        "--emoji", type=Path, help="folder with the 64 x 64 pictures; without it the npm package is downloaded"
+    )
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where teacher/, student/ and build.json go")
+    parser.add_argument("--member", choices=["teacher", "student"], help="train this one alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.emoji:
-        write_emoji(options.emoji, ASSETS / "emoji")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            write_emoji(fetch_emoji(Path(folder)), ASSETS / "emoji")
+    with tempfile.TemporaryDirectory() as folder:
+        write_emoji(options.emoji or fetch_emoji(Path(folder)), ASSETS / "emoji")
     heldout = [pack(HELDOUT_SEED, index, 125, 6, heldout=True) for index in range(8)]
-    report: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.processor()}
-    vision = None
+    report_file = options.out / "build.json"
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
     for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
-        model, report[name] = train_member(plan, vision, heldout, lambda line, name=name: print(f"{name}: {line}", flush=True))
-        vision = {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
+        if options.member not in (None, name):
+            continue
+        vision = None if name == "teacher" else named_tower()
+        model, said = train_member(plan, vision, heldout, lambda line, name=name: print(f"{name}: {line}", flush=True))
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         save_pair_member(model, options.out / name)
-    (options.out / "build.json").write_text(json.dumps(report, indent=1) + "\n")
+        earlier = json.loads(report_file.read_text()) if report_file.exists() else {}
+        report_file.write_text(json.dumps(earlier | report | {name: said}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,20 +21,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PIP = [
-    "-m",
-    "pip",
-    "--disable-pip-version-check",
-    "install",
-    "-qq",
-    "--no-input",
-    "--progress-bar",
-    "off",
-    "--no-compile",
-]
+PIP = "-m pip --disable-pip-version-check install -qq --no-input --progress-bar off --no-compile".split()
 CUDA_SERVE = ["vllm>=0.26,<0.33"]
 CPU_TORCH = (
-    "Without CUDA, pip must find a CPU build of torch 2.13.0. If your index only has CUDA builds, name one that has CPU"
+    "Without CUDA, pip must find torch 2.13.0+cpu for your Python. If your index only has CUDA builds, name one with CPU"
     " builds in PIP_EXTRA_INDEX_URL."
 )
 

@@ -76,21 +76,26 @@ def test_the_group_alone_prints_its_commands() -> None:
     assert "train" in done.stdout and "verify" in done.stdout
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=["grace", "optimum-cli"])
-def test_verify_passes_fails_and_refuses(entry: list[str], finished: Finished, tmp_path: Path) -> None:
-    good = shutil.copytree(finished.folder, tmp_path / "good")
-    done = call(*entry, "verify", str(good))
+def test_verify_passes_with_status_0(finished: Finished, tmp_path: Path) -> None:
+    done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
     assert '"codes_differing": 0' in done.stdout
-    (good / "tokenizer_config.json").write_text("{}")
-    done = call(*entry, "verify", str(good))
+
+
+def test_verify_of_a_changed_checkpoint_ends_with_status_1_and_a_sentence(finished: Finished, tmp_path: Path) -> None:
+    changed = shutil.copytree(finished.folder, tmp_path / "changed")
+    (changed / "tokenizer_config.json").write_text("{}")
+    done = call(str(BIN / "optimum-cli"), "grace", "verify", str(changed))
     assert done.returncode == 1
     assert "grace verify failed:" in done.stderr and "processor_files_changed" in done.stderr
     assert "Traceback" not in done.stderr
-    done = call(*entry, "verify", str(tmp_path))
-    assert done.returncode == 2
-    assert "grace verify:" in done.stderr and "holds no grace/record.json" in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+def test_verify_of_another_folder_ends_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, "verify", str(tmp_path)) == 2
+    assert f"grace verify: {tmp_path} holds no grace/record.json" in capsys.readouterr().err
 
 
 def written(pair: Pair, folder: Path) -> tuple[Path, Path]:

@@ -1,0 +1,96 @@
+"""The demo's promises, read from a whole run of it, and the bundled pair through llm-compressor's own entry point."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import grace_plugin
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = "GRACE INT4"
+
+UPSTREAM = """
+import sys
+import grace_plugin
+from llmcompressor import oneshot
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from grace_plugin.data import ConversationCollator
+from grace_plugin.demo.scenes import training_rows
+
+student = "grace_plugin/demo/assets/student"
+model = AutoModelForImageTextToText.from_pretrained(student, dtype="auto")
+collator = ConversationCollator(AutoProcessor.from_pretrained(student))
+loader = DataLoader(list(training_rows(3, 256)), batch_size=32, collate_fn=collator)
+oneshot(model=model, recipe="recipes/demo_llava_w4a16_oneshot.yaml", dataset=loader, pipeline="grace", output_dir=sys.argv[1])
+"""
+
+
+def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    out = tmp_path / "oneshot"
+    done = subprocess.run(
+        [sys.executable, "-c", UPSTREAM, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = grace_plugin.verify(out, source=ROOT / "grace_plugin" / "demo" / "assets" / "student")
+    assert (found["codes_differing"], found["scales_differing"], found["weights_differing"]) == (0, 0, 0)
+    assert found["logits_equal"]
+    assert found["layers"] == found["layers_stored"] > 0
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dict[str, Any]:
+    """What `grace demo` writes, run as a user would."""
+    out = tmp_path_factory.mktemp("demo")
+    command = [
+        str(Path(sys.executable).parent / "grace"),
+        "demo",
+        "--output_dir",
+        str(out),
+        "--serve-python",
+        str(serve_python),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.vllm
+def test_grace_is_above_every_other_row(summary: dict[str, Any]) -> None:
+    """Paired 95 % intervals over at least 6,000 held-out questions exclude 0."""
+    assert all(method["questions"] >= 6000 for method in summary["methods"].values())
+    differences = summary["paired_differences_of_grace_int4"]
+    for name in ("student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4"):
+        assert differences[name][1] > 0, (name, differences[name])
+
+
+@pytest.mark.vllm
+def test_the_teacher_leads_the_student(summary: dict[str, Any]) -> None:
+    methods = summary["methods"]
+    assert methods["teacher BF16"]["accuracy"] - methods["student BF16"]["accuracy"] >= 0.08
+
+
+@pytest.mark.vllm
+def test_learned_scales_regain_half_of_what_two_bits_lose(summary: dict[str, Any]) -> None:
+    found = summary["low_bits"]["2-bit"]
+    assert found["lost"] > 0.01
+    assert found["share"] >= 0.5
+    assert found["difference"][1] > 0
+
+
+@pytest.mark.vllm
+def test_what_was_trained_is_what_is_served(summary: dict[str, Any]) -> None:
+    """No code differs, and vLLM answers as transformers does but for near-ties."""
+    assert summary["codes_differing"] == 0
+    assert summary["verification"]["verified"]
+    assert summary["vllm_asked"] >= 300
+    assert summary["vllm_equal"] >= 299
+    assert all(one["margin_nats"] < 0.05 for one in summary["vllm"]["differing"])
+    assert "WNA16" in summary["vllm"]["kernel"]

@@ -1,0 +1,147 @@
+"""GraceModifier's lifecycle in a real session: what it checks, what it attaches, what it hands to upstream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from grace_plugin import GraceModifier
+from grace_plugin.data import ConversationCollator
+from grace_plugin.upstream import QuantizationStatus, create_session
+from grace_plugin.vlm import load_tokenizer
+from tests.pairs import Pair, modifier_of, recipe_text
+from tests.tiny import build, rows
+
+
+def student_of(pair: Pair, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(pair.student, dtype=dtype)
+
+
+def start(modifier: GraceModifier, student: Any) -> None:
+    with create_session() as session:
+        session.initialize(recipe=modifier, model=student, copy_data=False)
+
+
+def decoder_linears(model: Any) -> dict[str, nn.Linear]:
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n and "language_model" in n
+    }
+
+
+def test_initialization_attaches_scales_to_the_decoder_and_records_what_was_inferred(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
+    start(modifier, student)
+    carrying = {n for n, m in student.named_modules() if hasattr(m, "weight_log_scale")}
+    assert carrying == set(decoder_linears(student))
+    upstreams = ("weight_scale", "weight_zero_point")
+    assert {p.dtype for n, p in student.named_parameters() if not n.endswith(upstreams)} == {torch.float32}
+    assert modifier.saved_dtype == torch.bfloat16
+    assert r"re:(.*\.)?vision_tower\..*" in modifier.ignore and len(modifier.ignore) == len(set(modifier.ignore))
+    assert modifier.frozen == {}
+
+
+def test_master_weights_may_keep_the_loaded_dtype(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher, training={"master_weights": "keep"})), student_of(llava)
+    start(modifier, student)
+    thetas = {p.dtype for n, p in student.named_parameters() if n.endswith("weight_log_scale")}
+    assert thetas == {torch.float32}
+    assert student.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_float32_master_weights_hold_the_same_numbers(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    start(modifier, student)
+    after = dict(student.named_parameters())
+    assert all(after[n].dtype == torch.float32 and torch.equal(after[n], p.float()) for n, p in before.items())
+
+
+def test_no_matching_layer_is_refused(llava: Pair) -> None:
+    modifier = modifier_of(recipe_text(llava.teacher, targets=["re:no_such_layer"]))
+    with pytest.raises(ValueError, match=r"no layer matches targets.*no_such_layer"):
+        start(modifier, student_of(llava))
+
+
+def test_layers_that_vllm_fuses_need_one_format(llava: Pair) -> None:
+    modifier = modifier_of(recipe_text(llava.teacher, ignore=["re:.*layers.1.self_attn.k_proj"]))
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn .*k_proj: not quantized") as caught:
+        start(modifier, student_of(llava))
+    assert "layers.0" not in str(caught.value)
+    assert "Target or ignore them together" in str(caught.value)
+
+
+def test_what_the_recipe_ignores_stays_unquantized(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher, ignore=["re:.*layers.1.mlp.*"])), student_of(llava)
+    start(modifier, student)
+    bare = {n for n, m in decoder_linears(student).items() if not hasattr(m, "weight_log_scale")}
+    assert bare == {f"model.language_model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}
+
+
+def test_the_objective_needs_a_run() -> None:
+    with pytest.raises(RuntimeError, match=r"no run yet; call begin\(total_steps\)"):
+        _ = modifier_of(recipe_text("t")).objective
+
+
+def test_ending_without_a_step_is_refused(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
+    with create_session() as session:
+        session.initialize(recipe=modifier, model=student, copy_data=False)
+        modifier.begin(3)
+        with pytest.raises(RuntimeError, match="GRACE trained nothing"):
+            session.finalize()
+
+
+def test_finalizing_hands_codes_and_scales_to_upstream(llava: Pair) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
+    _, processor = build("llava")
+    batch = ConversationCollator(processor)(rows(2))
+    with create_session() as session:
+        session.initialize(recipe=modifier, model=student, copy_data=False)
+        objective = modifier.begin(1)
+        objective.window([batch])
+        objective.loss(student, batch).backward()
+        objective.measure()
+        objective.step(1.0)
+        session.finalize()
+    linears = decoder_linears(student)
+    assert modifier.frozen.keys() == linears.keys()
+    for name, (codes, scales) in modifier.frozen.items():
+        layer: Any = linears[name]
+        assert layer.quantization_status == QuantizationStatus.FROZEN
+        assert torch.equal(layer.weight_scale, scales) and not layer.weight_scale.requires_grad
+        assert torch.equal(
+            layer.weight, (codes.to(scales.dtype).unflatten(1, (-1, 128)) * scales[..., None]).flatten(1)
+        )
+        assert int(codes.min()) >= -8 and int(codes.max()) <= 7
+    assert student.config.dtype == student.config.text_config.dtype == torch.bfloat16
+    assert student.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_tokenizers_can_be_given_where_folders_have_none(llava: Pair) -> None:
+    teacher, processor = build("llava", seed=1)
+    modifier, student = modifier_of(recipe_text(None)), student_of(llava)
+    modifier.use_teacher(teacher)
+    with create_session() as session, pytest.raises(ValueError, match="the teacher has no name_or_path"):
+        session.initialize(recipe=modifier, model=student, copy_data=False)
+    modifier, student = modifier_of(recipe_text(None)), student_of(llava)
+    modifier.use_teacher(teacher)
+    with create_session() as session:
+        session.initialize(
+            recipe=modifier, model=student, copy_data=False, processors=(load_tokenizer(student, "student"), processor)
+        )
+        modifier.teacher_to(torch.device("cpu"))
+        assert modifier.begin(2).vocabulary == len(processor.tokenizer)
+    assert modifier.teacher.model is None
+
+
+def test_no_teacher_is_loaded_where_no_term_reads_it(llava: Pair) -> None:
+    off = {"enabled": False}
+    modifier, student = modifier_of(recipe_text("/no/where", distill=off, relational=off)), student_of(llava)
+    start(modifier, student)
+    objective = modifier.begin(1)
+    assert objective.teacher is None
+    assert objective.vocabulary == student.lm_head.weight.shape[0]
