@@ -94,6 +94,12 @@ class ConversationCollator:
         keys = [
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
+            # segments that are all zero say nothing; where they mark pictures, attention inside a picture reads them
+            *(
+                ["token_type_ids"]
+                if any(p.ids["token_type_ids"].any() for p in pictured if "token_type_ids" in p.ids)
+                else []
+            ),
         ]
         for key in keys:
             batch[key] = self._pad_rows(
@@ -132,9 +138,11 @@ class ConversationCollator:
 
     def _pixels(self, pieces: list[_Piece]) -> dict[str, Any]:
         """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
-        images = [image for piece in pieces for image in piece.images]
         videos = [video for piece in pieces for video in piece.videos]
-        given: dict[str, Any] = {"images": images} if images else {}
+        images: list[Any] = [piece.images for piece in pieces]  # which text an image belongs to is part of some formats
+        if videos:
+            images = [image for own in images for image in own]
+        given: dict[str, Any] = {"images": images} if any(piece.images for piece in pieces) else {}
         if videos:
             given["videos"] = [video.frames for video in videos]
             given["do_sample_frames"] = False
