@@ -97,4 +97,4 @@ def _data_check(args: Namespace) -> None:
     data_check(args)
 
 
-COMMANDS = {"data check": _data_check, "train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo}
+COMMANDS = {"train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo, "data check": _data_check}

@@ -138,11 +138,11 @@ class ConversationCollator:
 
     def _pixels(self, pieces: list[_Piece]) -> dict[str, Any]:
         """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
-        images: list[Any] = [piece.images for piece in pieces]  # per text: some processors cannot tell otherwise
-        if not all(images):
-            images = [image for own in images for image in own]
         videos = [video for piece in pieces for video in piece.videos]
-        given: dict[str, Any] = {"images": images} if images else {}
+        images: list[Any] = [piece.images for piece in pieces]  # which text an image belongs to is part of some formats
+        if videos:
+            images = [image for own in images for image in own]
+        given: dict[str, Any] = {"images": images} if any(piece.images for piece in pieces) else {}
         if videos:
             given["videos"] = [video.frames for video in videos]
             given["do_sample_frames"] = False

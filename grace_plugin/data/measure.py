@@ -146,7 +146,7 @@ class Measure:
         processor, segmenter = self.collator.processor, self.collator.segmenter
         text = segmenter.placeholders["image"]
         blank = Image.new("RGB", (size[1], size[0]))
-        ids = processor(text=[text], images=[blank], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        ids = processor(text=[text], images=[[blank]], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         alone = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         visual = sum(int((ids == token).sum()) for token in self._visual_ids())
         if stated is not None and stated == visual:

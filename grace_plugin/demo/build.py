@@ -7,7 +7,8 @@
 
 Content matching (from a name to its place) forms late or never from an ordinary start. Three things bring it about, all of
 them in this file: visual tokens named first (2), queries and keys that start equal in half of the heads, and the first answer
-token asked one position early for the first steps. Everything is seeded; another CPU gives other last digits, hence other weights.
+token asked one position early for the first steps. Everything is seeded; another CPU gives other last digits, hence other
+weights.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ LICENCE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How one member is trained. lr: peak of a cosine after `warmup` steps; `easy`, `relations`, `early`, `naming`: until which step only
-    the easy types are asked, only the closed relations, the first token is also asked early, the naming loss is mixed in (weight 0.1, falling)."""
+    """How one member is trained.
+
+    lr: peak of a cosine after `warmup` steps. easy, relations: until which step only EASY, then only RELATIONS are asked,
+    MIXTURE afterwards. early: until which step the first answer token is also asked one position early. naming: until which
+    step the naming loss is mixed in, with a weight that falls from 0.1.
+    """
 
     width: int
     layers: int
@@ -71,8 +76,12 @@ class Plan:
     questions: int = 6
 
 
-TEACHER = Plan(256, 3, 512, 64, seed=0, naming_steps=250, steps=1700, lr=7e-4, easy=200, relations=800, early=800, naming=1500)
-STUDENT = Plan(128, 3, 256, 32, seed=5, naming_steps=200, steps=1000, lr=1.5e-3, easy=200, relations=1000, early=500, naming=500)
+TEACHER = Plan(
+    256, 3, 512, 64, seed=0, naming_steps=250, steps=1700, lr=7e-4, easy=200, relations=800, early=800, naming=1500
+)
+STUDENT = Plan(
+    128, 3, 256, 32, seed=5, naming_steps=200, steps=1000, lr=1.5e-3, easy=200, relations=1000, early=500, naming=500
+)
 
 
 def rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -155,13 +164,18 @@ def train_member(plan: Plan, vision: dict[str, torch.Tensor] | None, heldout: Se
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     share, by_type = accuracy(model, heldout)
-    report = asdict(plan) | {"seconds": round(time.time() - started), "parameters": sum(p.numel() for p in model.parameters())}
+    report = asdict(plan) | {
+        "seconds": round(time.time() - started),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     return model, report | {"heldout_accuracy": share, "heldout_by_type": by_type}
 
 
 def fetch_emoji(folder: Path) -> Path:
     """Download the npm package into `folder` and return its pictures of 64 x 64 pixels."""
-    name = subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
+    name = subprocess.run(
+        ["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
     with tarfile.open(folder / name) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package" / "img" / "google" / "64"
@@ -178,7 +192,9 @@ def write_emoji(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emoji", type=Path, help="folder with the 64 x 64 pictures; without it the npm package is downloaded")
+    parser.add_argument(
+        "--emoji", type=Path, help="folder with the 64 x 64 pictures; without it the npm package is downloaded"
+    )
     parser.add_argument("--out", type=Path, default=ASSETS, help="where teacher/, student/ and build.json go")
     parser.add_argument("--member", choices=["teacher", "student"], help="train this one alone")
     options = parser.parse_args(arguments)
@@ -187,7 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_emoji(options.emoji or fetch_emoji(Path(folder)), ASSETS / "emoji")
     heldout = [pack(HELDOUT_SEED, index, 125, 6, heldout=True) for index in range(8)]
     report_file = options.out / "build.json"
-    report: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
     for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
         if options.member not in (None, name):
             continue

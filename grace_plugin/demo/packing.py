@@ -1,7 +1,7 @@
 """Several questions about one image in one training sequence, for building the bundled pair cheaply.
 
-A sequence is `<s><user><image>*9` followed by Q segments, one per question: its words, <assistant>, its answer. A segment sees the
-prefix and itself and counts its positions from the end of the prefix, so each question is computed exactly as if it
+A sequence is `<s><user><image>*9` followed by Q segments, one per question: its words, <assistant>, its answer. A segment
+sees the prefix and itself and counts its positions from the end of the prefix, so each question is computed exactly as if it
 were asked alone, while the image is encoded once: 2.5 times as many questions a second.
 
 Shapes: B images, Q questions each, P = 2 + visual tokens, L = SEGMENT, S = P + Q * L, d hidden size.
@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 from .pair import ASSISTANT, BOS, EOS, IMAGE, USER, VISUAL_TOKENS, WORDS
 from .pictures import GRID, NAMES, compose
 from .questions import COLUMNS, MIXTURE, ask
-from .scenes import draw_scene
+from .scenes import Scene, draw_scene
 
 TOKEN = {word: index for index, word in enumerate(WORDS)}
 PREFIX = 2 + VISUAL_TOKENS
@@ -43,8 +43,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch. pixels float32 [B, 3, H, W] in [-1, 1]; ids and targets int64 [B, S] (a target stands where it is predicted, IGNORE
-    elsewhere); kinds int64 [B, visual tokens], the word of each cell."""
+    """A batch.
+
+    pixels float32 [B, 3, H, W] in [-1, 1]; ids and targets int64 [B, S] (a target stands where it is
+    predicted, IGNORE elsewhere); kinds int64 [B, visual tokens], the word of each cell.
+    """
 
     pixels: Tensor
     ids: Tensor
@@ -54,7 +57,13 @@ class Packed:
 
 
 def pack(
-    seed: int, index: int, images: int, questions: int, types: Sequence[str] = MIXTURE, heldout: bool = False, early: bool = False
+    seed: int,
+    index: int,
+    images: int,
+    questions: int,
+    types: Sequence[str] = MIXTURE,
+    heldout: bool = False,
+    early: bool = False,
 ) -> Packed:
     """Batch `index` of the stream `seed`. With `early` the first answer token is also a target one position sooner, at the last
     word of the question: a curriculum aid, since the answer then needs one step of attention less."""
@@ -62,7 +71,8 @@ def pack(
     ids = np.zeros((images, PREFIX + questions * SEGMENT), np.int64)
     targets = np.full_like(ids, IGNORE)
     ids[:, 0], ids[:, 1], ids[:, 2:PREFIX] = TOKEN[BOS], TOKEN[USER], TOKEN[IMAGE]
-    scenes, asked = [], []
+    scenes: list[Scene] = []
+    asked: list[Answered] = []
     for image in range(images):
         scene = draw_scene(rng, heldout)
         scenes.append(scene)
@@ -80,9 +90,9 @@ def pack(
                 targets[image, first - 1] = answer[0]
             starts = frozenset(TOKEN[right.split()[0]] for right in question.accept)
             asked.append(Answered(question.type, image, first, len(answer), starts))
-    cells = np.stack([scene.cells for scene in scenes])
-    pixels = compose(cells, np.stack([s.shifts for s in scenes]), np.array([s.background for s in scenes]))
-    kinds = torch.from_numpy(cells.reshape(images, -1).astype(np.int64)) + TOKEN[NAMES[0]]
+    grids = np.stack([scene.cells for scene in scenes])
+    pixels = compose(grids, np.stack([s.shifts for s in scenes]), np.array([s.background for s in scenes]))
+    kinds = torch.from_numpy(grids.reshape(images, -1).astype(np.int64)) + TOKEN[NAMES[0]]
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     return Packed(scaled, torch.from_numpy(ids), torch.from_numpy(targets), kinds, asked)
 
@@ -109,7 +119,10 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: Packed, features:
     embedded = torch.cat([words[:, :2], features.to(words.dtype), words[:, PREFIX:]], dim=1)
     mask, positions = mask_and_positions((batch.ids.shape[1] - PREFIX) // SEGMENT)
     states = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=mask.expand(len(words), 1, -1, -1), position_ids=positions, use_cache=False
+        inputs_embeds=embedded,
+        attention_mask=mask.expand(len(words), 1, -1, -1),
+        position_ids=positions,
+        use_cache=False,
     ).last_hidden_state
     return model.lm_head(states[where])
 

@@ -1,10 +1,10 @@
 """What the bundled pair is made of: one tokenizer, one processor, two LLaVA shapes.
 
 Teacher and student share the tokenizer (one token per word, about 80 words) and the frozen CLIP vision tower, as LLaVA-1.5
-7B and 13B do; their decoders differ in width and depth. Every decoder width is a multiple of 128, so that W4A16 with group 128 fits
+7B and 13B do; their decoders differ in width. Every decoder width is a multiple of 128, so that W4A16 with group 128 fits
 vLLM's INT4 kernels. An image of 96 x 96 pixels gives 9 visual tokens, one per cell; the image processor passes it unchanged.
 
-Prompts: `<s><user><image>...question<assistant>answer</s>`; capital letters and ? , . ! are dropped by the tokenizer's normalizer.
+Prompts: `<s><user><image>...question<assistant>answer</s>`; the tokenizer's normalizer lowers capital letters and drops ? , . !
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ CHAT_TEMPLATE = (
     "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% else %}<assistant>{% generation %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endgeneration %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 def make_processor() -> LlavaProcessor:
-    """Word-level tokenizer with the chat template (assistant turns marked) and an image processor that keeps 96 x 96 as it is."""
+    """Word-level tokenizer with the chat template (assistant turns marked), image processor that keeps 96 x 96 as it is."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex("[?,.!]"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -86,8 +87,11 @@ def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
 
 
 def save_pair_member(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write a BF16 checkpoint with its processor. Key names are those of the hub (`vision_tower.vision_model...`): a LLaVA built
-    from a configuration saves `vision_tower.encoder...`, which vLLM does not know."""
+    """Write a BF16 checkpoint with its processor.
+
+    Key names are those of the hub (`vision_tower.vision_model...`): a LLaVA built from a configuration saves
+    `vision_tower.encoder...`, which vLLM does not know.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     tokens = model.config.text_config

@@ -1,9 +1,9 @@
 """What is asked about a scene, and which answers are right.
 
-A scene is a grid of kinds (row-major list of GRID * GRID indices into NAMES). Every type draws one question that has at least one
-right answer and returns all of them; where several are right ("name one animal") the label of a training row is one of
-them, drawn evenly, as one annotator would write it, and a held-out answer counts when it is any of them. All words are one
-token each: prompts have 3 to 8 of them.
+A scene is a grid of kinds (row-major list of GRID * GRID indices into NAMES). Every type draws one question that has at
+least one right answer and returns all of them. Where several are right ("name one animal") the label of a training row is
+one of them, drawn evenly, as one annotator would write it, and a held-out answer counts when it is any of them. Every word
+is one token: questions have 3 to 9.
 
 A type returns None when the scene does not allow it (no cell left of the apple); the caller then draws another type.
 """
@@ -11,14 +11,15 @@ A type returns None when the scene does not allow it (no cell left of the apple)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from .pictures import CATEGORIES, GRID, NAMES
 
 COLUMNS = "abc"  # places are named as in a spreadsheet: columns a to c from the left, rows 1 to 3 from the top
+Item = TypeVar("Item")
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -33,11 +34,11 @@ class Question(NamedTuple):
 Asker = Callable[[Sequence[int], np.random.Generator], Question | None]
 
 
-def _pick(rng: np.random.Generator, items: Sequence) -> object:
+def _pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
     return items[int(rng.integers(len(items)))]
 
 
-def _unique(values) -> tuple[str, ...]:
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
@@ -96,21 +97,23 @@ def _line(cells: Sequence[int], rng: np.random.Generator) -> tuple[str, list[str
 
 def tally(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """How many cells hold a kind of a category."""
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     number = len(_of(category, [NAMES[kind] for kind in cells]))
     return Question("tally", f"how many cells show the {category}", (str(number),))
 
 
 def tally_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """How many cells of a row or column hold a kind of a category."""
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     place, names = _line(cells, rng)
-    return Question("tally_in_line", f"how many cells of {place} show the {category}", (str(len(_of(category, names))),))
+    return Question(
+        "tally_in_line", f"how many cells of {place} show the {category}", (str(len(_of(category, names))),)
+    )
 
 
 def most(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     """Which row holds a category most often, where one row does."""
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     names = [NAMES[kind] for kind in cells]
     numbers = [len(_of(category, names[row * GRID : (row + 1) * GRID])) for row in range(GRID)]
     if numbers.count(max(numbers)) != 1:
@@ -135,14 +138,14 @@ def some_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | No
 
 def some_of_category(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     """Any animal, food or vehicle in the grid."""
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     names = _unique(_of(category, [NAMES[kind] for kind in cells]))
     return Question("some_of_category", f"name one {category}", names) if names else None
 
 
 def some_of_category_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     """Any animal, food or vehicle of a row or column."""
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     place, names = _line(cells, rng)
     right = _unique(_of(category, names))
     return Question("some_of_category_in_line", f"name one {category} in {place}", right) if right else None
@@ -154,7 +157,11 @@ def sharing_line(cells: Sequence[int], rng: np.random.Generator) -> Question | N
     if position is None:
         return None
     row, column = divmod(position, GRID)
-    kind, places = ("row", range(row * GRID, (row + 1) * GRID)) if rng.random() < 0.5 else ("column", range(column, GRID * GRID, GRID))
+    kind, places = (
+        ("row", range(row * GRID, (row + 1) * GRID))
+        if rng.random() < 0.5
+        else ("column", range(column, GRID * GRID, GRID))
+    )
     names = _unique(NAMES[cells[place]] for place in places if place != position)
     return Question("sharing_line", f"name one thing in the {kind} of the {NAMES[cells[position]]}", names)
 
@@ -164,14 +171,18 @@ def category_beside(cells: Sequence[int], rng: np.random.Generator) -> Question 
     position = _single(cells, rng)
     if position is None:
         return None
-    category = str(_pick(rng, list(CATEGORIES)))
+    category = _pick(rng, list(CATEGORIES))
     right = _unique(_of(category, [NAMES[cells[place]] for place in _neighbours(position).values()]))
-    return Question("category_beside", f"name one {category} next to the {NAMES[cells[position]]}", right) if right else None
+    return (
+        Question("category_beside", f"name one {category} next to the {NAMES[cells[position]]}", right)
+        if right
+        else None
+    )
 
 
 def another(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
     """Any member of a category but the named one."""
-    named = NAMES[int(_pick(rng, cells))]
+    named = NAMES[_pick(rng, cells)]
     category = next(name for name, members in CATEGORIES.items() if named in members)
     right = _unique(name for name in _of(category, [NAMES[kind] for kind in cells]) if name != named)
     return Question("another", f"name one {category} but not the {named}", right) if right else None
@@ -180,7 +191,9 @@ def another(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
 def list_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
     """A row from left to right."""
     row = int(rng.integers(GRID))
-    return Question("list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in cells[row * GRID : (row + 1) * GRID]),))
+    return Question(
+        "list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in cells[row * GRID : (row + 1) * GRID]),)
+    )
 
 
 def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
@@ -197,7 +210,6 @@ TYPES: dict[str, Asker] = {
         some_of_category_in_line, sharing_line, category_beside, another, list_row, list_column,
     )
 }  # fmt: skip
-
 
 WEIGHTS = {
     "beside": 2, "locate": 2, "most": 2, "some_beside": 3, "sharing_line": 4, "category_beside": 4, "another": 3,
@@ -207,9 +219,9 @@ MIXTURE = tuple(name for name in TYPES for _ in range(WEIGHTS.get(name, 1)))
 
 
 def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = MIXTURE) -> Question:
-    """One question of a type drawn evenly from `types` (a name may stand there several times); a type that the scene does not allow is drawn again.
+    """One question of a type drawn evenly from `types` (a name may stand there several times).
 
-    Raises ValueError naming the types when none of them fits after 100 draws.
+    A type that the scene does not allow is drawn again. Raises ValueError naming the types when none fits after 100 draws.
     """
     for _ in range(100):
         question = TYPES[types[int(rng.integers(len(types)))]](cells, rng)
@@ -219,83 +231,13 @@ def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = M
 
 
 def vocabulary() -> list[str]:
-    """Every word that a question or an answer can hold, in a fixed order."""
-    words = "what is at in row column which holds has most of the left right above below how many cells show".split()
-    words += "name one thing next to animal food vehicle list".split()
-    numbers = [len(_of(category, names[row * GRID : (row + 1) * GRID])) for row in range(GRID)]
-    if numbers.count(max(numbers)) != 1:
-        return None
-    return Question("most", f"which row has most of the {category}", (str(numbers.index(max(numbers)) + 1),))
+    """The words that the tokenizer knows: those of every question and answer, and some more.
 
-
-def some_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """Any thing of a row or column."""
-    place, names = _line(cells, rng)
-    return Question("some_in_line", f"name one thing in {place}", _unique(names))
-
-
-def some_beside(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """Any neighbour of a thing."""
-    position = _single(cells, rng)
-    if position is None:
-        return None
-    names = _unique(NAMES[cells[place]] for place in _neighbours(position).values())
-    return Question("some_beside", f"name one thing next to the {NAMES[cells[position]]}", names)
-
-
-def some_of_category(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """Any animal, food or vehicle in the grid."""
-    category = str(_pick(rng, list(CATEGORIES)))
-    names = _unique(_of(category, [NAMES[kind] for kind in cells]))
-    return Question("some_of_category", f"name one {category}", names) if names else None
-
-
-def some_of_category_in_line(cells: Sequence[int], rng: np.random.Generator) -> Question | None:
-    """Any animal, food or vehicle of a row or column."""
-    category = str(_pick(rng, list(CATEGORIES)))
-    place, names = _line(cells, rng)
-    right = _unique(_of(category, names))
-    return Question("some_of_category_in_line", f"name one {category} in {place}", right) if right else None
-
-
-def list_row(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """A row from left to right."""
-    row = int(rng.integers(GRID))
-    return Question("list_row", f"list row {row + 1}", (" ".join(NAMES[kind] for kind in cells[row * GRID : (row + 1) * GRID]),))
-
-
-def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
-    """A column from top to bottom."""
-    column = int(rng.integers(GRID))
-    names = [NAMES[cells[row * GRID + column]] for row in range(GRID)]
-    return Question("list_column", f"list column {COLUMNS[column]}", (" ".join(names),))
-
-
-TYPES: dict[str, Asker] = {
-    asker.__name__: asker
-    for asker in (
-        cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
-        some_of_category_in_line, sharing_line, category_beside, another, list_row, list_column,
+    The bundled pair depends on their order.
+    """
+    words = (
+        "what is at in row column which holds has most the left right of above below and how many cells show".split()
     )
-}  # fmt: skip
-
-
-def ask(cells: Sequence[int], rng: np.random.Generator, types: Sequence[str] = MIXTURE) -> Question:
-    """One question of a type drawn evenly from `types` (a name may stand there several times); a type that the scene does not allow is drawn again.
-
-    Raises ValueError naming the types when none of them fits after 100 draws.
-    """
-    for _ in range(100):
-        question = TYPES[types[int(rng.integers(len(types)))]](cells, rng)
-        if question is not None:
-            return question
-    raise ValueError(f"no question of the types {list(types)} fits the grid {[NAMES[kind] for kind in cells]}")
-
-
-def vocabulary() -> list[str]:
-    """Every word that a question or an answer can hold, in a fixed order."""
-    words = "what is at in row column which holds has most the left right of above below and how many cells show a an do you see".split()
-    words += "name one thing next to animal food vehicle list yes no".split()
+    words += "a an do you see name one thing next to animal food vehicle list yes no".split()
     numbers = [str(number) for number in range(GRID * GRID + 1)]
-    late = "outside but not seen twice".split()
-    return list(dict.fromkeys([*words, *COLUMNS, *numbers, *NAMES, *late]))
+    return list(dict.fromkeys([*words, *COLUMNS, *numbers, *NAMES, "outside", "but", "not", "seen", "twice"]))

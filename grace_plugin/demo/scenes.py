@@ -73,21 +73,21 @@ def make_row(seed: int, index: int, heldout: bool = False, types: Sequence[str] 
     }
 
 
-class SceneRows(Sequence):
+class SceneRows(Sequence[dict[str, Any]]):
     """Rows composed when they are read; works as a map-style torch Dataset. `count` rows of the stream `seed`."""
 
     def __init__(self, seed: int, count: int, heldout: bool = False, types: Sequence[str] = MIXTURE):
-        self.seed, self.count, self.heldout, self.types = seed, count, heldout, tuple(types)
+        self.seed, self.length, self.heldout, self.types = seed, count, heldout, tuple(types)
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
-    def __getitem__(self, index):  # noqa: ANN001, ANN204 - Sequence's own signature
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"row {index} of {self.count}")
-        return make_row(self.seed, index % self.count, self.heldout, self.types)
+            return [self[position] for position in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(f"row {index} of {self.length}")
+        return make_row(self.seed, index % self.length, self.heldout, self.types)
 
 
 def training_rows(seed: int, count: int) -> SceneRows:

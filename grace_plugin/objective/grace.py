@@ -100,7 +100,7 @@ class GraceObjective:
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
-        self.teacher: ResidentTeacher | None = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
+        self.teacher = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
         self._text_model = self.family.text_model(student)
         for name, parameter in student.named_parameters():
             if not self.family.trains(name) or matches(name, self.training.freeze):
@@ -193,7 +193,7 @@ class GraceObjective:
             if self.nonfinite_steps > self.training.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
-                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate, or check the data"
+                    f"training.max_nonfinite_steps is {self.training.max_nonfinite_steps}: lower the rate, or check the data"
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from grace_plugin.cli import commands
-from grace_plugin.cli.register_grace import COMMANDS, REGISTER_COMMANDS, GraceCommand
+from grace_plugin.cli.register_grace import COMMANDS, DATA_COMMANDS, REGISTER_COMMANDS, DataCommand, GraceCommand
 from tests.conftest import Finished
 from tests.pairs import Pair, recipe_text
 from tests.tiny import rows
@@ -64,7 +64,10 @@ def test_registering_imports_nothing_heavy(module: str) -> None:
 
 def test_the_group_and_the_alias_share_their_commands() -> None:
     assert REGISTER_COMMANDS == [GraceCommand]
-    assert [c.name for c in GraceCommand.SUBCOMMANDS] == [name for name, _, _ in COMMANDS] == list(commands.COMMANDS)
+    names = [name for name, _, _ in COMMANDS]
+    assert [c.name for c in GraceCommand.SUBCOMMANDS] == [*names, "data"]
+    assert [c.name for c in DataCommand.SUBCOMMANDS] == [name for name, _, _ in DATA_COMMANDS] == ["check"]
+    assert list(commands.COMMANDS) == [*names, *(f"data {name}" for name, _, _ in DATA_COMMANDS)]
 
 
 def test_the_group_alone_prints_its_commands() -> None:

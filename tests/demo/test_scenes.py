@@ -1,13 +1,14 @@
-"""Scenes: the split, the determinism and every right answer, recomputed from the grid by an oracle that parses the question's text."""
+"""Scenes: the split, the determinism, and every right answer recomputed by an oracle that parses the question's text."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
 import pytest
 
-from grace_plugin.demo import pictures, questions, scenes
+from grace_plugin.demo import pair, pictures, questions, scenes
 
 COUNT = 1500
 
@@ -38,6 +39,7 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
         target = {"left of": (y, x - 1), "right of": (y, x + 1), "above": (y - 1, x), "below": (y + 1, x)}[match[1]]
         assert min(target) >= 0
         return {grid[target]}
+
     def line(place: str) -> list[str]:
         kind, which = place.split()
         return list(grid[int(which) - 1] if kind == "row" else grid[:, "abc".index(which)])
@@ -143,3 +145,9 @@ def test_every_word_is_in_the_vocabulary():
     for row in scenes.training_rows(9, COUNT):
         for text in [row["messages"][0]["content"][1]["text"], *row["accept"]]:
             assert set(text.split()) <= set(words), text
+
+
+@pytest.mark.parametrize("member", ["teacher", "student"])
+def test_bundled_tokenizer_holds_the_vocabulary_in_its_order(member):
+    table = json.loads((pictures.ASSETS / member / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(table, key=table.__getitem__) == list(pair.WORDS)
