@@ -9,6 +9,8 @@ TRAIN := .venv/train
 SERVE := .venv/serve
 TRAIN_BUILT := $(TRAIN)/.built
 SERVE_BUILT := $(SERVE)/.built
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 BUILDER := integration/env/build.py integration/env/mend.py
 
 .PHONY: demo test unit integration families lint bench env clean
@@ -29,10 +31,10 @@ demo: env
 test: unit integration
 
 unit: $(TRAIN_BUILT)
-	$(TRAIN)/bin/python -m pytest tests -q --cov=grace_plugin --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(PYTEST) tests --cov=grace_plugin --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-integration: env unit
-	GRACE_SERVE_PYTHON=$(SERVE)/bin/python $(TRAIN)/bin/python -m pytest integration -q
+integration: env
+	GRACE_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(PYTEST) integration
 
 families: env
 	$(TRAIN)/bin/python -m integration.families $(FAMILIES) --serve-python $(SERVE)/bin/python
