@@ -20,7 +20,7 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from compressed_tensors.utils import match_named_modules
-from llmcompressor import oneshot as upstream_oneshot
+from llmcompressor import oneshot
 from llmcompressor.core import LifecycleCallbacks, State, active_session, create_session
 from llmcompressor.modeling.moe.conversion_mappings import patch_moe_mappings
 from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
@@ -56,9 +56,9 @@ __all__ = [
     "load_quantizable_moe",
     "match_named_modules",
     "modify_save_pretrained",
+    "oneshot",
     "patch_moe_mappings",
     "unpack_from_int32",
-    "upstream_oneshot",
 ]
 
 

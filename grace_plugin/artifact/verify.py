@@ -132,6 +132,27 @@ def _differing(expected: Tensor, found: Tensor) -> int:
     return int((expected != found.to(expected.device)).sum())
 
 
+def _forward(
+    folder: Path, result: dict[str, Any], model: Any, stored: dict[str, tuple[Tensor, Tensor]], recorded_here: bool
+) -> list[str]:
+    """Logits on the probe and the dense weights of that forward pass; returns the proofs that failed."""
+    failed = []
+    probe, expected = read_probe(folder / PROBE)
+    logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
+    result["logits_compared"] = logits.numel()
+    result["logits_equal"] = torch.equal(logits, expected)
+    if not result["logits_equal"]:
+        result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
+        if recorded_here:
+            failed.append("logits_equal")
+        else:
+            result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
+    modules = dict(model.named_modules())
+    dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
+    result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
+    return failed + (["weights_differing"] if result["weights_differing"] else [])
+
+
 def _conclude(
     folder: Path,
     result: dict[str, Any],
@@ -153,22 +174,7 @@ def _conclude(
     if result["layers"] != result["layers_stored"]:
         failed.append("layers_stored")
     if (folder / PROBE).is_file():
-        probe, expected = read_probe(folder / PROBE)
-        logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
-        result["logits_compared"] = logits.numel()
-        result["logits_equal"] = torch.equal(logits, expected)
-        if not result["logits_equal"]:
-            result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
-            if recorded_here:
-                failed.append("logits_equal")
-            else:
-                result["logits_note"] = (
-                    "recorded in another environment; the difference is reported and does not decide"
-                )
-        modules = dict(model.named_modules())
-        dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
-        result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
-        failed += ["weights_differing"] if result["weights_differing"] else []
+        failed += _forward(folder, result, model, stored, recorded_here)
     recorded = record.get("processor_files")  # absent where upstream's own oneshot wrote them
     if recorded is None and source is not None:
         recorded = {file.name: file_digest(file) for file in processor_files(source)}

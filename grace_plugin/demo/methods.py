@@ -20,7 +20,7 @@ from grace_plugin.demo.scenes import training_rows
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe
-from grace_plugin.upstream import GPTQModifier, QuantizationModifier, upstream_oneshot
+from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]
@@ -107,11 +107,9 @@ def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> P
         rows: Any = list(training_rows(Budget.data_seed, Budget.calibration_rows))
         collator = ConversationCollator(processor)
         loader: Any = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
-        upstream_oneshot(
-            model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic"
-        )
+        oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")
     else:
-        upstream_oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)
+        oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)
     model.save_pretrained(str(output_dir), save_compressed=True)
     rewrite_ignore(output_dir, model, patterns)
     processor.save_pretrained(output_dir)

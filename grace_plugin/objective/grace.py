@@ -193,7 +193,7 @@ class GraceObjective:
             if self.nonfinite_steps > self.training.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
-                    f"training.max_nonfinite_steps is {self.training.max_nonfinite_steps}: lower the rate, or check the data"
+                    f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate or check the data"
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)

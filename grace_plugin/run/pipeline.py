@@ -21,7 +21,8 @@ from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
 from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session, upstream_oneshot
+from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
+from grace_plugin.upstream import oneshot as upstream_oneshot
 
 __all__ = ["GracePipeline", "oneshot", "register_pipeline"]
 

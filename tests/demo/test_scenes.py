@@ -19,52 +19,56 @@ def scene_of(row: dict) -> scenes.Scene:
     return scenes.draw_scene(np.random.default_rng((int(seed), int(index))), heldout=split == "heldout")
 
 
+def place_in(grid: np.ndarray, name: str) -> tuple[int, int]:
+    """Row and column of the one cell that shows `name`."""
+    (found,) = np.argwhere(grid == name).tolist()
+    return found[0], found[1]
+
+
+def line_of(grid: np.ndarray, place: str) -> list[str]:
+    """The names of "row 2" or "column b"."""
+    kind, which = place.split()
+    return list(grid[int(which) - 1] if kind == "row" else grid[:, "abc".index(which)])
+
+
 def oracle(text: str, cells: np.ndarray) -> set[str]:
     """Right answers from the words of the question alone. cells: kinds [G, G]."""
     grid = np.array(pictures.NAMES, dtype=object)[cells]
     animals, foods, vehicles = set(pictures.ANIMALS), set(pictures.FOODS), set(pictures.VEHICLES)
     categories = {"animal": animals, "food": foods, "vehicle": vehicles}
 
-    def place(name: str) -> tuple[int, int]:
-        (found,) = np.argwhere(grid == name).tolist()
-        return found[0], found[1]
-
     if match := re.fullmatch(r"what is at ([a-c]) (\d)", text):
         return {grid[int(match[2]) - 1, "abc".index(match[1])]}
     if match := re.fullmatch(r"which (row|column) holds the (\w+)", text):
-        y, x = place(match[2])
+        y, x = place_in(grid, match[2])
         return {str(y + 1) if match[1] == "row" else "abc"[x]}
     if match := re.fullmatch(r"what is (left of|right of|above|below) the (\w+)", text):
-        y, x = place(match[2])
+        y, x = place_in(grid, match[2])
         target = {"left of": (y, x - 1), "right of": (y, x + 1), "above": (y - 1, x), "below": (y + 1, x)}[match[1]]
         assert min(target) >= 0
         return {grid[target]}
 
-    def line(place: str) -> list[str]:
-        kind, which = place.split()
-        return list(grid[int(which) - 1] if kind == "row" else grid[:, "abc".index(which)])
-
     if match := re.fullmatch(r"how many cells show the (\w+)", text):
         return {str(sum(name in categories[match[1]] for name in grid.flat))}
     if match := re.fullmatch(r"how many cells of (\w+ \w) show the (\w+)", text):
-        return {str(sum(name in categories[match[2]] for name in line(match[1])))}
+        return {str(sum(name in categories[match[2]] for name in line_of(grid, match[1])))}
     if match := re.fullmatch(r"which row has most of the (\w+)", text):
         sums = np.isin(grid.astype(str), list(categories[match[1]])).sum(axis=1)
         assert np.sort(sums)[-1] > np.sort(sums)[-2]
         return {str(int(np.argmax(sums)) + 1)}
     if match := re.fullmatch(r"name one thing in the (row|column) of the (\w+)", text):
-        y, x = place(match[2])
+        y, x = place_in(grid, match[2])
         return set(grid[y] if match[1] == "row" else grid[:, x]) - {match[2]}
     if match := re.fullmatch(r"name one (\w+) but not the (\w+)", text):
         return (set(grid.flat) & categories[match[1]]) - {match[2]}
     if match := re.fullmatch(r"name one (animal|food|vehicle) next to the (\w+)", text):
         return oracle(f"name one thing next to the {match[2]}", cells) & categories[match[1]]
     if match := re.fullmatch(r"name one thing in (\w+ \w)", text):
-        return set(line(match[1]))
+        return set(line_of(grid, match[1]))
     if match := re.fullmatch(r"name one (\w+) in (\w+ \w)", text):
-        return {name for name in line(match[2]) if name in categories[match[1]]}
+        return {name for name in line_of(grid, match[2]) if name in categories[match[1]]}
     if match := re.fullmatch(r"name one thing next to the (\w+)", text):
-        y, x = place(match[1])
+        y, x = place_in(grid, match[1])
         steps = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
         return {grid[at] for at in steps if 0 <= at[0] < 3 and 0 <= at[1] < 3}
     if match := re.fullmatch(r"name one (\w+)", text):

@@ -117,7 +117,7 @@ def test_a_non_finite_loss_moves_nothing_and_ends_the_run(llava: Pair, tmp_path:
     ):
         run(
             llava, tmp_path / "o/out", recipe=recipe, max_steps=9, callbacks=[watch], processor=infinite(llava),
-            weight_decay=0.1, warmup_steps=0,
+            teacher_processor=infinite(llava), weight_decay=0.1, warmup_steps=0,
         )  # fmt: skip
     assert len(watch.norms) == 3
     assert not all(math.isfinite(norm) for pair in watch.norms for norm in pair)
