@@ -1,9 +1,10 @@
-"""Rebuild the bundled pair: `python -m grace_plugin.demo.build [--emoji FOLDER] [--out FOLDER]`. About 40 minutes on one core.
+"""Rebuild the bundled pair: `python -m grace_plugin.demo.build [--emoji FOLDER] [--out FOLDER]`. About 25 minutes on one core.
 
 1. Emoji: `npm pack emoji-datasource-google@16` (or --emoji, its folder img/google/64), scaled to 32 x 32.
 2. Vision: tower, projector and word table learn to name each visual token's kind, row and column; then the tower is frozen.
 3. Teacher: answers packed questions, easy types first.
-4. Student: the same frozen tower, its own projector and words, a decoder with a quarter of the weights, fewer questions.
+4. Student: the same frozen tower, its own projector and words, a decoder with a quarter of the weights, fewer questions, and
+   none of the types `another`, `sharing_line` and `category_beside`: the demo trains it for these.
 
 Content matching (from a name to its place) forms late or never from an ordinary start. Three things bring it about, all of
 them in this file: visual tokens named first (2), queries and keys that start equal in half of the heads, and the first answer

@@ -51,6 +51,7 @@ def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
     batch = made.collate(mixed_rows(4))
     expected = expected_terms(made, batch)
     loss, record = made.step(batch)
+    assert (record.images, record.rows_without_images) == (5, 1)
     for key, value in expected.items():
         assert value > 0.01
         assert getattr(record, key) == pytest.approx(value, rel=2e-5), key
