@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -74,7 +75,8 @@ class Measure:
             if row.get("id") is not None:
                 mark = _digest(row["id"])
                 digest = _digest(dict(row))
-            found = self._count(checked) if not checked.videos else self._run(row, number)
+            apart = not checked.videos and (not checked.images or self.additive)
+            found = self._count(checked) if apart else self._run(row, number)
             return found._replace(mark=mark, digest=digest)
         except RowError as fault:
             text = str(fault)
@@ -97,7 +99,7 @@ class Measure:
         """A row through the collator itself."""
         collator = self.collator
         row = read_row(given, number, max_pixels=collator.max_pixels)
-        if getattr(collator.processor, "video_processor", None) is None:
+        if row.videos and getattr(collator.processor, "video_processor", None) is None:
             raise RowError(
                 "video_unsupported", f"{row.name} has a video and the model's processor takes none; drop the row"
             )
@@ -118,9 +120,43 @@ class Measure:
         return Entry(len(ids), visual, learned, len(row.images) + len(row.videos))
 
     def _visual_ids(self) -> set[int]:
+        """Ids that stand for visual tokens once the processor has expanded the placeholders."""
         tokenizer, processor = self.collator.processor.tokenizer, self.collator.processor
-        names = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
-        return {tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)}
+        found = set()
+        for kind in ("image", "video"):
+            own, name = getattr(processor, f"{kind}_token_id", None), getattr(processor, f"{kind}_token", None)
+            if own is None and isinstance(name, str):
+                own = tokenizer.convert_tokens_to_ids(name)
+            found |= {own} if isinstance(own, int) else set()
+        return found
+
+    @cached_property
+    def additive(self) -> bool:
+        """Whether an image adds the same tokens beside any text and beside another image.
+
+        It does not where a processor writes line breaks around an image (they merge with the row's own) or shows several images
+        of a row in less detail than one; rows of such a family are run through the collator.
+        """
+        mark, side = self.collator.segmenter.placeholders["image"], 224
+        if not mark:
+            return True
+        texts = ["{0}", "\n\n{0}\n\n", "x {0} x", "{0}{0}", "{0}\n{0}"]
+        try:
+            extra = {self._expanded(text, mark, (side, side))[0] / text.count("{0}") for text in texts}
+        except Exception:  # processors raise what they like; rows will say it
+            return False
+        return len(extra) == 1
+
+    def _expanded(self, text: str, mark: str, size: tuple[int, int]) -> tuple[int, int]:
+        """(tokens beyond those of the unexpanded text, visual tokens) of text with blank images."""
+        processor, blank = self.collator.processor, Image.new("RGB", (size[1], size[0]))
+        written = text.format(mark)
+        given = dict(
+            text=[written], images=[[blank] * text.count("{0}")], add_special_tokens=False, return_tensors="pt"
+        )
+        ids = processor(**given)["input_ids"][0]
+        alone = len(processor.tokenizer(written, add_special_tokens=False)["input_ids"])
+        return len(ids) - alone, sum(int((ids == token).sum()) for token in self._visual_ids())
 
     def _image(self, size: tuple[int, int], name: str) -> tuple[int, int]:
         """(tokens beyond those of the unexpanded placeholder, visual tokens) of an image of (height, width)."""
@@ -143,12 +179,7 @@ class Measure:
             stated = int(count(image_sizes=[list(size)])["num_image_tokens"][0])
             if len(self._probes) >= 3 and len(set(self._probes)) == 1:
                 return stated + self._probes[0], stated
-        processor, segmenter = self.collator.processor, self.collator.segmenter
-        text = segmenter.placeholders["image"]
-        blank = Image.new("RGB", (size[1], size[0]))
-        ids = processor(text=[text], images=[[blank]], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        alone = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        visual = sum(int((ids == token).sum()) for token in self._visual_ids())
+        more, visual = self._expanded("{0}", self.collator.segmenter.placeholders["image"], size)
         if stated is not None and stated == visual:
-            self._probes.append(len(ids) - alone - stated)
-        return len(ids) - alone, visual
+            self._probes.append(more - stated)
+        return more, visual
