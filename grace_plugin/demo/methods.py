@@ -33,7 +33,7 @@ GROUP = 128
 class Budget:
     """Steps, batch and rates of the runs; all see the same questions in the same order, each composed once.
 
-    The rate is the best of 3e-4, 1e-3 and 2e-3 for cross-entropy alone (benchmarks/results/demo_pilot.md).
+    For cross-entropy alone 5e-4 and 1e-3 are equally good, 2e-3 is worse (benchmarks/results/demo_pilot.md).
     """
 
     steps = 200
