@@ -89,7 +89,7 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
 
     Args:
         checkpoint: folder written by `train` or `oneshot`.
-        source: folder of the BF16 student, to compare processor files; default is the record's, where it still exists.
+        source: folder of the BF16 student, to compare processor files with as well as with their recorded hashes.
 
     Raises:
         FileNotFoundError: the folder holds no GRACE record.
@@ -118,14 +118,28 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
         "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
     }
     here = environment() == record["environment"]
-    original = Path(source or record["source"])
-    return _conclude(folder, result, model, stored, original if original.is_dir() else None, recorded_here=here)
+    original = Path(record["source"]) if source is None and "processor_files" not in record else source
+    compared = Path(original) if original is not None and Path(original).is_dir() else None
+    return _conclude(folder, result, model, stored, compared, recorded_here=here)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return expected.numel()
     return int((expected != found.to(expected.device)).sum())
+
+
+def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, result: dict[str, Any]) -> list[str]:
+    """Compare processor files with their recorded hashes and with a given source; the name of the proof if it failed."""
+    expected = list(record.get("processor_files", {}).items())  # none where upstream's own oneshot wrote them
+    if source is not None:
+        expected += [(file.name, file_digest(file)) for file in processor_files(source)]
+    if not expected:
+        return []
+    found = {name: file_digest(folder / name) for name, _ in expected if (folder / name).is_file()}
+    changed = sorted({name for name, sha in expected if found.get(name) != sha})
+    result["processor_files"], result["processor_files_changed"] = len({name for name, _ in expected}), changed
+    return ["processor_files_changed"] if changed and "processor_files" in record else []
 
 
 def _conclude(
@@ -165,15 +179,7 @@ def _conclude(
         dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
         result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
         failed += ["weights_differing"] if result["weights_differing"] else []
-    recorded = record.get("processor_files")  # absent where upstream's own oneshot wrote them
-    if recorded is None and source is not None:
-        recorded = {file.name: file_digest(file) for file in processor_files(source)}
-    if recorded is not None:
-        changed = [
-            name for name, sha in recorded.items() if not (folder / name).is_file() or file_digest(folder / name) != sha
-        ]
-        result["processor_files"], result["processor_files_changed"] = len(recorded), changed
-        failed += ["processor_files_changed"] if changed and "processor_files" in record else []
+    failed += _check_processor(folder, record, source, result)
     result["failed"] = failed
     result["verified"] = not failed
     if is_writer():
