@@ -15,6 +15,9 @@ results/mutation/reasons.json: "module function" -> list of [part of its diff, w
 """
 
 import argparse
+import ast
+import difflib
+import functools
 import json
 import os
 import platform
@@ -105,12 +108,10 @@ def prepare(resume: bool) -> None:
     (WORK / "pyproject.toml").write_text(CONFIGURATION)
 
 
-def mutmut(*arguments: str, capture: bool = False) -> str:
+def mutmut(*arguments: str) -> None:
     """Run mutmut in WORK on one thread per process."""
-    command = [sys.executable, "-m", "mutmut", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run(command, cwd=WORK, env=environment, capture_output=capture, text=True, check=False)
-    return done.stdout if capture else ""
+    subprocess.run([sys.executable, "-m", "mutmut", *arguments], cwd=WORK, env=environment, check=False)
 
 
 def verdicts() -> dict[str, str]:
@@ -129,9 +130,21 @@ def place(mutant: str) -> str:
     return f"{module} {function.removeprefix('x_').replace('xǁ', '').replace('ǁ', '.').replace('._get_', '.')}"
 
 
+@functools.cache
+def functions(module: str) -> dict[str, list[str]]:
+    """The body of every original and mutated function of a module, as mutmut wrote them."""
+    text = (WORK / "mutants" / (module.replace(".", "/") + ".py")).read_text()
+    lines = text.splitlines()
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {node.name: lines[node.lineno : node.end_lineno] for node in nodes}
+
+
 def changed_lines(mutant: str) -> str:
     """The changed lines of a mutant, without context."""
-    lines = mutmut("show", mutant, capture=True).splitlines()
+    module, _, name = mutant.rpartition(".")
+    found = functions(module)
+    original = found[name.rpartition("__mutmut_")[0] + "__mutmut_orig"]
+    lines = difflib.unified_diff(original, found[name], lineterm="", n=0)
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 

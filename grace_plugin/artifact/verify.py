@@ -13,7 +13,6 @@ reported and does not decide, because kernels differ between machines.
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from grace_plugin.artifact.probe import probe_logits, read_probe
 from grace_plugin.artifact.ranks import is_writer
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
-from grace_plugin.vlm import FAMILIES
 
 __all__ = ["VerificationError", "check_against_run", "verify"]
 
@@ -47,9 +45,7 @@ def load(folder: Path) -> Any:
     """The checkpoint as transformers loads it: quantized layers still packed, dtype as stored."""
     from transformers import AutoModelForImageTextToText
 
-    known = FAMILIES.get(json.loads((folder / "config.json").read_text()).get("model_type"))
-    with known.reading() if known is not None else nullcontext():
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
 def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -93,7 +89,7 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
 
     Args:
         checkpoint: folder written by `train` or `oneshot`.
-        source: folder of the BF16 student, to compare processor files; default is the record's, where it still exists.
+        source: folder of the BF16 student, to compare processor files with as well as with their recorded hashes.
 
     Raises:
         FileNotFoundError: the folder holds no GRACE record.
@@ -122,8 +118,9 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
         "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
     }
     here = environment() == record["environment"]
-    original = Path(source or record["source"])
-    return _conclude(folder, result, model, stored, original if original.is_dir() else None, recorded_here=here)
+    original = Path(record["source"]) if source is None and "processor_files" not in record else source
+    compared = Path(original) if original is not None and Path(original).is_dir() else None
+    return _conclude(folder, result, model, stored, compared, recorded_here=here)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
@@ -132,25 +129,17 @@ def _differing(expected: Tensor, found: Tensor) -> int:
     return int((expected != found.to(expected.device)).sum())
 
 
-def _forward(
-    folder: Path, result: dict[str, Any], model: Any, stored: dict[str, tuple[Tensor, Tensor]], recorded_here: bool
-) -> list[str]:
-    """Logits on the probe and the dense weights of that forward pass; returns the proofs that failed."""
-    failed = []
-    probe, expected = read_probe(folder / PROBE)
-    logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
-    result["logits_compared"] = logits.numel()
-    result["logits_equal"] = torch.equal(logits, expected)
-    if not result["logits_equal"]:
-        result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
-        if recorded_here:
-            failed.append("logits_equal")
-        else:
-            result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
-    modules = dict(model.named_modules())
-    dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
-    result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
-    return failed + (["weights_differing"] if result["weights_differing"] else [])
+def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, result: dict[str, Any]) -> list[str]:
+    """Compare processor files with their recorded hashes and with a given source; the name of the proof if it failed."""
+    expected = list(record.get("processor_files", {}).items())  # none where upstream's own oneshot wrote them
+    if source is not None:
+        expected += [(file.name, file_digest(file)) for file in processor_files(source)]
+    if not expected:
+        return []
+    found = {name: file_digest(folder / name) for name, _ in expected if (folder / name).is_file()}
+    changed = sorted({name for name, sha in expected if found.get(name) != sha})
+    result["processor_files"], result["processor_files_changed"] = len({name for name, _ in expected}), changed
+    return ["processor_files_changed"] if changed and "processor_files" in record else []
 
 
 def _conclude(
@@ -174,16 +163,23 @@ def _conclude(
     if result["layers"] != result["layers_stored"]:
         failed.append("layers_stored")
     if (folder / PROBE).is_file():
-        failed += _forward(folder, result, model, stored, recorded_here)
-    recorded = record.get("processor_files")  # absent where upstream's own oneshot wrote them
-    if recorded is None and source is not None:
-        recorded = {file.name: file_digest(file) for file in processor_files(source)}
-    if recorded is not None:
-        changed = [
-            name for name, sha in recorded.items() if not (folder / name).is_file() or file_digest(folder / name) != sha
-        ]
-        result["processor_files"], result["processor_files_changed"] = len(recorded), changed
-        failed += ["processor_files_changed"] if changed and "processor_files" in record else []
+        probe, expected = read_probe(folder / PROBE)
+        logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
+        result["logits_compared"] = logits.numel()
+        result["logits_equal"] = torch.equal(logits, expected)
+        if not result["logits_equal"]:
+            result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
+            if recorded_here:
+                failed.append("logits_equal")
+            else:
+                result["logits_note"] = (
+                    "recorded in another environment; the difference is reported and does not decide"
+                )
+        modules = dict(model.named_modules())
+        dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
+        result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
+        failed += ["weights_differing"] if result["weights_differing"] else []
+    failed += _check_processor(folder, record, source, result)
     result["failed"] = failed
     result["verified"] = not failed
     if is_writer():

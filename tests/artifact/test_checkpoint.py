@@ -110,6 +110,14 @@ def test_a_changed_or_missing_processor_file_is_found(copy: Path, gone: bool) ->
     assert failed(copy) == ["processor_files_changed"]
 
 
+def test_a_source_that_differs_from_the_checkpoint_is_found(finished: Finished, copy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(finished.pair.student, tmp_path / "source"))
+    assert grace_plugin.verify(copy, source=source)["processor_files"] == 4
+    (source / "chat_template.jinja").write_text("other")
+    with pytest.raises(VerificationError, match=r'processor_files_changed": \["chat_template.jinja"\]'):
+        grace_plugin.verify(copy, source=source)
+
+
 def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
     tensors = load_file(copy / PROBE)
     tensors["logits"].view(-1)[0] += 1.0
