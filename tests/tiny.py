@@ -179,8 +179,9 @@ def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> t
     """Qwen3-VL with four experts in each layer, two of them chosen for a token."""
     dense, processor = _qwen3_vl(tokenizer, text)
     dense_text = dense.config.text_config
-    experts = dict(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
-    experts["norm_topk_prob"] = True  # every published checkpoint says so, and vLLM reads it
+    experts = dict(
+        moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, norm_topk_prob=True
+    )
     config = Qwen3VLMoeConfig(
         text_config=text | experts | {"rope_parameters": dict(dense_text.rope_parameters)},
         vision_config={k: v for k, v in dense.config.vision_config.to_dict().items() if k != "model_type"},

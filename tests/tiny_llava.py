@@ -142,8 +142,8 @@ def internvl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
 
 
 def gemma3(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
-    """SigLIP tower pooled to four tokens a side of two, tied embeddings, local and global attention layers."""
-    per_image = 4
+    """SigLIP tower, sixteen tokens an image, tied embeddings, local and global attention layers."""
+    per_image = (SIDE // PATCH) ** 2
     processor = Gemma3Processor(
         Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer, image_seq_length=per_image,
         chat_template=chat_template("<start_of_image>", end="<eos>"),

@@ -138,7 +138,7 @@ def test_a_teacher_of_another_family_that_sees_alike_is_taken(student: str, teac
     [
         ("qwen2_vl", "qwen3_vl", "patch_size: 14 / 16"),
         ("llava", "llava_next", "image_grid_pinpoints: None / "),
-        ("gemma3", "internvl", "mm_tokens_per_image: 4 / None"),
+        ("gemma3", "internvl", "mm_tokens_per_image: 16 / None"),
         ("pixtral", "mistral3", "spatial_merge_size: None / 2"),
     ],
 )
