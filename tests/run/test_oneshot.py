@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
 from grace_plugin.data import ConversationCollator
-from grace_plugin.upstream import active_session, oneshot as upstream_oneshot
+from grace_plugin.upstream import active_session
+from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, recipe_text
 from tests.tiny import rows
 
