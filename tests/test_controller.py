@@ -227,6 +227,10 @@ def test_a_state_of_another_shape_is_refused():
         ControllerState.from_dict(saved)
 
 
+def test_a_step_without_a_schedule_travels_one():
+    assert [state.travelled for state in run([1.0, 1.0, 1.0])] == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_states_are_never_changed():
     state = start(ControllerSettings(), 10)
     update(state, 1.0)

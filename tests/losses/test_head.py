@@ -224,6 +224,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
     with Footprint() as gates:
         teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=40, chunk=chunk)
     assert gates.largest == max(chunk * 40, 40 * 6)
+    assert gates.calls == -(-60 // chunk)
     with Footprint() as head:
         run(sides, targets, v=40, chunk=chunk).loss.backward()
     assert head.largest == max(chunk * 40, *(sides[name].numel() for name in NAMES))

@@ -371,6 +371,10 @@ def test_the_cache_tells_autocast_s_weight_from_the_other():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.up(batch()).dtype == torch.bfloat16
     assert torch.equal(model.up(batch()), plain)
+    other, _ = attached()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other.up(batch())
+    assert torch.equal(other.up(batch()), plain)
 
 
 def test_autocast_computes_in_its_dtype():
