@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from integration.families import Row, show, table
 from tests.tiny import EVERY
 
 pytestmark = pytest.mark.vllm
+
+NO_KERNEL = "No WNA16 MoE backend supports the deployment configuration"
+"""What vLLM 0.32 says on a CPU of any INT4 mixture of experts."""
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,12 @@ def found(serve_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize("name", EVERY)
 def test_a_family_passes(found: dict[str, Row], name: str) -> None:
     row = found[name]
+    if name == "qwen3_vl_moe" and not torch.cuda.is_available():
+        assert row.verified and row.codes_differing == 0
+        assert NO_KERNEL in row.error, (
+            row
+        )  # the day vLLM's CPU build has one, this fails and the row is judged as all others
+        return
     assert row.passed, row
     assert row.codes > 0
     assert row.tokens >= 22
