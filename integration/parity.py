@@ -1,7 +1,8 @@
 """Judge vLLM's answers by transformers, token by token and by log-probability.
 
 transformers reads the same checkpoint from disk in BF16 and is given vLLM's prompt and tokens (teacher forcing), so
-one early difference does not make everything after it incomparable. For each generated token: |log p_vLLM - log
+one early difference does not make everything after it incomparable. The head's product is taken in float32: logits of
+8 and more are spaced 0.06 apart in BF16, wider than the near-ties looked for. For each generated token: |log p_vLLM - log
 p_transformers| in nats, and, where transformers would have chosen another token, how far ahead that one is (its
 margin).
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AutoProcessor
 
 from grace_plugin.artifact.verify import load
@@ -49,14 +51,34 @@ def prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
 
 
-def judge(checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any]) -> Parity:
-    """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it."""
+def without_colour(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same questions with their pictures and videos in grey: as many tokens, and a difference a judge must notice."""
+    grey = []
+    for question in questions:
+        images = [image.convert("L").convert("RGB") for image in question["images"]]
+        videos = [
+            (frames.mean(-1, keepdims=True).repeat(3, -1).astype(frames.dtype), known)
+            for frames, known in question.get("videos", [])
+        ]
+        grey.append({**question, "images": images, **({"videos": videos} if videos else {})})
+    return grey
+
+
+def judge(
+    checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any], *, causal: bool = False
+) -> Parity:
+    """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it.
+
+    causal: tokens of a picture see only those before them, also in a model that lets them see each other.
+    """
     model = load(Path(checkpoint))
     processor = AutoProcessor.from_pretrained(checkpoint)
     parity = Parity()
     for question, answer in zip(questions, answers, strict=True):
         text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
         batch = dict(processor(text=[text], **pictures(question), return_tensors="pt"))
+        if causal and "token_type_ids" in batch:
+            batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
         parity.prompts_differing += batch["input_ids"][0].tolist() != answer.prompt_ids
         _compare(parity, model, batch, answer)
     return parity
@@ -69,9 +91,13 @@ def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer:
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     for key in {"mm_token_type_ids", "token_type_ids"} & batch.keys():
         batch[key] = torch.cat([batch[key], torch.zeros_like(said)], 1)
+    states: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
     with torch.no_grad():
-        logits = model(**batch).logits[0, length - 1 : -1]
-    logp = logits.float().log_softmax(-1)
+        with head.register_forward_pre_hook(lambda _, args: states.append(args[0])):
+            model(**batch)
+        logits = functional.linear(states[0][0, length - 1 : -1].float(), head.weight.float())
+    logp = logits.log_softmax(-1)
     chosen = logp.gather(1, said[0][:, None])[:, 0]
     parity.tokens += len(answer.token_ids)
     parity.differences += (chosen - torch.tensor(answer.logprobs)).abs().tolist()

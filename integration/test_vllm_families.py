@@ -17,7 +17,7 @@ import pytest
 
 from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, Probed, probe
-from integration.parity import Parity, judge, prompts
+from integration.parity import Parity, judge, prompts, without_colour
 from tests.pairs import Pair, pair, recipe_text, run
 from tests.tiny import FAMILIES, rows
 
@@ -104,8 +104,7 @@ def test_tokens_agree_but_for_near_ties(parity_of: Callable[[str], Parity], name
 def test_the_comparison_notices_other_pictures(
     served: dict[str, Served], parity_of: Callable[[str], Parity], family: str
 ) -> None:
-    grey = [{**one, "images": [image.convert("L").convert("RGB") for image in one["images"]]} for one in QUESTIONS]
-    blind = judge(served[family].checkpoint, grey, served[family].answers)
+    blind = judge(served[family].checkpoint, without_colour(QUESTIONS), served[family].answers)
     assert blind.prompts_differing == 0
     assert blind.mean > max(10 * parity_of(family).mean, 3 * MEAN), str(blind)
 

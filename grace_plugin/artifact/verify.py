@@ -33,6 +33,7 @@ from grace_plugin.artifact.probe import probe_logits, read_probe
 from grace_plugin.artifact.ranks import is_writer
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
+from grace_plugin.vlm import FAMILIES
 
 __all__ = ["VerificationError", "check_against_run", "verify"]
 
@@ -43,9 +44,10 @@ class VerificationError(RuntimeError):
 
 def load(folder: Path) -> Any:
     """The checkpoint as transformers loads it: quantized layers still packed, dtype as stored."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    with FAMILIES[AutoConfig.from_pretrained(folder).model_type].reading():
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
 def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,0 +1,19 @@
+"""A mixture of experts: each expert is quantized by itself, stored by itself, and proved as every other layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grace_plugin
+from tests.pairs import pair, run
+
+
+def test_experts_are_stored_one_by_one_and_verify(tmp_path: Path) -> None:
+    done = run(pair("qwen3_vl_moe", tmp_path), tmp_path / "out")
+    found = grace_plugin.verify(done.checkpoint)
+    assert found["verified"] and found["logits_equal"]
+    assert found["codes_differing"] == found["scales_differing"] == 0
+    assert (
+        found["layers"] == found["layers_stored"] == 3 * (4 + 4 * 3)
+    )  # per layer: attention, four experts of three linears
+    assert not found["processor_files_changed"]
