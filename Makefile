@@ -31,7 +31,9 @@ demo: env
 test: unit integration
 
 unit: $(TRAIN_BUILT)
-	$(PYTEST) tests --cov=grace_plugin --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(PYTEST) tests --cov=grace_plugin --cov-report=
+	TRITON_INTERPRET=1 $(PYTEST) tests/losses/test_losses_triton.py tests/quantizer/test_quantizer_triton.py \
+		--cov=grace_plugin --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 integration: env
 	GRACE_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(PYTEST) integration
@@ -46,7 +48,7 @@ lint: $(TRAIN_BUILT)
 	$(TRAIN)/bin/python -m pytest tests/test_layout.py -q
 
 bench: $(TRAIN_BUILT)
-	$(TRAIN)/bin/python -m benchmarks
+	$(TRAIN)/bin/python -m benchmarks.speed
 
 clean:
 	rm -rf build dist .coverage .pytest_cache .ruff_cache .mypy_cache

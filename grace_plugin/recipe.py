@@ -59,7 +59,8 @@ class TeacherRecipe(Block):
 class DistillRecipe(Block):
     """Confidence-gated decoupled distillation (paper, GDKD): `(alpha * TCKD + beta * NCKD) * T^2`, gated by g^k.
 
-    chunk: supervised positions whose logits exist at one time (memory only; the value does not depend on it).
+    chunk: supervised positions whose logits exist at one time (memory only; the value does not depend on it); by default as
+        many as 209 MiB of logits hold.
     """
 
     enabled: bool = True
@@ -67,7 +68,7 @@ class DistillRecipe(Block):
     alpha: Positive = 1.0
     beta: Positive = 4.0
     gate_sharpness: NonNegative = 1.0
-    chunk: Count = 1024
+    chunk: Count | None = None
 
     @model_validator(mode="after")
     def _weight_order(self) -> DistillRecipe:

@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
 from tests.pairs import Pair, pair, run
 from tests.tiny import rows
+
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore_glob = ["*_triton.py"]  # `make unit` runs them by themselves, in Triton's interpreter
 
 
 @pytest.fixture(scope="session")

@@ -197,6 +197,11 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
     log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
-    log_ids = (logits > -math.inf).sum(dim=1).to(logits.dtype).log()
+    return gate_of_entropy(entropy, (logits > -math.inf).sum(dim=1).to(logits.dtype), sharpness)
+
+
+def gate_of_entropy(entropy: Tensor, ids: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """``(exp(-k * H / log V), H)`` of entropies H [n] in nats over V = ids [n] tokens; an open gate where V is 1."""
+    log_ids = ids.log()
     share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
     return torch.exp(-sharpness * share), entropy

@@ -9,21 +9,25 @@ every gradient; the backward pass multiplies by the incoming one.
 
 What it refuses. A head with fewer rows than the common vocabulary, a teacher without gates, mismatched rows.
 
-What it costs. Memory of about six float32 matrices [chunk, V] whatever N is, one float32 gradient [V_s, d_s] when the
-student's head is trained and none when it is frozen. Matrix products run in the type of the hidden state; everything
-between them runs in float32. Both sides are cut to the common vocabulary, so padded rows carry no probability mass.
+What it costs. Logits of a chunk, whatever N is: with Triton one matrix [chunk, V] and half of one in the type of the hidden
+state, in torch about six float32 matrices; one float32 gradient [V_s, d_s] when the student's head is trained and none when it
+is frozen. Matrix products run in the type of the hidden state; everything between them runs in float32. Both sides are cut to
+the common vocabulary, so padded rows carry no probability mass.
 
 Legend: N supervised positions, V common vocabulary, V_s and V_t rows of each head, d_s and d_t hidden widths. Nats.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grace_plugin.losses.distill import add_decoupled_gradient, check_temperature, confidence_gate, decoupled_terms
+from grace_plugin.losses import head_triton
+from grace_plugin.losses.chunks import Settings, Teacher, eager, fused, positions_per_chunk
+from grace_plugin.losses.distill import check_temperature, confidence_gate, gate_of_entropy
+from grace_plugin.losses.entropy_triton import entropies
 from grace_plugin.losses.precision import full_precision, loss_dtype
 from grace_plugin.losses.projection import Gradients, Head, check_head, check_rows, cut
 
@@ -41,21 +45,6 @@ class HeadOutput:
     positions: int  # N
 
 
-class _Settings(NamedTuple):
-    temperature: float
-    alpha: float
-    beta_dkd: float
-    chunk: int
-    form_gradients: bool
-    dtype: torch.dtype
-
-
-class _Teacher(NamedTuple):
-    hidden: Tensor  # [N, d_t]
-    head: Head
-    gate: Tensor  # [N]
-
-
 @torch.no_grad()
 def teacher_gates(
     hidden_t: Tensor,
@@ -64,7 +53,7 @@ def teacher_gates(
     *,
     vocabulary: int,
     sharpness: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate [N] and entropy [N] (nats) of the teacher's positions from its final hidden states, by chunk.
 
@@ -74,11 +63,12 @@ def teacher_gates(
         bias_t: [V_t] or None.
         vocabulary: V, ids that both tokenizers share; further rows are cut.
         sharpness: exponent of the gate.
-        chunk: positions whose logits exist at one time.
+        chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
 
     Raises:
         ValueError: the head does not fit the hidden states or the vocabulary.
     """
+    chunk = positions_per_chunk(vocabulary, hidden_t.element_size()) if chunk is None else chunk
     check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
     dtype = loss_dtype(hidden_t)
     gate = torch.empty(hidden_t.shape[0], dtype=dtype, device=hidden_t.device)
@@ -87,12 +77,19 @@ def teacher_gates(
         head = cut(hidden_t, weight_t, bias_t, vocabulary)
         for start in range(0, hidden_t.shape[0], chunk):
             rows = slice(start, start + chunk)
-            gate[rows], entropy[rows] = confidence_gate(head.logits(hidden_t[rows], dtype), sharpness)
+            logits = head.logits(hidden_t[rows])
+            if head_triton.usable(logits):
+                gate[rows], entropy[rows] = gate_of_entropy(*entropies(logits), sharpness)
+            else:
+                gate[rows], entropy[rows] = confidence_gate(logits.to(dtype), sharpness)
     return gate, entropy
 
 
-def _constant(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    return scale.detach().to(dtype) if isinstance(scale, Tensor) else scale
+def _constant(scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor as a 0-dimensional tensor on the device of ``like``; a number is written there without a host copy."""
+    if isinstance(scale, Tensor):
+        return scale.detach().to(device=like.device, dtype=dtype)
+    return torch.full((), scale, dtype=dtype, device=like.device)
 
 
 class _DistillationHead(torch.autograd.Function):
@@ -103,65 +100,36 @@ class _DistillationHead(torch.autograd.Function):
         weight_s: Tensor,
         bias_s: Tensor | None,
         student: Head,
-        teacher: _Teacher | None,
+        teacher: Teacher | None,
         targets: Tensor,
-        scales: tuple[Tensor | float, Tensor | float],
-        settings: _Settings,
+        scales: Tensor,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor]:
-        dtype = settings.dtype
         needs = [settings.form_gradients and need for need in ctx.needs_input_grad[:3]]
-        gradients = Gradients(hidden_s, weight_s, bias_s, needs, dtype)
-        sums = torch.zeros(4, dtype=dtype, device=hidden_s.device)
-        for start in range(0, hidden_s.shape[0], settings.chunk):
-            rows = slice(start, start + settings.chunk)
-            logits_s = student.logits(hidden_s[rows], dtype)
-            known = None if teacher is None else (teacher.head.logits(teacher.hidden[rows], dtype), teacher.gate[rows])
-            parts, grad = _chunk(logits_s, known, targets[rows], scales, settings)
-            sums += parts
-            if any(needs):
-                gradients.add(rows, grad, hidden_s[rows], student)
+        gradients = Gradients(hidden_s, weight_s, bias_s, needs, settings.dtype, settings.weight_grad_dtype)
+        fits = settings.dtype == torch.float32 and head_triton.usable(hidden_s.new_empty(0, student.weight.shape[0]))
+        run = fused if fits else eager
+        ctx.once = run is fused
+        sums = run(hidden_s, student, teacher, targets, scales, settings, gradients if any(needs) else None)
         ctx.save_for_backward(*gradients.all())
-        loss = scales[0] * sums[0] if teacher is None else scales[0] * sums[0] + scales[1] * sums[1]
         ctx.mark_non_differentiable(sums)
-        return loss, sums
+        return (scales * sums[:2]).sum(), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None
-
-
-def _chunk(
-    logits_s: Tensor,
-    known: tuple[Tensor, Tensor] | None,
-    targets: Tensor,
-    scales: tuple[Tensor | float, Tensor | float],
-    settings: _Settings,
-) -> tuple[Tensor, Tensor]:
-    """Sums [CE, gated DKD, gated TCKD, gated NCKD] of one chunk, and the loss differentiated by its logits [n, V].
-
-    ``known`` is the teacher's logits [n, V] and gate [n].
-    """
-    column = targets.unsqueeze(1)
-    log_p = torch.log_softmax(logits_s, dim=1)
-    ce_sum = -log_p.gather(1, column).sum()
-    grad = log_p.exp_()
-    grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=grad.dtype))
-    grad *= scales[0]
-    zero = torch.zeros_like(ce_sum)
-    if known is None:
-        return torch.stack([ce_sum, zero, zero, zero]), grad
-    logits_t, gate = known
-    tckd, nckd, directions = decoupled_terms(logits_s, logits_t, targets, settings.temperature)
-    square = settings.temperature * settings.temperature
-    tckd_sum = (gate * tckd).sum()
-    nckd_sum = (gate * nckd).sum()
-    dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)
-    weight = scales[1] * square * gate
-    weights = (settings.alpha * weight, settings.beta_dkd * weight)
-    add_decoupled_gradient(grad, directions, targets, weights, settings.temperature)
-    return torch.stack([ce_sum, dkd_sum, tckd_sum, nckd_sum]), grad
+        if not ctx.once:
+            scaled = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
+            return *scaled, None, None, None, None, None
+        if ctx.once == "used":
+            raise RuntimeError(
+                "the gradients of this loss were handed out by an earlier backward; compute the loss again"
+            )
+        ctx.once = "used"
+        for grad in ctx.saved_tensors:
+            if grad is not None:
+                head_triton.scale_in_place(grad, grad_loss)
+        return *ctx.saved_tensors, None, None, None, None, None
 
 
 def distillation_head(
@@ -180,7 +148,8 @@ def distillation_head(
     temperature: float = 2.0,
     alpha: float = 1.0,
     beta_dkd: float = 4.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
 ) -> HeadOutput:
     """Cross-entropy plus gated decoupled distillation of N positions, from hidden states, by chunk.
 
@@ -202,7 +171,9 @@ def distillation_head(
         temperature: T of both divergences.
         alpha: weight of TCKD.
         beta_dkd: weight of NCKD.
-        chunk: positions whose logits exist at one time.
+        chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
+        weight_grad_dtype: what the gradient of the head is summed in over chunks, by default float32, and then 4 bytes a weight
+            stand beside the gradient; the dtype of a bfloat16 head saves them and rounds the sum once per chunk.
 
     Returns:
         :class:`HeadOutput`; N == 0 gives an exact zero through which backward still runs.
@@ -211,6 +182,7 @@ def distillation_head(
         ValueError: shapes that do not fit, a vocabulary a head does not hold, or a teacher without head or gate.
     """
     check_temperature(temperature)
+    chunk = positions_per_chunk(vocabulary, hidden_s.element_size()) if chunk is None else chunk
     check_head("student", hidden_s, weight_s, bias_s, vocabulary, chunk)
     check_rows("targets", targets, hidden_s)
     with full_precision(hidden_s):
@@ -224,9 +196,9 @@ def distillation_head(
             check_rows("teacher hidden states", hidden_t, hidden_s)
             check_rows("gates", gate, hidden_s)
             head_t = cut(hidden_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), vocabulary)
-            teacher = _Teacher(hidden_t.detach(), head_t, gate.detach().to(dtype))
-        scales = (_constant(ce_scale, dtype), _constant(kd_scale, dtype))
-        settings = _Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled(), dtype)
+            teacher = Teacher(hidden_t.detach(), head_t, gate.detach().to(hidden_s.device, dtype))
+        scales = torch.stack([_constant(scale, hidden_s, dtype) for scale in (ce_scale, kd_scale)])
+        settings = Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled(), dtype, weight_grad_dtype)
         loss, sums = _DistillationHead.apply(hidden_s, weight_s, bias_s, student, teacher, targets, scales, settings)
     gate_sum = sums.new_zeros(()) if teacher is None else teacher.gate.sum()
     ce_sum, dkd_sum, tckd_sum, nckd_sum = sums.detach().unbind()

@@ -24,9 +24,14 @@ class Head(NamedTuple):
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
 
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """[n, d] -> [n, V] in ``dtype``."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias).to(dtype)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, d] -> [n, V] in the type of the hidden states; into the first n rows of ``out`` when it is given."""
+        if out is None:
+            return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        out = out[: hidden.shape[0]]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
 
 def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> Head:
@@ -57,27 +62,56 @@ def check_rows(name: str, given: Tensor, hidden_s: Tensor) -> None:
         raise ValueError(f"{given.shape[0]} {name} for {hidden_s.shape[0]} student positions; give one per position")
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total = left @ right the first time and total += left @ right afterwards, in the precision of ``total``."""
+    if total.dtype != left.dtype and not total.is_cuda:  # torch's CPU products round to their inputs' type
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+        return
+    if total.dtype == left.dtype:
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+    elif first:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
 class Gradients:
-    """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated."""
+    """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated.
+
+    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: list[bool],
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         # float16 cannot hold a gradient already divided by the window's tokens; bfloat16 and float32 can.
         self.product_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
         self.hidden = torch.empty_like(hidden, dtype=self.product_dtype) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+        self.weight = torch.empty_like(weight, dtype=weight_dtype or dtype) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
+        self._first = True
+        if self.weight is not None and not hidden.shape[0]:
+            self.weight.zero_()
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, head: Head) -> None:
         vocabulary = grad_logits.shape[1]
         grad = grad_logits.to(self.product_dtype)
         if self.hidden is not None:
-            self.hidden[rows] = grad @ head.weight.to(self.product_dtype)
+            torch.mm(grad, head.weight.to(self.product_dtype), out=self.hidden[rows])
         if self.weight is not None:
-            self.weight[:vocabulary] += grad.T @ hidden.to(self.product_dtype)
+            if self._first:
+                self.weight[vocabulary:].zero_()
+            _add_product(self.weight[:vocabulary], grad.T, hidden.to(self.product_dtype), self._first)
         if self.bias is not None:
-            self.bias[:vocabulary] += grad_logits.sum(dim=0)
+            self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
+        self._first = False
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.hidden, self.weight, self.bias

@@ -10,9 +10,10 @@ What it refuses. Sizes that do not add up to the rows, or rows that differ betwe
 4 visual tokens, or whose centred norm is degenerate (all tokens alike) on either side, is skipped and counted; a
 non-finite hidden state is *not* skipped: it makes the loss NaN, where the training loop sees it.
 
-What it costs. Images of one size are one batch of matrix products, in float32 with autocast off. The n x n form or the
-d x d form |V_T~^T V_S~|^2, which is the same number, is taken, whichever needs fewer operations. No host
-synchronisation: sizes are host integers, counts stay on the device.
+What it costs. Images of one size are one batch of matrix products, with autocast off. bfloat16 states on CUDA are multiplied as
+they are (`losses.relational_triton`) where the n x n form is the cheaper one.
+Elsewhere rows are normalised and centred in float32, and the n x n form or the d x d form |V_T~^T V_S~|^2, which is the same
+number, is taken, whichever needs fewer operations. No host synchronisation: sizes are host integers, counts stay on the device.
 
 Legend: M visual tokens of I images one after the other, n tokens of one image, b images of one size, d_s, d_t widths.
 """
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grace_plugin.losses import relational_triton
 from grace_plugin.losses.precision import full_precision, loss_dtype
 
 MIN_TOKENS = 4
@@ -127,6 +129,14 @@ def _by_size(sizes: Sequence[int]) -> dict[int, list[int]]:
     return groups
 
 
+def _batch(hidden: Tensor, sizes: Sequence[int], members: list[int]) -> Tensor:
+    """Rows of the members, images of one size, as [b, n, d]; a view when they are all there is."""
+    if len(members) == len(sizes):
+        return hidden.unflatten(0, (len(sizes), -1))
+    parts = hidden.split(list(sizes))
+    return torch.stack([parts[image] for image in members])
+
+
 @torch.no_grad()
 def countable_images(hidden_t: Tensor, sizes: Sequence[int]) -> Tensor:
     """Which images can count [I] bool, from the teacher's side and the sizes alone, before the student has run.
@@ -143,11 +153,13 @@ def countable_images(hidden_t: Tensor, sizes: Sequence[int]) -> Tensor:
     _check_sizes(hidden_t, sizes)
     too_small = torch.zeros((), dtype=torch.bool, device=hidden_t.device)
     counted = [too_small for _ in sizes]
-    parts = hidden_t.split(list(sizes))
     with full_precision(hidden_t):
         for size, images in _by_size(sizes).items():
-            batch = torch.stack([parts[image] for image in images]).to(loss_dtype(hidden_t))
-            fine = ~_degenerate(_square_norm(_centred(_unit_rows(batch))), size)
+            batch = _batch(hidden_t, sizes, images)
+            if relational_triton.usable(batch):
+                fine = relational_triton.countable(batch)
+            else:
+                fine = ~_degenerate(_square_norm(_centred(_unit_rows(batch.to(loss_dtype(hidden_t))))), size)
             for image, counts in zip(images, fine.unbind()):
                 counted[image] = counts
     return torch.stack(counted) if counted else too_small.new_zeros(0)
@@ -170,12 +182,14 @@ def relational_loss(hidden_s: Tensor, hidden_t: Tensor, sizes: Sequence[int]) ->
     dtype = loss_dtype(hidden_s, hidden_t)
     loss_sum = hidden_s[:0].sum(dtype=dtype)
     images = torch.zeros((), dtype=torch.int64, device=hidden_s.device)
-    parts_s, parts_t = hidden_s.split(list(sizes)), hidden_t.detach().split(list(sizes))
     with full_precision(hidden_s):
         for members in _by_size(sizes).values():
-            centred_s = _centred(_unit_rows(torch.stack([parts_s[image] for image in members]).to(dtype)))
-            centred_t = _centred(_unit_rows(torch.stack([parts_t[image] for image in members]).to(dtype)))
-            cka, counts = _alignment(centred_t, centred_s)
+            batch_s, batch_t = _batch(hidden_s, sizes, members), _batch(hidden_t.detach(), sizes, members)
+            if relational_triton.usable(batch_s, batch_t):
+                cka, counts = relational_triton.alignment(batch_t, batch_s)
+            else:
+                centred_t, centred_s = _centred(_unit_rows(batch_t.to(dtype))), _centred(_unit_rows(batch_s.to(dtype)))
+                cka, counts = _alignment(centred_t, centred_s)
             loss_sum = loss_sum + torch.where(counts, 1.0 - cka, 0.0).sum()
             images = images + counts.sum()
     return RelationalOutput(loss_sum, images, len(sizes) - images)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize, settle
 from grace_plugin.quantizer.scales import check_format, holds, start_scales, stored_scale, validate_group
 
 PARAMETER = "weight_log_scale"
@@ -44,11 +44,17 @@ class _LayerState:
     format: Format
     cache: WeightCache | None
     previous_forward: Any  # an instance forward that stood on the layer before, or None
+    defer: bool = False  # leave the backward to `Attached.settle`
+    pending: bool = False  # a deferred gradient may be there
 
 
 def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Forward of an attached layer: the fake-quantized weight in place of the weight."""
     state: _LayerState = self.__dict__[_STATE]
+    defer = (
+        state.defer and torch.is_grad_enabled() and self.weight.requires_grad and getattr(self, PARAMETER).requires_grad
+    )
+    state.pending |= defer
     weight = fake_quantize(
         self.weight,
         getattr(self, PARAMETER),
@@ -56,6 +62,7 @@ def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
         num_bits=state.format.num_bits,
         stored_dtype=state.format.stored_dtype,
         cache=state.cache,
+        defer=defer,
     )
     return nn.functional.linear(input, weight, self.bias)
 
@@ -99,6 +106,22 @@ class Attached:
             for linear, scale, form in self._layers().values()
         ]
         return torch.stack(counts).sum() / sum(linear.weight.numel() for linear in self._linears.values())
+
+    def defer(self, on: bool = True) -> None:
+        """Let gradients of weights be dL/dw^ until :meth:`settle`: many micro-batches then cost one backward of the quantizer.
+
+        For loops whose gradients stay in ``.grad`` (one process, DDP): other engines leave nothing there to settle.
+        """
+        for linear in self._linears.values():
+            self._state(linear).defer = on
+
+    def settle(self) -> None:
+        """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""
+        for linear, scale, form in self._layers().values():
+            state = self._state(linear)
+            if state.pending and linear.weight.grad is not None:
+                settle(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            state.pending = False
 
     @torch.no_grad()
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:

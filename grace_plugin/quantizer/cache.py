@@ -53,10 +53,12 @@ class WeightCache:
     def __init__(self, counter: StepCounter | None = None) -> None:
         self.quantizations = 0
         self._counter = counter
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
-    def get(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], Tensor]) -> Tensor:
-        """The value for these inputs: a new tensor object over the kept storage, computed when anything has changed."""
+    def get(
+        self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Value and scales for these inputs: new tensor objects over the kept storage, computed when anything has changed."""
         key = (
             None if self._counter is None else self._counter.steps,
             *(part for t in (weight, log_scale) for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
@@ -65,7 +67,8 @@ class WeightCache:
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, compute())
             self.quantizations += 1
-        return self._kept[1].detach()
+        value, scale = self._kept[1]
+        return value.detach(), scale
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         """A copied layer starts with an empty cache that listens to the same counter."""

@@ -15,7 +15,9 @@ What it refuses. Formats whose codes do not survive being saved (``check_format`
 and a compute dtype (the weight's, or autocast's) that cannot hold the stored dtype's numbers.
 
 What it costs. Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in
-blocks of rows. One quantization per call unless a :class:`WeightCache` is given: then once per optimizer step.
+blocks of rows, or in one kernel where Triton runs. One quantization per call unless a :class:`WeightCache` is given: then
+once per optimizer step. The backward is linear in dL/dw^ while weight and scale stand still, so it too can wait for the sum
+over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until :func:`settle` is called, once per step.
 
 Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
 """
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import WeightCache
 from grace_plugin.quantizer.scales import (
     check_format,
@@ -103,28 +106,38 @@ def clipped(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: t
 
 
 def _backward(
-    weight: Tensor,
-    log_scale: Tensor,
-    grad_out: Tensor,
-    num_bits: int,
-    stored_dtype: torch.dtype,
-    needs: tuple[bool, bool],
+    weight: Tensor, scale: Tensor, grad_out: Tensor, num_bits: int, needs: tuple[bool, bool], into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and log_scale, each where it is needed; the weight's may be written over ``grad_out``."""
     smallest, largest = code_range(num_bits)
-    scale = stored_scale(log_scale, stored_dtype)
-    grad_weight = torch.empty_like(weight) if needs[0] else None
-    grad_log_scale = torch.empty_like(log_scale) if needs[1] else None
+    grad_weight = into if into is not None or not needs[0] else torch.empty_like(weight)
+    grad_log_scale = torch.empty(scale.shape, dtype=compute_dtype(weight), device=scale.device) if needs[1] else None
+    if fake_quant_triton.usable(weight, scale.dtype):
+        grad_out = grad_out.contiguous()
+        fake_quant_triton.backward(weight, scale, grad_out, (smallest, largest), grad_weight, grad_log_scale)
+        return grad_weight, grad_log_scale
     for rows in row_blocks(*weight.shape):
         unrounded = _unrounded(weight[rows], scale[rows])
         rounded = unrounded.round()
         inside = (rounded >= smallest) & (rounded <= largest)
         grad = grad_out[rows].unflatten(1, (scale.shape[1], -1))
-        if grad_weight is not None:
-            grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
         if grad_log_scale is not None:
             step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, unrounded, 0.0))
             grad_log_scale[rows] = (grad * step).sum(dim=2) * scale[rows]
+        if grad_weight is not None:
+            grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
     return grad_weight, grad_log_scale
+
+
+def _quantized(
+    weight: Tensor, log_scale: Tensor, num_bits: int, stored_dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups]."""
+    if fake_quant_triton.usable(weight, stored_dtype):
+        return fake_quant_triton.forward(weight, log_scale, stored_dtype, code_range(num_bits), out_dtype)
+    scale = stored_scale(log_scale, stored_dtype)
+    found = codes(weight, log_scale, num_bits=num_bits, stored_dtype=stored_dtype)
+    return dequantize(found, scale).to(out_dtype), scale
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -137,22 +150,38 @@ class _FakeQuantize(torch.autograd.Function):
         stored_dtype: torch.dtype,
         out_dtype: torch.dtype,
         cache: WeightCache | None,
+        defer: bool,
     ) -> Tensor:
-        def compute() -> Tensor:
-            found = codes(weight, log_scale, num_bits=num_bits, stored_dtype=stored_dtype)
-            return dequantize(found, stored_scale(log_scale, stored_dtype)).to(out_dtype)
+        def compute() -> tuple[Tensor, Tensor]:
+            return _quantized(weight, log_scale, num_bits, stored_dtype, out_dtype)
 
-        ctx.save_for_backward(weight, log_scale)
-        ctx.format = (num_bits, stored_dtype)
-        return compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute)
+        value, scale = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute)
+        ctx.save_for_backward(weight, log_scale, scale)
+        ctx.num_bits, ctx.defer = num_bits, defer
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, log_scale = ctx.saved_tensors
-        num_bits, stored_dtype = ctx.format
-        grads = _backward(weight, log_scale, grad_out, num_bits, stored_dtype, ctx.needs_input_grad[:2])
-        return (*grads, None, None, None, None)
+        weight, log_scale, scale = ctx.saved_tensors
+        if ctx.defer:
+            return grad_out.to(weight.dtype), torch.zeros_like(log_scale), None, None, None, None, None
+        grads = _backward(weight, scale, grad_out, ctx.num_bits, ctx.needs_input_grad[:2])
+        return (*grads, None, None, None, None, None)
+
+
+@torch.no_grad()
+def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> None:
+    """Turn ``weight.grad`` from a sum of dL/dw^ into the gradients of weight and log_scale, in place.
+
+    Both must stand as they stood in the forward passes whose gradients were deferred. What ``log_scale.grad`` held is replaced.
+    """
+    grad = weight.grad
+    assert grad is not None
+    scale = stored_scale(log_scale, stored_dtype)
+    _, grad_log_scale = _backward(weight, scale, grad, num_bits, (True, True), into=grad)
+    assert grad_log_scale is not None
+    log_scale.grad = grad_log_scale.to(log_scale.dtype)
 
 
 def forward_dtype(weight: Tensor) -> torch.dtype:
@@ -171,6 +200,7 @@ def fake_quantize(
     num_bits: int,
     stored_dtype: torch.dtype,
     cache: WeightCache | None = None,
+    defer: bool = False,
 ) -> Tensor:
     """w^ [out, in]: the weight as the checkpoint will hold it, differentiable by weight and log_scale.
 
@@ -181,6 +211,8 @@ def fake_quantize(
         num_bits: 2..8.
         stored_dtype: dtype of the checkpoint's scales.
         cache: reuse of the value while neither weight nor scale has changed.
+        defer: give the weight dL/dw^ as its gradient and the scale zeros, until :func:`settle` is called on both; they must
+            be leaves that both want a gradient.
 
     Returns:
         w^ in the compute dtype (autocast's when on, else the weight's); equal to ``dequantize(codes(...), ...)``.
@@ -200,5 +232,5 @@ def fake_quantize(
             f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
             f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
         )
-    value: Tensor = _FakeQuantize.apply(weight, log_scale, num_bits, stored_dtype, out_dtype, cache)
+    value: Tensor = _FakeQuantize.apply(weight, log_scale, num_bits, stored_dtype, out_dtype, cache, defer)
     return value

@@ -102,10 +102,15 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def scale_limits(dtype: torch.dtype) -> tuple[float, float]:
+    """Smallest and largest scale stored in ``dtype``: a normal number whose product with any code is finite."""
+    limits = torch.finfo(dtype)
+    return limits.tiny, limits.max / LARGEST_CODE
+
+
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A positive scale as a normal number of ``dtype`` whose product with any code is finite."""
-    limits = torch.finfo(dtype)
-    return scale.clamp(limits.tiny, limits.max / LARGEST_CODE).to(dtype)
+    return scale.clamp(*scale_limits(dtype)).to(dtype)
 
 
 class _StoredScale(torch.autograd.Function):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.losses import distillation_head, teacher_gates
+from grace_plugin.losses.chunks import positions_per_chunk
 from tests.losses.sides import NAMES, draw, full, grads, run
 from tests.reference import distill as oracle
 from tests.reference.footprint import Footprint
@@ -230,15 +231,19 @@ def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
     assert head.largest == max(chunk * 40, *(sides[name].numel() for name in NAMES))
 
 
-def test_a_chunk_is_1024_positions_unless_asked_otherwise():
-    hidden, weight = torch.randn(1100, 2), torch.randn(3, 2)
-    targets = torch.zeros(1100, dtype=torch.int64)
+def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise():
+    assert positions_per_chunk(151_936, 2) == 480
+    assert positions_per_chunk(151_936, 4) == 240
+    assert positions_per_chunk(3, 4) == 4096
+    assert positions_per_chunk(10**8, 2) == 16
+    hidden, weight = torch.randn(4200, 2), torch.randn(3, 2)
+    targets = torch.zeros(4200, dtype=torch.int64)
     with Footprint() as gates:
         gate, _ = teacher_gates(hidden, weight, None, vocabulary=3)
-    assert gates.largest == 1024 * 3
+    assert gates.largest == 4096 * 3
     with Footprint() as head:
         distillation_head(hidden, weight, None, hidden, weight, None, targets, gate, vocabulary=3, ce_scale=1.0)
-    assert head.largest == 1024 * 3
+    assert head.largest == 4096 * 3
 
 
 def test_distillation_is_off_until_it_is_given_a_weight():

@@ -20,9 +20,11 @@ class Watched:
     def get(self, dtype=torch.float32):
         def compute():
             self.made += 1
-            return torch.full((2, 2), float(self.made), dtype=dtype)
+            return torch.full((2, 2), float(self.made), dtype=dtype), torch.full((2, 1), float(self.made))
 
-        return self.cache.get(self.weight, self.scale, dtype, compute)
+        value, scale = self.cache.get(self.weight, self.scale, dtype, compute)
+        assert scale[0, 0] == value[0, 0]
+        return value
 
 
 def test_a_value_is_made_once_while_nothing_changes():
@@ -136,9 +138,9 @@ def test_a_copy_starts_empty_with_the_same_counter():
     watched.get()
     clone = copy.deepcopy(watched.cache)
     assert clone.quantizations == 0
-    clone.get(watched.weight, watched.scale, torch.float32, lambda: torch.zeros(1))
+    clone.get(watched.weight, watched.scale, torch.float32, lambda: (torch.zeros(1), torch.ones(1)))
     counter.advance()
-    clone.get(watched.weight, watched.scale, torch.float32, lambda: torch.zeros(1))
+    clone.get(watched.weight, watched.scale, torch.float32, lambda: (torch.zeros(1), torch.ones(1)))
     assert clone.quantizations == 2
 
 

@@ -1,0 +1,74 @@
+"""Medians, peaks and the machine's two ceilings."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+__all__ = ["ceilings", "extra_gib", "graphed", "median_ms"]
+
+Work = Callable[[], Any]
+
+
+def median_ms(work: Work, repeats: int = 20) -> float:
+    """Median time of a call in milliseconds: device events around each of `repeats` calls, or torch's Timer on a CPU."""
+    for _ in range(3):
+        work()
+    if not torch.cuda.is_available():
+        return float(1000 * Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.2).median)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graphed(work: Work) -> Work:
+    """The same device work without the host's share: a CUDA graph's replay. On a CPU, the work itself."""
+    if not torch.cuda.is_available():
+        return work
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def extra_gib(work: Work) -> float | None:
+    """Peak GiB that a call holds beyond what was there before it, results included; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    held = work()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del held
+    return peak / 2**30
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """TB/s of a large copy (bytes read and written) and TFLOP/s of a large bfloat16 (CPU: float32) product."""
+    cuda = device == "cuda"
+    source = torch.zeros(1 << (31 if cuda else 27), dtype=torch.uint8, device=device)
+    target, side = torch.empty_like(source), 8192 if cuda else 1024
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    return {
+        "copy_tb_per_s": 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e9,
+        "product_tflop_per_s": 2 * side**3 / median_ms(lambda: square @ square) / 1e9,
+    }

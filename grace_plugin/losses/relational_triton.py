@@ -1,0 +1,223 @@
+"""Relational alignment of bfloat16 states in Triton: two Gram matrices in, the alignment and the matrix of its gradient out.
+
+What it does. Products of bfloat16 numbers are exact in float32, so kernels are taken from the states as they are (tensor cores)
+and everything after them is float32 on n x n. With r_i = 1 / |x_i|, K_ij = r_i r_j G_ij and A, B the centred kernels of teacher
+and student, c = <A, B> / (|A| |B|) has dc/dB = (A / |A| - c B / |B|) / |B| =: D, which is centred as A and B are. Through the
+unit rows this is dc/dx = M x with the symmetric M_ij = 2 r_i r_j D_ij, less 2 r_i^2 (D K)_ii on the diagonal: one matrix
+product, taken with M split into two bfloat16 matrices (16 of float32's 24 bits).
+
+What it refuses. Nothing: `usable` says when it can run and is the cheaper form.
+
+What it costs. Two float32 and two bfloat16 matrices [b, n, n]; three launches beside the products; no host synchronisation.
+
+Legend: b images of n tokens each; widths d_s, d_t.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["KERNEL_DEGENERATE", "alignment", "countable", "usable"]
+
+if find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+else:  # torch for CPUs comes without
+    triton = None
+
+KERNEL_DEGENERATE = 1e-6
+"""|K~| / n at which float32 rounding of kernels centred after their product is as large as what is measured. Rows of bfloat16
+that differ at all differ by more."""
+
+
+def usable(*features: Tensor) -> bool:
+    """Whether features [b, n, d] are bfloat16 on CUDA (or under Triton's interpreter) and n x n is no larger than n x d."""
+    placed = all(part.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" for part in features)
+    fits = all(part.dtype == torch.bfloat16 and part.shape[1] <= part.shape[2] for part in features)
+    return triton is not None and placed and fits
+
+
+if triton is not None:
+
+    @triton.jit
+    def _lengths(gram, inverse, means, n: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """1 / |x_i| and the mean of row i of K."""
+        image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+        gram += image * n * n
+        square = tl.load(gram + row * n + row)
+        mine = tl.rsqrt(tl.where(square > 0.0, square, 1.0))
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < n
+            other = tl.load(gram + column * n + column, mask=inside, other=1.0)
+            length = tl.rsqrt(tl.where(other > 0.0, other, 1.0))
+            total += tl.load(gram + row * n + column, mask=inside, other=0.0) * length
+        tl.store(inverse + image * n + row, mine)
+        tl.store(means + image * n + row, tl.sum(total, 0) * mine / n)
+
+    @triton.jit
+    def _centred(gram, inverse, means, mine, mean, middle, row, column, inside, n: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Entries of K and of K~ in one row."""
+        kernel = tl.load(gram + row * n + column, mask=inside, other=0.0)
+        kernel *= mine * tl.load(inverse + column, mask=inside, other=0.0)
+        centred = kernel - mean - tl.load(means + column, mask=inside, other=0.0) + middle
+        return kernel, tl.where(inside, centred, 0.0)
+
+    @triton.jit
+    def _total(numbers, n: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            total += tl.load(numbers + place, mask=place < n, other=0.0)
+        return tl.sum(total, 0)
+
+    @triton.jit
+    def _products(  # type: ignore[no-untyped-def]
+        gram_t, gram_s, inverse_t, inverse_s, means_t, means_s, sums, images, n: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """Of row i: <A, A>, <B, B> and <A, B>."""
+        image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+        gram_t, gram_s = gram_t + image * n * n, gram_s + image * n * n
+        inverse_t, inverse_s, means_t, means_s = (
+            inverse_t + image * n, inverse_s + image * n, means_t + image * n, means_s + image * n,
+        )  # fmt: skip
+        mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
+        mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
+        middle_t, middle_s = _total(means_t, n, BLOCK) / n, _total(means_s, n, BLOCK) / n
+        aa = tl.zeros([BLOCK], tl.float32)
+        bb = tl.zeros([BLOCK], tl.float32)
+        ab = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < n
+            _, a = _centred(gram_t, inverse_t, means_t, mine_t, mean_t, middle_t, row, column, inside, n)
+            _, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
+            aa += a * a
+            bb += b * b
+            ab += a * b
+        place = sums + image * n + row
+        tl.store(place, tl.sum(aa, 0))
+        tl.store(place + images * n, tl.sum(bb, 0))
+        tl.store(place + 2 * images * n, tl.sum(ab, 0))
+
+    @triton.jit
+    def _direction(  # type: ignore[no-untyped-def]
+        gram_t, gram_s, inverse_t, inverse_s, means_t, means_s, sums, high, low, alignment, counts, images, least,
+        n: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Row i of M as two bfloat16 parts; the first row also writes the image's alignment."""
+        image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+        sums += image * n
+        square_t, square_s = _total(sums, n, BLOCK), _total(sums + images * n, n, BLOCK)
+        inner = _total(sums + 2 * images * n, n, BLOCK)
+        skip = (square_t <= least) | (square_s <= least)
+        norm_t, norm_s = tl.sqrt(tl.where(skip, 1.0, square_t)), tl.sqrt(tl.where(skip, 1.0, square_s))
+        cka = tl.where(skip, 0.0, inner) / (norm_t * norm_s)
+        if row == 0:
+            tl.store(alignment + image, cka)
+            tl.store(counts + image, tl.where(skip, 0, 1))
+        if GRADIENT:
+            by_t = tl.where(skip, 0.0, 1.0 / (norm_t * norm_s))
+            by_s = tl.where(skip, 0.0, cka / (norm_s * norm_s))
+            gram_t, gram_s = gram_t + image * n * n, gram_s + image * n * n
+            inverse_t, inverse_s, means_t, means_s = (
+                inverse_t + image * n, inverse_s + image * n, means_t + image * n, means_s + image * n,
+            )  # fmt: skip
+            high, low = high + image * n * n + row * n, low + image * n * n + row * n
+            mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
+            mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
+            middle_t, middle_s = _total(means_t, n, BLOCK) / n, _total(means_s, n, BLOCK) / n
+            along = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                inside = column < n
+                _, a = _centred(gram_t, inverse_t, means_t, mine_t, mean_t, middle_t, row, column, inside, n)
+                kernel, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
+                along += (by_t * a - by_s * b) * kernel
+            diagonal = 2.0 * tl.sum(along, 0) * mine_s * mine_s
+            for start in range(0, n, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                inside = column < n
+                _, a = _centred(gram_t, inverse_t, means_t, mine_t, mean_t, middle_t, row, column, inside, n)
+                _, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
+                length = tl.load(inverse_s + column, mask=inside, other=0.0)
+                entry = 2.0 * mine_s * length * (by_t * a - by_s * b) - tl.where(column == row, diagonal, 0.0)
+                rounded = entry.to(tl.bfloat16)
+                tl.store(high + column, rounded, mask=inside)
+                tl.store(low + column, (entry - rounded.to(tl.float32)).to(tl.bfloat16), mask=inside)
+
+
+def _gram(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x x^T [b, n, n], 1 / |x_i| and row means of K [b, n], float32."""
+    images, tokens, _ = features.shape
+    gram = _bmm(features, features.mT)
+    inverse = torch.empty(images, tokens, dtype=torch.float32, device=features.device)
+    means = torch.empty_like(inverse)
+    _lengths[(tokens, images)](gram, inverse, means, n=tokens, BLOCK=_block(tokens), num_warps=4)
+    return gram, inverse, means
+
+
+def _block(tokens: int) -> int:
+    return int(min(max(triton.next_power_of_2(tokens), 16), 1024))
+
+
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    """bfloat16 [b, i, k] times [b, k, j] in float32."""
+    return torch.bmm(left, right, out_dtype=torch.float32) if left.is_cuda else torch.bmm(left.float(), right.float())
+
+
+def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CKA [b] float32, whether each image counts [b] bool, and M as two bfloat16 parts [b, n, n] (empty without gradient)."""
+    images, tokens, _ = features_s.shape
+    gram_t, inverse_t, means_t = _gram(features_t)
+    gram_s, inverse_s, means_s = _gram(features_s)
+    sums = torch.empty(3, images, tokens, dtype=torch.float32, device=features_s.device)
+    sides = gram_t, gram_s, inverse_t, inverse_s, means_t, means_s
+    shape: dict[str, Any] = {"n": tokens, "BLOCK": _block(tokens), "num_warps": 4}
+    _products[(tokens, images)](*sides, sums, images, **shape)
+    cka = torch.empty(images, dtype=torch.float32, device=features_s.device)
+    counts = torch.empty(images, dtype=torch.bool, device=features_s.device)
+    high, low = (features_s.new_empty(gram_s.shape if gradient else 0) for _ in range(2))
+    least = (KERNEL_DEGENERATE * tokens) ** 2
+    rows = tokens if gradient else 1
+    _direction[(rows, images)](*sides, sums, high, low, cka, counts, images, least, GRADIENT=gradient, **shape)
+    return cka, counts, high, low
+
+
+class _Alignment(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
+        cka, counts, high, low = _aligned(features_t, features_s, ctx.needs_input_grad[1])
+        ctx.save_for_backward(features_s, high, low)
+        ctx.mark_non_differentiable(counts)
+        return cka, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor]:
+        features, high, low = ctx.saved_tensors
+        out = _bmm(high, features)
+        out += _bmm(low, features)
+        return None, out.mul_(grad[:, None, None]).to(features.dtype)
+
+
+def alignment(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
+    """CKA [b] float32 (0 where skipped), differentiable by ``features_s``, and whether each image counts [b] bool.
+
+    Args:
+        features_t: [b, n, d_t] bfloat16.
+        features_s: [b, n, d_s] bfloat16.
+    """
+    found: tuple[Tensor, Tensor] = _Alignment.apply(features_t, features_s)
+    return found
+
+
+@torch.no_grad()
+def countable(features: Tensor) -> Tensor:
+    """Which images' centred kernels can be measured [b] bool, by the rule of :func:`alignment`."""
+    return _aligned(features, features, False)[1]
