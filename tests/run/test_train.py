@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 import grace_plugin
 from grace_plugin.upstream import Modifier, ModifierFactory
 from tests.conftest import Finished
-from tests.pairs import Pair, recipe_text, run
+from tests.pairs import Pair, mixed_rows, recipe_text, run
 from tests.tiny import rows
 
 
@@ -160,6 +160,44 @@ def test_a_dataset_without_a_length(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the dataset has no length; pass max_steps="):
         run(llava, tmp_path / "out", dataset, max_steps=-1)
     assert run(llava, tmp_path / "out", dataset, max_steps=1).verification["verified"]
+
+
+class Sequence:
+    """Rows of a known length that are made when asked for, so that Trainer's own sampler orders them."""
+
+    def __init__(self, held: list[dict[str, Any]]) -> None:
+        self.held = held
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.held[index]
+
+
+@pytest.mark.parametrize("count", [6, 3])
+def test_a_stream_that_ends_inside_a_window_trains_as_the_same_rows_of_known_length(
+    llava: Pair, tmp_path: Path, count: int
+) -> None:
+    """6 rows are a window of 4 and one of 2, 3 rows a short window each; four steps pass over the rows again."""
+    held = mixed_rows(count)
+
+    def generate() -> Any:
+        yield from held
+
+    options: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 1,
+        "train_sampling_strategy": "sequential", "max_bad_rows": 0.0,
+    }  # fmt: skip
+    known = run(llava, tmp_path / "known", Sequence(held), **options)
+    stream = run(llava, tmp_path / "stream", IterableDataset.from_generator(generate), **options)
+    values = ("loss", "loss_ce", "loss_gdkd", "loss_rcka", "supervised_tokens", "images", "grad_norm", "beta", "gate_q50")
+    one, two = (
+        [{key: log[key] for key in values} for log in result.history if "loss" in log] for result in (known, stream)
+    )
+    assert len(one) == 4 and one == two
+    left, right = (r.checkpoint / "model.safetensors" for r in (known, stream))
+    assert left.read_bytes() == right.read_bytes()
 
 
 def test_a_resumed_run_writes_the_same_bytes(llava: Pair, tmp_path: Path) -> None:
