@@ -5,7 +5,8 @@
         ...                                  # window, loss, measure, step: see grace_plugin.objective
         grace.save("student-int4")
 
-Leaving the block without `save` ends the session and writes nothing.
+Leaving the block without `save`, by an error or not, ends the session, takes everything of GRACE off the student, whose weights
+stay as they are at that moment, and writes nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def grace_session(
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
     with create_session() as session:
-        session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
-        modifier.teacher_to(next(student.parameters()).device)
-        yield GraceSession(student, modifier, modifier.begin(total_steps), session)
+        try:
+            session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
+            modifier.teacher_to(next(student.parameters()).device)
+            yield GraceSession(student, modifier, modifier.begin(total_steps), session)
+        finally:
+            modifier.release()

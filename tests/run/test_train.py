@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 import grace_plugin
 from grace_plugin.upstream import Modifier, ModifierFactory
 from tests.conftest import Finished
-from tests.pairs import Pair, mixed_rows, recipe_text, run
+from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run, structure
 from tests.tiny import rows
 
 
@@ -162,6 +162,29 @@ def test_a_dataset_without_a_length(llava: Pair, tmp_path: Path) -> None:
     assert run(llava, tmp_path / "out", dataset, max_steps=1).verification["verified"]
 
 
+class Fail(TrainerCallback):
+    """Ends a run by an error after its first step."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the disk is on fire")])
+def test_a_run_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, error: BaseException) -> None:
+    student = loaded(llava)
+    before, start = structure(student), {n: p.clone() for n, p in student.named_parameters()}
+    with pytest.raises(type(error)) as raised:
+        run(llava, tmp_path / "out", model=student, callbacks=[Fail(error)], warmup_steps=0)
+    assert raised.value is error
+    assert structure(student) == before
+    assert not (tmp_path / "out").exists()
+    assert any(not torch.equal(p, start[n]) for n, p in student.named_parameters())
+    assert run(llava, tmp_path / "again", model=student).verification["verified"]
+
+
 class Sequence:
     """Rows of a known length that are made when asked for, so that Trainer's own sampler orders them."""
 
@@ -191,7 +214,17 @@ def test_a_stream_that_ends_inside_a_window_trains_as_the_same_rows_of_known_len
     }  # fmt: skip
     known = run(llava, tmp_path / "known", Sequence(held), **options)
     stream = run(llava, tmp_path / "stream", IterableDataset.from_generator(generate), **options)
-    values = ("loss", "loss_ce", "loss_gdkd", "loss_rcka", "supervised_tokens", "images", "grad_norm", "beta", "gate_q50")
+    values = (
+        "loss",
+        "loss_ce",
+        "loss_gdkd",
+        "loss_rcka",
+        "supervised_tokens",
+        "images",
+        "grad_norm",
+        "beta",
+        "gate_q50",
+    )
     one, two = (
         [{key: log[key] for key in values} for log in result.history if "loss" in log] for result in (known, stream)
     )
