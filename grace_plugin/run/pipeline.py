@@ -54,6 +54,7 @@ class GracePipeline(CalibrationPipeline):
             raise
         finally:
             recipe.modifiers = modifiers
+        install_save(model, grace)
 
 
 def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
@@ -77,7 +78,6 @@ def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
             scale_rate=modifier.scales.learning_rate_multiplier, recipe_hash=recipe_hash(modifier),
         )  # fmt: skip
         trainer.train()
-    install_save(model, modifier)
 
 
 def register_pipeline() -> None:

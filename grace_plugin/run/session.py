@@ -24,7 +24,7 @@ from grace_plugin.artifact.save import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import PARAMETER
-from grace_plugin.run.inputs import grace_modifier, read_recipe
+from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
 from grace_plugin.upstream import Modifier, Recipe, create_session
 
 __all__ = ["GraceSession", "grace_session"]
@@ -85,6 +85,7 @@ def grace_session(
     Raises:
         ValueError: what the recipe asks for cannot be done.
     """
+    student = load_student(student)
     source_folder(getattr(student, "name_or_path", ""))
     read = read_recipe(recipe)
     modifier = grace_modifier(read)

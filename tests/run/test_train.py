@@ -185,6 +185,20 @@ def test_a_run_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, erro
     assert run(llava, tmp_path / "again", model=student).verification["verified"]
 
 
+def test_a_model_that_an_earlier_run_saved_is_refused(llava: Pair, tmp_path: Path) -> None:
+    """Upstream's save packs the weights of the model in memory and leaves a hook that unpacks them once."""
+    student = loaded(llava)
+    run(llava, tmp_path / "bf16", model=student, recipe=recipe_text(llava.teacher, scheme=None, quantize=False))
+    with pytest.raises(ValueError, match=r"an earlier GRACE run has saved this model .* load the checkpoint anew"):
+        run(llava, tmp_path / "o/int4", model=student)
+    with pytest.raises(ValueError, match="an earlier GRACE run"):
+        grace_plugin.oneshot(student, recipe=recipe_text(None), dataset=rows(1), output_dir=tmp_path / "o/int4")
+    with pytest.raises(ValueError, match="an earlier GRACE run"):
+        grace_plugin.grace_session(student, recipe_text(None), total_steps=1).__enter__()
+    assert not (tmp_path / "o").exists()
+    assert run(llava, tmp_path / "int4", model=tmp_path / "bf16").verification["verified"]
+
+
 class Sequence:
     """Rows of a known length that are made when asked for, so that Trainer's own sampler orders them."""
 
