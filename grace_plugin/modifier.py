@@ -77,7 +77,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     _objective: GraceObjective | None = PrivateAttr(None)
     _attached: list[Attached] = PrivateAttr(default_factory=list)
     _student: Any = PrivateAttr(None)
-    _trainable: list[nn.Parameter] = PrivateAttr(default_factory=list)
+    _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
     _given_teacher: Any = PrivateAttr(None)
     _teacher_model: Any = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
@@ -132,7 +132,6 @@ class GraceModifier(Modifier, QuantizationMixin):
         family = family_of(model)
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
         self._student = model
-        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.quantize:
             family.open_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
@@ -143,6 +142,7 @@ class GraceModifier(Modifier, QuantizationMixin):
                     parameter.data = parameter.data.float()
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.quantize:
             self._attach(model, formats)
         return True
@@ -237,9 +237,9 @@ class GraceModifier(Modifier, QuantizationMixin):
     def release(self) -> None:
         """Give back the model of a run that was not finalized: scales, schemes and hooks go, weights stay as they are.
 
-        A finalized model, and a second call, change nothing.
+        A finalized model, one that was refused, and a second call change nothing.
         """
-        if self.finalized_ or self._student is None:
+        if self.finalized_ or self._trainable is None:
             return
         for attached in self._attached:
             attached.detach()
@@ -247,4 +247,4 @@ class GraceModifier(Modifier, QuantizationMixin):
             clear_schemes(self._student, self.resolved_targets, self.ignore)
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self._student = self._teacher_model = self._objective = None
+        self._student = self._teacher_model = self._objective = self._trainable = None

@@ -89,6 +89,18 @@ def test_a_session_left_by_an_error_or_without_saving_gives_the_model_back(llava
     assert structure(student) == before
 
 
+def test_a_model_that_is_refused_is_left_alone(llava: Pair) -> None:
+    """Also what another quantization has put on its layers."""
+    student = loaded(llava)
+    layer = student.model.language_model.layers[0].mlp.up_proj
+    layer.register_parameter("weight_scale", torch.nn.Parameter(torch.ones(1)))
+    layer.quantization_status = "mine"
+    before = structure(student)
+    with pytest.raises(ValueError, match=r"set teacher\.model in the recipe"):
+        grace_plugin.grace_session(student, recipe_text(None), total_steps=2).__enter__()
+    assert structure(student) == before
+
+
 def test_without_our_pipeline_nothing_was_trained_and_nothing_is_written(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"GRACE trained nothing; call oneshot\(\.\.\., pipeline='grace'\)"):
         upstream_oneshot(
