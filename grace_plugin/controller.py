@@ -6,12 +6,12 @@ What it does. ``minimise L_CE subject to L_GDKD <= tau`` by projected dual ascen
     beta <- clip(beta + eta * (ema - tau), beta_min, beta_max)
 
 A tau or eta given as a number is used as given. ``auto`` is needed because L_GDKD falls several-fold over a run: a tau
-that does not fall with it leaves beta at a bound for most steps, and then nothing is controlled (simulated students,
-``benchmarks/controller_simulation.py``: both for a constant share of the starting value and for a trajectory fixed
-beforehand). With ``auto``:
+that does not fall with it leaves beta at a bound for most steps, and then nothing is controlled (simulated students in
+``benchmarks/controller_simulation.py``: a constant share of the start, or a trajectory fixed beforehand). With ``auto``:
 
 1. Probe: during the first P = clip(5 % of the run, 5, 100) counted steps beta rests at beta_start; their mean is the
-   first anchor m, at the travelled learning rate u (sum of lr / peak lr) = its geometric mean over the probe.
+   first anchor m, at the travelled learning rate u (sum of lr / peak lr) = its geometric mean over the probe. A step at
+   u = 0 (the first of a linear warm-up) moved nothing and has no log u: it enters the EMA and is not counted.
 2. Reference: L_GDKD should go on falling as it has fallen, by the power of u seen last:
    target = m * (u / u_m)^(-a). A new anchor (m, u_m, a) is taken from each segment of steps; segments grow by half of
    what has been travelled up to 5 % of the run. a is the log-log slope between two segments, kept in [0, 2]; the target
@@ -85,9 +85,8 @@ class Segment:
     count: int = 0
 
     def add(self, value: float, travelled: float) -> "Segment":
-        """One more step."""
-        log_travelled = math.log(max(travelled, SMALLEST_LEVEL))
-        return Segment(self.started, self.values + value, self.log_travelled + log_travelled, self.count + 1)
+        """One more step, travelled > 0."""
+        return Segment(self.started, self.values + value, self.log_travelled + math.log(travelled), self.count + 1)
 
     @property
     def mean(self) -> float:
@@ -109,7 +108,7 @@ class ControllerState:
     beta: float  # weight of L_GDKD in the next step
     step: int = 0  # calls of update, ignored values included
     ignored: int = 0  # values that were not finite
-    counted: int = 0  # values that were used; the first P of them are the probe
+    counted: int = 0  # values that were used, for an automatic tau or eta once u > 0; the first P of them are the probe
     ema: float | None = None  # smoothed L_GDKD, nats; None before the first value
     tau: float | None = None  # nats, as used in the last step; None during the probe
     eta: float | None = None  # as used in the last step; None during the probe
@@ -135,9 +134,8 @@ class ControllerState:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "ControllerState":
         """The state that ``to_dict`` was called on; ValueError names a key that is missing or unknown."""
-        known = {entry.name for entry in fields(cls)}
-        if set(saved) != known:
-            odd = sorted(known.symmetric_difference(saved))
+        odd = sorted({entry.name for entry in fields(cls)}.symmetric_difference(saved))
+        if odd:
             raise ValueError(f"controller state: {odd} missing or unknown; resume with the version that wrote it")
         parts = {**saved, "settings": ControllerSettings(**saved["settings"]), "segment": Segment(**saved["segment"])}
         return cls(**parts)
@@ -168,12 +166,15 @@ def update(state: ControllerState, value: float, lr_fraction: float = 1.0) -> Co
     state = replace(
         state,
         step=state.step + 1,
-        counted=state.counted + 1,
         travelled=travelled,
         ema=value if state.ema is None else decay * state.ema + (1 - decay) * value,
-        segment=state.segment.add(value, travelled),
     )
     probe = state.settings.probe_steps(state.total_steps)
+    if probe == 0:
+        return _ascend(replace(state, counted=state.counted + 1))
+    if travelled == 0:
+        return state
+    state = replace(state, counted=state.counted + 1, segment=state.segment.add(value, travelled))
     if state.counted < probe:
         return state
     if state.counted == probe:
@@ -200,7 +201,7 @@ def _follow(state: ControllerState) -> ControllerState:
         state = replace(
             state, anchor=segment.mean, anchor_place=segment.place, slope=slope, segment=Segment(started=state.counted)
         )
-    ahead = math.log(max(state.travelled, SMALLEST_LEVEL)) - state.anchor_place
+    ahead = math.log(state.travelled) - state.anchor_place
     target = min(state.target, state.anchor * math.exp(-state.slope * ahead))
     decay = state.settings.ema_decay
     return replace(state, target=target, reference=decay * reference + (1 - decay) * target)

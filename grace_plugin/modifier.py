@@ -16,7 +16,7 @@ import os
 from typing import Any
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from grace_plugin.kernels import check_kernels
@@ -32,7 +32,7 @@ from grace_plugin.recipe import (
     TeacherRecipe,
     TrainingRecipe,
 )
-from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
+from grace_plugin.schemes import check_fused, check_schemes, clear_schemes, group_of, hand_over, stored_dtype
 from grace_plugin.teacher import MISSING, load_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import (
@@ -77,16 +77,12 @@ class GraceModifier(Modifier, QuantizationMixin):
     _objective: GraceObjective | None = PrivateAttr(None)
     _attached: list[Attached] = PrivateAttr(default_factory=list)
     _student: Any = PrivateAttr(None)
+    _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
     _given_teacher: Any = PrivateAttr(None)
     _teacher_model: Any = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _teacher_by_name(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _learnable(self) -> GraceModifier:
@@ -146,6 +142,7 @@ class GraceModifier(Modifier, QuantizationMixin):
                     parameter.data = parameter.data.float()
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.quantize:
             self._attach(model, formats)
         return True
@@ -186,15 +183,13 @@ class GraceModifier(Modifier, QuantizationMixin):
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
         """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
         QuantizationMixin.initialize_quantization(self, model)
-        options: dict[str, Any] = {
-            "candidates": self.scales.candidates,
-            "low": self.scales.search_low,
-            "high": self.scales.search_high,
-        }
+        asked = self.scales
         for (num_bits, group_size), linears in formats.items():
-            self._attached.append(
-                attach(linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, **options)
-            )
+            attached = attach(
+                linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, candidates=asked.candidates,
+                low=asked.search_low, high=asked.search_high,
+            )  # fmt: skip
+            self._attached.append(attached)
 
     def use_teacher(self, teacher: str | os.PathLike[str] | nn.Module | None) -> None:
         """Take another teacher than the recipe's: a checkpoint or a loaded model; None keeps the recipe's."""
@@ -226,18 +221,30 @@ class GraceModifier(Modifier, QuantizationMixin):
             RuntimeError: the session ends without a single training step.
         """
         if self._objective is None or self._objective.steps == 0:
+            self.release()
             raise RuntimeError(
                 "the session ends but GRACE trained nothing; call oneshot(..., pipeline='grace') with a dataset, or "
                 "grace_plugin.train(...)"
             )
         model: Any = state.model
         self._frozen = self._objective.finalize(self._dtype)
-        modules = dict(model.named_modules())
-        for name, (_, scale) in self._frozen.items():
-            modules[name].weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
-        for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
-            config.dtype = self._dtype  # what the save path writes into config.json
+        hand_over(model, self._frozen, self._dtype)
         if self._frozen:
             QuantizationMixin.end_calibration(self, model)
         self._teacher_model = None
         return True
+
+    def release(self) -> None:
+        """Give back the model of a run that was not finalized: scales, schemes and hooks go, weights stay as they are.
+
+        A finalized model, one that was refused, and a second call change nothing.
+        """
+        if self.finalized_ or self._trainable is None:
+            return
+        for attached in self._attached:
+            attached.detach()
+        if self.quantize:
+            clear_schemes(self._student, self.resolved_targets, self.ignore)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._student = self._teacher_model = self._objective = self._trainable = None

@@ -17,7 +17,7 @@ recipe can be read and checked in a process without a GPU.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -47,13 +47,19 @@ class Block(BaseModel):
 class TeacherRecipe(Block):
     """Where the teacher's hidden states come from.
 
-    model: folder or hub id of the teacher's checkpoint; not needed when a loaded teacher is passed to the entry point.
+    model: folder or hub id of the teacher's checkpoint; not needed when a loaded teacher is passed to the entry point. A
+        block that is only a name is this field.
     dtype: "auto" keeps the checkpoint's dtype; the teacher is never trained.
     """
 
     model: str | None = None
     revision: str = "main"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
 
 
 class DistillRecipe(Block):

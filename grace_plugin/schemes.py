@@ -7,15 +7,22 @@ quantization. Everything else is refused with the field that does not fit. vLLM'
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from grace_plugin.upstream import QuantizationConfig, QuantizationStrategy, QuantizationType
+from grace_plugin.upstream import (
+    QuantizationConfig,
+    QuantizationMetadata,
+    QuantizationStrategy,
+    QuantizationType,
+    match_named_modules,
+)
 from grace_plugin.vlm import matches
 
-__all__ = ["check_fused", "check_schemes", "group_of", "stored_dtype"]
+__all__ = ["check_fused", "check_schemes", "clear_schemes", "group_of", "hand_over", "stored_dtype"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _WAY_OUT = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
@@ -142,3 +149,22 @@ def _source_dtype(model: nn.Module) -> torch.dtype | None:
         return None
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def hand_over(model: Any, frozen: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Give the learned scales to upstream's parameters, and the stored dtype to the configs that the save path writes."""
+    for name, (_, scale) in frozen.items():
+        model.get_submodule(name).weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = dtype
+
+
+def clear_schemes(model: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> None:
+    """Undo upstream's `initialize_quantization`: schemes, their parameters, forwards and marks go, weights stay."""
+    for _, layer in match_named_modules(model, targets, ignore):
+        QuantizationMetadata.clear_quantization(layer)
+        if getattr(layer.forward, "__func__", None) is type(layer).forward:
+            layer.__dict__.pop("forward", None)
+        layer.__dict__.pop("quantization_status", None)
+    for module in model.modules():
+        module.__dict__.pop("quantization_enabled", None)

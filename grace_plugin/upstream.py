@@ -14,6 +14,7 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
+    QuantizationMetadata,
     QuantizationScheme,
     QuantizationStatus,
     QuantizationStrategy,
@@ -42,6 +43,7 @@ __all__ = [
     "ModifierFactory",
     "QuantizationArgs",
     "QuantizationConfig",
+    "QuantizationMetadata",
     "QuantizationMixin",
     "QuantizationModifier",
     "QuantizationScheme",
@@ -139,6 +141,11 @@ CONTRACT: tuple[Contract, ...] = (
     ),
     Contract("compressed_tensors.quantization:QuantizationArgs", _CT, "bits, group and symmetry are read from it"),
     Contract("compressed_tensors.quantization:QuantizationConfig", _CT, "quantization_config of a checkpoint is one"),
+    Contract(
+        "compressed_tensors.quantization:QuantizationMetadata.clear_quantization",
+        _CT,
+        "schemes come off the layers of a run that did not end",
+    ),
     Contract("compressed_tensors.quantization:QuantizationScheme", _CT, "each targeted layer carries one"),
     Contract("compressed_tensors.quantization:QuantizationStatus.FROZEN", _CT, "finalized layers carry it"),
     Contract("compressed_tensors.quantization:QuantizationStrategy.GROUP", _CT, "learned scales are per group"),

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from tests.tiny import build, rows, save
 
-__all__ = ["Pair", "mixed_rows", "modifier_of", "pair", "recipe_text", "run"]
+__all__ = ["Pair", "loaded", "mixed_rows", "modifier_of", "pair", "recipe_text", "run", "structure"]
 
 
 class Pair(NamedTuple):
@@ -74,3 +75,26 @@ def equal_frozen(left: dict[str, tuple[torch.Tensor, torch.Tensor]], right: dict
     return left.keys() == right.keys() and all(
         torch.equal(left[name][part], right[name][part]) for name in left for part in (0, 1)
     )
+
+
+def loaded(pair: Pair) -> Any:
+    """The student as a caller loads it, in float32."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(pair.student, dtype=torch.float32)
+
+
+def structure(model: Any) -> dict[str, Any]:
+    """What can hang on a model beside the values of its weights, and what waits for any optimizer to step.
+
+    Not: what a forward pass in transformers and Trainer leave on every model (hooks that collect outputs, two marks).
+    """
+    others = {"training", "_is_accelerate_prepared", "_output_capturing_hooks_installed"}
+    modules = {}
+    for name, module in model.named_modules():
+        hooks = [hook for key, held in vars(module).items() if key.endswith("_hooks") for hook in held.values()]
+        foreign = [hook for hook in hooks if not hook.__module__.startswith("transformers.")]
+        parts = [sorted(vars(module).keys() - others), sorted(module._parameters), sorted(module._buffers)]
+        modules[name] = (type(module), *parts, foreign)
+    parameters = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    return {"modules": modules, "parameters": parameters, "optimizer hooks": len(_global_optimizer_post_hooks)}

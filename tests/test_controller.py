@@ -39,6 +39,11 @@ def cosine(steps):
     return (warm * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))).tolist()
 
 
+def linear_warm_up(steps, warm):
+    """A linear warm-up as transformers makes it: the first step has rate 0."""
+    return [min(1.0, step / warm) for step in range(steps)]
+
+
 BY_HAND = ControllerSettings(tau=0.5, eta=0.02)
 
 
@@ -70,11 +75,12 @@ def test_a_slack_constraint_lowers_beta_to_its_bound_and_a_hopeless_one_raises_i
 
 
 @pytest.mark.parametrize(
-    ("total", "schedule"), [(100, "flat"), (100, "cosine"), (640, "flat"), (640, "cosine"), (12, "flat")]
+    ("total", "schedule"),
+    [(100, "flat"), (100, "cosine"), (640, "flat"), (640, "cosine"), (12, "flat"), (100, "from 0"), (640, "from 0")],
 )
 def test_the_automatic_controller_equals_the_oracle_of_the_whole_history(total, schedule):
     values = falling(total, seed=total)
-    fractions = cosine(total) if schedule == "cosine" else [1.0] * total
+    fractions = {"cosine": cosine(total), "flat": [1.0] * total, "from 0": linear_warm_up(total, 5)}[schedule]
     states = run(values, fractions=fractions)
     want = oracle.automatic(values, fractions, total)
     assert len(states) == len(want) + 1
@@ -196,8 +202,26 @@ def test_a_loss_of_zero_is_no_division_by_zero():
 
 def test_a_learning_rate_of_zero_is_no_logarithm_of_zero():
     states = run(falling(60), fractions=[0.0] * 60)
-    assert math.isfinite(states[-1].beta)
-    assert states[-1].travelled == 0
+    assert {state.beta for state in states} == {0.5}
+    assert (states[-1].travelled, states[-1].counted, states[-1].step) == (0, 0, 60)
+    assert states[-1].ema != states[1].ema
+
+
+def test_a_first_step_at_rate_zero_places_nothing():
+    """The anchor and the slopes are those of the run without that step."""
+    values, total = falling(100, seed=4), 100
+    states = run([4.0, *values], total=total, fractions=[0.0, *linear_warm_up(101, 5)[1:]])
+    without = run(values, total=total, fractions=linear_warm_up(101, 5)[1:])
+    assert states[6].anchor_place == pytest.approx(np.mean(np.log([0.2, 0.6, 1.2, 2.0, 3.0])), rel=1e-12)
+    for key in ("anchor", "anchor_place", "slope", "probe_mean", "target", "counted", "segment"):
+        assert [getattr(s, key) for s in states[1:]] == [getattr(s, key) for s in without], key
+    assert max(state.slope for state in states) > 0
+
+
+def test_numbers_by_hand_are_used_from_the_first_step_also_at_rate_zero():
+    states = run([2.0, 2.0], BY_HAND, fractions=[0.0, 1.0])
+    assert [state.counted for state in states] == [0, 1, 2]
+    assert states[1].beta == pytest.approx(0.5 + 0.02 * (2.0 - 0.5), rel=1e-14)
 
 
 def test_bounds_that_coincide_hold_beta():

@@ -1,4 +1,4 @@
-"""Logits of a model on the run's probe: the first training batch that held an image."""
+"""Logits of a model on the run's probe: the first training batch that held an image, or in a run of text the first."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Five proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
 element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; every
-other weight is the trained one (by hash); the loaded model's logits on a training batch with an image are the trained
-model's; tokenizer and processor files are the source's (reported only, where upstream's `oneshot` wrote them). A failed
-proof raises, and at the end of a run nothing is left at the destination.
+other weight is the trained one (by hash); the loaded model's logits on a training batch, with an image
+if the run saw one, are the trained model's; tokenizer and processor files are the source's (reported only, where upstream's
+`oneshot` wrote them). A failed proof raises, and at the end of a run nothing is left at the destination.
 
 Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
 reported and does not decide, because kernels differ between machines.

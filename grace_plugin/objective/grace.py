@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from grace_plugin import controller as dual
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
+from grace_plugin.objective.probe import choose_probe
 from grace_plugin.objective.terms import head_term, visual_term
 from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look, model_inputs
 from grace_plugin.quantizer.attach import Attached
@@ -137,8 +138,7 @@ class GraceObjective:
             )  # fmt: skip
             pending.append(item)
             counts += seen
-            if self.probe is None and item.visual.sizes and item.positions.numel():
-                self.probe = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
+            self.probe = choose_probe(self.probe, batch, item, self.family)
         all_reduce_sum(counts)
         self._window = Window(pending, counts, torch.zeros(6, dtype=torch.float32, device=device))
         gates = [item.gate for item in pending if item.gate is not None]

@@ -55,9 +55,13 @@ def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
     """The student: a loaded model as it is, or a checkpoint in float32 master weights.
 
     Raises:
-        ValueError: nothing loadable there.
+        ValueError: nothing loadable there, or a model that an earlier run has saved.
     """
     if isinstance(model, nn.Module):
+        if getattr(getattr(model, "save_pretrained", None), "_grace", False):
+            raise ValueError(
+                "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint anew"
+            )
         return model
     from transformers import AutoModelForImageTextToText
 

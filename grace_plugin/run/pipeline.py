@@ -38,7 +38,7 @@ class GracePipeline(CalibrationPipeline):
             ValueError: no calibration data, or a recipe without exactly one GraceModifier.
         """
         recipe = active_session().lifecycle.recipe
-        grace_modifier(recipe)
+        grace = grace_modifier(recipe)
         if dataloader is None:
             raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
         modifiers = list(recipe.modifiers)
@@ -49,8 +49,12 @@ class GracePipeline(CalibrationPipeline):
                     _train(model, dataloader, modifier)
                 else:
                     CalibrationPipeline.from_modifiers([modifier])(model, dataloader, dataset_args)
+        except BaseException:
+            grace.release()
+            raise
         finally:
             recipe.modifiers = modifiers
+        install_save(model, grace)
 
 
 def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
@@ -74,7 +78,6 @@ def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
             scale_rate=modifier.scales.learning_rate_multiplier, recipe_hash=recipe_hash(modifier),
         )  # fmt: skip
         trainer.train()
-    install_save(model, modifier)
 
 
 def register_pipeline() -> None:
@@ -126,6 +129,14 @@ def oneshot(
         check_rows(rows)
         collator = ConversationCollator(processor, max_length)
         dataset = DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
-    upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
+    save_as_before = vars(student).get("save_pretrained")
+    try:
+        upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
+    except BaseException:
+        modifier.release()
+        vars(student).pop("save_pretrained", None)
+        if save_as_before is not None:
+            student.save_pretrained = save_as_before
+        raise
     verification = save_checkpoint(student, modifier, output_dir)
     return TrainResult(Path(output_dir), student, verification)

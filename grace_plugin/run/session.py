@@ -5,7 +5,8 @@
         ...                                  # window, loss, measure, step: see grace_plugin.objective
         grace.save("student-int4")
 
-Leaving the block without `save` ends the session and writes nothing.
+Leaving the block without `save`, by an error or not, ends the session, takes everything of GRACE off the student, whose weights
+stay as they are at that moment, and writes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from grace_plugin.artifact.save import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import PARAMETER
-from grace_plugin.run.inputs import grace_modifier, read_recipe
+from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
 from grace_plugin.upstream import Modifier, Recipe, create_session
 
 __all__ = ["GraceSession", "grace_session"]
@@ -84,11 +85,15 @@ def grace_session(
     Raises:
         ValueError: what the recipe asks for cannot be done.
     """
+    student = load_student(student)
     source_folder(getattr(student, "name_or_path", ""))
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
     with create_session() as session:
-        session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
-        modifier.teacher_to(next(student.parameters()).device)
-        yield GraceSession(student, modifier, modifier.begin(total_steps), session)
+        try:
+            session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
+            modifier.teacher_to(next(student.parameters()).device)
+            yield GraceSession(student, modifier, modifier.begin(total_steps), session)
+        finally:
+            modifier.release()

@@ -73,11 +73,25 @@ class GraceTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Collect the window, as Trainer does, and let the objective look at it."""
+        """Collect the window, as Trainer does, and let the objective look at it.
+
+        Trainer steps only after a full count of micro-batches where it does not know the length of the data. A stream that
+        ends inside a window gets empty places for the rest, so that the short window has its own step; left alone, its
+        gradients would join the next epoch's first window.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # the stream has ended, and the epoch with it
+            self.control.should_epoch_stop = True
+            return [], None
         batches = [self._prepare_inputs(batch) for batch in batches]
         tokens = self.objective.window(batches)
-        return batches, torch.tensor(tokens, device=device)
+        return batches + [{}] * (num_batches - len(batches)), torch.tensor(tokens, device=device)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's forward and backward pass; nothing for an empty place of a short window."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

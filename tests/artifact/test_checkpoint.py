@@ -125,6 +125,20 @@ def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
     assert failed(copy) == ["logits_equal"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_of_text_alone_is_verified_on_text(family: str, pair_of: Any, tmp_path: Path) -> None:
+    result = run(pair_of(family), tmp_path / "out", rows(4, images=0), max_steps=1)
+    for found in (result.verification, grace_plugin.verify(result.checkpoint)):
+        assert (found["verified"], found["logits_equal"], found["weights_differing"]) == (True, True, 0)
+        assert found["logits_compared"] > 0
+    probe, _ = read_probe(result.checkpoint / PROBE)
+    assert "pixel_values" not in probe
+    tensors = load_file(result.checkpoint / PROBE)
+    tensors["logits"].view(-1)[0] += 1.0
+    save_file(tensors, result.checkpoint / PROBE)
+    assert failed(result.checkpoint) == ["logits_equal"]
+
+
 def test_in_another_environment_logits_are_reported_and_do_not_decide(copy: Path) -> None:
     tensors = load_file(copy / PROBE)
     tensors["logits"].view(-1)[0] += 1.0

@@ -121,8 +121,8 @@ def test_the_target_gradient_of_two_confident_sides_does_not_cancel():
     tckd, _, _ = decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)
     tckd.sum().backward()
     want = 1 / (1 + math.exp(28.0) / 2) - 1 / (1 + math.exp(27.0) / 2)
-    assert student.grad[0, 0].item() == pytest.approx(want, rel=1e-5)
-    assert student.grad[0, 1].item() == pytest.approx(-want / 2, rel=1e-5)
+    assert student.grad[0, 0].item() == pytest.approx(want, rel=1e-5, abs=0)
+    assert student.grad[0, 1].item() == pytest.approx(-want / 2, rel=1e-5, abs=0)
 
 
 def test_the_gradient_of_a_teacher_without_an_opinion_on_the_target():
@@ -140,7 +140,7 @@ def test_the_target_gradient_of_an_unlikely_target_does_not_cancel():
     tckd, _, _ = decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)
     tckd.sum().backward()
     want = 1 / (1 + 2 * math.exp(27.0)) - 1 / (1 + 2 * math.exp(28.0))
-    assert student.grad[0, 0].item() == pytest.approx(want, rel=1e-5)
+    assert student.grad[0, 0].item() == pytest.approx(want, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -265,10 +265,10 @@ def test_the_gate_reaches_from_one_over_e_to_one():
 def test_the_published_gate_at_one_nat_of_a_large_vocabulary():
     """About 0.92 at H = 1 nat for 151,936 ids."""
     logits = torch.full((1, 151_936), -60.0)
-    logits[0, :3] = torch.tensor([0.0, 0.0, -0.75])
+    logits[0, :3] = torch.tensor([0.0, 0.0, -1.13])
     gate, entropy = confidence_gate(logits)
-    assert entropy.item() == pytest.approx(1.0, abs=0.05)
-    assert gate.item() == pytest.approx(0.92, abs=0.005)
+    assert entropy.item() == pytest.approx(1.0, abs=1e-4)
+    assert gate.item() == pytest.approx(0.92, abs=5e-4)
 
 
 def test_the_gate_of_a_single_live_id_is_open_and_it_has_no_gradient():

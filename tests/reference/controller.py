@@ -47,8 +47,10 @@ def automatic(values, fractions, total, beta_min=0.1, beta_max=1.0, beta_start=0
     values, travelled = np.asarray(values, float), np.cumsum(fractions)
     probe = int(min(100, max(5, np.floor(0.05 * total))))
     ema = np.concatenate([[values[0]], smoothed(values[0], values[1:], decay)])
+    still = int(np.sum(travelled == 0))  # leading steps at rate 0: in the average, in no segment
+    values, travelled, ema = values[still:], travelled[still:], ema[still:]
     reference = smoothed(ema[probe - 1], targets(values, travelled, probe, total), decay)
-    beta, rows = beta_start, [(beta_start, None, None)] * probe
+    beta, rows = beta_start, [(beta_start, None, None)] * (still + probe)
     for i, level in enumerate(reference):
         followed = 1 - decay ** max(i + 1, total / 10)
         tau = level * (1 + elasticity * followed * (2 * (beta - beta_min) / (beta_max - beta_min) - 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,10 @@ import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import active_session
 from grace_plugin.upstream import oneshot as upstream_oneshot
-from tests.pairs import Pair, recipe_text
+from tests.pairs import Pair, loaded, recipe_text, structure
 from tests.tiny import rows
 
 ONESHOT = {"epochs": 0.5, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 2}
-
-
-def loaded(pair: Pair) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(pair.student, dtype="auto")
 
 
 def loader(pair: Pair, **change: Any) -> DataLoader:
@@ -44,6 +42,63 @@ def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(ll
     found = grace_plugin.verify(out, source=llava.student)
     assert (found["verified"], found["layers"], found["codes_differing"]) == (True, 21, 0)
     assert found["logits_equal"]
+
+
+def burning(pair: Pair) -> DataLoader:
+    """Calibration batches until the third."""
+    batches, made = loader(pair), itertools.count(1)
+
+    def collate(chosen: Any) -> Any:
+        if next(made) == 3:
+            raise OSError("the disk is on fire")
+        return batches.collate_fn(chosen)
+
+    return DataLoader(batches.dataset, batch_size=2, collate_fn=collate)
+
+
+@pytest.mark.parametrize("entry", ["ours", "upstream"])
+def test_a_oneshot_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, entry: str) -> None:
+    student = loaded(llava)
+    before, start = structure(student), {n: p.clone() for n, p in student.named_parameters()}
+    asked = {"epochs": 2, "learning_rate": 1.0e-3, "warmup_share": 0.0}
+    options = {"recipe": recipe_text(llava.teacher, oneshot=asked), "dataset": burning(llava)}
+    oneshot = grace_plugin.oneshot if entry == "ours" else partial(upstream_oneshot, pipeline="grace")
+    with pytest.raises(OSError, match="the disk is on fire"):
+        oneshot(model=student, output_dir=str(tmp_path / "out"), **options)
+    if entry == "upstream":
+        vars(student).pop("save_pretrained")  # upstream wraps it on any model it is given, and leaves it so
+    assert structure(student) == before
+    assert any(not torch.equal(p, start[n]) for n, p in student.named_parameters())
+    assert not (tmp_path / "out").exists()
+
+
+def fail_inside(student: Any, recipe: str) -> None:
+    with grace_plugin.grace_session(student, recipe, total_steps=2):
+        assert "weight_log_scale" in dict(student.model.language_model.layers[0].mlp.up_proj.named_parameters())
+        raise ValueError("mine")
+
+
+def test_a_session_left_by_an_error_or_without_saving_gives_the_model_back(llava: Pair) -> None:
+    student = loaded(llava)
+    before = structure(student)
+    with pytest.raises(ValueError, match="mine"):
+        fail_inside(student, recipe_text(llava.teacher))
+    assert structure(student) == before
+    with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=2):
+        pass
+    assert structure(student) == before
+
+
+def test_a_model_that_is_refused_is_left_alone(llava: Pair) -> None:
+    """Also what another quantization has put on its layers."""
+    student = loaded(llava)
+    layer = student.model.language_model.layers[0].mlp.up_proj
+    layer.register_parameter("weight_scale", torch.nn.Parameter(torch.ones(1)))
+    layer.quantization_status = "mine"
+    before = structure(student)
+    with pytest.raises(ValueError, match=r"set teacher\.model in the recipe"):
+        grace_plugin.grace_session(student, recipe_text(None), total_steps=2).__enter__()
+    assert structure(student) == before
 
 
 def test_without_our_pipeline_nothing_was_trained_and_nothing_is_written(llava: Pair, tmp_path: Path) -> None:
