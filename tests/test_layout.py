@@ -27,8 +27,8 @@ APART = {"losses", "quantizer", "controller"}
 LEAST = {  # what the small rooms may import from outside the standard library
     "controller": set(),
     "recipe": {"pydantic"},
-    "losses": {"torch"},
-    "quantizer": {"torch"},
+    "losses": {"torch", "triton"},
+    "quantizer": {"torch", "triton"},
     "serve": {"PIL", "numpy", "vllm"},
     "upstream": {"llmcompressor", "compressed_tensors", "torch", "transformers"},
 }
@@ -111,6 +111,9 @@ def test_outside_packages_stay_where_they_belong(path: Path) -> None:
     assert outside <= LEAST.get(room, outside)
     if room != "upstream":
         assert not outside & BORDER, "go through grace_plugin/upstream.py"
+    assert "triton" not in outside or path.stem.endswith("_triton"), (
+        "kernels stand apart, and every machine runs without them"
+    )
     if path.name != "probe.py" or room != "serve":
         assert "vllm" not in outside, "vLLM lives in another interpreter"
 

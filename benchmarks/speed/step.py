@@ -82,57 +82,63 @@ def _trainable(student: Any) -> Any:
     return student
 
 
-def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
-    """Milliseconds and peak GiB of a plain step, a teacher's forward, and a GRACE step."""
-    teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
-    student = _trainable(_model(STUDENT, device, torch.float32, shrink))
-    vocabulary = student.config.text_config.vocab_size
-    batch = _batch(rows, length, vocabulary, device)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    cuda = device == "cuda"
+def _optimizer(student: Any, device: str) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-6, fused=device == "cuda")
 
-    def optimizer() -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=cuda)
 
-    plain_optimizer = optimizer()
+def _plain(student: Any, batch: dict[str, torch.Tensor], device: str) -> dict[str, Any]:
+    """Cross-entropy as transformers computes it, logits of every token, and AdamW."""
+    optimizer = _optimizer(student, device)
 
-    def plain() -> None:
+    def work() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
             student(**batch, use_cache=False).loss.backward()
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    @torch.no_grad()
-    def forward() -> None:
-        teacher(**inputs, use_cache=False, logits_to_keep=1)
+    return {"plain_ms": median_ms(work, 7), "plain_gib": extra_gib(work)}
 
-    found: dict[str, Any] = {
-        "plain_ms": median_ms(plain, 7),
-        "plain_gib": extra_gib(plain),
-        "teacher_ms": median_ms(forward, 7),
-    }
-    plain_optimizer = None
-    student.zero_grad()
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+
+def _grace(student: Any, teacher: Any, batch: dict[str, torch.Tensor], device: str, vocabulary: int) -> dict[str, Any]:
+    """The objective's protocol with learned scales on every linear of the decoder, and AdamW."""
     grace = GraceObjective()
     linears = {name: m for name, m in student.model.language_model.named_modules() if isinstance(m, nn.Linear)}
     attached = attach(linears, group_size=128)
     grace.prepare(student, teacher, vocabulary=vocabulary, total_steps=1000, attached=[attached])
-    ours_optimizer = optimizer()
+    optimizer = _optimizer(student, device)
 
-    def ours() -> None:
+    def work() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
             grace.window([batch])
             loss = grace.loss(student, batch)
         loss.backward()
         grace.measure()
-        ours_optimizer.step()
+        optimizer.step()
         grace.step(1.0)
-        ours_optimizer.zero_grad()
+        optimizer.zero_grad()
 
-    found |= {"grace_ms": median_ms(ours, 7), "grace_gib": extra_gib(ours)}
+    return {"grace_ms": median_ms(work, 7), "grace_gib": extra_gib(work)}
+
+
+def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
+    """Milliseconds and peak GiB (beyond weights and optimizer) of a plain step, a teacher's forward, and a GRACE step."""
+    teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
+    student = _trainable(_model(STUDENT, device, torch.float32, shrink))
+    vocabulary = student.config.text_config.vocab_size
+    batch = _batch(rows, length, vocabulary, device)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+
+    @torch.no_grad()
+    def forward() -> None:
+        teacher(**inputs, use_cache=False, logits_to_keep=1)
+
+    found = {**_plain(student, batch, device), "teacher_ms": median_ms(forward, 7)}
+    student.zero_grad()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    found |= _grace(student, teacher, batch, device, vocabulary)
     found["ratio"] = found["grace_ms"] / (found["plain_ms"] + found["teacher_ms"])
     found["supervised_tokens"] = rows * (length // 4)
     found["student_parameters"] = sum(p.numel() for p in student.parameters())

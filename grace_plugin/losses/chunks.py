@@ -21,6 +21,8 @@ __all__ = ["Settings", "Teacher", "eager", "fused", "positions_per_chunk"]
 
 
 class Settings(NamedTuple):
+    """How the losses are taken, and in what types: of the losses, and of the head's gradient while it is summed."""
+
     temperature: float
     alpha: float
     beta_dkd: float
@@ -31,6 +33,8 @@ class Settings(NamedTuple):
 
 
 class Teacher(NamedTuple):
+    """The teacher's side of all positions."""
+
     hidden: Tensor  # [N, d_t]
     head: Head
     gate: Tensor  # [N]

@@ -109,13 +109,26 @@ def _backward(
     weight: Tensor, scale: Tensor, grad_out: Tensor, num_bits: int, needs: tuple[bool, bool], into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and log_scale, each where it is needed; the weight's may be written over ``grad_out``."""
-    smallest, largest = code_range(num_bits)
     grad_weight = into if into is not None or not needs[0] else torch.empty_like(weight)
     grad_log_scale = torch.empty(scale.shape, dtype=compute_dtype(weight), device=scale.device) if needs[1] else None
     if fake_quant_triton.usable(weight, scale.dtype):
         grad_out = grad_out.contiguous()
-        fake_quant_triton.backward(weight, scale, grad_out, (smallest, largest), grad_weight, grad_log_scale)
-        return grad_weight, grad_log_scale
+        fake_quant_triton.backward(weight, scale, grad_out, code_range(num_bits), grad_weight, grad_log_scale)
+    else:
+        _backward_in_torch(weight, scale, grad_out, code_range(num_bits), grad_weight, grad_log_scale)
+    return grad_weight, grad_log_scale
+
+
+def _backward_in_torch(
+    weight: Tensor,
+    scale: Tensor,
+    grad_out: Tensor,
+    limits: tuple[int, int],
+    grad_weight: Tensor | None,
+    grad_log_scale: Tensor | None,
+) -> None:
+    """Fill the gradients that are not None, in blocks of rows; ``grad_weight`` may be ``grad_out``."""
+    smallest, largest = limits
     for rows in row_blocks(*weight.shape):
         unrounded = _unrounded(weight[rows], scale[rows])
         rounded = unrounded.round()
@@ -126,7 +139,6 @@ def _backward(
             grad_log_scale[rows] = (grad * step).sum(dim=2) * scale[rows]
         if grad_weight is not None:
             grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
-    return grad_weight, grad_log_scale
 
 
 def _quantized(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer
@@ -26,6 +27,8 @@ from grace_plugin.run.callback import GraceCallback
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
 STATE_FILE = "grace_state.json"
+GRADIENTS_IN_PLACE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+"""Ways to run that leave the sum over micro-batches in `.grad`, where the quantizer's one backward per step finds it."""
 
 
 class GraceTrainer(Trainer):
@@ -57,6 +60,9 @@ class GraceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
+        if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
+            for attached in objective.attached:
+                attached.defer()
         self.add_callback(GraceCallback(self))
 
     # ---- data and loss ------------------------------------------------------------------------------------------------
@@ -128,8 +134,14 @@ class GraceTrainer(Trainer):
             self.optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": rate})
         return self.optimizer
 
+    def settle(self) -> None:
+        """Make deferred gradients of quantized weights what they stand for; again changes nothing."""
+        for attached in self.objective.attached:
+            attached.settle()
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip weights and scales apart; returns the norm of the weights' gradient before clipping."""
+        self.settle()
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
@@ -138,6 +150,7 @@ class GraceTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm to log; without clipping it is taken here, and looked at."""
+        self.settle()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is None and norm is not None:
             self.grad_norm_finite = math.isfinite(norm)

@@ -431,3 +431,40 @@ def test_training_learns_scales_that_round_better():
         loss.backward()
         optimizer.step()
     assert error().item() < 0.9 * first
+
+
+def test_a_deferred_backward_settles_to_the_same_gradients():
+    plain, late = (nn.Linear(64, 48, bias=False) for _ in range(2))
+    late.load_state_dict(plain.state_dict())
+    gradients = []
+    for linear, defer in ((plain, False), (late, True)):
+        attached = attach({"linear": linear}, group_size=32)
+        attached.defer(defer)
+        with torch.no_grad():
+            linear.weight_log_scale.sub_(0.7)  # many weights are clipped
+        for seed in range(3):
+            batch = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+            linear(batch).square().sum().backward()
+        if defer:
+            assert not linear.weight_log_scale.grad.any()
+            assert not torch.equal(linear.weight.grad, gradients[0][0])
+        attached.settle()
+        gradients.append((linear.weight.grad.clone(), linear.weight_log_scale.grad.clone()))
+        attached.settle()
+        assert torch.equal(linear.weight.grad, gradients[-1][0])
+        attached.detach()
+    for late_one, plain_one in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(late_one, plain_one, rtol=1e-5, atol=1e-5 * plain_one.abs().max().item())
+        assert torch.equal(late_one == 0, plain_one == 0)
+
+
+def test_a_frozen_weight_or_scale_is_never_deferred():
+    linear = nn.Linear(64, 16, bias=False)
+    attached = attach({"linear": linear}, group_size=32)
+    attached.defer()
+    linear.weight.requires_grad_(False)
+    linear(torch.randn(3, 64)).sum().backward()
+    assert linear.weight.grad is None
+    assert linear.weight_log_scale.grad.any()
+    attached.settle()
+    assert linear.weight_log_scale.grad.any()
