@@ -2,7 +2,7 @@
 
 from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates, model_inputs, supervised_positions
 from grace_plugin.teacher.build import CachePlan, build_cache
-from grace_plugin.teacher.cached import CachedTeacher, check_cached_rows, open_store
+from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_rows, open_store
 from grace_plugin.teacher.open import check_pair, open_teacher
 from grace_plugin.teacher.own import SelfTeacher
 from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
@@ -19,6 +19,7 @@ __all__ = [
     "Teacher",
     "TeacherStates",
     "build_cache",
+    "check_cached_processor",
     "check_cached_rows",
     "check_pair",
     "load_teacher",

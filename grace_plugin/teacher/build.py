@@ -33,7 +33,15 @@ from grace_plugin.teacher.cached import keys_of, teacher_identity
 from grace_plugin.teacher.open import check_pair
 from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
 from grace_plugin.teacher.source import Checkpoint, open_checkpoint
-from grace_plugin.teacher.store import ShardWriter, StateStore, corrupt_shards, differing, read_identity, write_identity
+from grace_plugin.teacher.store import (
+    WRITING,
+    ShardWriter,
+    StateStore,
+    corrupt_shards,
+    differing,
+    read_store,
+    write_store,
+)
 from grace_plugin.vlm import Family, family_of
 
 __all__ = ["CachePlan", "build_cache"]
@@ -92,14 +100,16 @@ def build_cache(
     started, folder = time.monotonic(), Path(output_dir)
     if teacher.model is None:
         raise ValueError(MISSING)
+    if min(batch_size, shard_bytes) < 1:
+        raise ValueError(f"batch_size and shard_bytes are at least 1, got {batch_size} and {shard_bytes}")
     student = open_checkpoint(os.fspath(model), role="student")
     source = open_checkpoint(teacher.model, teacher.revision)
     collator = ConversationCollator(processor or _processor(student), max_length, keys=True)
     check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
-    visual = visual or bool((read_identity(folder) or {}).get("visual"))
     settings = processor_settings(collator.processor)
     identity = {"teacher": teacher_identity(source, teacher.dtype), "processor": settings, "visual": visual}
-    _check_folder(folder, identity)
+    visual = _check_folder(folder, identity)
+    identity["visual"] = visual
     if not is_scannable(dataset):
         raise ValueError("a cache needs rows that can be looked at first; save these as parquet and give those")
     rows = prepare(
@@ -112,7 +122,7 @@ def build_cache(
         announce(plan)
     if missing:
         runner = _Runner(student, source, teacher, device)
-        write_identity(folder, identity, {"teacher": teacher.model, "revision": teacher.revision, **_versions()})
+        write_store(folder, identity, {"teacher": teacher.model, "revision": teacher.revision, **_versions()})
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         given: Any = rows.rows  # a sequence is all that the loader needs
         loader: Any = DataLoader(given, batch_sampler=batches, collate_fn=collator, num_workers=workers)
@@ -198,24 +208,28 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
 
 
-def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """A folder is new, empty, or holds states of the same teacher and processor."""
-    written = read_identity(folder)
-    if written is None and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than a teacher cache; give a new folder")
-    told = differing(written, identity) if written is not None else ""
+def _check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """A folder is new, empty, or holds states of the same teacher and processor; returns whether visual tokens are kept."""
+    written = read_store(folder)
+    if written is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a teacher cache; give a new folder")
+        return bool(identity["visual"])
+    visual = bool(identity["visual"] or written[0]["visual"])
+    told = differing(written[0], {**identity, "visual": visual})
     if told:
         raise ValueError(
             f"{folder} holds states written otherwise (there / asked for): {told}; give a new folder, or ask for the same"
         )
+    return visual
 
 
 def _plan(rows: Prepared, folder: Path, width: int, visual: bool, family: Family) -> tuple[CachePlan, list[int]]:
     """What is to be done, and the rows that are to be run, the longest first. `width` in bytes. Drops damaged files."""
     dropped = corrupt_shards(folder)
-    for path in dropped:
-        path.unlink()
-    store = StateStore(folder) if read_identity(folder) is not None else ()
+    for path in (*dropped, folder / WRITING):
+        path.unlink(missing_ok=True)
+    store = StateStore(folder) if read_store(folder) is not None else ()
     keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())))}
     entries = rows.entries
     sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}

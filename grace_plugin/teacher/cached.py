@@ -8,6 +8,7 @@ Rows are found by what they hold (`grace_plugin.data.sample_key`), so batches ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,7 @@ from grace_plugin.teacher.source import Checkpoint, open_checkpoint
 from grace_plugin.teacher.store import REBUILD, StateStore, differing
 from grace_plugin.vlm import VisualTokens
 
-__all__ = ["CachedTeacher", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
+__all__ = ["CachedTeacher", "check_cached_processor", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
 
 _CHUNK = 1024
 
@@ -56,15 +57,16 @@ def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
     told = differing(store.identity["teacher"], identity)
     if told:
         raise ValueError(
-            f"the teacher cache {asked.cache} was written for another teacher than {asked.model} (cache / run): {told}; name "
-            f"the cache's teacher, or write a cache for this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
+            f"the teacher cache {asked.cache} was written for the teacher {store.made_with['teacher']!r} and this run asks for "
+            f"{asked.model!r}, which is another (cache / run): {told}; name the cache's teacher, or write a cache for this one "
+            f"with {REBUILD.format(folder='ANOTHER_FOLDER')}"
         )
     if visual and not store.identity["visual"]:
         raise ValueError(
             f"the teacher cache {asked.cache} holds no states of visual tokens and the recipe's relational term reads them; "
             "write another with this recipe, or set relational: {enabled: false}"
         )
-    if asked.check_cache:
+    if asked.check_cache and os.environ.get("LOCAL_RANK", "0") == "0":  # once a host
         store.check()
     return store
 
@@ -78,15 +80,11 @@ def keys_of(rows: Sequence[Any], numbers: Iterable[int]) -> Iterator[tuple[int, 
             yield from zip(chunk, pool.map(sample_key, [rows[number] for number in chunk], chunk), strict=True)
 
 
-def check_cached_rows(store: StateStore, dataset: Any, processor: Any) -> None:
-    """Refuse a run that would ask a store for what it does not hold.
-
-    Args:
-        dataset: what the run trains on; a `Prepared` or anything that can be looked at in full.
-        processor: the run's.
+def check_cached_processor(store: StateStore, processor: Any) -> None:
+    """Refuse a processor that makes other tokens or pixels than the store's.
 
     Raises:
-        ValueError: another processor (both are named), a dataset that is made as it is read, or rows that are not in the store.
+        ValueError: names every setting that differs, with both values.
     """
     told = differing(store.identity["processor"], processor_settings(processor))
     if told:
@@ -94,6 +92,17 @@ def check_cached_rows(store: StateStore, dataset: Any, processor: Any) -> None:
             f"the teacher cache {store.folder} was written with another processor (cache / run): {told}; give this run the "
             f"cache's processor, or write a cache for this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
         )
+
+
+def check_cached_rows(store: StateStore, dataset: Any) -> None:
+    """Refuse a run that would ask a store for rows that it does not hold; reads every row's media once.
+
+    Args:
+        dataset: what the run trains on; a `Prepared` or anything that can be looked at in full.
+
+    Raises:
+        ValueError: a dataset that is made as it is read, or rows that are not in the store, named.
+    """
     rows, numbers = (dataset.rows, set(dataset.numbers.tolist())) if isinstance(dataset, Prepared) else (dataset, None)
     if not is_scannable(rows):
         raise ValueError(

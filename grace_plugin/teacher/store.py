@@ -23,9 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["REBUILD", "ShardWriter", "StateStore", "differing"]
+__all__ = [
+    "REBUILD",
+    "WRITING",
+    "ShardWriter",
+    "StateStore",
+    "corrupt_shards",
+    "differing",
+    "read_store",
+    "write_store",
+]
 
-STORE, FORMAT = "store.json", 1
+STORE, WRITING, FORMAT = "store.json", "writing.partial", 1
 REBUILD = "`grace teacher cache RECIPE --model STUDENT --dataset DATASET --output_dir {folder}`"
 
 
@@ -59,9 +68,10 @@ class StateStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.identity = read_identity(self.folder)
-        if self.identity is None:
+        written = read_store(self.folder)
+        if written is None:
             raise ValueError(f"no teacher cache at {folder}; write it with {REBUILD.format(folder=folder)}")
+        self.identity, self.made_with = written
         self._open = lru_cache(maxsize=128)(lambda path: safe_open(path, framework="pt"))
         self._shards: dict[str, Path] = {}
         for path in shards_of(self.folder):
@@ -103,8 +113,8 @@ class StateStore:
         )
 
 
-def read_identity(folder: Path) -> Any:
-    """The identity in `store.json`, None where there is none.
+def read_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What `store.json` says: the identity, and with what it was made; None where there is none.
 
     Raises:
         ValueError: unreadable, or of another version of the format.
@@ -114,17 +124,17 @@ def read_identity(folder: Path) -> Any:
         return None
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        version, identity = written["format"], written["identity"]
+        version, identity, made_with = written["format"], written["identity"], written["made_with"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read; remove {folder} and write it anew") from error
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version} and this version reads {FORMAT}; remove {folder} and write it anew"
         )
-    return identity
+    return identity, made_with
 
 
-def write_identity(folder: Path, identity: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+def write_store(folder: Path, identity: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
     """Begin a store."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{STORE}.partial"
@@ -178,7 +188,7 @@ class ShardWriter:
         """Write what was taken, if anything."""
         if not self._rows:
             return
-        partial = self.folder / "writing.partial"
+        partial = self.folder / WRITING
         save_file(self._rows, partial)
         partial.replace(self.folder / f"{_sha256(partial)}.safetensors")
         self._rows, self._bytes = {}, 0
