@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -115,19 +115,22 @@ class Checkpoint:
         index = _file(self.name_or_path, self.revision, _INDEX)
         if index is not None:
             return json.loads(index.read_text())["weight_map"]
-        with safe_open(self._weights(_WEIGHTS), framework="pt") as file:
+        with self._opened(_WEIGHTS) as file:
             return dict.fromkeys(file.keys(), _WEIGHTS)
 
-    def _weights(self, name: str) -> Path:
+    def _opened(self, name: str) -> Any:
         file = _file(self.name_or_path, self.revision, name)
         if file is None:
             raise ValueError(
                 f"the teacher {self.name_or_path!r} has no {name}; its head is read from safetensors files"
             )
-        return file
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"cannot read {file} of the teacher: {error}; fetch or save it again") from error
 
     def _read(self, tensor: str, name: str, asked: str) -> Tensor:
-        with safe_open(self._weights(name), framework="pt") as file:
+        with self._opened(name) as file:
             found = file.get_tensor(tensor)
         return found if asked == "auto" and self.config.dtype is None else found.to(self.dtype(asked))
 
