@@ -118,3 +118,44 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr
     left, right = (everything(tmp_path / name) for name in ("cache", "whole"))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_processes_read_one_cache(tmp_path: Path) -> None:
+    """Two ranks of one row each and one rank of two micro-batches of one row end with the same loss."""
+    made, data = pair("llava", tmp_path), written(tmp_path, mixed_rows(8))
+    resident, cached = recipes(made, tmp_path)
+    build = [
+        "--model",
+        str(made.student),
+        "--dataset",
+        data,
+        "--output_dir",
+        str(tmp_path / "cache"),
+        "--batch_size",
+        "1",
+    ]
+    assert grace("teacher", "cache", cached, *build).returncode == 0
+    losses = []
+    for ranks, recipe in ((2, cached), (1, resident)):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            "--no_python",
+        ]
+        settings = ["ddp_backend=gloo", "max_steps=3", "per_device_train_batch_size=1", "learning_rate=1e-3", "use_cpu=true",
+                    "disable_tqdm=true", "logging_steps=1", f"gradient_accumulation_steps={2 // ranks}"]  # fmt: skip
+        options = [part for setting in settings for part in ("--set", setting)]
+        given = ["--model", str(made.student), "--dataset", data, "--output_dir", str(tmp_path / f"out-{ranks}")]
+        done = subprocess.run(
+            [*command, *GRACE, "train", recipe, *given, *options],
+            capture_output=True, text=True, timeout=300, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append([float(loss) for loss in re.findall(r"'loss': '?([0-9.e+-]+)", done.stdout)])
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -165,14 +165,19 @@ class CachedTeacher(Teacher):
         if len(final) != len(positions):
             raise ValueError(_other("supervised positions", len(positions), len(final), self.store))
         if not self.store.identity["visual"]:
-            return TeacherStates(final.to(positions.device), final.new_zeros(0, final.shape[1]).to(positions.device))
+            return TeacherStates(_moved(final, positions.device), _moved(final[:0], positions.device))
         in_order = torch.cat([seen for _, seen in rows if seen is not None])
         if len(in_order) != len(visual.index):
             raise ValueError(_other("visual tokens", len(visual.index), len(in_order), self.store))
         place = (
             visual.index.argsort().argsort()
         )  # a batch lists pictures before videos, a row of the store as they come
-        return TeacherStates(final.to(positions.device), in_order.to(place.device).index_select(0, place))
+        return TeacherStates(_moved(final, positions.device), _moved(in_order, place.device).index_select(0, place))
+
+
+def _moved(states: Tensor, device: torch.device) -> Tensor:
+    """States on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
+    return (states.pin_memory() if device.type == "cuda" else states).to(device, non_blocking=True)
 
 
 def _other(what: str, here: int, there: int, store: StateStore) -> str:

@@ -34,10 +34,10 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
     Raises:
         ValueError: no teacher is named, nothing loadable there, or a loaded one that this kind cannot use.
     """
-    if given is not None and asked.kind in ("self", "cached"):
+    if (given is not None and asked.kind in ("self", "cached")) or (asked.kind == "self" and asked.model is not None):
         raise ValueError(
-            f"teacher.kind: {asked.kind} does not use a loaded teacher; pass none (for cached, name its checkpoint in "
-            "teacher.model), or set kind: resident"
+            f"teacher.kind: {asked.kind} does not use the teacher that was passed; pass none (for cached, name its checkpoint "
+            "in teacher.model), or set kind: resident"
         )
     if asked.kind == "self":
         return SelfTeacher(student)

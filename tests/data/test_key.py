@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def test_settings_of_a_processor_read_again_are_the_same(family: str, tmp_path: 
     from transformers import AutoProcessor
 
     model, processor = build(family)
-    save(model, processor, tmp_path)
-    settings = processor_settings(AutoProcessor.from_pretrained(tmp_path))
-    again = AutoProcessor.from_pretrained(tmp_path)
+    save(model, processor, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    settings = processor_settings(AutoProcessor.from_pretrained(tmp_path / "a"))
+    again = AutoProcessor.from_pretrained(tmp_path / "b")
     again(text=["a", "a longer text"], padding=True, truncation=True, max_length=3)
     assert processor_settings(again) == settings
     again.image_processor.size = {"shortest_edge": 28, "longest_edge": 56}

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 import grace_plugin
+from grace_plugin.data import ConversationCollator
 from grace_plugin.objective import GraceObjective
+from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import (
     CachedTeacher,
     ResidentTeacher,
@@ -140,6 +142,28 @@ def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, 
         assert grace.objective.measure().gdkd > 0
 
 
+def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    student = AutoModelForImageTextToText.from_pretrained(llava.student)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), remove_unused_columns=False, label_names=["labels"], use_cpu=True, report_to="none",
+        disable_tqdm=True, prediction_loss_only=True,
+    )  # fmt: skip
+    found = []
+    with grace_plugin.grace_session(student, cached_recipe(llava, cache_of("llava")), total_steps=4) as grace:
+        for keys in (False, True):
+            collate = ConversationCollator(AutoProcessor.from_pretrained(llava.student), keys=keys)
+            trainer = GraceTrainer(
+                model=student,
+                args=arguments,
+                data_collator=collate,
+                objective=grace.objective,
+                scale_rate=1.0,
+                recipe_hash="",
+            )
+            found.append(trainer.evaluate(ROWS[:3])["eval_loss"])
+    assert found[0] == found[1] > 0
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_training_reads_the_head_and_nothing_else_of_the_teacher(tmp_path: Path, family: str) -> None:
     """One tensor a file, and every file but the head's is gone; Qwen2.5-VL's head is its embedding."""
@@ -240,5 +264,5 @@ def test_what_a_batch_lacks_is_said(llava: Pair, cache_of: Any, tmp_path: Path) 
 
 def test_a_loaded_teacher_is_not_read_from_a_cache(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     loaded = load_teacher(str(llava.teacher), dtype="float32")
-    with pytest.raises(ValueError, match="cached does not use a loaded teacher"):
+    with pytest.raises(ValueError, match="cached does not use the teacher that was passed"):
         run(llava, tmp_path / "out", ROWS, recipe=cached_recipe(llava, cache_of("llava")), teacher=loaded)

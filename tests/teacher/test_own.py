@@ -84,7 +84,9 @@ def test_weights_that_train_are_refused_and_named(llava: Pair, tmp_path: Path) -
         run(llava, tmp_path / "out", recipe=recipe)
     with pytest.raises(ValueError, match="nothing is quantized; set a scheme"):
         run(llava, tmp_path / "out", recipe=recipe_text(None, scheme=None, quantize=False, teacher={"kind": "self"}))
-    with pytest.raises(ValueError, match="self does not use a loaded teacher"):
+    with pytest.raises(ValueError, match="self does not use the teacher that was passed"):
+        run(llava, tmp_path / "out", recipe=recipe, teacher=llava.teacher)
+    with pytest.raises(ValueError, match="self does not use the teacher that was passed"):
         run(llava, tmp_path / "out", recipe=recipe, teacher=AutoModelForImageTextToText.from_pretrained(llava.teacher))
     assert not (tmp_path / "out").exists()
 
