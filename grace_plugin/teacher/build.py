@@ -14,10 +14,9 @@ other pixels than the student sees.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,47 +25,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from grace_plugin.data import SAMPLE_KEY, ConversationCollator, Prepared, is_scannable, prepare, processor_settings
+from grace_plugin.data import SAMPLE_KEY, ConversationCollator, is_scannable, prepare, processor_settings
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
-from grace_plugin.teacher.cached import keys_of, teacher_identity
+from grace_plugin.teacher.cached import teacher_identity
 from grace_plugin.teacher.open import check_pair
+from grace_plugin.teacher.plan import CachePlan, check_disk, check_folder, drop_damaged, plan_cache
 from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
 from grace_plugin.teacher.source import Checkpoint, open_checkpoint
 from grace_plugin.teacher.store import (
-    WRITING,
     ShardWriter,
-    StateStore,
-    corrupt_shards,
-    differing,
-    read_store,
     write_store,
 )
-from grace_plugin.vlm import Family, family_of
+from grace_plugin.vlm import family_of
 
-__all__ = ["CachePlan", "build_cache"]
+__all__ = ["build_cache"]
 
 TIMED = 4  # batches that say how long the rest will take
-_SPARE = 1024  # bytes a row adds to a file beside its states, at most
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What a build will do, and has done.
-
-    rows: distinct rows of the dataset. stored: of them already in the folder. total_bytes, bytes: states of all rows and of
-    those still to be run; `at_most` where a family's line ends count among its visual tokens until it is run. tokens: to run.
-    dropped: files that were not what was written. seconds: for what is to be run, None until batches were timed.
-    """
-
-    rows: int
-    stored: int
-    total_bytes: int
-    bytes: int
-    at_most: bool
-    tokens: int
-    dropped: tuple[str, ...] = ()
-    seconds: float | None = None
 
 
 def build_cache(
@@ -108,7 +83,7 @@ def build_cache(
     check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
     settings = processor_settings(collator.processor)
     identity = {"teacher": teacher_identity(source, teacher.dtype), "processor": settings, "visual": visual}
-    visual = _check_folder(folder, identity)
+    visual = check_folder(folder, identity)
     identity["visual"] = visual
     if not is_scannable(dataset):
         raise ValueError("a cache needs rows that can be looked at first; save these as parquet and give those")
@@ -116,8 +91,10 @@ def build_cache(
         dataset, collator, max_bad_rows=max_bad_rows, workers=workers,
         progress=None if progress is None else lambda done, of: progress("looking at every row", done, of),
     )  # fmt: skip
-    plan, missing = _plan(rows, folder, source.width * source.dtype(teacher.dtype).itemsize, visual, family_of(student))
-    _check_disk(folder, plan.bytes + _SPARE * len(missing))
+    dropped, width = drop_damaged(folder), source.width * source.dtype(teacher.dtype).itemsize
+    plan, missing = plan_cache(rows, folder, width, visual, family_of(student))
+    plan = replace(plan, dropped=dropped)
+    check_disk(folder, plan)
     if announce is not None:
         announce(plan)
     if missing:
@@ -206,46 +183,3 @@ def _processor(student: Checkpoint) -> Any:
 
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
-
-
-def _check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """A folder is new, empty, or holds states of the same teacher and processor; returns whether visual tokens are kept."""
-    written = read_store(folder)
-    if written is None:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than a teacher cache; give a new folder")
-        return bool(identity["visual"])
-    visual = bool(identity["visual"] or written[0]["visual"])
-    told = differing(written[0], {**identity, "visual": visual})
-    if told:
-        raise ValueError(
-            f"{folder} holds states written otherwise (there / asked for): {told}; give a new folder, or ask for the same"
-        )
-    return visual
-
-
-def _plan(rows: Prepared, folder: Path, width: int, visual: bool, family: Family) -> tuple[CachePlan, list[int]]:
-    """What is to be done, and the rows that are to be run, the longest first. `width` in bytes. Drops damaged files."""
-    dropped = corrupt_shards(folder)
-    for path in (*dropped, folder / WRITING):
-        path.unlink(missing_ok=True)
-    store = StateStore(folder) if read_store(folder) is not None else ()
-    keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())))}
-    entries = rows.entries
-    sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
-    missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)
-    plan = CachePlan(
-        rows=len(keys), stored=len(keys) - len(missing), total_bytes=sum(sizes.values()), bytes=sum(sizes[n] for n in missing),
-        at_most=visual and type(family).true_tokens is not Family.true_tokens,
-        tokens=sum(entries[n].tokens for n in missing), dropped=tuple(path.name for path in dropped),
-    )  # fmt: skip
-    return plan, missing
-
-
-def _check_disk(folder: Path, wanted: int) -> None:
-    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(standing).free
-    if wanted > free:
-        raise ValueError(
-            f"the states take {wanted:,} bytes and the disk of {folder} has {free:,} free; give another folder, or fewer rows"
-        )

@@ -144,8 +144,8 @@ def write_store(folder: Path, identity: Mapping[str, Any], made_with: Mapping[st
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The store's complete files, sorted."""
-    return sorted(folder.glob("*.safetensors"))
+    """The store's complete files, sorted; a file of another kind of name is not the store's."""
+    return sorted(path for path in folder.glob("*.safetensors") if len(path.stem) == 64)
 
 
 def _sha256(path: Path) -> str:

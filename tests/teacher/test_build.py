@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import CachedTeacher, CachePlan, StateStore, build_cache, open_store
-from grace_plugin.teacher.build import _check_disk
+from grace_plugin.teacher.plan import check_disk
 from tests.pairs import Pair, mixed_rows, pair
 from tests.teacher.caches import asked, build, everything
 from tests.tiny import rows
@@ -82,7 +82,9 @@ def test_a_stopped_build_goes_on_where_it_stopped(llava: Pair, tmp_path: Path) -
     build(llava, tmp_path / "whole", dataset, **SMALL)
     left, right = everything(folder), everything(tmp_path / "whole")
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    (folder / "mine.safetensors").write_bytes(b"of another kind")
     nothing = build(llava, folder, dataset, **SMALL)
+    assert (folder / "mine.safetensors").exists(), "what the store has not written, it does not remove"
     assert (nothing.bytes, nothing.tokens, nothing.stored) == (0, 0, 8)
 
 
@@ -142,7 +144,7 @@ def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pai
     (tmp_path / "notes").write_text("mine")
     refused("holds something else than a teacher cache", folder=tmp_path)
     with pytest.raises(ValueError, match=r"the states take .* bytes and the disk of .* free"):
-        _check_disk(folder, 2**70)
+        check_disk(folder, CachePlan(1, 0, 2**70, 2**70, False, 1))
 
 
 def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> None:
