@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.quantizer.attach import Attached
-from grace_plugin.vlm import VisualTokens, capture
+from grace_plugin.vlm import Family, VisualTokens, capture, family_of
 
 __all__ = ["MISSING", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
 
@@ -50,6 +50,11 @@ class Teacher(ABC):
 
     config: Any
     name_or_path: str
+
+    @property
+    def family(self) -> Family:
+        """The family of the teacher's model."""
+        return family_of(self)
 
     @abstractmethod
     def head(self) -> tuple[Tensor, Tensor | None]:

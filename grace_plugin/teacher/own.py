@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from grace_plugin.quantizer.attach import PARAMETER, Attached
+from grace_plugin.quantizer.attach import Attached
 from grace_plugin.teacher.base import Teacher, TeacherStates, model_inputs, states_of
 from grace_plugin.vlm import VisualTokens, family_of
 
@@ -73,10 +73,16 @@ class SelfTeacher(Teacher):
                 "(kind: resident, offload or cached)"
             )
         self._linears = list(linears.values())
+        learned = {  # scales and the like, which the unquantized pass does not read
+            id(parameter)
+            for linear in self._linears
+            for name, parameter in linear.named_parameters(recurse=False)
+            if name not in ("weight", "bias")
+        }
         self._start = {
             name: parameter.detach().clone()
             for name, parameter in student.named_parameters()
-            if parameter.requires_grad and not name.endswith(PARAMETER)
+            if parameter.requires_grad and id(parameter) not in learned
         }
 
     def head(self) -> tuple[Tensor, Tensor | None]:

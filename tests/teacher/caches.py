@@ -11,7 +11,6 @@ from torch import Tensor
 from grace_plugin.data import ConversationCollator
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import CachePlan, Teacher, TeacherStates, build_cache, supervised_positions
-from grace_plugin.vlm import family_of
 from tests.pairs import Pair, recipe_text
 
 __all__ = ["ask", "asked", "build", "cached_recipe", "collator_of", "everything", "same", "video_row"]
@@ -53,7 +52,7 @@ def everything(folder: Path) -> dict[str, Tensor]:
 
 def ask(teacher: Teacher, batch: dict[str, Any]) -> TeacherStates:
     """What a teacher answers for a batch of the collator."""
-    visual = family_of(teacher).visual_tokens(teacher.config, batch)
+    visual = teacher.family.visual_tokens(teacher.config, batch)
     return teacher.states(batch, supervised_positions(batch["labels"]), visual)
 
 
