@@ -33,16 +33,9 @@ from grace_plugin.recipe import (
     TrainingRecipe,
 )
 from grace_plugin.schemes import check_fused, check_schemes, clear_schemes, group_of, hand_over, stored_dtype
-from grace_plugin.teacher import MISSING, load_teacher
+from grace_plugin.teacher import StateStore, Teacher, check_pair, open_store, open_teacher
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
-from grace_plugin.vlm import (
-    check_image_processors,
-    check_pixels,
-    family_of,
-    load_image_processor,
-    load_tokenizer,
-    shared_vocabulary,
-)
+from grace_plugin.vlm import family_of
 
 __all__ = ["GraceModifier"]
 
@@ -79,7 +72,8 @@ class GraceModifier(Modifier, QuantizationMixin):
     _student: Any = PrivateAttr(None)
     _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
     _given_teacher: Any = PrivateAttr(None)
-    _teacher_model: Any = PrivateAttr(None)
+    _teacher: Teacher | None = PrivateAttr(None)
+    _store: StateStore | None = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
@@ -151,23 +145,14 @@ class GraceModifier(Modifier, QuantizationMixin):
         model: Any = state.model
         rows = model.get_output_embeddings().weight.shape[0]
         self._vocabulary = rows
-        if not (self.distill.enabled or self.relational.enabled):
+        if not self._needs_teacher:
             return
-        teacher: Any = self._given_teacher if self._given_teacher is not None else state.teacher_model
-        if teacher is None:
-            if self.teacher.model is None:
-                raise ValueError(MISSING)
-            teacher = load_teacher(self.teacher.model, revision=self.teacher.revision, dtype=self.teacher.dtype)
-        check_pixels(family_of(model), model.config, family_of(teacher), teacher.config)
-        own, theirs = processors
-        check_image_processors(own or load_image_processor(model), theirs or load_image_processor(teacher))
-        self._vocabulary = shared_vocabulary(
-            own or load_tokenizer(model, "student"),
-            theirs or load_tokenizer(teacher, "teacher"),
-            student_rows=rows,
-            teacher_rows=teacher.get_output_embeddings().weight.shape[0],
+        given = self._given_teacher if self._given_teacher is not None else state.teacher_model
+        teacher = open_teacher(self.teacher, model, given, self.open_store())
+        self._vocabulary = check_pair(
+            model, teacher, processors, student_rows=rows, teacher_rows=teacher.head()[0].shape[0]
         )
-        self._teacher_model = teacher
+        self._teacher = teacher
 
     def _check_layers(self, model: nn.Module) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
         matched = dict(match_named_modules(model, self.resolved_targets, self.ignore))
@@ -199,16 +184,30 @@ class GraceModifier(Modifier, QuantizationMixin):
         elif teacher is not None:
             self.teacher = self.teacher.model_copy(update={"model": os.fspath(teacher)})
 
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.distill.enabled or self.relational.enabled
+
+    def open_store(self) -> StateStore | None:
+        """The store of a cached teacher, opened and checked once, without loading any model; None for another kind.
+
+        Raises:
+            ValueError: no store, or not the one that the recipe asks for; says what differs and how to write one.
+        """
+        if self._store is None and self.teacher.kind == "cached" and self._needs_teacher:
+            self._store = open_store(self.teacher, visual=self.relational.enabled)
+        return self._store
+
     def teacher_to(self, device: torch.device) -> None:
         """Move the teacher to the device of the run."""
-        if self._teacher_model is not None:
-            self._teacher_model.to(device)
+        if self._teacher is not None:
+            self._teacher.to(device)
 
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
         objective = GraceObjective(self.distill, self.relational, self.controller, self.training)
         objective.prepare(
-            self._student, self._teacher_model, vocabulary=self._vocabulary, total_steps=total_steps,
+            self._student, self._teacher, vocabulary=self._vocabulary, total_steps=total_steps,
             attached=self._attached,
         )  # fmt: skip
         self._objective = objective
@@ -231,7 +230,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         hand_over(model, self._frozen, self._dtype)
         if self._frozen:
             QuantizationMixin.end_calibration(self, model)
-        self._teacher_model = None
+        self._teacher = None
         return True
 
     def release(self) -> None:
@@ -247,4 +246,4 @@ class GraceModifier(Modifier, QuantizationMixin):
             clear_schemes(self._student, self.resolved_targets, self.ignore)
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self._student = self._teacher_model = self._objective = self._trainable = None
+        self._student = self._teacher = self._objective = self._trainable = None

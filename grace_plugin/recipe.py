@@ -7,7 +7,7 @@ recipe can be read and checked in a process without a GPU.
     GraceModifier:
       targets: [Linear]
       scheme: W4A16
-      teacher: {model: path/or/hub-id}
+      teacher: {model: path/or/hub-id, kind: resident}
       distill: {temperature: 2.0, alpha: 1.0, beta: 4.0}
       relational: {weight: 3.0}
       controller: {tau: auto}
@@ -47,14 +47,37 @@ class Block(BaseModel):
 class TeacherRecipe(Block):
     """Where the teacher's hidden states come from.
 
+    kind: "resident" keeps the teacher in memory beside the student; "offload" keeps it in host memory and streams its layers;
+        "cached" reads states that `grace teacher cache` wrote, and loads the teacher's head alone; "self" takes the student's
+        own unquantized weights, for runs that learn scales and leave the quantized layers' weights as they are.
     model: folder or hub id of the teacher's checkpoint; not needed when a loaded teacher is passed to the entry point. A
         block that is only a name is this field.
     dtype: "auto" keeps the checkpoint's dtype; the teacher is never trained.
+    cache: folder of the written states, for "cached" alone.
+    check_cache: compare every file of the cache with its checksum before the run, which reads the whole cache once.
     """
 
+    kind: Literal["resident", "offload", "cached", "self"] = "resident"
     model: str | None = None
     revision: str = "main"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    cache: str | None = None
+    check_cache: bool = True
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> TeacherRecipe:
+        if self.kind == "cached" and self.cache is None:
+            raise ValueError("teacher.kind: cached needs teacher.cache, the folder that `grace teacher cache` wrote")
+        if self.kind != "cached" and self.cache is not None:
+            raise ValueError(
+                f"teacher.cache is read by kind: cached alone, not by {self.kind}; set the kind or drop cache"
+            )
+        if self.kind == "self" and self.model is not None:
+            raise ValueError(
+                f"teacher.kind: self takes the student's own weights and cannot take teacher.model ({self.model}) as well; "
+                "drop one of them"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -148,3 +148,25 @@ def test_the_saved_recipe_loads_again_as_the_same_recipe() -> None:
     text = Recipe.from_modifiers(modifier).yaml()
     assert "!!python" not in text
     assert recipe_hash(modifier_of(text)) == recipe_hash(modifier)
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ({"kind": "cached", "model": "t"}, "cached needs teacher.cache, the folder that `grace teacher cache` wrote"),
+        ({"cache": "c", "model": "t"}, "teacher.cache is read by kind: cached alone, not by resident"),
+        ({"kind": "self", "model": "t"}, "self takes the student's own weights and cannot take teacher.model"),
+        ({"kind": "elsewhere"}, "'resident', 'offload', 'cached' or 'self'"),
+        ({"kind": "cached", "cahce": "c"}, "cahce"),
+    ],
+)
+def test_a_teacher_block_that_contradicts_itself_is_refused(block: dict[str, str], told: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        blocks.TeacherRecipe(**block)  # type: ignore[arg-type]
+    assert told in str(refused.value)
+
+
+def test_the_teacher_is_resident_unless_asked_otherwise() -> None:
+    assert blocks.TeacherRecipe().model_dump() == {
+        "kind": "resident", "model": None, "revision": "main", "dtype": "auto", "cache": None, "check_cache": True,
+    }  # fmt: skip

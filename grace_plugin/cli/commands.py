@@ -97,4 +97,13 @@ def _data_check(args: Namespace) -> None:
     data_check(args)
 
 
-COMMANDS = {"train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo, "data check": _data_check}
+def _teacher_cache(args: Namespace) -> None:
+    from grace_plugin.cli.teacher_cache import teacher_cache
+
+    teacher_cache(args)
+
+
+COMMANDS = {
+    "train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo, "data check": _data_check,
+    "teacher cache": _teacher_cache,
+}  # fmt: skip

@@ -67,6 +67,24 @@ def _data_check(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws the rows shown (default 0)")
 
 
+def _teacher_cache(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML recipe with a GraceModifier; its teacher block names the teacher")
+    parser.add_argument("--model", required=True, help="BF16 student: folder or hub id; its processor makes the rows")
+    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--images", help=IMAGES)
+    parser.add_argument(
+        "--output_dir", required=True, help="folder of the cache, for teacher.cache; goes on with what is in it"
+    )
+    parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--max_bad_rows", type=float, default=0.05,
+                        help="share of unusable rows above which nothing is written (default 0.05)")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=8, help="rows the teacher runs at a time (default 8)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
+    parser.add_argument("--shard_bytes", type=int, default=2**29, help="bytes of a file, about (default 512 MiB)")
+    parser.add_argument("--device", help="where the teacher runs (default: cuda if there is one, else cpu)")
+
+
 def _verify(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder written by train or oneshot")
     parser.add_argument("--source", help="folder of the BF16 student, to compare tokenizer and processor files")
@@ -92,6 +110,11 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
 #: of the group `grace data`
 DATA_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("check", "say what of a dataset can be used, how long its rows are, and show some of them", _data_check),
+)
+
+#: of the group `grace teacher`
+TEACHER_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+    ("cache", "run the teacher once over a dataset and keep the hidden states that training reads", _teacher_cache),
 )
 
 
@@ -128,6 +151,13 @@ class DataCommand(BaseOptimumCLICommand):
         sys.exit(2)
 
 
+class TeacherCommand(DataCommand):
+    """The `grace teacher` group."""
+
+    COMMAND = CommandInfo(name="teacher", help="run a teacher ahead of training")
+    SUBCOMMANDS = tuple(_subcommand(*command, group="teacher ") for command in TEACHER_COMMANDS)
+
+
 class GraceCommand(BaseOptimumCLICommand):
     """The `optimum-cli grace` group."""
 
@@ -135,6 +165,7 @@ class GraceCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         *(_subcommand(*command) for command in COMMANDS),
         CommandInfo(name="data", help=DataCommand.COMMAND.help, subcommand_class=DataCommand),
+        CommandInfo(name="teacher", help=TeacherCommand.COMMAND.help, subcommand_class=TeacherCommand),
     )
 
     def run(self) -> None:
@@ -149,12 +180,13 @@ def main() -> None:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, help_line, arguments in COMMANDS:
         arguments(subparsers.add_parser(name, help=help_line, description=help_line))
-    data = subparsers.add_parser("data", help=DataCommand.COMMAND.help, description=DataCommand.COMMAND.help)
-    within = data.add_subparsers(dest="data_command", required=True, metavar="command")
-    for name, help_line, arguments in DATA_COMMANDS:
-        arguments(within.add_parser(name, help=help_line, description=help_line))
+    for group, commands in ((DataCommand.COMMAND, DATA_COMMANDS), (TeacherCommand.COMMAND, TEACHER_COMMANDS)):
+        parent = subparsers.add_parser(group.name, help=group.help, description=group.help)
+        within = parent.add_subparsers(dest="within", required=True, metavar="command")
+        for name, help_line, arguments in commands:
+            arguments(within.add_parser(name, help=help_line, description=help_line))
     args = parser.parse_args()
-    call(f"data {args.data_command}" if args.command == "data" else args.command, args)
+    call(f"{args.command} {args.within}" if "within" in args else args.command, args)
 
 
 REGISTER_COMMANDS = [GraceCommand]

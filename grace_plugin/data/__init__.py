@@ -3,6 +3,7 @@
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Row, check_row, check_rows, read_row
 from grace_plugin.data.faults import REASONS, RowError
+from grace_plugin.data.key import SAMPLE_KEY, processor_settings, sample_key
 from grace_plugin.data.order import RowSampler, epoch_order, rank_batches
 from grace_plugin.data.prepare import BadRowsError, Prepared, is_scannable, prepare
 from grace_plugin.data.sources import load_rows, stream_rows
@@ -10,6 +11,7 @@ from grace_plugin.data.stream import StreamedRows
 
 __all__ = [
     "REASONS",
+    "SAMPLE_KEY",
     "BadRowsError",
     "ConversationCollator",
     "Prepared",
@@ -23,7 +25,9 @@ __all__ = [
     "is_scannable",
     "load_rows",
     "prepare",
+    "processor_settings",
     "rank_batches",
     "read_row",
+    "sample_key",
     "stream_rows",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
 from grace_plugin.data.segments import Segmenter
 
@@ -57,26 +58,31 @@ class ConversationCollator:
         processor: a transformers processor with a chat template.
         max_length: longest row in tokens, visual tokens included; None for no limit.
         max_pixels: largest image in pixels; None for no limit.
+        keys: put each row's `sample_key` into the batch, a list of strings that no model takes.
     """
 
     def __init__(
-        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS
-    ) -> None:
+        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS, *,
+        keys: bool = False,
+    ) -> None:  # fmt: skip
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
-        self.max_length, self.max_pixels = max_length, max_pixels
+        self.max_length, self.max_pixels, self.keys = max_length, max_pixels, keys
         self.segmenter = Segmenter(processor)
         pad = processor.tokenizer.pad_token_id
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """[rows] -> input_ids, attention_mask, labels (int64 [B, S]) and the family's pixel entries.
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """[rows] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
 
         Raises:
             ValueError: a row that cannot be used, named.
         """
-        return self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows])
+        batch: dict[str, Any] = dict(self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows]))
+        if self.keys:
+            batch[SAMPLE_KEY] = [sample_key(row) for row in rows]
+        return batch
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""

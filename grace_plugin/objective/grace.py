@@ -33,10 +33,10 @@ from grace_plugin import controller as dual
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.probe import choose_probe
 from grace_plugin.objective.terms import head_term, visual_term
-from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look, model_inputs
+from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
-from grace_plugin.teacher import MISSING, ResidentTeacher
+from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
 from grace_plugin.vlm import capture, family_of, matches
 
 __all__ = ["GraceObjective"]
@@ -74,25 +74,22 @@ class GraceObjective:
         return self.distill.enabled or self.relational.enabled
 
     def prepare(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        *,
-        vocabulary: int,
-        total_steps: int,
+        self, student: nn.Module, teacher: nn.Module | Teacher | None, *, vocabulary: int, total_steps: int,
         attached: Sequence[Attached] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Tie the objective to a student, freeze what does not train, and start the controller.
 
         Args:
             student: a transformers vision-language model of a known family.
-            teacher: a bigger one of the same family; None only when distillation and relation are disabled.
+            teacher: a bigger model of the same family, or a `grace_plugin.teacher.Teacher` of any kind; None only when
+                distillation and relation are disabled.
             vocabulary: ids both tokenizers define; logits are cut to it.
             total_steps: optimizer steps of the run, from which warm-up, probe and automatic eta follow.
             attached: learned scales put on the student's linears, one entry per format; empty without quantization.
 
         Raises:
-            ValueError: no teacher where one is needed, an unknown family, or fewer than one step.
+            ValueError: no teacher where one is needed, one that cannot teach this student, an unknown family, or fewer than
+                one step.
         """
         if self.needs_teacher and teacher is None:
             raise ValueError(MISSING)
@@ -101,11 +98,14 @@ class GraceObjective:
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
-        self.teacher = ResidentTeacher(teacher) if teacher is not None and self.needs_teacher else None
+        teacher = ResidentTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.teacher = teacher if self.needs_teacher else None
         self._text_model = self.family.text_model(student)
         for name, parameter in student.named_parameters():
             if not self.family.trains(name) or matches(name, self.training.freeze):
                 parameter.requires_grad_(False)
+        if self.teacher is not None:
+            self.teacher.begin(student, self.attached)
         self.controller_state = start_controller(self.controller, total_steps)
 
     @property

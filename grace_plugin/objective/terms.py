@@ -14,7 +14,7 @@ from grace_plugin.losses.head import distillation_head
 from grace_plugin.losses.relational import relational_loss
 from grace_plugin.objective.window import MicroBatch, Window
 from grace_plugin.recipe import DistillRecipe
-from grace_plugin.teacher import ResidentTeacher
+from grace_plugin.teacher import Teacher
 
 __all__ = ["head_term", "visual_term"]
 
@@ -24,7 +24,7 @@ def head_term(
     item: MicroBatch,
     final: Tensor,
     head: Any,
-    teacher: ResidentTeacher | None,
+    teacher: Teacher | None,
     *,
     asked: DistillRecipe,
     vocabulary: int,

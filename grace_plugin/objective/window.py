@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.losses.head import teacher_gates
 from grace_plugin.losses.relational import countable_images
 from grace_plugin.recipe import DistillRecipe, RelationalRecipe
-from grace_plugin.teacher import ResidentTeacher, TeacherStates
+from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
 from grace_plugin.vlm import Family, VisualTokens
 
 __all__ = [
-    "IGNORE_INDEX",
     "MicroBatch",
     "StepRecord",
     "Window",
@@ -32,10 +32,7 @@ __all__ = [
     "gate_quantiles",
     "labels_of",
     "look",
-    "model_inputs",
 ]
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -128,11 +125,6 @@ def gate_quantiles(gates: Tensor | None) -> dict[str, float]:
     return dict(zip(("gate_q05", "gate_q50", "gate_q95"), torch.quantile(gates, levels).tolist(), strict=True))
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a batch that a model's forward takes; labels stay here."""
-    return {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
-
-
 def labels_of(batch: Mapping[str, Any], family: Family, config: Any) -> Tensor:
     """Labels [B, S] of a batch; a batch without any supervises every text token the model reads (calibration text)."""
     if batch.get("labels") is not None:
@@ -151,7 +143,7 @@ def look(
     family: Family,
     config: Any,
     vocabulary: int,
-    teacher: ResidentTeacher | None,
+    teacher: Teacher | None,
     distill: DistillRecipe,
     relational: RelationalRecipe,
     device: torch.device,
@@ -161,10 +153,10 @@ def look(
     Raises:
         ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
     """
-    labels = labels_of(batch, family, config)[:, 1:]
-    mask = labels != IGNORE_INDEX
-    positions = torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1).to(device)
-    targets = labels[mask].to(device)
+    labels = labels_of(batch, family, config)
+    positions = supervised_positions(labels)
+    targets = labels.flatten()[positions + 1].to(device)
+    positions = positions.to(device)
     if targets.numel() and int(targets.max()) >= vocabulary:
         raise ValueError(
             f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
@@ -176,9 +168,9 @@ def look(
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0] = positions.numel()
     bare = torch.ones(len(labels), device=device)  # rows without a visual token
-    counts[3] = bare.index_fill_(0, item.visual.index // (labels.shape[1] + 1), 0.0).sum()
+    counts[3] = bare.index_fill_(0, item.visual.index // labels.shape[1], 0.0).sum()
     if teacher is not None:
-        item.teacher = teacher.states(model_inputs(batch), positions, visual)
+        item.teacher = teacher.states(batch, positions, visual)
         if distill.enabled:
             weight, bias = teacher.head()
             final, sharpness = item.teacher.final, distill.gate_sharpness

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from grace_plugin.modifier import GraceModifier
+from grace_plugin.teacher import StateStore, check_cached_processor
 from grace_plugin.upstream import Modifier, Recipe
 
-__all__ = ["grace_modifier", "load_processor", "load_student", "read_recipe", "recipe_hash"]
+__all__ = ["grace_modifier", "load_processor", "load_student", "open_cache", "read_recipe", "recipe_hash"]
 
 
 def grace_modifier(recipe: Recipe) -> GraceModifier:
@@ -51,6 +52,20 @@ def recipe_hash(modifier: GraceModifier) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def open_cache(
+    modifier: GraceModifier, student: str | os.PathLike[str] | nn.Module, processor: Any
+) -> StateStore | None:
+    """The store of a cached teacher, checked against recipe and processor before any model is loaded; else None.
+
+    Raises:
+        ValueError: no store, or one written for another teacher or with another processor.
+    """
+    store = modifier.open_store()
+    if store is not None:
+        check_cached_processor(store, processor or load_processor(student))
+    return store
+
+
 def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
     """The student: a loaded model as it is, or a checkpoint in float32 master weights.
 
@@ -72,14 +87,14 @@ def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
 
 
 def load_processor(student: Any) -> Any:
-    """The processor beside the student's checkpoint.
+    """The processor beside the student's checkpoint; `student` is a loaded model or its checkpoint.
 
     Raises:
         ValueError: nothing readable there.
     """
     from transformers import AutoProcessor
 
-    source = getattr(student, "name_or_path", "")
+    source = student if isinstance(student, str | os.PathLike) else getattr(student, "name_or_path", "")
     try:
         return AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
 from grace_plugin.data import ConversationCollator, check_rows
 from grace_plugin.modifier import GraceModifier
-from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
+from grace_plugin.teacher import check_cached_rows
 from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
 from grace_plugin.upstream import oneshot as upstream_oneshot
 
@@ -122,12 +123,15 @@ def oneshot(
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
+    store = open_cache(modifier, model, processor)
     student = load_student(model)
     processor = processor or load_processor(student)
     if not isinstance(dataset, DataLoader):
         rows = [dataset[i] for i in range(min(len(dataset), num_calibration_samples))]
         check_rows(rows)
-        collator = ConversationCollator(processor, max_length)
+        collator = ConversationCollator(processor, max_length, keys=store is not None)
+        if store is not None:
+            check_cached_rows(store, rows)
         dataset = DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
     save_as_before = vars(student).get("save_pretrained")
     try:

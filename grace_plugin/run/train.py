@@ -20,10 +20,11 @@ from torch import nn
 
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
-from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe, recipe_hash
+from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.rows import training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
+from grace_plugin.teacher import check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
 
 __all__ = ["TrainResult", "run_folder", "train"]
@@ -125,12 +126,16 @@ def train(
     check_destination(output_dir)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
+    modifier.use_teacher(teacher)
+    store = open_cache(modifier, model, processor)
     arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, training_arguments)
     if not hasattr(dataset, "__len__"):
         _total_steps(arguments, None)
     student = load_student(model)
-    collator = ConversationCollator(processor or load_processor(student), max_length)
+    collator = ConversationCollator(processor or load_processor(student), max_length, keys=store is not None)
     rows = training_rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows)
+    if store is not None and arguments.local_process_index == 0:
+        check_cached_rows(store, rows.dataset)
     total_steps = _total_steps(arguments, rows.count)
     with grace_session(
         student, read, total_steps=total_steps, teacher=teacher, processor=collator.processor,

@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer
 
+from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import PARAMETER
 from grace_plugin.run.callback import GraceCallback
@@ -104,6 +105,7 @@ class GraceTrainer(Trainer):
     ) -> Any:
         """The objective's loss in training; the model's own cross-entropy in evaluation."""
         if not model.training:
+            inputs = {key: value for key, value in inputs.items() if key != SAMPLE_KEY}
             return super().compute_loss(model, inputs, return_outputs, None)
         return self.objective.loss(model, inputs)
 

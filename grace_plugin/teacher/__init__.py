@@ -1,5 +1,31 @@
-"""Where the teacher's hidden states come from."""
+"""Where the teacher's hidden states come from: a model in memory, a model in host memory, a cache, or the student itself."""
 
-from grace_plugin.teacher.resident import MISSING, ResidentTeacher, TeacherStates, load_teacher
+from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates, model_inputs, supervised_positions
+from grace_plugin.teacher.build import build_cache
+from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_rows, open_store
+from grace_plugin.teacher.open import check_pair, open_teacher
+from grace_plugin.teacher.own import SelfTeacher
+from grace_plugin.teacher.plan import CachePlan
+from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
+from grace_plugin.teacher.store import StateStore
 
-__all__ = ["MISSING", "ResidentTeacher", "TeacherStates", "load_teacher"]
+__all__ = [
+    "MISSING",
+    "CachePlan",
+    "CachedTeacher",
+    "OffloadedTeacher",
+    "ResidentTeacher",
+    "SelfTeacher",
+    "StateStore",
+    "Teacher",
+    "TeacherStates",
+    "build_cache",
+    "check_cached_processor",
+    "check_cached_rows",
+    "check_pair",
+    "load_teacher",
+    "model_inputs",
+    "open_store",
+    "open_teacher",
+    "supervised_positions",
+]

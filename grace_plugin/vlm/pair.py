@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from grace_plugin.vlm.base import Family
 
 __all__ = ["check_image_processors", "check_pixels", "load_image_processor", "load_tokenizer", "shared_vocabulary"]
@@ -21,8 +19,8 @@ _SAMPLE = (
 )
 
 
-def load_tokenizer(model: nn.Module, role: str) -> Any:
-    """The tokenizer beside a model's checkpoint.
+def load_tokenizer(model: Any, role: str) -> Any:
+    """The tokenizer beside a model's checkpoint; `model` needs no more than `name_or_path` or `config`.
 
     Raises:
         ValueError: the model has no `name_or_path`, or nothing readable lies there.
@@ -99,7 +97,7 @@ _RESOLUTION = (
 )  # fmt: skip
 
 
-def load_image_processor(model: nn.Module) -> Any:
+def load_image_processor(model: Any) -> Any:
     """The image processor beside a model's checkpoint, or None where there is none to read."""
     from transformers import AutoImageProcessor
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from grace_plugin.vlm.anyres import LlavaNext, LlavaOnevision
 from grace_plugin.vlm.base import Family
 from grace_plugin.vlm.llava import Llava, Mistral3
@@ -23,8 +21,8 @@ def register_family(family: Family) -> None:
     FAMILIES[family.model_type] = family
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+def family_of(model: Any) -> Family:
+    """The family of a model, or of anything with a model's `config`.
 
     Raises:
         ValueError: the model's `model_type` is unknown (the message names it and the file to add), or its output head does

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from grace_plugin.cli import commands
-from grace_plugin.cli.register_grace import COMMANDS, DATA_COMMANDS, REGISTER_COMMANDS, DataCommand, GraceCommand
+from grace_plugin.cli.register_grace import (
+    COMMANDS,
+    DATA_COMMANDS,
+    REGISTER_COMMANDS,
+    TEACHER_COMMANDS,
+    DataCommand,
+    GraceCommand,
+    TeacherCommand,
+)
 from tests.conftest import Finished
 from tests.pairs import Pair, recipe_text
 from tests.tiny import rows
@@ -65,9 +73,11 @@ def test_registering_imports_nothing_heavy(module: str) -> None:
 def test_the_group_and_the_alias_share_their_commands() -> None:
     assert REGISTER_COMMANDS == [GraceCommand]
     names = [name for name, _, _ in COMMANDS]
-    assert [c.name for c in GraceCommand.SUBCOMMANDS] == [*names, "data"]
+    assert [c.name for c in GraceCommand.SUBCOMMANDS] == [*names, "data", "teacher"]
     assert [c.name for c in DataCommand.SUBCOMMANDS] == [name for name, _, _ in DATA_COMMANDS] == ["check"]
-    assert list(commands.COMMANDS) == [*names, *(f"data {name}" for name, _, _ in DATA_COMMANDS)]
+    assert [c.name for c in TeacherCommand.SUBCOMMANDS] == [name for name, _, _ in TEACHER_COMMANDS] == ["cache"]
+    within = [f"data {name}" for name, _, _ in DATA_COMMANDS] + [f"teacher {name}" for name, _, _ in TEACHER_COMMANDS]
+    assert list(commands.COMMANDS) == [*names, *within]
 
 
 def test_the_group_alone_prints_its_commands() -> None:

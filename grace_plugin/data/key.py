@@ -1,0 +1,90 @@
+"""What a row is known by, whatever batch it comes in: a hash of its conversation and of the bytes of its media.
+
+Together with the settings of the processor, which are the same for a whole run, the key decides every token, label and pixel
+that a model gets for the row. Media are hashed as they are given, a file by its bytes, so nothing is decoded for a key; the
+same picture given as a file and as a `PIL.Image` has two keys. Processors that draw at random (augmentation) have no such
+key; transformers' own do not draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from grace_plugin.data.conversation import check_row
+from grace_plugin.data.faults import RowError
+from grace_plugin.data.media import Video
+
+__all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
+
+SAMPLE_KEY = "sample_key"
+"""The batch entry that holds one key a row."""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _media(item: Any, name: str) -> Any:
+    """What stands for a picture, a video or a frame in the key's text."""
+    if isinstance(item, Mapping):
+        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    if isinstance(item, (str, Path)):
+        try:
+            with Path(item).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise RowError("missing_file", f"{name}: cannot read {str(item)!r}: {error}") from error
+    if isinstance(item, bytes):
+        return _digest(item)
+    if isinstance(item, Image.Image):
+        turned = dict(item.getexif()).get(0x0112, 1)
+        return [item.mode, item.size, turned, _digest(item.tobytes())]
+    if isinstance(item, Video):
+        return [_media(item.frames, name), item.fps, list(item.indices)]
+    if isinstance(item, np.ndarray):
+        return [str(item.dtype), item.shape, _digest(np.ascontiguousarray(item).tobytes())]
+    return [_media(frame, name) for frame in item]
+
+
+def sample_key(row: Mapping[str, Any], number: int | None = None) -> str:
+    """64 hexadecimal digits: SHA-256 of the checked conversation, its pictures and videos; ids and names do not count.
+
+    Raises:
+        RowError (a ValueError): a row that cannot be used, or media that cannot be read, named.
+    """
+    checked = check_row(row, number)
+    parts: dict[str, Any] = {"messages": checked.messages}
+    parts |= {kind: [_media(item, checked.name) for item in getattr(checked, kind)] for kind in ("images", "videos")}
+    if checked.videos:
+        parts["fps"] = checked.fps
+    return _digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """Everything of a processor that decides tokens, labels and pixels; plain values, the tokenizer and template as hashes."""
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # padding and truncation are settings of the last call, not of the tokenizer
+        tokenizer = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    else:
+        tokenizer = processor.tokenizer.get_vocab()
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    found: dict[str, Any] = {
+        "class": type(processor).__name__,
+        "tokenizer": _digest(json.dumps(tokenizer, sort_keys=True).encode()),
+        "chat_template": _digest(json.dumps(template, sort_keys=True).encode()),
+    }
+    for name, value in vars(processor).items():
+        if isinstance(value, (bool, int, float, str)) and name != "chat_template":
+            found[name] = value
+    for name in ("image_processor", "video_processor"):
+        part = getattr(processor, name, None)
+        for key, value in (part.to_dict() if part is not None else {}).items():
+            found[f"{name}.{key}"] = value
+    return json.loads(json.dumps(found, sort_keys=True, default=str))

@@ -1,0 +1,92 @@
+"""What a teacher is, whatever its kind: a head, and the hidden states that the losses read of a batch.
+
+Legend: B batch, S sequence, N supervised positions, M visual tokens, d_t teacher width, V_t rows of the teacher's head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grace_plugin.data import SAMPLE_KEY
+from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.quantizer.attach import Attached
+from grace_plugin.vlm import Family, VisualTokens, capture, family_of
+
+__all__ = ["MISSING", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
+
+MISSING = (
+    "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or disable the distill "
+    "and relational blocks"
+)
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """What is kept of one teacher pass: `final` [N, d_t] and `visual` [M, d_t], in the teacher's dtype."""
+
+    final: Tensor
+    visual: Tensor
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a batch that a model's forward takes; labels and keys stay here."""
+    return {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """int64 [N]: flat positions in [B * S] whose next token is supervised, for labels [B, S]."""
+    mask = labels[:, 1:] != IGNORE_INDEX
+    return nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1)
+
+
+class Teacher(ABC):
+    """Answers for a batch. `config` and `name_or_path` are those of the checkpoint, as on a transformers model."""
+
+    config: Any
+    name_or_path: str
+
+    @property
+    def family(self) -> Family:
+        """The family of the teacher's model."""
+        return family_of(self)
+
+    @abstractmethod
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V_t, d_t] and bias [V_t] of the output head, without a gradient."""
+
+    @abstractmethod
+    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+        """What the losses read of a batch.
+
+        Args:
+            batch: of the collator, on the student's device.
+            positions: int64 [N], flat positions in [B * S] that predict a supervised token.
+            visual: positions of the visual tokens.
+        """
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device of the run."""
+        return None
+
+    def begin(self, student: nn.Module, attached: Sequence[Attached]) -> None:
+        """Called once before the first step, when it is settled what of the student trains."""
+        return None
+
+
+@torch.no_grad()
+def states_of(
+    forward: Any, text_model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, visual: VisualTokens
+) -> TeacherStates:
+    """The states of one forward pass, `forward(**inputs)`, of the model whose decoder is `text_model`; on inputs' device."""
+    with capture(text_model) as caught:
+        forward(**inputs, use_cache=False, logits_to_keep=1)
+    assert caught.final is not None and caught.penultimate is not None
+    final = caught.final.flatten(0, 1).index_select(0, positions.to(caught.final.device))
+    seen = caught.penultimate.flatten(0, 1).index_select(0, visual.index.to(caught.penultimate.device))
+    return TeacherStates(final.to(positions.device), seen.to(positions.device))

@@ -1,0 +1,187 @@
+"""A teacher that was run before: its states are read from a store, and of its weights the head alone is loaded.
+
+The states are exact, in the dtype the teacher computed them in. A resident teacher gives the same bits for a batch of the same
+rows padded alike; for a batch cut otherwise it differs by its own rounding, which a store does not.
+
+Rows are found by what they hold (`grace_plugin.data.sample_key`), so batches need the keys: `ConversationCollator(keys=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_plugin.data import SAMPLE_KEY, Prepared, is_scannable, processor_settings, sample_key
+from grace_plugin.data.conversation import row_name
+from grace_plugin.recipe import TeacherRecipe
+from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates
+from grace_plugin.teacher.source import Checkpoint, open_checkpoint
+from grace_plugin.teacher.store import REBUILD, StateStore, differing
+from grace_plugin.vlm import VisualTokens
+
+__all__ = ["CachedTeacher", "check_cached_processor", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
+
+_CHUNK = 1024
+
+
+def teacher_identity(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """What a store is written for: the teacher's revision, dtype, width, and the layer the relational term reads."""
+    return {
+        **checkpoint.known_by(),
+        "dtype": str(checkpoint.dtype(dtype)).removeprefix("torch."),
+        "layer": checkpoint.layer,
+        "width": checkpoint.width,
+    }
+
+
+def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
+    """Open the store of a recipe and compare it with what the recipe asks for; nothing of the teacher is loaded.
+
+    Args:
+        visual: whether the run reads the states of visual tokens.
+
+    Raises:
+        ValueError: no store, a store of another teacher (both are named), one without visual tokens, or a file of it that
+            is not what was written.
+    """
+    assert asked.cache is not None
+    if asked.model is None:
+        raise ValueError(f"{MISSING}; a cached teacher is named as well, its head and tokenizer are read from there")
+    store = StateStore(asked.cache)
+    identity = teacher_identity(open_checkpoint(asked.model, asked.revision), asked.dtype)
+    told = differing(store.identity["teacher"], identity)
+    if told:
+        raise ValueError(
+            f"the teacher cache {asked.cache} was written for the teacher {store.made_with['teacher']!r} and this run asks for "
+            f"{asked.model!r}, which is another (cache / run): {told}; name the cache's teacher, or write a cache for this one "
+            f"with {REBUILD.format(folder='ANOTHER_FOLDER')}"
+        )
+    if visual and not store.identity["visual"]:
+        raise ValueError(
+            f"the teacher cache {asked.cache} holds no states of visual tokens and the recipe's relational term reads them; "
+            "write another with this recipe, or set relational: {enabled: false}"
+        )
+    if asked.check_cache and os.environ.get("LOCAL_RANK", "0") == "0":  # once a host
+        store.check()
+    return store
+
+
+def keys_of(rows: Sequence[Any], numbers: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """(number, key) of the rows with these numbers; media are read and hashed by several threads."""
+    numbers = list(numbers)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(numbers), _CHUNK):
+            chunk = [int(number) for number in numbers[start : start + _CHUNK]]
+            yield from zip(chunk, pool.map(sample_key, [rows[number] for number in chunk], chunk), strict=True)
+
+
+def check_cached_processor(store: StateStore, processor: Any) -> None:
+    """Refuse a processor that makes other tokens or pixels than the store's.
+
+    Raises:
+        ValueError: names every setting that differs, with both values.
+    """
+    told = differing(store.identity["processor"], processor_settings(processor))
+    if told:
+        raise ValueError(
+            f"the teacher cache {store.folder} was written with another processor (cache / run): {told}; give this run the "
+            f"cache's processor, or write a cache for this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
+        )
+
+
+def check_cached_rows(store: StateStore, dataset: Any) -> None:
+    """Refuse a run that would ask a store for rows that it does not hold; reads every row's media once.
+
+    Args:
+        dataset: what the run trains on; a `Prepared` or anything that can be looked at in full.
+
+    Raises:
+        ValueError: a dataset that is made as it is read, or rows that are not in the store, named.
+    """
+    rows, numbers = (dataset.rows, set(dataset.numbers.tolist())) if isinstance(dataset, Prepared) else (dataset, None)
+    if not is_scannable(rows):
+        raise ValueError(
+            "a cached teacher needs rows that can be looked at before the run, and these are made as they are read; save them "
+            "as parquet and give those, or use teacher.kind: resident"
+        )
+    looked = sorted(numbers) if numbers is not None else range(len(rows))
+    absent = [number for number, key in keys_of(rows, looked) if key not in store]
+    if absent:
+        named = ", ".join(row_name(rows[number], number) for number in absent[:5])
+        raise ValueError(
+            f"{len(absent)} of {len(looked)} rows are not in the teacher cache {store.folder}: {named}"
+            f"{', ...' if len(absent) > 5 else ''}; write them with {REBUILD.format(folder=store.folder)}"
+        )
+
+
+class CachedTeacher(Teacher):
+    """Reads states by key. `head_bytes`: what is held of the teacher's weights."""
+
+    def __init__(self, store: StateStore, asked: TeacherRecipe) -> None:
+        assert asked.model is not None
+        checkpoint = open_checkpoint(asked.model, asked.revision)
+        self.store, self.config, self.name_or_path = store, checkpoint.config, checkpoint.name_or_path
+        self._head = checkpoint.head(asked.dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the teacher's weights that are in memory."""
+        return sum(part.numel() * part.element_size() for part in self._head if part is not None)
+
+    def to(self, device: torch.device) -> None:
+        """Move the head."""
+        weight, bias = self._head
+        self._head = weight.to(device), None if bias is None else bias.to(device)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V_t, d_t] and bias of the output head."""
+        return self._head
+
+    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+        """Read the batch's rows.
+
+        Raises:
+            ValueError: no keys in the batch, a row that is not in the store, or one with other positions than when it was
+                written.
+        """
+        if batch.get(SAMPLE_KEY) is None:
+            raise ValueError(
+                f"a cached teacher finds rows by their key and the batch has no {SAMPLE_KEY}; collate it with "
+                "grace_plugin.data.ConversationCollator(processor, keys=True)"
+            )
+        absent = [key for key in batch[SAMPLE_KEY] if key not in self.store]
+        if absent:
+            raise ValueError(
+                f"the row with key {absent[0]} is not in the teacher cache {self.store.folder}; write it with "
+                f"{REBUILD.format(folder=self.store.folder)}"
+            )
+        rows = [self.store.read(key) for key in batch[SAMPLE_KEY]]
+        final = torch.cat([final for final, _ in rows])
+        if len(final) != len(positions):
+            raise ValueError(_other("supervised positions", len(positions), len(final), self.store))
+        if not self.store.identity["visual"]:
+            return TeacherStates(_moved(final, positions.device), _moved(final[:0], positions.device))
+        in_order = torch.cat([seen for _, seen in rows if seen is not None])
+        if len(in_order) != len(visual.index):
+            raise ValueError(_other("visual tokens", len(visual.index), len(in_order), self.store))
+        place = (
+            visual.index.argsort().argsort()
+        )  # a batch lists pictures before videos, a row of the store as they come
+        return TeacherStates(_moved(final, positions.device), _moved(in_order, place.device).index_select(0, place))
+
+
+def _moved(states: Tensor, device: torch.device) -> Tensor:
+    """States on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
+    return (states.pin_memory() if device.type == "cuda" else states).to(device, non_blocking=True)
+
+
+def _other(what: str, here: int, there: int, store: StateStore) -> str:
+    return (
+        f"the batch has {here} {what} and the teacher cache {store.folder} holds {there} for its rows: labels or pixels are "
+        "made otherwise than when it was written; remove it and write it anew"
+    )

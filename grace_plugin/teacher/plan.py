@@ -1,0 +1,95 @@
+"""What a build of a teacher cache will do, known before the teacher is loaded: which rows, how many bytes, if it may at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grace_plugin.data import Prepared
+from grace_plugin.teacher.cached import keys_of
+from grace_plugin.teacher.store import WRITING, StateStore, corrupt_shards, differing, read_store
+from grace_plugin.vlm import Family
+
+__all__ = ["CachePlan", "check_disk", "check_folder", "drop_damaged", "plan_cache"]
+
+_SPARE = 1024  # bytes a row adds to a file beside its states, at most
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a build will do, and has done.
+
+    rows: distinct rows of the dataset. stored: of them already in the folder. total_bytes, bytes: states of all rows and of
+    those still to be run; `at_most` where a family's line ends count among its visual tokens until it is run. tokens: to run.
+    dropped: files that were not what was written. seconds: for what is to be run, None until batches were timed.
+    """
+
+    rows: int
+    stored: int
+    total_bytes: int
+    bytes: int
+    at_most: bool
+    tokens: int
+    dropped: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+def check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Refuse a folder that is neither new nor empty nor of the same identity; returns whether visual tokens are kept.
+
+    Raises:
+        ValueError: names what differs, with both values.
+    """
+    written = read_store(folder)
+    if written is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a teacher cache; give a new folder")
+        return bool(identity["visual"])
+    visual = bool(identity["visual"] or written[0]["visual"])
+    told = differing(written[0], {**identity, "visual": visual})
+    if told:
+        raise ValueError(
+            f"{folder} holds states written otherwise (there / asked for): {told}; give a new folder, or ask for the same"
+        )
+    return visual
+
+
+def drop_damaged(folder: Path) -> tuple[str, ...]:
+    """Remove a half-written file and every file that is not what was written; returns the names of the latter."""
+    damaged = corrupt_shards(folder)
+    for path in (*damaged, folder / WRITING):
+        path.unlink(missing_ok=True)
+    return tuple(path.name for path in damaged)
+
+
+def plan_cache(rows: Prepared, folder: Path, width: int, visual: bool, family: Family) -> tuple[CachePlan, list[int]]:
+    """What is to be done, and the rows that are to be run, the longest first. `width`: bytes of a token's state."""
+    store = StateStore(folder) if read_store(folder) is not None else ()
+    keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())))}
+    entries = rows.entries
+    sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
+    missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)
+    plan = CachePlan(
+        rows=len(keys), stored=len(keys) - len(missing), total_bytes=sum(sizes.values()), bytes=sum(sizes[n] for n in missing),
+        at_most=visual and type(family).true_tokens is not Family.true_tokens,
+        tokens=sum(entries[n].tokens for n in missing),
+    )  # fmt: skip
+    return plan, missing
+
+
+def check_disk(folder: Path, plan: CachePlan) -> None:
+    """Refuse a build that the disk has no room for.
+
+    Raises:
+        ValueError: names what is wanted and what is free.
+    """
+    wanted = plan.bytes + _SPARE * (plan.rows - plan.stored)
+    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(standing).free
+    if wanted > free:
+        raise ValueError(
+            f"the states take {wanted:,} bytes and the disk of {folder} has {free:,} free; give another folder, or fewer rows"
+        )

@@ -1,0 +1,98 @@
+"""A row's key is its content: the same however it is spelled, another when a word, a pixel or the order changes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grace_plugin.data import ConversationCollator, RowError, processor_settings, sample_key
+from tests.tiny import build, rows, save
+from tests.tiny_text import rows as draw
+
+
+def turned(image: Image.Image) -> Image.Image:
+    copy = image.copy()
+    copy.getexif()[0x0112] = 6
+    return copy
+
+
+def test_what_counts_and_what_does_not() -> None:
+    (row,) = rows(1, images=2)
+    first, second = row["images"]
+    key = sample_key(row)
+    assert len(key) == 64 and sample_key(draw(1, images=2)[0]) == key
+    assert sample_key({**row, "id": "a", "name": "b"}) == key
+    plain = [{"role": "assistant", "content": row["messages"][1]["content"][0]["text"]}]
+    assert sample_key({**row, "messages": [row["messages"][0], *plain]}) == key
+    one = first.copy()
+    one.putpixel((0, 0), tuple(255 - c for c in one.getpixel((0, 0))))
+    said = [row["messages"][0], {"role": "assistant", "content": "something else"}]
+    others = [
+        {**row, "images": [second, first]}, {**row, "images": [one, second]}, {**row, "messages": said},
+        {**row, "images": [first.convert("RGBA"), second]}, {**row, "images": [turned(first), second]},
+    ]  # fmt: skip
+    keys = {sample_key(other) for other in others}
+    assert len(keys) == 5 and key not in keys
+
+
+def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
+    (row,) = rows(1)
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        row["images"][0].save(path)
+    content = paths[0].read_bytes()
+    ways: list[Any] = [
+        str(paths[0]),
+        paths[1],
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": str(paths[0])},
+    ]
+    assert len({sample_key({**row, "images": [way]}) for way in ways}) == 1
+    row["images"][0].rotate(90).save(paths[1])
+    assert sample_key({**row, "images": [paths[0]]}) != sample_key({**row, "images": [paths[1]]})
+    with pytest.raises(RowError, match=r"row 7: cannot read '.*none\.png'"):
+        sample_key({**row, "images": [tmp_path / "none.png"]}, 7)
+
+
+def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
+    frames = [row["images"][0].resize((64, 64)) for row in rows(3)]
+    content = [{"type": "video"}, {"type": "text", "text": "what?"}]
+    said = [{"role": "user", "content": content}, {"role": "assistant", "content": "this"}]
+    (tmp_path / "film.mp4").write_bytes(b"film")
+    array = np.stack([np.asarray(frame) for frame in frames])
+    film: list[Any] = [frames, frames[::-1], array, array[::-1], array[:2], str(tmp_path / "film.mp4")]
+    keys = [sample_key({"messages": said, "videos": [video]}) for video in film]
+    assert len(set(keys)) == 6
+    assert sample_key({"messages": said, "videos": [frames], "fps": 1.0}) != keys[0]
+    assert sample_key({"messages": said, "videos": [frames], "fps": 2.0}) == keys[0]
+
+
+def test_a_batch_carries_keys_only_when_asked() -> None:
+    _, processor = build("llava")
+    dataset = rows(2)
+    assert "sample_key" not in ConversationCollator(processor)(dataset)
+    assert ConversationCollator(processor, keys=True)(dataset)["sample_key"] == [sample_key(row) for row in dataset]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_settings_of_a_processor_read_again_are_the_same(family: str, tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    model, processor = build(family)
+    save(model, processor, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    settings = processor_settings(AutoProcessor.from_pretrained(tmp_path / "a"))
+    again = AutoProcessor.from_pretrained(tmp_path / "b")
+    again(text=["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert processor_settings(again) == settings
+    again.image_processor.size = {"shortest_edge": 28, "longest_edge": 56}
+    again.tokenizer.add_tokens(["zyzzyva"])
+    again.chat_template += " "
+    changed = processor_settings(again)
+    different = {key for key in settings.keys() | changed.keys() if settings.get(key) != changed.get(key)}
+    assert different == {"image_processor.size", "tokenizer", "chat_template"}

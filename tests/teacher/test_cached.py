@@ -1,0 +1,268 @@
+"""A cached teacher answers as the resident one, holds its head alone, and refuses what it cannot answer before a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+
+import grace_plugin
+from grace_plugin.data import ConversationCollator
+from grace_plugin.objective import GraceObjective
+from grace_plugin.run.trainer import GraceTrainer
+from grace_plugin.teacher import (
+    CachedTeacher,
+    ResidentTeacher,
+    StateStore,
+    load_teacher,
+    open_store,
+    supervised_positions,
+)
+from grace_plugin.vlm import VisualTokens, family_of
+from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
+from tests.teacher.caches import ask, asked, build, cached_recipe, collator_of, same, video_row
+from tests.tiny import FAMILIES, rows, save
+from tests.tiny import build as tiny
+
+ROWS = mixed_rows(6)
+
+
+@pytest.fixture(scope="module")
+def cache_of(pair_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> a cache of ROWS, each row run alone, in several files; never change it, copy it."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "cache"
+            build(pair_of(family), made[family], ROWS, batch_size=1, shard_bytes=200_000)
+        return made[family]
+
+    return get
+
+
+def both(pair: Pair, folder: Path) -> tuple[ResidentTeacher, CachedTeacher]:
+    resident = ResidentTeacher(load_teacher(str(pair.teacher), dtype="float32"))
+    return resident, CachedTeacher(open_store(asked(pair, folder), visual=True), asked(pair, folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_answers_as_the_resident_teacher(pair_of: Any, cache_of: Any, family: str) -> None:
+    """A row run alone: the same bits. Rows padded together: the resident teacher's own float32 rounding lies between."""
+    resident, cached = both(pair_of(family), cache_of(family))
+    collate = collator_of(pair_of(family))
+    for row in ROWS:
+        assert same(ask(resident, collate([row])), ask(cached, collate([row])))
+    shuffled = [ROWS[number] for number in (4, 1, 5, 0, 1)]
+    left, right = ask(resident, collate(shuffled)), ask(cached, collate(shuffled))
+    assert left.final.shape == right.final.shape and left.visual.shape == right.visual.shape
+    torch.testing.assert_close(left.final, right.final, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(left.visual, right.visual, rtol=1e-5, atol=2e-5)
+    assert torch.equal(resident.head()[0], cached.head()[0]) and cached.head()[1] is None
+    cached.to(torch.device("cpu"))
+
+
+def test_a_batch_that_was_run_together_is_given_back_bit_for_bit(llava: Pair, tmp_path: Path) -> None:
+    """Build and batch put the longest row first, so both pad and order alike."""
+    dataset = sorted(mixed_rows(4), key=lambda row: -len(collator_of(llava)([row])["input_ids"][0]))
+    build(llava, tmp_path / "cache", dataset, batch_size=4)
+    resident, cached = both(llava, tmp_path / "cache")
+    batch = collator_of(llava)(dataset)
+    assert len({len(collator_of(llava)([row])["input_ids"][0]) for row in dataset}) > 1, "something is padded"
+    assert same(ask(resident, batch), ask(cached, batch))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_pictures_and_videos_find_their_places(pair_of: Any, tmp_path: Path, family: str) -> None:
+    """A batch lists its pictures before its videos, whatever their order in the rows."""
+    pictures = [row["images"][0].resize((96, 64)) for row in rows(6, seed=9)]
+    dataset = [video_row(pictures[:4], pictures[4]), rows(1, seed=8)[0], video_row(pictures[2:], pictures[0])]
+    build(pair_of(family), tmp_path / "cache", dataset, batch_size=1)
+    resident, cached = both(pair_of(family), tmp_path / "cache")
+    batch = collator_of(pair_of(family))(dataset)
+    visual = torch.cat([ask(resident, collator_of(pair_of(family))([row])).visual for row in dataset])
+    left, right = ask(resident, batch), ask(cached, batch)
+    torch.testing.assert_close(left.visual, right.visual, rtol=1e-5, atol=2e-5)
+    assert (visual - left.visual).abs().max() > 0.1, "the order of the rows is another than the batch's"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_loss_and_gradients_are_the_resident_teachers_bit_for_bit(pair_of: Any, cache_of: Any, family: str) -> None:
+    resident, cached = both(pair_of(family), cache_of(family))
+    collate = collator_of(pair_of(family))
+    batches = [collate([row]) for row in ROWS[:3]]
+    found = []
+    for teacher in (resident, cached, resident.model):
+        student, processor = tiny(family)
+        grace = GraceObjective()
+        grace.prepare(student, teacher, vocabulary=len(processor.tokenizer), total_steps=10)
+        grace.steps = 5
+        grace.window(batches)
+        losses = [grace.loss(student, batch) for batch in batches]
+        torch.stack(losses).sum().backward()
+        found.append((losses, [p.grad for p in student.parameters() if p.grad is not None], grace.measure()))
+    for losses, gradients, record in found[1:]:
+        assert torch.equal(torch.stack(losses), torch.stack(found[0][0])) and record == found[0][2]
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[0][1], strict=True))
+    assert found[0][2].gdkd > 0 and found[0][2].rcka > 0
+
+
+def test_a_run_from_the_cache_writes_the_bytes_of_a_run_with_the_teacher(
+    llava: Pair, cache_of: Any, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    resident = run(llava, tmp_path / "a", ROWS, **options)
+    cached = run(llava, tmp_path / "b", ROWS, recipe=cached_recipe(llava, cache_of("llava")), **options)
+    left, right = (done.checkpoint / "model.safetensors" for done in (resident, cached))
+    assert left.read_bytes() == right.read_bytes()
+    assert "kind: cached" in (cached.checkpoint / "recipe.yaml").read_text()
+
+
+def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    folder = cache_of("llava")
+    done = grace_plugin.oneshot(
+        str(llava.student), recipe=cached_recipe(llava, folder), dataset=ROWS, output_dir=tmp_path / "out", batch_size=3
+    )
+    assert done.verification["verified"]
+    with pytest.raises(ValueError, match="1 of 7 rows are not in the teacher cache"):
+        grace_plugin.oneshot(
+            str(llava.student), recipe=cached_recipe(llava, folder), dataset=[*ROWS, *rows(1, seed=77)],
+            output_dir=tmp_path / "no",
+        )  # fmt: skip
+    student = AutoModelForImageTextToText.from_pretrained(llava.student)
+    with grace_plugin.grace_session(student, cached_recipe(llava, folder), total_steps=4) as grace:
+        grace.objective.window([collator_of(llava)(ROWS[:2])])
+        grace.objective.loss(student, collator_of(llava)(ROWS[:2])).backward()
+        assert grace.objective.measure().gdkd > 0
+
+
+def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    student = AutoModelForImageTextToText.from_pretrained(llava.student)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), remove_unused_columns=False, label_names=["labels"], use_cpu=True, report_to="none",
+        disable_tqdm=True, prediction_loss_only=True,
+    )  # fmt: skip
+    found = []
+    with grace_plugin.grace_session(student, cached_recipe(llava, cache_of("llava")), total_steps=4) as grace:
+        for keys in (False, True):
+            collate = ConversationCollator(AutoProcessor.from_pretrained(llava.student), keys=keys)
+            trainer = GraceTrainer(
+                model=student,
+                args=arguments,
+                data_collator=collate,
+                objective=grace.objective,
+                scale_rate=1.0,
+                recipe_hash="",
+            )
+            found.append(trainer.evaluate(ROWS[:3])["eval_loss"])
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_training_reads_the_head_and_nothing_else_of_the_teacher(tmp_path: Path, family: str) -> None:
+    """One tensor a file, and every file but the head's is gone; Qwen2.5-VL's head is its embedding."""
+    made = pair(family, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(made.teacher)
+    (made.teacher / "model.safetensors").unlink()
+    model.save_pretrained(made.teacher, max_shard_size="1KB")
+    build(made, tmp_path / "cache", ROWS[:4])
+    head = {"llava": "lm_head.weight", "qwen2_5_vl": "embed_tokens.weight"}[family]
+    removed = 0
+    for path in made.teacher.glob("model-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            gone = not any(name.endswith(head) for name in file.keys())
+        if gone:
+            path.unlink()
+            removed += 1
+    assert removed > 60 and len(list(made.teacher.glob("model-*.safetensors"))) == 1
+    with pytest.raises(ValueError, match="cannot load the teacher"):
+        load_teacher(str(made.teacher))
+    done = run(made, tmp_path / "out", ROWS[:4], recipe=cached_recipe(made, tmp_path / "cache"))
+    assert done.verification["verified"]
+    teacher = CachedTeacher(StateStore(tmp_path / "cache"), asked(made, tmp_path / "cache"))
+    assert teacher.head_bytes == 400 * 512 * 4
+    assert torch.equal(teacher.head()[0], model.get_output_embeddings().weight.float())
+
+
+def refused(
+    pair: Pair, folder: Path, match: str, dataset: Any = None, *, student: str = "/no/student", **options: Any
+) -> None:
+    """Refused before any model is loaded: the student named is not there, unless the rows have to be looked at."""
+    options = {"processor": AutoProcessor.from_pretrained(pair.student)} | options
+    blocks = {key: options.pop(key) for key in ("teacher", "relational") if key in options}
+    recipe = cached_recipe(pair, folder) if "teacher" not in blocks else recipe_text(None, **blocks)
+    with pytest.raises(ValueError, match=match):
+        run(pair, folder.parent / "out", dataset or ROWS, recipe=recipe, model=student, **options)
+    assert not (folder.parent / "out").exists() and not (folder.parent / "out.run").exists()
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_a_model_is_loaded(
+    llava: Pair, cache_of: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
+    refused(llava, tmp_path / "none", r"no teacher cache at .*none; write it with `grace teacher cache RECIPE --model")
+    other = tmp_path / "other"
+    save(*tiny("llava", seed=5, hidden=512, layers=5, vocab_rows=400), other)
+    block = asked(llava, folder, model=str(other)).model_dump()
+    named = rf"written for the teacher '{llava.teacher}' and this run asks for '{other}'.*layer: 2 / 3"
+    refused(llava, folder, named, teacher=block)
+    retrained = Path(shutil.copytree(llava.teacher, tmp_path / "retrained"))
+    weights = load_file(retrained / "model.safetensors")
+    save_file(
+        {name: value * 1.01 for name, value in weights.items()}, retrained / "model.safetensors", {"format": "pt"}
+    )
+    block = asked(llava, folder, model=str(retrained)).model_dump()
+    refused(llava, folder, r"\(cache / run\): model\.safetensors: '\w+' / '\w+'", teacher=block)
+    block = asked(llava, folder, dtype="bfloat16").model_dump()
+    refused(llava, folder, "dtype: 'float32' / 'bfloat16'", teacher=block)
+    refused(llava, folder, "name.* as well", teacher=asked(llava, folder, model=None).model_dump())
+    processor = AutoProcessor.from_pretrained(llava.student)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    refused(llava, folder, r"another processor .*image_processor\.image_mean: \[0\.48.* / \[0\.1", processor=processor)
+    build(llava, tmp_path / "text", ROWS, visual=False)
+    refused(llava, tmp_path / "text", "no states of visual tokens and the recipe's relational term reads them")
+    run(llava, tmp_path / "fine", ROWS, recipe=cached_recipe(llava, tmp_path / "text", relational={"enabled": False}))
+
+
+def test_a_row_that_is_not_in_the_cache_is_named_before_training(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
+    new = {**rows(1, seed=50)[0], "id": "new-one"}
+    student = str(llava.student)
+    refused(
+        llava, folder, rf"1 of 7 rows are not in the teacher cache {folder}: row 'new-one'; write them with `grace teacher",
+        [*ROWS, new], student=student,
+    )  # fmt: skip
+    changed = {**ROWS[0], "images": [ROWS[0]["images"][0].rotate(180)]}
+    refused(llava, folder, r"1 of 6 rows are not in .*: row 5; write", [*ROWS[1:], changed], student=student)
+
+    drawn = type("Drawn", (), {"__len__": lambda self: 6, "__getitem__": lambda self, number: ROWS[number]})()
+    refused(llava, folder, "made as they are read", drawn, student=student)
+
+
+def test_what_a_batch_lacks_is_said(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    teacher = both(llava, cache_of("llava"))[1]
+    batch = collator_of(llava)(ROWS[:2])
+    with pytest.raises(ValueError, match=r"no sample_key; collate it with .*keys=True"):
+        ask(teacher, {key: value for key, value in batch.items() if key != "sample_key"})
+    with pytest.raises(ValueError, match="the row with key 00 is not in the teacher cache"):
+        ask(teacher, batch | {"sample_key": [batch["sample_key"][0], "00"]})
+    labels = batch["labels"].clone()
+    labels[0, labels[0].ne(-100).nonzero()[0]] = -100
+    with pytest.raises(ValueError, match=r"supervised positions and the teacher cache .* holds \d+ for its rows"):
+        ask(teacher, batch | {"labels": labels})
+    positions = supervised_positions(batch["labels"])
+    found = family_of(teacher).visual_tokens(teacher.config, batch)
+    with pytest.raises(ValueError, match=r"visual tokens and the teacher cache"):
+        teacher.states(batch, positions, VisualTokens(found.index[1:], found.sizes))
+
+
+def test_a_loaded_teacher_is_not_read_from_a_cache(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+    loaded = load_teacher(str(llava.teacher), dtype="float32")
+    with pytest.raises(ValueError, match="cached does not use the teacher that was passed"):
+        run(llava, tmp_path / "out", ROWS, recipe=cached_recipe(llava, cache_of("llava")), teacher=loaded)
