@@ -25,14 +25,14 @@ from grace_plugin.data.faults import RowError
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
 from grace_plugin.data.segments import Segmenter
 
-__all__ = ["ConversationCollator"]
+__all__ = ["ConversationCollator", "Piece"]
 
 IGNORE_INDEX = -100
 _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
-class _Piece:
+class Piece:
     """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
 
     row: int
@@ -80,7 +80,7 @@ class ConversationCollator:
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
-        text = [self._pieces(number, row) for number, row in enumerate(rows)]
+        text = [self.pieces(number, row) for number, row in enumerate(rows)]
         waiting = [piece for own in text for piece in own if not piece.ids]
         pictured = [piece for piece in waiting if piece.images or piece.videos]
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
@@ -124,19 +124,23 @@ class ConversationCollator:
                 "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
             )
 
-    def segment_tokens(self, row: Row) -> list[tuple[int, bool]]:
-        """Tokens of each segment of a row and whether they are learned; an image's placeholder counts as it is written."""
-        pieces = self._pieces(0, row)
+    def count_tokens(self, pieces: Sequence[Piece], written: Sequence[Sequence[str]]) -> list[int]:
+        """Tokens of each piece, with `written` in the places of its images."""
+        mark = self.segmenter.placeholders["image"]
+        for piece, images in zip(pieces, written, strict=True):
+            if images:
+                parts = piece.text.split(mark)
+                piece.text = parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
         waiting = [piece for piece in pieces if not piece.ids]
         if waiting:
             self._tokenise(waiting, self.processor.tokenizer)
-        return [(len(piece.ids["input_ids"]), piece.learned) for piece in pieces]
+        return [len(piece.ids["input_ids"]) for piece in pieces]
 
     def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
         joined = [torch.cat(parts) for parts in rows]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
 
-    def _pixels(self, pieces: list[_Piece]) -> dict[str, Any]:
+    def _pixels(self, pieces: list[Piece]) -> dict[str, Any]:
         """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
         videos = [video for piece in pieces for video in piece.videos]
         images: list[Any] = [piece.images for piece in pieces]  # which text an image belongs to is part of some formats
@@ -159,7 +163,7 @@ class ConversationCollator:
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 
-    def _tokenise(self, pieces: list[_Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
+    def _tokenise(self, pieces: list[Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
         """Fill the pieces' ids (padding and anchors taken off again); returns what belongs to the pixels."""
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
@@ -183,7 +187,7 @@ class ConversationCollator:
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _anchor(self, piece: _Piece) -> str:
+    def _anchor(self, piece: Piece) -> str:
         """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
 
         Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
@@ -195,13 +199,13 @@ class ConversationCollator:
         alone = self._ids(anchor)
         return anchor if self._ids(anchor + piece.text)[: len(alone)] == alone else ""
 
-    def _pieces(self, number: int, row: Row) -> list[_Piece]:
-        """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
+    def pieces(self, number: int, row: Row) -> list[Piece]:
+        """The pieces of the number-th row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
         tokenizer, images, videos = self.processor.tokenizer, list(row.images), list(row.videos)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         before = ""
         for segment in self.segmenter.segments(row):
-            piece = _Piece(number, segment.text, segment.learned, before=before)
+            piece = Piece(number, segment.text, segment.learned, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
             else:
@@ -209,11 +213,11 @@ class ConversationCollator:
                           for kind, left in (("image", images), ("video", videos))]  # fmt: skip
                 piece.images, images = images[: counts[0]], images[counts[0] :]
                 piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
-            before = segment.text
+            before = segment.text[-1:] if segment.literal else segment.text  # a literal is cut to words, its last is no special token
             pieces.append(piece)
         if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
             start = list(tokenizer("")["input_ids"])
             pieces[0].prefix = start
             if start and pieces[0].ids:
-                pieces.insert(0, _Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
+                pieces.insert(0, Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
         return pieces

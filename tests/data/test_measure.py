@@ -1,0 +1,75 @@
+"""Lengths counted without the pixels are those of the batches, for every family, whatever stands around the images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from grace_plugin.data import ConversationCollator
+from grace_plugin.data.layout import Layout
+from grace_plugin.data.measure import Measure
+from grace_plugin.vlm import family_of
+from tests.tiny import EVERY, build
+
+SIZES = ((64, 48), (48, 64), (112, 112), (100, 40), (57, 83), (90, 61), (64, 48), (20, 110))
+AROUND = (("", "what is it?"), ("", "\n\nsay\n"), ("look at this\n\n", "what <image> is it?"), ("say ", " left"))
+
+
+def row(number: int, images: int) -> dict[str, Any]:
+    """A row whose images differ in size from row to row, with text that may run into what stands around an image."""
+    before, after = AROUND[number % len(AROUND)]
+    shown = [Image.new("RGB", SIZES[(number + k) % len(SIZES)]) for k in range(images)]
+    asked = [{"type": "text", "text": before}, *[{"type": "image"}] * images, {"type": "text", "text": after}]
+    again = [{"role": "user", "content": "and which?"}, {"role": "assistant", "content": "two"}]
+    talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a red square"}]
+    return {"messages": talk + again * (number % 2), "images": shown}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_counted_lengths_are_those_of_the_batches(name: str) -> None:
+    model, processor = build(name)
+    collator = ConversationCollator(processor)
+    measure = Measure(collator)
+    token = family_of(model).token_ids(model.config)["image"]
+    for number in range(12):
+        for images in (1, 2):
+            given = row(number, images)
+            entry, batch = measure(given, number), collator([given])
+            assert entry.reason == ""
+            assert entry.tokens == batch["input_ids"].shape[1]
+            assert entry.visual == int((batch["input_ids"] == token).sum()) >= 4
+            assert entry.supervised == int((batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_token_of_an_image_is_the_models_own(name: str) -> None:
+    model, processor = build(name)
+    own = family_of(model).token_ids(model.config)
+    layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
+    assert set(own.values()) <= layout.visual_ids()
+
+
+def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed() -> None:
+    """Qwen's is right on the first sizes and used from then on; of a processor whose text varies with the size, nothing is."""
+    for name, believed in (("qwen2_vl", True), ("pixtral", False)):
+        processor = build(name)[1]
+        layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
+        for height, width in SIZES[:4]:
+            layout.written((height, width), True, "r")
+        calls: list[Any] = []
+        stated = type(processor)._get_num_multimodal_tokens
+
+        class Counting(type(processor)):  # type: ignore[misc]
+            def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any) -> Any:
+                calls.append(kwargs)
+                return stated(self, *args, **kwargs)
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                calls.append("ran")
+                return super().__call__(*args, **kwargs)
+
+        processor.__class__ = Counting
+        layout.written((84, 112), True, "r")
+        assert ("ran" not in calls) is believed
