@@ -60,7 +60,8 @@ def _train(args: Namespace) -> None:
     dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
     result = grace_plugin.train(
         args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
-        max_length=args.max_length, max_bad_rows=args.max_bad_rows, resume_from_checkpoint=args.resume_from_checkpoint,
+        max_length=args.max_length, max_bad_rows=args.max_bad_rows, packing=args.packing,
+        resume_from_checkpoint=args.resume_from_checkpoint,
         **_settings(args.settings),
     )  # fmt: skip
     _show(result.verification)

@@ -29,6 +29,8 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    parser.add_argument("--packing", action="store_true",
+                        help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],

@@ -7,6 +7,10 @@ would be cut.
 
 Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is.
 
+Packed, the rows of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each row and
+there is no attention mask, from which transformers keeps the rows apart (a block-diagonal mask for SDPA and eager, variable
+lengths for flash attention). That is exact for families with one position per token; `Family.packs` says which.
+
 Legend: B batch, S longest row.
 """
 
@@ -57,21 +61,25 @@ class ConversationCollator:
         processor: a transformers processor with a chat template.
         max_length: longest row in tokens, visual tokens included; None for no limit.
         max_pixels: largest image in pixels; None for no limit.
+        packed: one sequence for all rows, with `position_ids` instead of `attention_mask`.
     """
 
     def __init__(
-        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS
-    ) -> None:
+        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS,
+        packed: bool = False,
+    ) -> None:  # fmt: skip
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
-        self.max_length, self.max_pixels = max_length, max_pixels
+        self.max_length, self.max_pixels, self.packed = max_length, max_pixels, packed
         self.segmenter = Segmenter(processor)
         pad = processor.tokenizer.pad_token_id
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """[rows] -> input_ids, attention_mask, labels (int64 [B, S]) and the family's pixel entries.
+
+        Packed: input_ids, position_ids, labels, int64 [1, sum of the rows' lengths].
 
         Raises:
             ValueError: a row that cannot be used, named.
@@ -102,13 +110,16 @@ class ConversationCollator:
             ),
         ]
         for key in keys:
-            batch[key] = self._pad_rows(
+            batch[key] = self._join(
                 [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
             )
-        batch["attention_mask"] = self._pad_rows(
-            [[torch.ones_like(p.ids["input_ids"]) for p in own] for own in text], "mask"
-        )
-        batch["labels"] = self._pad_rows([[p.labels() for p in own] for own in text], "labels")
+        labels = [[piece.labels() for piece in own] for own in text]
+        if self.packed:
+            labels = [[torch.cat(own).index_fill(0, torch.tensor([0]), IGNORE_INDEX)] for own in labels]
+            batch["position_ids"] = torch.cat([torch.arange(sum(map(len, own))) for own in labels])[None]
+        else:
+            batch["attention_mask"] = self._join([[torch.ones_like(part) for part in own] for own in labels], "mask")
+        batch["labels"] = self._join(labels, "labels")
         return batch
 
     def check_length(self, name: str, length: int) -> None:
@@ -136,8 +147,11 @@ class ConversationCollator:
             self._tokenise(waiting, self.processor.tokenizer)
         return [len(piece.ids["input_ids"]) for piece in pieces]
 
-    def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
+    def _join(self, rows: list[list[Tensor]], key: str) -> Tensor:
+        """Rows padded on the right, or one behind the other."""
         joined = [torch.cat(parts) for parts in rows]
+        if self.packed:
+            return torch.cat(joined)[None]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
 
     def _pixels(self, pieces: list[Piece]) -> dict[str, Any]:
@@ -200,7 +214,7 @@ class ConversationCollator:
         return anchor if self._ids(anchor + piece.text)[: len(alone)] == alone else ""
 
     def pieces(self, number: int, row: Row) -> list[Piece]:
-        """The pieces of the number-th row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
+        """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
         tokenizer, images, videos = self.processor.tokenizer, list(row.images), list(row.videos)
         pieces: list[Piece] = []
         before = ""
@@ -213,7 +227,9 @@ class ConversationCollator:
                           for kind, left in (("image", images), ("video", videos))]  # fmt: skip
                 piece.images, images = images[: counts[0]], images[counts[0] :]
                 piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
-            before = segment.text[-1:] if segment.literal else segment.text  # a literal is cut to words, its last is no special token
+            before = (
+                segment.text[-1:] if segment.literal else segment.text
+            )  # a literal is cut to words, its last is no special token
             pieces.append(piece)
         if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
             start = list(tokenizer("")["input_ids"])

@@ -117,7 +117,7 @@ class Layout:
         return None if count is None else int(count(image_sizes=[list(size)])["num_image_tokens"][0])
 
     def _stated(self, size: tuple[int, int]) -> Written | None:
-        """The layout by arithmetic, once it was right for the first sizes and the text around the tokens was one and the same."""
+        """The layout by arithmetic, once it was right for the first sizes and the text around the tokens was the same."""
         texts = {one.text for one in self._alike}
         if len(self._alike) < _BELIEVED or len(texts) > 1:
             return None

@@ -27,7 +27,8 @@ __all__ = ["Entry", "Measure"]
 class Entry(NamedTuple):
     """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
-    mark: digest of its id, digest: of its whole content ("" for a row without an id). stamp: of the files it names ("" for none).
+    mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
+    ("" for none).
     """
 
     tokens: int = 0
@@ -88,7 +89,9 @@ class Measure:
             for image in row.images:
                 decode_image(image, row.name, self.collator.max_pixels)
         pieces = self.collator.pieces(0, replace(row, images=tuple(sizes)))
-        shown = [[self.layout.written(size, len(piece.images) == 1, row.name) for size in piece.images] for piece in pieces]
+        shown = [
+            [self.layout.written(size, len(piece.images) == 1, row.name) for size in piece.images] for piece in pieces
+        ]
         counts = self.collator.count_tokens(pieces, [[one.text for one in own] for own in shown])
         counts = [count + sum(one.cut for one in own) for count, own in zip(counts, shown, strict=True)]
         supervised = sum(count for count, piece in zip(counts, pieces, strict=True) if piece.learned)

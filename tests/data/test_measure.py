@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator
+from grace_plugin.data import ConversationCollator, RowError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.measure import Measure
 from grace_plugin.vlm import family_of
@@ -51,25 +51,25 @@ def test_the_token_of_an_image_is_the_models_own(name: str) -> None:
     assert set(own.values()) <= layout.visual_ids()
 
 
-def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed() -> None:
-    """Qwen's is right on the first sizes and used from then on; of a processor whose text varies with the size, nothing is."""
-    for name, believed in (("qwen2_vl", True), ("pixtral", False)):
-        processor = build(name)[1]
-        layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
-        for height, width in SIZES[:4]:
-            layout.written((height, width), True, "r")
-        calls: list[Any] = []
-        stated = type(processor)._get_num_multimodal_tokens
+class Blind(Layout):
+    """A layout that can no longer run its processor."""
 
-        class Counting(type(processor)):  # type: ignore[misc]
-            def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any) -> Any:
-                calls.append(kwargs)
-                return stated(self, *args, **kwargs)
+    def _expanded(self, size: tuple[int, int], alone: bool) -> str:
+        raise OSError("no more images")
 
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                calls.append("ran")
-                return super().__call__(*args, **kwargs)
 
-        processor.__class__ = Counting
-        layout.written((84, 112), True, "r")
-        assert ("ran" not in calls) is believed
+@pytest.mark.parametrize(("name", "believed"), [("qwen2_vl", True), ("llava_onevision", True), ("pixtral", False)])
+def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed(name: str, believed: bool) -> None:
+    """With arithmetic that is right, no more images are run after three sizes; where text varies with the size, each is."""
+    processor = build(name)[1]
+    layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
+    for size in SIZES[:4]:
+        layout.written(size, True, "r")
+    before = layout.written((84, 112), True, "r")
+    layout.__class__ = Blind
+    assert layout.written((84, 112), True, "r") == before
+    if believed:
+        assert layout.written((56, 112), True, "r").visual > 0
+    else:
+        with pytest.raises(RowError, match=r"r: the model's processor refuses an image of 112 x 56 pixels: no more"):
+            layout.written((56, 112), True, "r")
