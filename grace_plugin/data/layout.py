@@ -61,8 +61,13 @@ class Layout:
 
     def visual_ids(self) -> set[int]:
         """Ids that stand for visual tokens: the one a processor repeats for an image, and its video token."""
-        video = getattr(self.processor, "video_token_id", None)
-        return {i for i in (self._image_id, video) if isinstance(i, int)}
+        return {i for i in (self._image_id, self.video_id) if i is not None}
+
+    @property
+    def video_id(self) -> int | None:
+        """Id of the visual tokens of a video, where it has one of its own."""
+        found = getattr(self.processor, "video_token_id", None)
+        return found if isinstance(found, int) else None
 
     @cached_property
     def _image_id(self) -> int | None:

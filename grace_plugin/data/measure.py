@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
     mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
-    ("" for none).
+    ("" for none). film: visual tokens of each of its videos, 0 for a row without.
     """
 
     tokens: int = 0
@@ -40,6 +40,7 @@ class Entry(NamedTuple):
     mark: str = ""
     digest: str = ""
     stamp: str = ""
+    film: int = 0
 
 
 def _content(value: Any) -> Any:
@@ -117,6 +118,7 @@ class Measure:
         finally:
             collator.max_length = limit
         ids = batch["input_ids"][0]
-        visual = sum(int((ids == token).sum()) for token in self.layout.visual_ids())
+        visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
         learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
-        return Entry(len(ids), visual, learned, len(row.images) + len(row.videos))
+        film = visual.get(self.layout.video_id or -1, 0) // max(1, len(row.videos))
+        return Entry(len(ids), sum(visual.values()), learned, len(row.images) + len(row.videos), film=film)

@@ -146,7 +146,7 @@ class Segmenter:
         return [*cut, (text[done:].rstrip(), False)]
 
     def _generated_space(self, prompt: str) -> str:
-        """White space at the end of a prompt that serving leaves to the model: what follows the template's generation prompt."""
+        """White space at the end of a prompt that serving leaves to the model: what follows the generation prompt."""
         space = prompt[len(prompt.rstrip()) :]
         fits = [n for n in range(len(space) + 1) if self._opening and prompt.endswith(self._opening + space[n:])]
         return space[fits[0] :] if fits else ""

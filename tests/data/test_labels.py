@@ -114,7 +114,7 @@ def test_what_a_template_ends_is_ended_once() -> None:
 
 
 def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
-    """With a tokenizer that marks the start of words, text before a piece is tokenised with it; a spelled <image> must not be."""
+    """A tokenizer that marks the start of words is given what stands before a piece; a spelled <image> must not be among it."""
     content = [{"type": "text", "text": "not <image> but "}, {"type": "image"}, {"type": "text", "text": "this"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     processor = metaspace("first")
