@@ -105,6 +105,10 @@ def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
         r"(\d+) GB,? with (`--set optim=adafactor`|AdamW) \((\d+) GB\)|(\d+) GB, (AdamW) \((\d+) GB\)", hardware
     )
     assert said
+    asks = "adafactor" if "adafactor" in hardware else "adamw_torch_fused"
+    assert grace_modifier(read_recipe(path)).oneshot.optim == (
+        asks if path.stem.endswith("_oneshot") else "adamw_torch_fused"
+    )
     for parts in said:
         size, optimizer, figure = (part for part in parts if part)
         expected = own * (16 if optimizer == "AdamW" else 8) + theirs * 2

@@ -73,8 +73,9 @@ def _oneshot(args: Namespace) -> None:
     from grace_plugin.data import load_rows
 
     result = grace_plugin.oneshot(
-        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset), output_dir=args.output_dir,
+        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
+        max_length=args.max_length,
     )  # fmt: skip
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")

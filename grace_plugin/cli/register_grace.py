@@ -40,13 +40,15 @@ def _train(parser: ArgumentParser) -> None:
 def _oneshot(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe with a GraceModifier; its oneshot block gives epochs and rate")
     parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
-    parser.add_argument("--dataset", required=True, help="messages rows, as for train")
+    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument(
         "--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; a longer one is refused, never cut")
 
 
 def _data_check(parser: ArgumentParser) -> None:

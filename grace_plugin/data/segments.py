@@ -88,7 +88,10 @@ class Segmenter:
             except Exception:  # a template that knows no videos may raise anything
                 found[kind] = ""
                 continue
-            found[kind] = _difference(bare, full)
+            written = _difference(bare, full)
+            found[kind] = (
+                "" if "\ufdd2" in written else written
+            )  # another template, as SmolVLM's processor takes for videos
         return found
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:

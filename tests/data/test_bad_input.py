@@ -195,6 +195,8 @@ def test_faults_of_videos_are_counted(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
     assert reason_of(row(frames), "qwen3_vl") == ""
     assert reason_of(row(frames), "llava") == "video_unsupported"
+    smolvlm = ConversationCollator(build("smolvlm")[1])  # has a video processor, and another template for videos
+    assert prepare([row(frames)], smolvlm, max_bad_rows=1.0, allow_empty=True).entries[0].reason == "video_unsupported"
     assert reason_of(row([]), "qwen3_vl") == "unreadable_video"
     assert reason_of(row([frames[0], Image.new("RGB", (32, 64))]), "qwen3_vl") == "unreadable_video"
     assert reason_of(row("/nowhere.mp4"), "qwen3_vl") == "missing_file"

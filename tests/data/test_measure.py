@@ -73,3 +73,23 @@ def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed(name: str, b
     else:
         with pytest.raises(RowError, match=r"r: the model's processor refuses an image of 112 x 56 pixels: no more"):
             layout.written((56, 112), True, "r")
+
+
+class Changing(Layout):
+    """Qwen's layout, but that an image of the third size gets a line break; counts the images it ran."""
+
+    ran = 0
+
+    def _expanded(self, size: tuple[int, int], alone: bool) -> str:
+        self.ran += 1
+        return super()._expanded(size, alone) + "\n" * (size == SIZES[2])
+
+
+def test_arithmetic_is_never_believed_once_a_text_differed() -> None:
+    processor = build("qwen2_vl")[1]
+    layout = Changing(processor, ConversationCollator(processor).segmenter.placeholders["image"])
+    texts = [layout.written(size, True, "r").text for size in SIZES[:6]]
+    assert [text.endswith("\n") for text in texts] == [False, False, True, False, False, False]
+    before = layout.ran
+    layout.written((84, 112), True, "r")
+    assert layout.ran == before + 1
