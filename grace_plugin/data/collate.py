@@ -227,9 +227,8 @@ class ConversationCollator:
                           for kind, left in (("image", images), ("video", videos))]  # fmt: skip
                 piece.images, images = images[: counts[0]], images[counts[0] :]
                 piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
-            before = (
-                segment.text[-1:] if segment.literal else segment.text
-            )  # a literal is cut to words, its last is no special token
+            # what a literal spells is cut to words; a special token at its end is none
+            before = segment.text[-1:] if segment.literal else segment.text
             pieces.append(piece)
         if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
             start = list(tokenizer("")["input_ids"])

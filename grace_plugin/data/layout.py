@@ -58,6 +58,7 @@ class Layout:
         self.processor, self.placeholder = processor, placeholder
         self._known: dict[tuple[tuple[int, int], bool], Written] = {}
         self._alike: list[Written] = []
+        self._doubted = False
 
     def visual_ids(self) -> set[int]:
         """Ids that stand for visual tokens: the one a processor repeats for an image, and its video token."""
@@ -112,8 +113,9 @@ class Layout:
         token = re.escape(tokenizer.convert_ids_to_tokens(self._image_id))
         short, runs = re.subn(f"({token})+", r"\1", text)
         found = Written(short, visual - runs, visual)
-        if alone and self._states(size) == visual:
+        if alone:
             self._alike.append(found)
+            self._doubted |= found.text != self._alike[0].text or self._states(size) != visual
         return found
 
     def _states(self, size: tuple[int, int]) -> int | None:
@@ -123,9 +125,8 @@ class Layout:
 
     def _stated(self, size: tuple[int, int]) -> Written | None:
         """The layout by arithmetic, once it was right for the first sizes and the text around the tokens was the same."""
-        texts = {one.text for one in self._alike}
-        if len(self._alike) < _BELIEVED or len(texts) > 1:
+        stated = None if self._doubted or len(self._alike) < _BELIEVED else self._states(size)
+        if stated is None:
             return None
-        text, stated = texts.pop(), self._states(size)
-        assert stated is not None
-        return Written(text, stated - (self._alike[0].visual - self._alike[0].cut), stated)
+        first = self._alike[0]
+        return Written(first.text, stated - (first.visual - first.cut), stated)

@@ -76,20 +76,27 @@ def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed(name: str, b
 
 
 class Changing(Layout):
-    """Qwen's layout, but that an image of the third size gets a line break; counts the images it ran."""
+    """Qwen's layout, but that at the third size its text or its arithmetic is another; counts the images it ran."""
 
     ran = 0
+    what = "text"
 
     def _expanded(self, size: tuple[int, int], alone: bool) -> str:
         self.ran += 1
-        return super()._expanded(size, alone) + "\n" * (size == SIZES[2])
+        return super()._expanded(size, alone) + "\n" * (size == SIZES[2] and self.what == "text")
+
+    def _states(self, size: tuple[int, int]) -> int | None:
+        stated = super()._states(size)
+        return stated if size != SIZES[2] or stated is None or self.what == "text" else stated + 1
 
 
-def test_arithmetic_is_never_believed_once_a_text_differed() -> None:
+@pytest.mark.parametrize("what", ["text", "arithmetic"])
+def test_arithmetic_is_never_believed_once_it_failed(what: str) -> None:
     processor = build("qwen2_vl")[1]
     layout = Changing(processor, ConversationCollator(processor).segmenter.placeholders["image"])
-    texts = [layout.written(size, True, "r").text for size in SIZES[:6]]
-    assert [text.endswith("\n") for text in texts] == [False, False, True, False, False, False]
+    layout.what = what
+    found = [layout.written(size, True, "r") for size in SIZES[:6]]
+    assert [one.text.endswith("\n") for one in found] == [number == 2 and what == "text" for number in range(6)]
     before = layout.ran
     layout.written((84, 112), True, "r")
     assert layout.ran == before + 1
