@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from grace_plugin.data import ConversationCollator
-from grace_plugin.vlm import family_of
+from grace_plugin.vlm import FAMILIES as REGISTRY
+from grace_plugin.vlm import family_of, register_family
 from tests.films import films
 from tests.objective.parts import Set
 from tests.pairs import Pair, mixed_rows, run
@@ -115,7 +117,24 @@ def test_a_run_trains_packed_and_is_the_padded_run(llava: Pair, tmp_path: Path) 
         assert (right["images"], right["rows_without_images"]) == (left["images"], left["rows_without_images"])
 
 
-def test_packing_is_refused_where_positions_do_not_allow_it(pair_of: Any, llava: Pair, tmp_path: Path) -> None:
+def test_packing_is_refused_where_positions_do_not_allow_it(pair_of: Any, tmp_path: Path) -> None:
+    """Before any row is looked at: this one could not be used either."""
     with pytest.raises(ValueError, match=r"rows of family 'qwen2_vl' cannot be packed: .*Leave packing out"):
-        run(pair_of("qwen2_vl"), tmp_path / "o/out", mixed_rows(4), packing=True)
+        run(pair_of("qwen2_vl"), tmp_path / "o/out", [{"messages": []}], packing=True)
+    assert not (tmp_path / "o").exists()
+
+
+def test_packing_is_refused_for_the_teachers_sake(llava: Pair, tmp_path: Path) -> None:
+    class Other(type(REGISTRY["llava"])):  # type: ignore[misc]
+        model_type = "other"
+        packs = False
+
+    teacher = AutoModelForImageTextToText.from_pretrained(llava.teacher)
+    teacher.config.model_type = "other"
+    try:
+        register_family(Other())
+        with pytest.raises(ValueError, match=r"rows of family 'other' cannot be packed"):
+            run(llava, tmp_path / "o/out", mixed_rows(4), teacher=teacher, packing=True)
+    finally:
+        REGISTRY.pop("other", None)
     assert not (tmp_path / "o").exists()
