@@ -178,7 +178,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console(width=150).print(table)
 
 
 def main() -> None:
