@@ -262,6 +262,23 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
     assert f"say {spelled} left" in tokenizer.decode(prompt)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
+    """Each of the family's special tokens in question and answer, beside an image: the row's own are those of a plain row."""
+    processor = PROCESSORS.get(family) or build(family)[1]
+    collator = ConversationCollator(processor)
+    added = processor.tokenizer.added_tokens_decoder.items()
+    special = {token.content: i for i, token in added if token.special and token.content.strip()}
+    assert len(special) >= 5
+
+    def kept(word: str) -> list[int]:
+        talked = talk(f"say {word} left", f"a {word} red", 1)
+        ids = collator([{"messages": talked, "images": rows(1)[0]["images"]}])["input_ids"][0].tolist()
+        return [i for i in ids if i in special.values()]
+
+    assert all(kept(spelled) == kept("x") for spelled in special)
+
+
 def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> None:
     """Splitting special tokens is not enough where the model itself knows the word: then the string is cut to characters."""
     from grace_plugin.demo.pair import make_processor
