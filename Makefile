@@ -3,7 +3,7 @@
 #   make test    unit tests with line coverage, then integration with vLLM in its own environment
 #   make lint    style, types and the layout rules
 #   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
-#   make bench   speed and memory against floors
+#   make bench   speed and memory against floors, grace data check, loading
 PYTHON ?= python3
 TRAIN := .venv/train
 SERVE := .venv/serve
@@ -49,6 +49,7 @@ lint: $(TRAIN_BUILT)
 
 bench: $(TRAIN_BUILT)
 	$(TRAIN)/bin/python -m benchmarks.speed
+	$(TRAIN)/bin/python -m benchmarks.data
 
 clean:
 	rm -rf build dist .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -1,11 +1,15 @@
-"""How fast rows are looked at, and what share of a step the model has to itself while images are read from disk.
+"""How fast `grace data check` is, and what share of a step the model has to itself while images are read from disk.
 
-    python -m benchmarks.data [--rows 10000] [--steps 40] [--out FILE]
+    python -m benchmarks.data [check|load] [--rows 10000] [--families qwen2_vl smolvlm ...]
 
-The check reads LLaVA rows with JPEG pictures of 640 x 480 (one file a row) in two processes, as `grace data check` does.
-The loading figure is a real `train` of a LLaVA pair in the demo's shapes on scenes saved as PNG files, with one loader
-process: time between asking the loader for a window and having it, over the time of the steps. Wall seconds and processor
-seconds both stand in the JSON, since a busy machine stretches the first and not the second.
+check: the command itself, page and report included, on LLaVA rows with one JPEG file each (400 sizes of 640 x 480 and around,
+one in ten a megapixel; one row in ten is text), in two processes and with nothing remembered, for processors with the image
+settings of released checkpoints.
+load: `train` of the bundled demo pair on its scenes as PNG files, with one loader process (and with none, where loading stands
+inside the step): time between asking for a batch and having it, over the time of the steps.
+
+Wall seconds and processor seconds (loader processes included) both stand in the JSON under results/data, since a busy machine
+stretches the first and not the second.
 """
 
 from __future__ import annotations
@@ -17,22 +21,30 @@ import resource
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks.released import SETTINGS, released
 from grace_plugin import train
 from grace_plugin.artifact.layout import environment
-from grace_plugin.data import ConversationCollator, load_rows, prepare
-from grace_plugin.data.page import write_page
-from grace_plugin.demo.pair import make_config, make_processor, save_pair_member
+from grace_plugin.cli import commands
+from grace_plugin.cli.register_grace import DATA_COMMANDS
+from grace_plugin.data import load_rows
+from grace_plugin.demo.methods import STUDENT, TEACHER, Budget
+from grace_plugin.demo.pictures import SIZE
 from grace_plugin.demo.scenes import training_rows
 from grace_plugin.run.trainer import GraceTrainer
+from tests.pairs import recipe_text
 
+RESULTS = Path(__file__).parent / "results" / "data"
 LIMIT_SECONDS, LEAST_SHARE = 120.0, 0.9
+PHOTOS = 400
 
 
 def processor_seconds() -> float:
@@ -41,30 +53,57 @@ def processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def check(folder: Path, rows: int, workers: int) -> dict[str, float]:
-    """Look at `rows` rows with a picture each and write the page."""
+def write_photos(folder: Path, rows: int) -> Path:
+    """`rows` LLaVA rows with a JPEG file each; smooth noise compresses about as photographs do."""
     (folder / "pictures").mkdir(parents=True)
     draw = np.random.default_rng(0)
-    photos = []
-    for _ in range(16):  # smooth noise compresses about as photographs do
+    for number in range(PHOTOS):
         small = Image.fromarray(draw.integers(0, 255, (30, 40, 3), dtype=np.uint8))
-        photos.append(small.resize((640, 480), Image.Resampling.BICUBIC))
+        wide = (1280, 768 + number) if number % 10 == 0 else (640, 320 + number % 320)
+        sides = wide if number % 3 else wide[::-1]
+        small.resize(sides, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
+    photos = [(folder / f"{number}.jpg").read_bytes() for number in range(PHOTOS)]
     with (folder / "rows.jsonl").open("w") as out:
         for number in range(rows):
-            name = f"pictures/{number}.jpg"
-            photos[number % len(photos)].save(folder / name, quality=85)
-            talk = [{"from": "human", "value": f"<image>\nhow many dogs are there in row {number % 3}?"},
-                    {"from": "gpt", "value": "two dogs left of the apple " * (1 + number % 4)}]  # fmt: skip
-            out.write(json.dumps({"id": number, "image": name, "conversations": talk}) + "\n")
-    collator = ConversationCollator(make_processor())
-    wall, used = time.monotonic(), processor_seconds()
-    found = prepare(load_rows(str(folder / "rows.jsonl")), collator, workers=workers, cache=folder / "cache")
-    write_page(folder / "page.html", found, collator, title="benchmark", model="demo")
-    return {
-        "rows": rows, "workers": workers, "usable": found.report["usable"],
-        "wall_seconds": round(time.monotonic() - wall, 2), "processor_seconds": round(processor_seconds() - used, 2),
-        "limit_seconds": LIMIT_SECONDS,
-    }  # fmt: skip
+            text = f"how many dogs are there in row {number % 3}?"
+            answer = {"from": "gpt", "value": "two dogs left of the apple " * (1 + number % 4)}
+            row: dict[str, Any] = {"id": number, "conversations": [{"from": "human", "value": text}, answer]}
+            if number % 10 != 9:
+                (folder / "pictures" / f"{number}.jpg").write_bytes(photos[draw.integers(PHOTOS)])
+                row["image"] = f"pictures/{number}.jpg"
+                row["conversations"][0]["value"] = f"<image>\n{text}"
+            out.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def check(dataset: Path, rows: int, families: list[str], workers: int) -> dict[str, Any]:
+    """The command on `dataset` with each family's processor."""
+    found: dict[str, Any] = {"rows": rows, "workers": workers, "limit_seconds": LIMIT_SECONDS, "families": {}}
+    name, _help, declare = DATA_COMMANDS[0]
+    for family in families:
+        folder = dataset.parent / family
+        released(family).save_pretrained(folder / "model")
+        os.environ["GRACE_CACHE"] = str(folder / "index")
+        parser = ArgumentParser()
+        declare(parser)
+        given = [
+            str(dataset),
+            "--model",
+            str(folder / "model"),
+            "--output_dir",
+            str(folder / "out"),
+            "--workers",
+            str(workers),
+        ]
+        wall, used = time.monotonic(), processor_seconds()
+        if status := commands.run(f"data {name}", parser.parse_args(given)):
+            raise SystemExit(status)
+        report = json.loads((folder / "out" / "data_report.json").read_text())
+        found["families"][family] = {
+            "wall_seconds": round(time.monotonic() - wall, 1), "processor_seconds": round(processor_seconds() - used, 1),
+            "usable": report["usable"], "visual_tokens_mean": report["visual_tokens"]["mean"],
+        }  # fmt: skip
+    return found
 
 
 class Waiting:
@@ -94,60 +133,75 @@ class Waiting:
         return timed
 
 
-def load(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
-    """Share of step time in the model for a pair in the demo's shapes."""
-    import torch
-    from transformers import LlavaForConditionalGeneration
-
-    for name, shape in {"student": (128, 2, 256, 32), "teacher": (256, 3, 512, 64)}.items():
-        torch.manual_seed(0)
-        save_pair_member(LlavaForConditionalGeneration(make_config(*shape)), folder / name)
-    (folder / "scenes").mkdir()
+def load(folder: Path, steps: int, workers: int) -> dict[str, float]:
+    """Share of step time in the model for the demo pair, its rates and batch."""
+    (folder / "scenes").mkdir(parents=True)
     rows = []
-    for number, row in enumerate(training_rows(0, steps * batch_size)):
+    for number, row in enumerate(training_rows(0, steps * Budget.batch_size)):
         row["images"][0].save(folder / "scenes" / f"{number}.png")
         rows.append({"id": row["id"], "messages": row["messages"], "images": [f"scenes/{number}.png"]})
     (folder / "scenes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = {"scheme": "W4A16", "teacher": {"model": str(folder / "teacher"), "dtype": "float32"}}
-    recipe = yaml.safe_dump({"grace_stage": {"grace_modifiers": {"GraceModifier": asked}}})
     waiting = Waiting()
     original = GraceTrainer.get_batch_samples
     GraceTrainer.get_batch_samples = waiting.around(original)  # type: ignore[method-assign]
+    used = processor_seconds()
     try:
         train(
-            str(folder / "student"), recipe=recipe,
-            dataset=load_rows(str(folder / "scenes.jsonl")), output_dir=folder / "out", max_steps=steps,
-            per_device_train_batch_size=batch_size, dataloader_num_workers=1, use_cpu=True, disable_tqdm=True,
+            str(STUDENT), recipe=recipe_text(TEACHER), dataset=load_rows(str(folder / "scenes.jsonl")),
+            output_dir=folder / "out", max_steps=steps, per_device_train_batch_size=Budget.batch_size,
+            learning_rate=Budget.learning_rate, dataloader_num_workers=workers, use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
     finally:
         GraceTrainer.get_batch_samples = original  # type: ignore[method-assign]
     counted = len(waiting.starts) - 2  # the first step warms up, the last has no next one to end it
     total, waited = waiting.starts[-1] - waiting.starts[1], sum(waiting.waits[1 : 1 + counted])
     return {
-        "steps": counted, "batch_size": batch_size, "step_ms": round(1000 * total / counted, 1),
-        "wait_ms": round(1000 * waited / counted, 2), "share_in_model": round(1 - waited / total, 4),
-        "least_share": LEAST_SHARE,
+        "steps": counted, "batch_size": Budget.batch_size, "image_pixels": SIZE, "loader_processes": workers,
+        "step_ms": round(1000 * total / counted, 1), "wait_ms": round(1000 * waited / counted, 2),
+        "share_in_model": round(1 - waited / total, 4), "least_share": LEAST_SHARE,
+        "processor_seconds": round(processor_seconds() - used, 1),
     }  # fmt: skip
 
 
+def keep(name: str, found: dict[str, Any], out: Path) -> None:
+    """Write a result with load, command and environment."""
+    found |= {
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "command": " ".join(["python", "-m", "benchmarks.data", *sys.argv[1:]]), "environment": environment(),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print results as a table."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=150).print(table)
+
+
 def main() -> None:
-    """Run both, print and write the JSON."""
+    """Run what is asked for (both by default), print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["check", "load"])
     parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of the check")
+    parser.add_argument("--families", nargs="*", choices=[*SETTINGS, []], default=["llava", "qwen2_vl", "smolvlm"])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="grace-data-") as folder:
-        os.environ["GRACE_CACHE"] = str(Path(folder) / "index")
-        found: dict[str, Any] = {"load": load(Path(folder) / "load", args.steps, args.batch_size)}
-        found["check"] = check(Path(folder) / "check", args.rows, args.workers)
-    found["load_average"] = os.getloadavg()
-    found["command"] = " ".join(["python", "-m", "benchmarks.data", *sys.argv[1:]])
-    found["environment"] = environment()
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({key: found[key] for key in ("load", "check", "load_average")}, indent=1))
+    with tempfile.TemporaryDirectory(prefix="grace-data-") as name:
+        folder = Path(name)
+        os.environ["GRACE_CACHE"] = str(folder / "index")
+        if args.what != "check":
+            runs = [load(folder / f"load{workers}", args.steps, workers) for workers in (1, 0)]
+            keep("load", {"runs": runs}, args.out)
+            show("loading, demo pair", runs)
+        if args.what != "load":
+            found = check(write_photos(folder / "check", args.rows), args.rows, args.families, args.workers)
+            keep("check", found, args.out)
+            show(f"grace data check, {args.rows:,} rows", [{"family": k, **v} for k, v in found["families"].items()])
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class TrainingRecipe(Block):
 
 
 class OneshotRecipe(Block):
-    """The short run that `oneshot(pipeline="grace")` makes over the calibration loader."""
+    """The short run that `oneshot(pipeline="grace")` makes over the calibration loader; `optim` as in TrainingArguments."""
 
     epochs: Positive = 1.0
     learning_rate: Positive = 1.0e-5
@@ -192,3 +192,4 @@ class OneshotRecipe(Block):
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 1.0
     seed: int = 0
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor"] = "adamw_torch_fused"

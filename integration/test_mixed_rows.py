@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from grace_plugin.data import BadRowsError, load_rows, stream_rows
+from grace_plugin.data import BadRowsError, ConversationCollator, epoch_order, load_rows, prepare, stream_rows
 from tests.mixed_files import Mixed, write_mixed
 from tests.pairs import Pair, pair, run
-from tests.tiny import FAMILIES, rows
+from tests.tiny import FAMILIES, build, rows
 
-ROWS, STEPS, VIDEOS = 2000, 50, 40
+ROWS, STEPS, VIDEOS, BATCH, SEED = 2000, 50, 40, 4, 0
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_set_trains_and_every_row_is_accounted_for(family: str, mixed: Mixed, tmp_path: Path) -> None:
     trained = run(
-        pair(family, tmp_path), tmp_path / "out", load_rows(str(mixed.mix)), max_steps=STEPS, per_device_train_batch_size=4,
-        max_bad_rows=0.08, dataloader_num_workers=1, logging_steps=1,
+        pair(family, tmp_path), tmp_path / "out", load_rows(str(mixed.mix)), max_steps=STEPS, per_device_train_batch_size=BATCH,
+        max_bad_rows=0.08, dataloader_num_workers=1, logging_steps=1, seed=SEED,
     )  # fmt: skip
     expected = dict(mixed.reasons) | ({"video_unsupported": VIDEOS} if family == "llava" else {})
     report = json.loads((tmp_path / "out.run" / "data_report.json").read_text())
@@ -42,7 +42,15 @@ def test_a_mixed_set_trains_and_every_row_is_accounted_for(family: str, mixed: M
     losses = [log["loss"] for log in trained.history if "loss" in log]
     assert len(losses) == STEPS
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert sum(log.get("images", 0) for log in trained.history) > STEPS
+    collator = ConversationCollator(build(family)[1])
+    kept = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=0.08)
+    seen = epoch_order(len(kept), SEED, 0, lengths=kept.lengths, batch_size=BATCH)[: STEPS * BATCH]
+    assert sum(log.get("images", 0) for log in trained.history) == sum(
+        kept.entries[kept.numbers[n]].pictures for n in seen
+    )
+    trained_on = {kind: sum(kind in kept[n] for n in seen) for kind in ("conversations", "messages", "video")}
+    assert trained_on["video"] >= 1 or family == "llava"
+    assert min(trained_on["conversations"], trained_on["messages"], sum(not kept[n].get("images") for n in seen)) > 20
     assert trained.verification
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from torch import nn
 
 from grace_plugin.run.inputs import grace_modifier, read_recipe
+from grace_plugin.vlm import check_pixels, family_of
+from tests.released import RELEASED, on_meta
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+PAIRS = [path for path in RECIPES if not path.stem.startswith("demo")]
 LAUNCHES = {"one_gpu": (1, 1), "one_node": (1, 8), "several_nodes": (2, 16)}
 
 
@@ -55,3 +60,57 @@ def test_accelerate_reads_its_configs(name: str) -> None:
     config = load_config_from_file(str(FOLDER / "accelerate" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes) == LAUNCHES[name]
     assert str(config.distributed_type).endswith("MULTI_GPU" if name != "one_gpu" else "NO")
+
+
+def student_of(path: Path) -> str:
+    """The hub id that a recipe's first line names."""
+    return re.findall(r"Student: (?:--model )?(\S+)", path.read_text().splitlines()[0])[0]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_has_the_parameters_its_page_says(name: str) -> None:
+    """The configs of tests/released.py are those of the checkpoints, or the sums would not meet."""
+    count = sum(parameter.numel() for parameter in on_meta(name).parameters())
+    assert count / 1e9 == pytest.approx(RELEASED[name][0], abs=0.006 if RELEASED[name][0] < 10 else 0.06)
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_models_it_names(path: Path) -> None:
+    """Real widths and depths: every linear of the decoder is quantized in groups that divide it, and no other; the pair sees
+    images alike; vLLM's kernels take the shapes on one GPU and on two."""
+    student = on_meta(student_of(path))
+    modifier = grace_modifier(read_recipe(path))
+    assert modifier.teacher.model is not None
+    teacher = on_meta(modifier.teacher.model)
+    family = family_of(student)
+    modifier.ignore = family.quantization_ignore()
+    for ranks in (1, 2):
+        modifier.serving = modifier.serving.model_copy(update={"tensor_parallel_size": ranks})
+        (layers,) = modifier._check_layers(student).values()
+        decoder = family.text_model(student).layers
+        inside = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
+        assert {id(module) for module in layers.values()} == inside
+        assert len(layers) == 7 * len(decoder)
+    check_pixels(family, student.config, family_of(teacher), teacher.config)
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
+    """16 bytes a parameter of the student with AdamW, 8 with Adafactor, and 2 of the teacher; each figure fits its hardware."""
+    (row,) = [line for line in (FOLDER / "README.md").read_text().splitlines() if f"`{path.name}`" in line]
+    hardware = row.split("|")[3]
+    names = student_of(path), str(grace_modifier(read_recipe(path)).teacher.model)
+    own, theirs = (sum(p.numel() for p in on_meta(name).parameters()) / 1e9 for name in names)
+    said = re.findall(
+        r"(\d+) GB,? with (`--set optim=adafactor`|AdamW) \((\d+) GB\)|(\d+) GB, (AdamW) \((\d+) GB\)", hardware
+    )
+    assert said
+    asks = "adafactor" if "adafactor" in hardware else "adamw_torch_fused"
+    assert grace_modifier(read_recipe(path)).oneshot.optim == (
+        asks if path.stem.endswith("_oneshot") else "adamw_torch_fused"
+    )
+    for parts in said:
+        size, optimizer, figure = (part for part in parts if part)
+        expected = own * (16 if optimizer == "AdamW" else 8) + theirs * 2
+        assert abs(int(figure) - expected) <= 1.0
+        assert int(figure) < int(size)

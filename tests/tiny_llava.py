@@ -82,7 +82,7 @@ def llava_onevision(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) ->
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS), tokenizer,
         LlavaOnevisionVideoProcessor(size=square), num_image_tokens=(SIDE // PATCH) ** 2,
-        vision_feature_select_strategy="full", chat_template=chat_template("<image>\\n", "<video>\\n"),
+        vision_feature_select_strategy="full", chat_template=chat_template("<image>\n", "<video>\n"),
         vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
     config = LlavaOnevisionConfig(
@@ -131,7 +131,7 @@ def internvl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
     per_tile = (SIDE // PATCH // 2) ** 2
     processor = InternVLProcessor(
         GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=3), tokenizer,
-        InternVLVideoProcessor(size=square), image_seq_length=per_tile, chat_template=chat_template("<IMG_CONTEXT>\\n"),
+        InternVLVideoProcessor(size=square), image_seq_length=per_tile, chat_template=chat_template("<IMG_CONTEXT>\n"),
     )  # fmt: skip
     config = InternVLConfig(
         vision_config=TOWER | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "attention_bias": True},

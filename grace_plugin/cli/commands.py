@@ -60,7 +60,8 @@ def _train(args: Namespace) -> None:
     dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
     result = grace_plugin.train(
         args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
-        max_length=args.max_length, max_bad_rows=args.max_bad_rows, resume_from_checkpoint=args.resume_from_checkpoint,
+        max_length=args.max_length, max_bad_rows=args.max_bad_rows, packing=args.packing,
+        resume_from_checkpoint=args.resume_from_checkpoint,
         **_settings(args.settings),
     )  # fmt: skip
     _show(result.verification)
@@ -72,8 +73,9 @@ def _oneshot(args: Namespace) -> None:
     from grace_plugin.data import load_rows
 
     result = grace_plugin.oneshot(
-        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset), output_dir=args.output_dir,
+        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
+        max_length=args.max_length,
     )  # fmt: skip
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")

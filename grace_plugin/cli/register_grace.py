@@ -29,6 +29,8 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    parser.add_argument("--packing", action="store_true",
+                        help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
@@ -38,13 +40,15 @@ def _train(parser: ArgumentParser) -> None:
 def _oneshot(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe with a GraceModifier; its oneshot block gives epochs and rate")
     parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
-    parser.add_argument("--dataset", required=True, help="messages rows, as for train")
+    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument(
         "--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; a longer one is refused, never cut")
 
 
 def _data_check(parser: ArgumentParser) -> None:

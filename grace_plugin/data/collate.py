@@ -7,6 +7,10 @@ would be cut.
 
 Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is.
 
+Packed, the rows of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each row and
+there is no attention mask, from which transformers keeps the rows apart (a block-diagonal mask for SDPA and eager, variable
+lengths for flash attention). That is exact for families with one position per token; `Family.packs` says which.
+
 Legend: B batch, S longest row.
 """
 
@@ -26,14 +30,14 @@ from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
 from grace_plugin.data.segments import Segmenter
 
-__all__ = ["ConversationCollator"]
+__all__ = ["ConversationCollator", "Piece"]
 
 IGNORE_INDEX = -100
 _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
-class _Piece:
+class Piece:
     """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
 
     row: int
@@ -59,22 +63,25 @@ class ConversationCollator:
         max_length: longest row in tokens, visual tokens included; None for no limit.
         max_pixels: largest image in pixels; None for no limit.
         keys: put each row's `sample_key` into the batch, a list of strings that no model takes.
+        packed: one sequence for all rows, with `position_ids` instead of `attention_mask`.
     """
 
     def __init__(
         self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS, *,
-        keys: bool = False,
+        keys: bool = False, packed: bool = False,
     ) -> None:  # fmt: skip
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
-        self.max_length, self.max_pixels, self.keys = max_length, max_pixels, keys
+        self.max_length, self.max_pixels, self.keys, self.packed = max_length, max_pixels, keys, packed
         self.segmenter = Segmenter(processor)
         pad = processor.tokenizer.pad_token_id
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """[rows] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
+
+        Packed: input_ids, position_ids, labels, int64 [1, sum of the rows' lengths].
 
         Raises:
             ValueError: a row that cannot be used, named.
@@ -86,7 +93,7 @@ class ConversationCollator:
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
-        text = [self._pieces(number, row) for number, row in enumerate(rows)]
+        text = [self.pieces(number, row) for number, row in enumerate(rows)]
         waiting = [piece for own in text for piece in own if not piece.ids]
         pictured = [piece for piece in waiting if piece.images or piece.videos]
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
@@ -108,13 +115,16 @@ class ConversationCollator:
             ),
         ]
         for key in keys:
-            batch[key] = self._pad_rows(
+            batch[key] = self._join(
                 [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
             )
-        batch["attention_mask"] = self._pad_rows(
-            [[torch.ones_like(p.ids["input_ids"]) for p in own] for own in text], "mask"
-        )
-        batch["labels"] = self._pad_rows([[p.labels() for p in own] for own in text], "labels")
+        labels = [[piece.labels() for piece in own] for own in text]
+        if self.packed:
+            labels = [[torch.cat(own).index_fill(0, torch.tensor([0]), IGNORE_INDEX)] for own in labels]
+            batch["position_ids"] = torch.cat([torch.arange(sum(map(len, own))) for own in labels])[None]
+        else:
+            batch["attention_mask"] = self._join([[torch.ones_like(part) for part in own] for own in labels], "mask")
+        batch["labels"] = self._join(labels, "labels")
         return batch
 
     def check_length(self, name: str, length: int) -> None:
@@ -130,19 +140,26 @@ class ConversationCollator:
                 "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
             )
 
-    def segment_tokens(self, row: Row) -> list[tuple[int, bool]]:
-        """Tokens of each segment of a row and whether they are learned; an image's placeholder counts as it is written."""
-        pieces = self._pieces(0, row)
+    def count_tokens(self, pieces: Sequence[Piece], written: Sequence[Sequence[str]]) -> list[int]:
+        """Tokens of each piece, with `written` in the places of its images."""
+        mark = self.segmenter.placeholders["image"]
+        for piece, images in zip(pieces, written, strict=True):
+            if images:
+                parts = piece.text.split(mark)
+                piece.text = parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
         waiting = [piece for piece in pieces if not piece.ids]
         if waiting:
             self._tokenise(waiting, self.processor.tokenizer)
-        return [(len(piece.ids["input_ids"]), piece.learned) for piece in pieces]
+        return [len(piece.ids["input_ids"]) for piece in pieces]
 
-    def _pad_rows(self, rows: list[list[Tensor]], key: str) -> Tensor:
+    def _join(self, rows: list[list[Tensor]], key: str) -> Tensor:
+        """Rows padded on the right, or one behind the other."""
         joined = [torch.cat(parts) for parts in rows]
+        if self.packed:
+            return torch.cat(joined)[None]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
 
-    def _pixels(self, pieces: list[_Piece]) -> dict[str, Any]:
+    def _pixels(self, pieces: list[Piece]) -> dict[str, Any]:
         """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
         videos = [video for piece in pieces for video in piece.videos]
         images: list[Any] = [piece.images for piece in pieces]  # which text an image belongs to is part of some formats
@@ -165,7 +182,7 @@ class ConversationCollator:
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 
-    def _tokenise(self, pieces: list[_Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
+    def _tokenise(self, pieces: list[Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
         """Fill the pieces' ids (padding and anchors taken off again); returns what belongs to the pixels."""
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
@@ -189,7 +206,7 @@ class ConversationCollator:
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _anchor(self, piece: _Piece) -> str:
+    def _anchor(self, piece: Piece) -> str:
         """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
 
         Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
@@ -201,13 +218,13 @@ class ConversationCollator:
         alone = self._ids(anchor)
         return anchor if self._ids(anchor + piece.text)[: len(alone)] == alone else ""
 
-    def _pieces(self, number: int, row: Row) -> list[_Piece]:
+    def pieces(self, number: int, row: Row) -> list[Piece]:
         """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
         tokenizer, images, videos = self.processor.tokenizer, list(row.images), list(row.videos)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         before = ""
         for segment in self.segmenter.segments(row):
-            piece = _Piece(number, segment.text, segment.learned, before=before)
+            piece = Piece(number, segment.text, segment.learned, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
             else:
@@ -215,11 +232,12 @@ class ConversationCollator:
                           for kind, left in (("image", images), ("video", videos))]  # fmt: skip
                 piece.images, images = images[: counts[0]], images[counts[0] :]
                 piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
-            before = segment.text
+            # what a literal spells is cut to words; a special token at its end is none
+            before = segment.text[-1:] if segment.literal else segment.text
             pieces.append(piece)
         if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
             start = list(tokenizer("")["input_ids"])
             pieces[0].prefix = start
             if start and pieces[0].ids:
-                pieces.insert(0, _Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
+                pieces.insert(0, Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
         return pieces

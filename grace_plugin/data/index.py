@@ -1,10 +1,9 @@
 """Every row of a dataset looked at once, in worker processes, and remembered on disk.
 
 The index is one JSON line per row, in order, appended in chunks: a scan that was stopped goes on behind the last whole
-line, and a scan that is complete is only read. Its name is a hash of the dataset's fingerprint and of everything of the
-processor that decides tokens, so another model, another template or a changed file starts another index. Pictures that
-change without their dataset file are not noticed: remove the index (its path stands in the report) after changing
-pictures in place.
+line. Its name is a hash of the dataset's fingerprint and of everything of the processor that decides tokens, so another model,
+another template or a changed file starts another index. Each line carries a stamp of the size and time of the row's picture and
+video files: a row whose files were put in place, changed or removed since is looked at again, at the cost of one `stat` a file.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +25,7 @@ from grace_plugin.data.measure import Entry, Measure
 __all__ = ["cache_folder", "index_file", "scan"]
 
 _CHUNK = 64
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_folder() -> Path:
@@ -52,20 +51,53 @@ def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, f
     return (folder or cache_folder()) / f"{key}.jsonl"
 
 
+def _files(value: Any) -> Iterator[str]:
+    """Paths of files in an image or video field, at any depth."""
+    if isinstance(value, (str, os.PathLike)):
+        yield os.fspath(value)
+    elif isinstance(value, Mapping):
+        if value.get("bytes") is None and value.get("path"):
+            yield os.fspath(value["path"])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _files(part)
+
+
+def stamp(row: Any) -> str:
+    """Digest of size and modification time of the files a row names; "" when it names none."""
+    marks = []
+    for key in ("image", "images", "video", "videos"):
+        for path in _files(row.get(key)) if isinstance(row, Mapping) else ():
+            try:
+                found = os.stat(path)
+                marks.append(f"{found.st_size} {found.st_mtime_ns}")
+            except (OSError, ValueError):
+                marks.append("none")
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16] if marks else ""
+
+
 @dataclass
 class _Chunks(Dataset[list[Entry]]):
-    """The entries of chunk i of the rows behind `start`."""
+    """The entries of chunk i; one that is known is kept while the row's files are as they were."""
 
     rows: Sequence[Any]
     measure: Measure
-    start: int
+    known: list[Entry]
 
     def __len__(self) -> int:
-        return -(-(len(self.rows) - self.start) // _CHUNK)
+        return -(-len(self.rows) // _CHUNK)
 
     def __getitem__(self, chunk: int) -> list[Entry]:
-        first = self.start + chunk * _CHUNK
-        return [self.measure(self.rows[i], i) for i in range(first, min(first + _CHUNK, len(self.rows)))]
+        return [self.entry(i) for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.rows)))]
+
+    def entry(self, i: int) -> Entry:
+        """The entry of row i."""
+        known = self.known[i] if i < len(self.known) else None
+        if known is not None and not known.stamp:
+            return known
+        row = self.rows[i]
+        mark = stamp(row)
+        return known if known is not None and known.stamp == mark else self.measure(row, i)._replace(stamp=mark)
 
 
 def _quiet_worker(_worker: int) -> None:
@@ -73,9 +105,9 @@ def _quiet_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _entries(rows: Sequence[Any], measure: Measure, start: int, workers: int) -> Iterator[list[Entry]]:
+def _entries(rows: Sequence[Any], measure: Measure, known: list[Entry], workers: int) -> Iterator[list[Entry]]:
     loader = DataLoader(
-        _Chunks(rows, measure, start), batch_size=None, shuffle=False, num_workers=workers,
+        _Chunks(rows, measure, known), batch_size=None, shuffle=False, num_workers=workers,
         worker_init_fn=_quiet_worker, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     yield from loader
@@ -110,24 +142,31 @@ def scan(
         rows: any sequence of rows.
         workers: processes that decode and tokenise; 0 does it here.
         decode: decode every image; False looks at headers only.
-        file: the index to go on with and to append to; None keeps nothing.
-        write: whether this process appends to the index; one of several should.
+        file: the index to go on with; None keeps nothing.
+        write: whether this process writes the index; one of several should.
         progress: called with (rows done, rows).
 
     Returns:
         One entry per row, in order.
     """
-    entries = _resume(file, len(rows), write) if file is not None else []
-    if len(entries) == len(rows):
-        return entries
-    write = write and file is not None
+    known = _resume(file, len(rows), write) if file is not None else []
     if write and file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-    for chunk in _entries(rows, Measure(collator, decode), len(entries), workers):
+    entries: list[Entry] = []
+    for chunk in _entries(rows, Measure(collator, decode), known, workers):
+        fresh = chunk[max(0, len(known) - len(entries)) :]
         entries += chunk
-        if write and file is not None:
-            with file.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps(list(entry)) + "\n" for entry in chunk)
+        if write and file is not None and fresh:
+            _write(file, fresh, "a")
         if progress is not None:
             progress(len(entries), len(rows))
+    if write and file is not None and entries[: len(known)] != known:
+        whole = file.with_suffix(".new")
+        _write(whole, entries, "w")
+        whole.replace(file)
     return entries
+
+
+def _write(file: Path, entries: list[Entry], mode: Literal["a", "w"]) -> None:
+    with file.open(mode, encoding="utf-8") as out:
+        out.writelines(json.dumps(list(entry)) + "\n" for entry in entries)

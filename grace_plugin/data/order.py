@@ -6,9 +6,8 @@ that one rank sees with two, and a resumed run goes on where it stopped. The per
 of seed, epoch and row number: no random generator's state is involved, nor a library's version.
 
 Length-grouped: the permutation is cut into stretches of 50 batches, each sorted by length, and the batches are shuffled,
-so that rows of a batch are about equally long and little is padded. Sequence packing is not offered: it is exact only
-where the attention kernel and the family's position ids keep packed samples apart, which no family's eager or SDPA path
-here does.
+so that rows of a batch are about equally long and little is padded. Packing (`ConversationCollator(packed=True)`) takes the
+same batches and joins the rows of each.
 """
 
 from __future__ import annotations

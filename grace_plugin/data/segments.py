@@ -2,8 +2,10 @@
 
 Where the chat template carries `{% generation %}` marks, they say what is learned. Where it does not, turns are rendered
 apart: the text up to an assistant turn ends exactly where generation would start, and the rest of the turn is learned,
-end-of-turn mark included (a line break behind it is not generated, so not learned). No token id stands for a role either
-way.
+end-of-turn mark included. No token id stands for a role either way. White space at the seams is dealt alike in both: what
+stands between the generation prompt and a mark is the answer's, for it is generated; what stands behind an answer is not. A
+template that ends its last answer with no special token (LLaVA-1.5's) would teach a model never to stop, so the tokenizer's
+end of text is added there and learned.
 
 What a row says is text, also when it spells a special token: before rendering, every such string in the row's own text is
 replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
@@ -86,7 +88,10 @@ class Segmenter:
             except Exception:  # a template that knows no videos may raise anything
                 found[kind] = ""
                 continue
-            found[kind] = _difference(bare, full)
+            written = _difference(bare, full)
+            found[kind] = (
+                "" if "\ufdd2" in written else written
+            )  # another template, as SmolVLM's processor takes for videos
         return found
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
@@ -109,7 +114,13 @@ class Segmenter:
         except Exception as error:  # jinja's errors, and what a template raises itself
             raise RowError("template", f"{row.name}: the chat template cannot render it: {error}") from error
         self._check(cut, row)
-        return [piece for text, learned in cut for piece in _split(text, learned, literals)]
+        found = [piece for text, learned in cut for piece in _split(text, learned, literals)]
+        end = self.processor.tokenizer.eos_token
+        behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1][1])
+        closed = any(token in "".join(text for text, _ in cut[behind:]) for token in self.protected)
+        if end and not closed and not any(cut[behind - 1][0].endswith(token) for token in self.protected):
+            found.append(Segment(end, True))
+        return found
 
     def _guard(self, part: dict[str, Any], literals: list[str]) -> dict[str, Any]:
         if part["type"] != "text" or not self._pattern.search(part["text"]):
@@ -131,9 +142,27 @@ class Segmenter:
         )
         text, done, cut = rendered[0], 0, []
         for start, end in spans[0]:
-            cut += [(text[done:start], False), (text[start:end], True)]
-            done = end
+            begin = start - len(self._generated_space(text[done:start]))
+            answer = text[begin:end].rstrip()
+            cut += [(text[done:begin], False), (answer, True)]
+            done = begin + len(answer)
         return [*cut, (text[done:].rstrip(), False)]
+
+    def _generated_space(self, prompt: str) -> str:
+        """White space at the end of a prompt that serving leaves to the model: what follows the generation prompt."""
+        space = prompt[len(prompt.rstrip()) :]
+        fits = [n for n in range(len(space) + 1) if self._opening and prompt.endswith(self._opening + space[n:])]
+        return space[fits[0] :] if fits else ""
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template adds to ask for an answer; "" when it adds nothing."""
+        asked = [{"role": "user", "content": [{"type": "text", "text": "\ufdd2"}]}]
+        try:
+            bare, prompt = self._render(asked), self._render(asked, prompt=True)
+        except Exception:  # rows will say it
+            return ""
+        return prompt[len(bare) :] if prompt.startswith(bare) else ""
 
     def _apart(self, messages: list[dict[str, Any]], name: str) -> list[tuple[str, bool]]:
         """Cut where generation would start, turn by turn."""

@@ -1,9 +1,10 @@
 """A stream of rows: too long or too remote to be looked at before the run, so looked at as it comes.
 
 The first rows decide whether the run starts; from then on a row that cannot be used is dropped, counted and listed, and
-the run stops when the share of dropped rows exceeds what is allowed. Images are decoded here, in the loader's workers. A
-stream belongs to one process: several ranks would need it split by files, which no generic stream promises, so they are
-refused.
+the run stops when the share of dropped rows exceeds what is allowed. Images are decoded here, in the loader's workers: a
+`datasets.IterableDataset` deals its files to them, of any other stream each takes every n-th row. A stream belongs to one
+process: ranks would drop different rows and end at different steps, and the first to end would leave the others waiting, so a
+run of several processes is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class StreamedRows(IterableDataset[Any]):
         info = get_worker_info()
         counts = self.counts[info.id if info is not None else 0]
         measure = Measure(self.collator, decode=False)
-        for number, row in enumerate(self.rows):
+        for number, row in self._own(info):
             counts[0] += 1
             entry = measure(row, number)
             reason, message = entry.reason, entry.message
@@ -84,6 +85,14 @@ class StreamedRows(IterableDataset[Any]):
                 except RowError as fault:
                     reason, message = fault.reason, str(fault)
             self._drop(counts, number, reason, message)
+
+    def _own(self, info: Any) -> Iterator[tuple[int, Any]]:
+        """The rows of this worker, numbered as they were read."""
+        from datasets import IterableDataset as Dealt
+
+        numbered = enumerate(self.rows)
+        dealt = info is None or isinstance(self.rows, Dealt)
+        return numbered if dealt else itertools.islice(numbered, info.id, None, info.num_workers)
 
     def _drop(self, counts: torch.Tensor, number: int, reason: str, message: str) -> None:
         counts[1 + _REASONS.index(reason)] += 1

@@ -32,6 +32,7 @@ __all__ = [
     "gate_quantiles",
     "labels_of",
     "look",
+    "row_numbers",
 ]
 
 
@@ -137,6 +138,14 @@ def labels_of(batch: Mapping[str, Any], family: Family, config: Any) -> Tensor:
     return labels
 
 
+def row_numbers(batch: Mapping[str, Any]) -> Tensor:
+    """int64 [B * S]: which row of data a token belongs to; of packed rows, one begins wherever positions begin anew."""
+    ids = batch["input_ids"]
+    if batch.get("attention_mask") is None and batch.get("position_ids") is not None:
+        return (batch["position_ids"] == 0).flatten().cumsum(0) - 1
+    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+
+
 def look(
     batch: Mapping[str, Any],
     *,
@@ -167,8 +176,9 @@ def look(
     item = MicroBatch(positions, targets, visual)
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0] = positions.numel()
-    bare = torch.ones(len(labels), device=device)  # rows without a visual token
-    counts[3] = bare.index_fill_(0, item.visual.index // labels.shape[1], 0.0).sum()
+    row = row_numbers(batch).to(device)
+    bare = torch.ones(int(row[-1]) + 1, device=device)  # rows without a visual token
+    counts[3] = bare.index_fill_(0, row[item.visual.index], 0.0).sum()
     if teacher is not None:
         item.teacher = teacher.states(batch, positions, visual)
         if distill.enabled:

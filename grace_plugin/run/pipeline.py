@@ -69,7 +69,8 @@ def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
             output_dir=folder, max_steps=total_steps, learning_rate=asked.learning_rate,
             lr_scheduler_type=asked.scheduler, warmup_steps=round(asked.warmup_share * total_steps),
             gradient_accumulation_steps=asked.gradient_accumulation_steps, weight_decay=asked.weight_decay,
-            max_grad_norm=asked.max_grad_norm, seed=asked.seed, save_strategy="no", report_to="none",
+            max_grad_norm=asked.max_grad_norm, seed=asked.seed, optim=asked.optim, save_strategy="no",
+            report_to="none",
             remove_unused_columns=False, label_names=["labels"], logging_nan_inf_filter=False, logging_steps=10,
         )  # fmt: skip
         modifier.teacher_to(arguments.device)

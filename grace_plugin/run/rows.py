@@ -42,6 +42,26 @@ class TrainingRows:
         return self.dataset.write_report() if isinstance(self.dataset, StreamedRows) else self.report
 
 
+def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: int) -> None:
+    """Refuse batches of videos that the model's processor cannot put side by side.
+
+    Raises:
+        ValueError: the shortest and the longest video do not fit into one batch.
+    """
+    films = sorted((e.film, n) for n, e in enumerate(kept.entries) if e.film and not e.reason)
+    if batch_size < 2 or not films or films[0][0] == films[-1][0]:
+        return
+    ends = [kept.rows[films[place][1]] for place in (0, -1)]
+    try:
+        collator(ends)
+    except Exception as error:  # processors raise what they like
+        names, said = " and ".join(str(films[place][1]) for place in (0, -1)), str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model's processor cannot put videos of different length into one batch (rows number {names}: {said}); set "
+            "per_device_train_batch_size=1 and gradient_accumulation_steps instead, or give every video the same frames"
+        ) from error
+
+
 def training_rows(
     dataset: Any, collator: ConversationCollator, arguments: Any, folder: Path, share: float
 ) -> TrainingRows:
@@ -70,6 +90,7 @@ def training_rows(
             dataset, collator, folder=folder, max_bad_rows=share, workers=arguments.dataloader_num_workers,
             write=arguments.process_index == 0,
         )  # fmt: skip
+    _check_videos(kept, collator, arguments.train_batch_size)
     if kept.report["rejected"]:
         logger.warning(
             "%d of %d rows are not used; see %s", kept.report["rows"] - kept.report["usable"], len(dataset), folder

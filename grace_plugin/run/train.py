@@ -26,6 +26,7 @@ from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
+from grace_plugin.vlm import family_of
 
 __all__ = ["TrainResult", "run_folder", "train"]
 
@@ -96,6 +97,7 @@ def train(
     teacher_processor: Any = None,
     max_length: int | None = None,
     max_bad_rows: float = 0.05,
+    packing: bool = False,
     resume_from_checkpoint: bool | str = False,
     callbacks: Sequence[Any] = (),
     **training_arguments: Any,
@@ -114,6 +116,8 @@ def train(
         max_length: longest row in tokens; a longer one is not used, nothing is cut.
         max_bad_rows: largest share of rows that cannot be used before the run refuses to start; they are listed in
             `<output_dir>.run`.
+        packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
+            positions do not allow it.
         resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
         callbacks: further TrainerCallbacks.
         training_arguments: fields of `transformers.TrainingArguments`.
@@ -132,7 +136,11 @@ def train(
     if not hasattr(dataset, "__len__"):
         _total_steps(arguments, None)
     student = load_student(model)
-    collator = ConversationCollator(processor or load_processor(student), max_length, keys=store is not None)
+    if packing:
+        family_of(student).check_packing()
+    collator = ConversationCollator(
+        processor or load_processor(student), max_length, keys=store is not None, packed=packing
+    )
     rows = training_rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows)
     if store is not None and arguments.local_process_index == 0:
         check_cached_rows(store, rows.dataset)
@@ -141,6 +149,8 @@ def train(
         student, read, total_steps=total_steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor,
     ) as session:  # fmt: skip
+        if packing and session.objective.teacher is not None:
+            session.objective.teacher.family.check_packing()
         modifier.teacher_to(arguments.device)
         if rows.count is not None:
             collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])

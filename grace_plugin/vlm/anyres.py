@@ -44,6 +44,7 @@ class LlavaNext(Family):
     """`LlavaNextForConditionalGeneration`."""
 
     model_type = "llava_next"
+    packs: ClassVar[bool] = True
     vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
     projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
 

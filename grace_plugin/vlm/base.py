@@ -61,6 +61,8 @@ class Family(ABC):
     router: ClassVar[tuple[str, ...]] = ()
     #: images of one prompt that vLLM lays out as transformers does; None for any number
     served_images: ClassVar[int | None] = None
+    #: whether a token's place is one number, so that rows packed into one sequence compute what they compute alone
+    packs: ClassVar[bool] = False
     #: module path of the decoder inside the model
     decoder: ClassVar[str] = "model.language_model"
 
@@ -91,6 +93,18 @@ class Family(ABC):
     def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder: a module with `layers` (nn.ModuleList) and `norm`."""
         return model.get_submodule(self.decoder)
+
+    def check_packing(self) -> None:
+        """Refuse packed rows for a family that cannot keep them apart.
+
+        Raises:
+            ValueError: names the family and the way out.
+        """
+        if not self.packs:
+            raise ValueError(
+                f"rows of family '{self.model_type}' cannot be packed: its positions are not one number per token, and "
+                "the model would lay all packed rows out as one. Leave packing out; batches are grouped by length instead"
+            )
 
     def quantization_ignore(self) -> list[str]:
         """Patterns of the linears that stay in the checkpoint's dtype: vision tower, projector, lm_head, routers."""

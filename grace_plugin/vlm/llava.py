@@ -18,6 +18,7 @@ class Llava(Family):
     """`LlavaForConditionalGeneration`."""
 
     model_type = "llava"
+    packs: ClassVar[bool] = True
     vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
     projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
 

@@ -19,6 +19,7 @@ class InternVL(Family):
     """`InternVLForConditionalGeneration`."""
 
     model_type = "internvl"
+    packs: ClassVar[bool] = True
     vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
     projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
 
@@ -47,6 +48,7 @@ class Gemma3(Family):
     """`Gemma3ForConditionalGeneration`."""
 
     model_type = "gemma3"
+    packs: ClassVar[bool] = True
     vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_tower\..*",)
     projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?multi_modal_projector\..*",)
 
@@ -64,6 +66,7 @@ class Idefics3(Family):
     """`Idefics3ForConditionalGeneration`."""
 
     model_type = "idefics3"
+    packs: ClassVar[bool] = True
     vision: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?vision_model\..*",)
     projector: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?connector\..*",)
     decoder: ClassVar[str] = "model.text_model"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL import Image
 from grace_plugin.data import BadRowsError, ConversationCollator, RowError, load_rows, prepare, read_row
 from grace_plugin.data.media import decode_image, decode_video, image_size
 from grace_plugin.data.segments import Segmenter
-from tests.tiny import FAMILIES, build, rows
+from tests.tiny import EVERY, FAMILIES, build, rows
 
 PROCESSORS = {family: build(family)[1] for family in FAMILIES}
 IMAGE = {"type": "image"}
@@ -48,36 +47,43 @@ def png(path: Path, width: int, height: int, data: bytes, *more: tuple[bytes, by
     return path
 
 
-ROWS_AND_REASONS: list[tuple[dict[str, Any], str]] = [
-    (pictured("/nowhere/at/all.png"), "missing_file"),
-    ({"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
-    ({"messages": talk(), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
-    ({"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-     "placeholder_mismatch"),
-    ({"messages": []}, "empty_conversation"),
-    ({"conversations": []}, "empty_conversation"),
-    ({"messages": talk(answer=" ")}, "empty_conversation"),
-    ({"messages": talk()[::-1]}, "roles_out_of_order"),
-    ({"messages": talk() + talk()[1:]}, "roles_out_of_order"),
-    ({"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
-    ({"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "unknown_role"),
-    ({"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
-    ({"messages": talk(text="a\udce9b")}, "invalid_utf8"),
-    ({"conversations": [{"from": "human"}]}, "malformed"),
-    ({"messages": "hello"}, "malformed"),
-    ({"messages": talk(images=1), "images": "a.png"}, "malformed"),
-    ({"messages": talk(images=1), "images": [7]}, "malformed"),
-]  # fmt: skip
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing image file": (pictured("/nowhere/at/all.png"), "missing_file"),
+    "more placeholders than images": (
+        {"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+    "an image without placeholder": (
+        {"messages": talk(), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+    "a LLaVA image without placeholder": (
+        {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "placeholder_mismatch"),
+    "no messages": ({"messages": []}, "empty_conversation"),
+    "no conversations": ({"conversations": []}, "empty_conversation"),
+    "an empty answer": ({"messages": talk(answer=" ")}, "empty_conversation"),
+    "the answer first": ({"messages": talk()[::-1]}, "roles_out_of_order"),
+    "two answers": ({"messages": talk() + talk()[1:]}, "roles_out_of_order"),
+    "two questions": ({"messages": talk()[:1] + talk()}, "roles_out_of_order"),
+    "a system turn in the middle": (
+        {"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
+    "a tool's turn": ({"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "unknown_role"),
+    "an unknown speaker": (
+        {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
+    "a lone surrogate": ({"messages": talk(text="a\udce9b")}, "invalid_utf8"),
+    "a turn without text": ({"conversations": [{"from": "human"}]}, "malformed"),
+    "messages as text": ({"messages": "hello"}, "malformed"),
+    "images as text": ({"messages": talk(images=1), "images": "a.png"}, "malformed"),
+    "an image that is a number": ({"messages": talk(images=1), "images": [7]}, "malformed"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "reason"), ROWS_AND_REASONS)
-def test_a_bad_row_is_counted_under_its_reason(row: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_counted_under_its_reason(name: str) -> None:
+    row, reason = BAD_ROWS[name]
     assert reason_of(row) == reason
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_an_image_of_one_pixel_is_used(family: str) -> None:
-    collator = ConversationCollator(PROCESSORS[family])
+    collator = ConversationCollator(PROCESSORS.get(family) or build(family)[1])
     row = pictured(Image.new("RGB", (1, 1), (200, 0, 0)))
     found = prepare([row], collator)
     assert found.lengths[0] == collator([row])["input_ids"].shape[1]
@@ -91,15 +97,15 @@ def test_an_image_the_processor_refuses_is_counted() -> None:
 
 def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -> None:
     line = zlib.compressobj(9)
-    data = line.compress(b"\0" * 20001 * 1000) + line.flush()  # a twentieth of its lines is enough for a header
+    data = (
+        line.compress(b"\0" * 20001 * 1000) + line.flush()
+    )  # a twentieth of its lines: decoded, it would be unreadable
     path = png(tmp_path / "big.png", 20000, 20000, data)
-    start = time.monotonic()
     with pytest.raises(
         RowError, match=rf"row 'r': image '{path}' (has 20000 x 20000 = 400,000,000|is above the limit)"
     ) as caught:
         read_row(pictured(str(path)))
     assert caught.value.reason == "image_too_large"
-    assert time.monotonic() - start < 2.0
     assert reason_of(pictured(str(path))) == "image_too_large"
 
 
@@ -128,9 +134,7 @@ def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
             "",
         )  # 80 MB of zeros behind a picture of 16 pixels: read as far as needed
     assert path.stat().st_size < 100_000
-    start = time.monotonic()
     assert reason_of(pictured(str(path))) == reason
-    assert time.monotonic() - start < 3.0
 
 
 def test_a_truncated_file_is_no_half_grey_picture(tmp_path: Path) -> None:
@@ -191,6 +195,8 @@ def test_faults_of_videos_are_counted(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
     assert reason_of(row(frames), "qwen3_vl") == ""
     assert reason_of(row(frames), "llava") == "video_unsupported"
+    smolvlm = ConversationCollator(build("smolvlm")[1])  # has a video processor, and another template for videos
+    assert prepare([row(frames)], smolvlm, max_bad_rows=1.0, allow_empty=True).entries[0].reason == "video_unsupported"
     assert reason_of(row([]), "qwen3_vl") == "unreadable_video"
     assert reason_of(row([frames[0], Image.new("RGB", (32, 64))]), "qwen3_vl") == "unreadable_video"
     assert reason_of(row("/nowhere.mp4"), "qwen3_vl") == "missing_file"
@@ -254,6 +260,23 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
     assert f"a {spelled} red" in learned
     prompt = [i for i, label in zip(ids, with_it["labels"][0].tolist(), strict=True) if label == -100 and i not in kept]
     assert f"say {spelled} left" in tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
+    """Each of the family's special tokens in question and answer, beside an image: the row's own are those of a plain row."""
+    processor = PROCESSORS.get(family) or build(family)[1]
+    collator = ConversationCollator(processor)
+    added = processor.tokenizer.added_tokens_decoder.items()
+    special = {token.content: i for i, token in added if token.special and token.content.strip()}
+    assert len(special) >= 5
+
+    def kept(word: str) -> list[int]:
+        talked = talk(f"say {word} left", f"a {word} red", 1)
+        ids = collator([{"messages": talked, "images": rows(1)[0]["images"]}])["input_ids"][0].tolist()
+        return [i for i in ids if i in special.values()]
+
+    assert all(kept(spelled) == kept("x") for spelled in special)
 
 
 def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> None:

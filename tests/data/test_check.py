@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoProcessor
 
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
-from grace_plugin.data import ConversationCollator, prepare
+from grace_plugin.data import ConversationCollator, load_rows, prepare
 from grace_plugin.data.page import write_page
 from tests.mixed_files import Mixed, write_mixed
 from tests.tiny import build, rows
@@ -97,6 +98,19 @@ def test_the_command_reports_and_writes_a_page(
     assert not any("what is" in text for text in page.marked[1:])  # the first mark is the legend's
     assert check(*given, "--max_bad_rows", "0.01") == 2
     assert "above --max_bad_rows 1.0%" in capsys.readouterr().err
+
+
+def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path: Path) -> None:
+    """One index serves both: the run's own look at the rows, with its own collator, begins no other."""
+    given = [str(mixed.mix), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
+    assert check(*given, "--max_length", "4000") == 0
+    (index,) = (tmp_path / "cache").iterdir()
+    before = index.read_bytes()
+    collator = ConversationCollator(AutoProcessor.from_pretrained(model), max_length=40)
+    found = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=1.0)
+    assert found.report["index"] == str(index)
+    assert found.report["rejected"]["too_long"] > 0
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [before]
 
 
 def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,11 +13,39 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from grace_plugin.data import ConversationCollator, RowError, check_row
 from grace_plugin.data.segments import Segmenter
 from grace_plugin.demo.pair import make_processor
-from tests.tiny import FAMILIES, build, rows
-from tests.tiny_text import QWEN3_TEMPLATE, SENTENCES
+from tests.tiny import EVERY, build, rows
+from tests.tiny_text import QWEN2_TEMPLATE, QWEN3_TEMPLATE, SENTENCES
 
-PROCESSORS = {family: build(family)[1] for family in FAMILIES} | {"demo": make_processor()}
-MARKED = ("llava", "qwen3_vl", "demo")
+PROCESSORS = {family: build(family)[1] for family in EVERY} | {"demo": make_processor()}
+MARKED = ("llava", "llava_next", "qwen3_vl", "qwen3_vl_moe", "demo")
+PUBLISHED_LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""How LLaVA-1.5's checkpoints write a conversation: a space behind each turn, and nothing that ends it."""
+
+
+def marked(template: str) -> str:
+    """A template with generation marks around what an assistant says, its end mark included."""
+    if template == QWEN2_TEMPLATE:
+        return QWEN3_TEMPLATE
+    if "{% generation %}" in template:
+        return template
+    head, _, rest = template.partition("{{ m['role'] }}: ")
+    turn, _, tail = rest.partition("\n{% endfor %}{% if add_generation_prompt %}")
+    both = (
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        + turn
+        + "{% endgeneration %}{% else %}"
+        + turn
+        + "{% endif %}"
+    )
+    return f"{head}{{{{ m['role'] }}}}: {both}{{{{ '\\n' }}}}{{% endfor %}}{{% if add_generation_prompt %}}{tail}"
 
 
 def talk(*texts: str, images: int = 0) -> dict[str, Any]:
@@ -27,24 +56,71 @@ def talk(*texts: str, images: int = 0) -> dict[str, Any]:
     return {"messages": messages, "images": [r["images"][0] for r in rows(images, seed=2)]}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "demo"])
+@pytest.mark.parametrize("family", [*EVERY, "demo"])
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
-    processor = PROCESSORS[family]
+    """Every family's template, with marks (its own, or put in) and by turns rendered apart."""
+    processor = copy.copy(PROCESSORS[family])
     row = talk("what is the shape", "a red square", "assistant: and </s> left?\n", "<|im_end|> blue  ", images=images)
-    marked, apart = ConversationCollator(processor), ConversationCollator(processor)
+    apart = ConversationCollator(processor)
+    assert apart.segmenter.has_marks == (family in MARKED)
     apart.segmenter.marks = False
-    assert marked.segmenter.has_marks == (family in MARKED)
-    one, two = marked([row]), apart([row])
+    two = apart([row])
+    processor.chat_template = marked(apart.segmenter.template)
+    by_marks = ConversationCollator(processor)
+    assert by_marks.segmenter.has_marks
+    one = by_marks([row])
     assert one.keys() == two.keys()
-    learned = one["labels"] != -100
-    assert bool(learned.any())
-    length = min(
-        one["labels"].shape[1], two["labels"].shape[1]
-    )  # white space behind the last turn is learned by neither
+    assert bool((one["labels"] != -100).any())
     for key in ("input_ids", "labels"):
-        assert torch.equal(one[key][:, :length], two[key][:, :length])
-        assert one[key].shape == two[key].shape
+        assert torch.equal(one[key], two[key])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("marks", [True, False])
+def test_llavas_published_template(scheme: str, marks: bool) -> None:
+    """Prompts are cut as they are served, the space behind an answer is not learned, and the end of text is."""
+    processor = metaspace(scheme)
+    processor.chat_template = PUBLISHED_LLAVA
+    row = talk("what is the shape?", "a red square", "which colour?", "blue", images=1)
+    collator = ConversationCollator(processor)
+    collator.segmenter.marks = marks
+    batch = collator([row])
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    name = processor.tokenizer.convert_ids_to_tokens
+    assert name([label for label in labels if label != -100]) == ["▁a", "▁red", "▁square", "▁blue", "</s>"]
+    for turn in (1, 3):
+        served = processor(
+            text=[processor.apply_chat_template(row["messages"][:turn], add_generation_prompt=True, tokenize=False)],
+            images=row["images"], add_special_tokens=False, return_tensors="pt",
+        )["input_ids"][0].tolist()  # fmt: skip
+        assert ids[: len(served)] == served
+        assert labels[len(served) - 1] == -100
+        assert labels[len(served)] != -100
+
+
+def test_what_a_template_ends_is_ended_once() -> None:
+    """An end mark inside or behind the marks is the template's to teach."""
+    _, processor = build("qwen3_vl")
+    for template in (
+        QWEN3_TEMPLATE,
+        QWEN3_TEMPLATE.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+    ):
+        processor.chat_template = template
+        batch = ConversationCollator(processor)([talk("say", "red")])
+        ends = batch["input_ids"][0].tolist().count(processor.tokenizer.eos_token_id)
+        assert ends == 2  # the user's and the assistant's
+    assert processor.tokenizer.decode([i for i in batch["labels"][0].tolist() if i != -100]) == "red"
+
+
+def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
+    """A tokenizer that marks the start of words is given what stands before a piece; a spelled <image> must not be among it."""
+    content = [{"type": "text", "text": "not <image> but "}, {"type": "image"}, {"type": "text", "text": "this"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    processor = metaspace("first")
+    processor.chat_template = processor.chat_template.replace("<image>\n", "<image>")
+    batch = ConversationCollator(processor)([{"messages": messages, "images": rows(1)[0]["images"]}])
+    assert int((batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 16
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -67,20 +67,19 @@ def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: P
 
 
 def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixed, tmp_path: Path) -> None:
+    """Counts changed by hand in the index come back for every row that is not looked at again."""
     given, collator = load_rows(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
     assert given.fingerprint is not None
     file = index_file(given.fingerprint, collator, True, tmp_path)
     whole = scan(given, collator, file=file)
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == ROWS
-    file.write_bytes(b"".join(lines[:100]) + lines[100][:9])
-    done: list[int] = []
-    assert scan(given, collator, file=file, progress=lambda n, _: done.append(n)) == whole
-    assert done[0] > 100
-    assert file.read_bytes().splitlines(keepends=True) == lines
-    done.clear()
-    assert scan(given, collator, file=file, progress=lambda n, _: done.append(n)) == whole
-    assert done == []
+    marked = [json.dumps([line[0] + 1000, *line[1:]]) for line in lines]
+    file.write_text("\n".join(marked[:100]) + "\n" + marked[100][:9])
+    found = scan(given, collator, file=file)
+    assert [entry.tokens for entry in found] == [e.tokens + 1000 * (n < 100) for n, e in enumerate(whole)]
+    assert len(file.read_text().splitlines()) == ROWS
+    assert scan(given, collator, file=file, workers=2) == found
     assert index_file(given.fingerprint, collator, True, tmp_path) == file
     others = [
         index_file("another", collator, True, tmp_path),
@@ -89,6 +88,30 @@ def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixe
         index_file(given.fingerprint, ConversationCollator(PROCESSORS["llava"], max_pixels=9), True, tmp_path),
     ]
     assert len({file, *others}) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
+    """A picture put in place, one replaced, one removed: each row is judged anew, and no other row."""
+    talk = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "red"}]
+    lines = [{"id": n, "image": f"{n}.png", "conversations": talk} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    for number in (0, 1, 2, 4):
+        rows(1, seed=number, size=64)[0]["images"][0].save(tmp_path / f"{number}.png")
+    given, collator = load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["qwen2_vl"])
+    file = tmp_path / "index.jsonl"
+    before = scan(given, collator, file=file, workers=workers)
+    assert [entry.reason for entry in before] == ["", "", "", "missing_file", ""]
+    marked = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps([line[0], 777, *line[2:]]) + "\n" for line in marked))
+    rows(1, size=112)[0]["images"][0].save(tmp_path / "1.png")
+    (tmp_path / "2.png").unlink()
+    rows(1, size=64)[0]["images"][0].save(tmp_path / "3.png")
+    after = scan(given, collator, file=file, workers=workers)
+    assert [entry.reason for entry in after] == ["", "", "missing_file", "", ""]
+    assert [entry.visual for entry in after] == [777, 16, 0, before[0].visual, 777]
+    assert [json.loads(line)[:2] for line in file.read_text().splitlines()] == [list(e[:2]) for e in after]
+    assert sorted(path.suffix for path in tmp_path.iterdir()).count(".new") == 0
 
 
 def test_a_process_that_does_not_write_leaves_the_index_alone(mixed: Mixed, tmp_path: Path) -> None:

@@ -133,6 +133,19 @@ def test_ours_verifies_and_copies_the_processor(llava: Pair, tmp_path: Path) -> 
     assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
 
 
+def test_the_recipes_optimizer_is_taken(llava: Pair, tmp_path: Path) -> None:
+    """Adafactor (8 bytes a parameter instead of 16) and AdamW move the same student to different codes; both verify."""
+    found = {}
+    for optim in ("adafactor", "adamw_torch"):
+        result = grace_plugin.oneshot(
+            str(llava.student), recipe=recipe_text(llava.teacher, oneshot={**ONESHOT, "optim": optim}),
+            dataset=rows(8, seed=41), output_dir=tmp_path / optim, batch_size=2,
+        )  # fmt: skip
+        assert result.verification["verified"]
+        found[optim] = (result.checkpoint / "model.safetensors").read_bytes()
+    assert found["adafactor"] != found["adamw_torch"]
+
+
 def test_ours_refuses_a_destination_before_it_loads(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("x")
     with pytest.raises(FileExistsError, match="exists and is not empty"):

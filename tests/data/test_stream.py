@@ -1,0 +1,69 @@
+"""A stream's rows reach the loader once each, whatever the number of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
+
+from grace_plugin.data import BadRowsError, ConversationCollator, StreamedRows
+from tests.tiny import build
+
+ROWS = 40
+
+
+def row(number: int) -> dict[str, Any]:
+    """A text row whose answer is its number; every twentieth is broken."""
+    answer = [] if number % 20 == 7 else [{"role": "assistant", "content": f"say {number}"}]
+    return {"messages": [{"role": "user", "content": "which?"}, *answer]}
+
+
+class Read:
+    """Rows as some reader of a user's own would give them."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(row, range(ROWS))
+
+
+def _shard(shards: list[int]) -> Iterator[dict[str, Any]]:
+    for first in shards:
+        yield from map(row, range(first, first + 10))
+
+
+STREAMS = {
+    "own": Read,
+    "one file": lambda: IterableDataset.from_generator(lambda: map(row, range(ROWS))),
+    "four files": lambda: IterableDataset.from_generator(_shard, gen_kwargs={"shards": [0, 10, 20, 30]}).shuffle(
+        seed=1
+    ),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_every_row_comes_once_whatever_the_workers(kind: str, workers: int, tmp_path: Path) -> None:
+    collator = ConversationCollator(build("llava")[1])
+    stream = StreamedRows(STREAMS[kind](), collator, folder=tmp_path, max_bad_rows=0.1)
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+    said = [found["messages"][1]["content"][0]["text"] for found in loader]
+    assert sorted(said) == sorted(f"say {number}" for number in range(ROWS) if number % 20 != 7)
+    assert stream.report() == {"stream": True, "rows": ROWS, "usable": ROWS - 2, "rejected": {"roles_out_of_order": 2},
+                               "max_bad_rows": 0.1}  # fmt: skip
+    assert len((tmp_path / "data_rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_stream_that_turns_bad_stops() -> None:
+    class Worse(Read):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            yield from map(row, range(6))
+            yield from ({"messages": []} for _ in range(50))
+
+    stream = StreamedRows(Worse(), ConversationCollator(build("llava")[1]), max_bad_rows=0.2, first=5)
+    with pytest.raises(BadRowsError, match=r"2 of 8 rows of the stream could not be used, above max_bad_rows = 20\.0%"):
+        list(stream)
