@@ -34,6 +34,7 @@ from grace_plugin.recipe import (
 )
 from grace_plugin.schemes import check_fused, check_schemes, group_of, stored_dtype
 from grace_plugin.teacher import MISSING, load_teacher
+from grace_plugin.trainable import lora_layers, raise_masters
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import (
     check_image_processors,
@@ -80,6 +81,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     _given_teacher: Any = PrivateAttr(None)
     _teacher_model: Any = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
+    _lora_layers: list[str] = PrivateAttr(default_factory=list)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
 
@@ -94,6 +96,8 @@ class GraceModifier(Modifier, QuantizationMixin):
             if self.scheme is None and not self.config_groups:
                 raise ValueError("GraceModifier: set scheme (for instance W4A16) or config_groups, or quantize: false")
             check_schemes(self.resolved_config)
+        elif self.training.method != "full":
+            raise ValueError(f"training.method {self.training.method!r} learns scales; it needs quantize: true")
         return self
 
     @property
@@ -140,10 +144,7 @@ class GraceModifier(Modifier, QuantizationMixin):
             family.open_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
-        if self.training.master_weights == "float32":  # exact, so nothing is lost when a check below fails
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.float()
+        raise_masters(model, self.training)  # exact, so nothing is lost when a check below fails
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
         if self.quantize:
@@ -181,20 +182,22 @@ class GraceModifier(Modifier, QuantizationMixin):
         for (num_bits, group_size), linears in formats.items():
             check_layers(linears, Format(group_size, num_bits, self._dtype))
         check_kernels(formats, self.serving.tensor_parallel_size)
+        if self.training.lora is not None:
+            self._lora_layers = lora_layers(self.training.lora, matched)
         return formats
 
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
         """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
         QuantizationMixin.initialize_quantization(self, model)
-        options: dict[str, Any] = {
-            "candidates": self.scales.candidates,
-            "low": self.scales.search_low,
-            "high": self.scales.search_high,
-        }
+        asked, lora = self.scales, self.training.lora
+        options: dict[str, Any] = {"candidates": asked.candidates, "low": asked.search_low, "high": asked.search_high}
         for (num_bits, group_size), linears in formats.items():
             self._attached.append(
                 attach(linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, **options)
             )
+            if lora is not None:
+                chosen = [name for name in linears if name in self._lora_layers]
+                self._attached[-1].add_lora(chosen, rank=lora.rank, alpha=lora.alpha, seed=lora.seed)
 
     def use_teacher(self, teacher: str | os.PathLike[str] | nn.Module | None) -> None:
         """Take another teacher than the recipe's: a checkpoint or a loaded model; None keeps the recipe's."""

@@ -12,7 +12,7 @@ What it costs. One float32 number per group, and the cache of ``quantizer.cache`
 shape, so attach *before* sharding (FSDP, ZeRO-3): they are then sharded and saved like any other parameter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
 from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, fake_quantize_merged, merged, start_lora
 from grace_plugin.quantizer.scales import check_format, holds, start_scales, stored_scale, validate_group
 
 PARAMETER = "weight_log_scale"
@@ -44,19 +45,17 @@ class _LayerState:
     format: Format
     cache: WeightCache | None
     previous_forward: Any  # an instance forward that stood on the layer before, or None
+    scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
 
 
 def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Forward of an attached layer: the fake-quantized weight in place of the weight."""
     state: _LayerState = self.__dict__[_STATE]
-    weight = fake_quantize(
-        self.weight,
-        getattr(self, PARAMETER),
-        group_size=state.format.group_size,
-        num_bits=state.format.num_bits,
-        stored_dtype=state.format.stored_dtype,
-        cache=state.cache,
-    )
+    theta, how = getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
+    if state.scaling is None:
+        weight = fake_quantize(self.weight, theta, **how)
+    else:
+        weight = fake_quantize_merged(self.weight, *factors(self), theta, scaling=state.scaling, **how)
     return nn.functional.linear(input, weight, self.bias)
 
 
@@ -86,6 +85,14 @@ class Attached:
         caches = (self._state(linear).cache for linear in self._linears.values())
         return sum(cache.quantizations for cache in caches if cache is not None)
 
+    def add_lora(self, names: Iterable[str], *, rank: int, alpha: float, seed: int = 0) -> None:
+        """Give layers a low-rank update that is added before they are quantized (``quantizer.lora``)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            start_lora(self._linears[name], rank, generator)
+            self._state(self._linears[name]).scaling = alpha / rank
+        self.invalidate()
+
     def invalidate(self) -> None:
         """Say that weights or scales were changed in a way torch does not count (a write through ``.data``)."""
         self._counter.advance()
@@ -95,19 +102,15 @@ class Attached:
         """Share of all attached weights that the clip acts on: 0-dimensional float32 on the first layer's device."""
         device = next(iter(self._linears.values())).weight.device
         counts = [
-            clipped(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype).to(device)
-            for linear, scale, form in self._layers().values()
+            clipped(weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype).to(device)
+            for _, weight, scale, form in self._layers()
         ]
         return torch.stack(counts).sum() / sum(linear.weight.numel() for linear in self._linears.values())
 
     @torch.no_grad()
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes int8 [out, in] and scales [out, groups] in the stored dtype, of every layer as it stands now."""
-        frozen = {}
-        for name, (linear, scale, form) in self._layers().items():
-            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
-            frozen[name] = (integers, stored_scale(scale, form.stored_dtype))
-        return frozen
+        return {name: (integers, scale) for name, integers, scale in self._codes()}
 
     @torch.no_grad()
     def bake(self) -> None:
@@ -115,10 +118,11 @@ class Attached:
 
         The codes do not change by it: quantizing a baked weight again gives the same codes.
         """
-        for linear, scale, form in self._layers().values():
-            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+        for name, integers, scale in self._codes():
+            linear = self._linears[name]
+            self._state(linear).scaling = None  # the update is in the codes
             linear.weight.grad = None
-            linear.weight.data = dequantize(integers, stored_scale(scale, form.stored_dtype))
+            linear.weight.data = dequantize(integers, scale)
         self.invalidate()
 
     def detach(self) -> None:
@@ -132,11 +136,18 @@ class Attached:
         state: _LayerState = linear.__dict__[_STATE]
         return state
 
-    def _layers(self) -> dict[str, tuple[nn.Linear, Tensor, Format]]:
-        return {
-            name: (linear, getattr(linear, PARAMETER), self._state(linear).format)
-            for name, linear in self._linears.items()
-        }
+    def _layers(self) -> Iterator[tuple[str, Tensor, Tensor, Format]]:
+        """Name, weight with its low-rank update, theta and format, one layer at a time."""
+        for name, linear in self._linears.items():
+            state, weight = self._state(linear), linear.weight
+            if state.scaling is not None:
+                weight = merged(weight, *factors(linear), scaling=state.scaling)
+            yield name, weight, getattr(linear, PARAMETER), state.format
+
+    def _codes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, weight, scale, form in self._layers():
+            integers = codes(weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            yield name, integers, stored_scale(scale, form.stored_dtype)
 
 
 def _restore(linear: nn.Linear) -> None:
@@ -144,7 +155,8 @@ def _restore(linear: nn.Linear) -> None:
     state: _LayerState | None = linear.__dict__.pop(_STATE, None)
     if state is None:
         return
-    linear._parameters.pop(PARAMETER, None)
+    for name in (PARAMETER, LORA_A, LORA_B):
+        linear._parameters.pop(name, None)
     linear.__dict__.pop("forward", None)
     if state.previous_forward is not None:
         linear.__dict__["forward"] = state.previous_forward
@@ -181,11 +193,10 @@ def check_layers(linears: Mapping[str, nn.Linear], form: Format) -> None:
         raise ValueError("no layer to quantize; check targets and ignore")
     problems = list(_problems(linears, form))
     if problems:
+        listed = "\n  ".join(problems)
         raise ValueError(
-            f"{len(problems)} problem(s) with the layers to quantize:\n  "
-            + "\n  ".join(problems)
-            + "\nWays out: another "
-            "group_size (one that divides every width, or -1 for one scale per output channel), or the layers in ignore"
+            f"{len(problems)} problem(s) with the layers to quantize:\n  {listed}\nWays out: another group_size (one that "
+            "divides every width, or -1 for one scale per output channel), or the layers in ignore"
         )
 
 

@@ -55,11 +55,17 @@ class WeightCache:
         self._counter = counter
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
-    def get(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], Tensor]) -> Tensor:
-        """The value for these inputs: a new tensor object over the kept storage, computed when anything has changed."""
+    def get(
+        self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], Tensor], *others: Tensor
+    ) -> Tensor:
+        """The value for these inputs: a new tensor object over the kept storage, computed when anything has changed.
+
+        others: further tensors that the value depends on.
+        """
+        inputs = (weight, log_scale, *others)
         key = (
             None if self._counter is None else self._counter.steps,
-            *(part for t in (weight, log_scale) for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
+            *(part for t in inputs for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
             dtype,
         )
         if self._kept is None or self._kept[0] != key:

@@ -51,8 +51,10 @@ def recipe_hash(modifier: GraceModifier) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
-    """The student: a loaded model as it is, or a checkpoint in float32 master weights.
+def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full") -> Any:
+    """The student: a loaded model as it is, or a checkpoint, in float32 when all of it trains, else as it is stored.
+
+    method: the recipe's `training.method`.
 
     Raises:
         ValueError: nothing loadable there.
@@ -62,7 +64,9 @@ def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        return AutoModelForImageTextToText.from_pretrained(os.fspath(model), dtype=torch.float32)
+        return AutoModelForImageTextToText.from_pretrained(
+            os.fspath(model), dtype=torch.float32 if method == "full" else "auto"
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
 

@@ -119,7 +119,7 @@ def oneshot(
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
-    student = load_student(model)
+    student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
     if not isinstance(dataset, DataLoader):
         rows = [dataset[i] for i in range(min(len(dataset), num_calibration_samples))]
