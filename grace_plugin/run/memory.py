@@ -1,8 +1,8 @@
 """What saves memory in a run: optimizers with 8-bit states, and activations kept in host memory.
 
-Optimizers are chosen with TrainingArguments' own `optim` (torchao's `adamw_torch_8bit`, bitsandbytes' `adamw_bnb_8bit`). Weights
-get the states of the library (both keep tensors of fewer than 4096 numbers in full precision); the learned scales keep float32
-states always, because they take large steps and are few.
+Optimizers are chosen with TrainingArguments' own `optim`: torchao's `adamw_torch_8bit`, bitsandbytes' `adamw_bnb_8bit`. Both
+keep states of fewer than 4096 numbers in float32; the learned scales keep float32 states whatever their number, because they
+take large steps and are few.
 
 Activations are moved by torch's own `save_on_cpu` around the student's forward pass. With gradient checkpointing that is the
 input of each layer, layers x sequence x width; without it, it would be the quantized weights too, so it is refused.
