@@ -1,8 +1,8 @@
 """Put learned fake quantization on the linear layers of a model, and take it off again.
 
 What it does. ``attach`` gives every listed layer a parameter ``weight_log_scale`` [out, groups] and a forward that
-multiplies by the fake-quantized weight. ``freeze`` reads codes and scales, ``bake`` writes ``code * scale`` into the
-weights, ``detach`` restores the layers to what they were.
+multiplies by the fake-quantized weight; ``add_lora`` adds a low-rank update before that. ``freeze`` reads codes and scales,
+``bake`` writes ``code * scale`` into the weights, ``detach`` restores the layers to what they were.
 
 What it refuses. Everything wrong with any layer is reported in one error before the first layer is touched: a width the
 group does not divide, a weight that is not there yet (already sharded), a dtype that would round the shipped weight, a
@@ -86,7 +86,7 @@ class Attached:
         return sum(cache.quantizations for cache in caches if cache is not None)
 
     def add_lora(self, names: Iterable[str], *, rank: int, alpha: float, seed: int = 0) -> None:
-        """Give layers a low-rank update that is added before they are quantized (``quantizer.lora``)."""
+        """Give layers a low-rank update, added to the weight before it is quantized; see ``quantizer.lora``."""
         generator = torch.Generator().manual_seed(seed)
         for name in names:
             start_lora(self._linears[name], rank, generator)
