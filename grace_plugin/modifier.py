@@ -6,8 +6,7 @@ Lifecycle:
     begin(steps)    called by the training loop, which alone knows the length of the run
     on_finalize     bakes code * scale into the weights, hands the scales to upstream, marks the layers frozen
 
-It refuses schemes whose scales it does not learn, and a run in which nothing was trained: `oneshot` must be called with
-`pipeline="grace"`, upstream cannot infer a plugin's pipeline.
+It refuses schemes whose scales it does not learn, and a run that trained nothing: upstream's `oneshot` needs `pipeline="grace"`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from grace_plugin.kernels import check_kernels
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.attach import Attached, Format, attach, check_layers
+from grace_plugin.quantizer.attach import Attached, attach
+from grace_plugin.quantizer.layers import Format, check_layers
 from grace_plugin.recipe import (
     ControllerRecipe,
     DistillRecipe,
@@ -34,6 +34,7 @@ from grace_plugin.recipe import (
 )
 from grace_plugin.schemes import check_fused, check_schemes, clear_schemes, group_of, hand_over, stored_dtype
 from grace_plugin.teacher import StateStore, Teacher, check_pair, open_store, open_teacher
+from grace_plugin.trainable import lora_layers, raise_masters, release_masters
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import family_of
 
@@ -75,6 +76,7 @@ class GraceModifier(Modifier, QuantizationMixin):
     _teacher: Teacher | None = PrivateAttr(None)
     _store: StateStore | None = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
+    _lora_layers: list[str] = PrivateAttr(default_factory=list)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
 
@@ -84,6 +86,8 @@ class GraceModifier(Modifier, QuantizationMixin):
             if self.scheme is None and not self.config_groups:
                 raise ValueError("GraceModifier: set scheme (for instance W4A16) or config_groups, or quantize: false")
             check_schemes(self.resolved_config)
+        elif self.training.method != "full":
+            raise ValueError(f"training.method {self.training.method!r} learns scales; it needs quantize: true")
         return self
 
     @property
@@ -130,10 +134,7 @@ class GraceModifier(Modifier, QuantizationMixin):
             family.open_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
-        if self.training.master_weights == "float32":  # exact, so nothing is lost when a check below fails
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.float()
+        raise_masters(model, self.training)  # exact, so nothing is lost when a check below fails
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -143,15 +144,13 @@ class GraceModifier(Modifier, QuantizationMixin):
 
     def _load_teacher(self, state: State, processors: tuple[Any, Any]) -> None:
         model: Any = state.model
-        rows = model.get_output_embeddings().weight.shape[0]
-        self._vocabulary = rows
+        self._vocabulary = rows = model.get_output_embeddings().weight.shape[0]
         if not self._needs_teacher:
             return
         given = self._given_teacher if self._given_teacher is not None else state.teacher_model
         teacher = open_teacher(self.teacher, model, given, self.open_store())
-        self._vocabulary = check_pair(
-            model, teacher, processors, student_rows=rows, teacher_rows=teacher.head()[0].shape[0]
-        )
+        teacher_rows = teacher.head()[0].shape[0]
+        self._vocabulary = check_pair(model, teacher, processors, student_rows=rows, teacher_rows=teacher_rows)
         self._teacher = teacher
 
     def _check_layers(self, model: nn.Module) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
@@ -163,18 +162,21 @@ class GraceModifier(Modifier, QuantizationMixin):
         for (num_bits, group_size), linears in formats.items():
             check_layers(linears, Format(group_size, num_bits, self._dtype))
         check_kernels(formats, self.serving.tensor_parallel_size)
+        if self.training.lora is not None:
+            self._lora_layers = lora_layers(self.training.lora, matched)
         return formats
 
     def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
         """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
         QuantizationMixin.initialize_quantization(self, model)
-        asked = self.scales
-        for (num_bits, group_size), linears in formats.items():
-            attached = attach(
-                linears, group_size=group_size, num_bits=num_bits, stored_dtype=self._dtype, candidates=asked.candidates,
-                low=asked.search_low, high=asked.search_high,
-            )  # fmt: skip
+        asked, lora = self.scales, self.training.lora
+        options: dict[str, Any] = {"candidates": asked.candidates, "low": asked.search_low, "high": asked.search_high}
+        for (bits, group), linears in formats.items():
+            attached = attach(linears, group_size=group, num_bits=bits, stored_dtype=self._dtype, **options)
             self._attached.append(attached)
+            if lora is not None:
+                chosen = linears.keys() & set(self._lora_layers)
+                attached.add_lora(sorted(chosen), rank=lora.rank, alpha=lora.alpha, seed=lora.seed)
 
     def use_teacher(self, teacher: str | os.PathLike[str] | nn.Module | None) -> None:
         """Take another teacher than the recipe's: a checkpoint or a loaded model; None keeps the recipe's."""
@@ -206,10 +208,8 @@ class GraceModifier(Modifier, QuantizationMixin):
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
         objective = GraceObjective(self.distill, self.relational, self.controller, self.training)
-        objective.prepare(
-            self._student, self._teacher, vocabulary=self._vocabulary, total_steps=total_steps,
-            attached=self._attached,
-        )  # fmt: skip
+        run: dict[str, Any] = {"vocabulary": self._vocabulary, "total_steps": total_steps, "attached": self._attached}
+        objective.prepare(self._student, self._teacher, **run)
         self._objective = objective
         return objective
 
@@ -242,6 +242,7 @@ class GraceModifier(Modifier, QuantizationMixin):
             return
         for attached in self._attached:
             attached.detach()
+        release_masters(self._student)
         if self.quantize:
             clear_schemes(self._student, self.resolved_targets, self.ignore)
         for parameter in self._trainable:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = [
     "ControllerRecipe",
     "DistillRecipe",
+    "LoraRecipe",
     "OneshotRecipe",
     "RelationalRecipe",
     "ScalesRecipe",
@@ -167,18 +168,53 @@ class ServingRecipe(Block):
     tensor_parallel_size: Count = 1
 
 
+class LoraRecipe(Block):
+    """Low-rank update (LoRA, arXiv 2106.09685) under fake quantization: what is quantized is `W + alpha / rank * B A`.
+
+    targets: names or "re:" patterns of quantized layers that get an update; all of them when empty.
+    seed: of the start values of A (B starts at zero); the same in every process.
+    """
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    targets: tuple[str, ...] = ()
+    seed: int = 0
+
+
 class TrainingRecipe(Block):
     """What trains, and when a run that goes wrong stops.
 
+    method: "full" trains projector, decoder and scales; "scales" the scales alone; "lora" scales and low-rank updates. With the
+        last two every other weight stands still in the dtype it was loaded in.
+    norms: train the normalization layers beside scales or LoRA ("full" trains them anyway).
+    lora: the low-rank updates; the default block is written in for method "lora".
     freeze: extra module-name patterns ("re:..." or exact) kept frozen, on top of the family's vision tower.
     master_weights: "float32" trains float32 copies whatever dtype was loaded (BF16 weights do not move at small rates);
-        "keep" trains the loaded dtype.
+        "keep" trains the loaded dtype. Scales and low-rank updates are float32 either way.
     max_nonfinite_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
     """
 
+    method: Literal["full", "scales", "lora"] = "full"
+    norms: bool = False
+    lora: LoraRecipe | None = None
     freeze: tuple[str, ...] = ()
     master_weights: Literal["float32", "keep"] = "float32"
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 10
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lora(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("method") == "lora" and given.get("lora") is None:
+            return given | {"lora": {}}
+        return given
+
+    @model_validator(mode="after")
+    def _lora_is_asked_for(self) -> TrainingRecipe:
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(
+                f"training.lora is given but training.method is {self.method!r}; set method: lora or drop it"
+            )
+        return self
 
 
 class OneshotRecipe(Block):

@@ -60,6 +60,41 @@ def test_float32_master_weights_hold_the_same_numbers(llava: Pair) -> None:
     assert all(after[n].dtype == torch.float32 and torch.equal(after[n], p.float()) for n, p in before.items())
 
 
+@pytest.mark.parametrize("method", ["scales", "lora"])
+def test_weights_that_do_not_train_keep_their_dtype(llava: Pair, method: str) -> None:
+    modifier, student = modifier_of(recipe_text(llava.teacher, training={"method": method})), student_of(llava)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    start(modifier, student)
+    after = dict(student.named_parameters())
+    assert all(after[n].dtype == torch.bfloat16 and torch.equal(after[n], p) for n, p in before.items())
+    carrying = {n.removesuffix(".lora_A") for n in after if n.endswith(".lora_A")}
+    assert carrying == (set(decoder_linears(student)) if method == "lora" else set())
+
+
+def test_low_rank_updates_stand_on_their_targets(llava: Pair) -> None:
+    lora = {"rank": 4, "targets": ["re:.*(q|v)_proj$"]}
+    modifier = modifier_of(recipe_text(llava.teacher, training={"method": "lora", "lora": lora}))
+    student = student_of(llava)
+    start(modifier, student)
+    carrying = {n.rpartition(".")[2] for n, m in student.named_modules() if hasattr(m, "lora_A")}
+    assert carrying == {"q_proj", "v_proj"}
+    assert student.model.language_model.layers[0].self_attn.q_proj.lora_A.shape == (4, 256)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"targets": ["q_proj"]}, "no quantized layer matches"), ({"rank": 128}, "not below the width")],
+)
+def test_low_rank_updates_that_cannot_be_are_refused_before_a_teacher_is_loaded(
+    llava: Pair, lora: dict[str, Any], message: str
+) -> None:
+    modifier = modifier_of(recipe_text("no/teacher", training={"method": "lora", "lora": lora}))
+    student = student_of(llava)
+    with pytest.raises(ValueError, match=message):
+        start(modifier, student)
+    assert not any(hasattr(m, "weight_log_scale") for m in student.modules())
+
+
 def test_no_matching_layer_is_refused(llava: Pair) -> None:
     modifier = modifier_of(recipe_text(llava.teacher, targets=["re:no_such_layer"]))
     with pytest.raises(ValueError, match=r"no layer matches targets.*no_such_layer"):

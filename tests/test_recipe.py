@@ -73,6 +73,12 @@ def test_blocks_are_frozen() -> None:
         ("scales", {"stored_dtype": "float32"}, "bfloat16"),
         ("training", {"max_nonfinite_steps": -1}, "greater than or equal to 0"),
         ("training", {"master_weights": "bfloat16"}, "float32"),
+        ("training", {"method": "adapter"}, "scales"),
+        ("training", {"lora": {}}, "training.lora is given but training.method is 'full'"),
+        ("training", {"method": "scales", "lora": {"rank": 8}}, "training.method is 'scales'"),
+        ("training", {"method": "lora", "lora": {"r": 8}}, r"lora.r[\s\S]*Extra inputs are not permitted"),
+        ("training", {"method": "lora", "lora": {"rank": 0}}, "greater than or equal to 1"),
+        ("training", {"method": "lora", "lora": {"alpha": 0}}, "greater than 0"),
         ("relational", {"weight": -1.0}, "greater than or equal to 0"),
         ("oneshot", {"epochs": 0}, "greater than 0"),
     ],
@@ -93,6 +99,19 @@ def test_values_out_of_range_are_refused(block: str, values: dict[str, object], 
 def test_values_at_the_bounds_are_taken(block: str, values: dict[str, float]) -> None:
     found = getattr(modifier_of(recipe_text("t", **{block: values})), block)
     assert {key: getattr(found, key) for key in values} == values
+
+
+def test_what_trains_by_default_and_what_lora_adds() -> None:
+    assert blocks.TrainingRecipe().model_dump() | {"freeze": []} == {
+        "method": "full", "norms": False, "lora": None, "freeze": [], "master_weights": "float32", "max_nonfinite_steps": 10,
+    }  # fmt: skip
+    written = modifier_of(recipe_text("t", training={"method": "lora"})).model_dump()["training"]["lora"]
+    assert written == {"rank": 16, "alpha": 32.0, "targets": [], "seed": 0}
+
+
+def test_a_student_that_is_not_quantized_has_no_scales_to_learn() -> None:
+    with pytest.raises(ValueError, match=r"training\.method 'scales' learns scales; it needs quantize: true"):
+        read_recipe(recipe_text("t", scheme=None, quantize=False, training={"method": "scales"}))
 
 
 def test_a_path_a_text_and_a_modifier_are_the_same_recipe(tmp_path: Path) -> None:
@@ -144,7 +163,9 @@ def test_a_teacher_may_be_a_plain_name() -> None:
 
 
 def test_the_saved_recipe_loads_again_as_the_same_recipe() -> None:
-    modifier = modifier_of(recipe_text("t", distill={"temperature": 3.0}, training={"freeze": ["re:.*mlp.*"]}))
+    modifier = modifier_of(
+        recipe_text("t", distill={"temperature": 3.0}, training={"freeze": ["re:.*mlp.*"], "method": "lora"})
+    )
     text = Recipe.from_modifiers(modifier).yaml()
     assert "!!python" not in text
     assert recipe_hash(modifier_of(text)) == recipe_hash(modifier)

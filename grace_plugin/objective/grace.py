@@ -22,7 +22,7 @@ Cost beside the student: a teacher forward, the teacher's head once more for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, ga
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
-from grace_plugin.vlm import capture, family_of, matches
+from grace_plugin.trainable import choose_trainable, release_masters
+from grace_plugin.vlm import capture, family_of
 
 __all__ = ["GraceObjective"]
 
@@ -101,9 +102,7 @@ class GraceObjective:
         teacher = ResidentTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.teacher = teacher if self.needs_teacher else None
         self._text_model = self.family.text_model(student)
-        for name, parameter in student.named_parameters():
-            if not self.family.trains(name) or matches(name, self.training.freeze):
-                parameter.requires_grad_(False)
+        choose_trainable(student, self.family, self.training)
         if self.teacher is not None:
             self.teacher.begin(student, self.attached)
         self.controller_state = start_controller(self.controller, total_steps)
@@ -145,7 +144,7 @@ class GraceObjective:
         self._gates = torch.cat(gates) if gates else None
         return int(counts[0])
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.
 
         Under data parallelism it is multiplied by the number of ranks, because gradients are averaged over them.
@@ -244,6 +243,7 @@ class GraceObjective:
             frozen |= attached.freeze()
             attached.bake()
             attached.detach()
+        release_masters(self.student)
         for parameter in self.student.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

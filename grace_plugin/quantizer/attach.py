@@ -1,8 +1,8 @@
 """Put learned fake quantization on the linear layers of a model, and take it off again.
 
 What it does. ``attach`` gives every listed layer a parameter ``weight_log_scale`` [out, groups] and a forward that
-multiplies by the fake-quantized weight. ``freeze`` reads codes and scales, ``bake`` writes ``code * scale`` into the
-weights, ``detach`` restores the layers to what they were.
+multiplies by the fake-quantized weight; ``add_lora`` adds a low-rank update before that. ``freeze`` reads codes and scales,
+``bake`` writes ``code * scale`` into the weights, ``detach`` restores the layers to what they were.
 
 What it refuses. Everything wrong with any layer is reported in one error before the first layer is touched: a width the
 group does not divide, a weight that is not there yet (already sharded), a dtype that would round the shipped weight, a
@@ -12,7 +12,7 @@ What it costs. One float32 number per group, and the cache of ``quantizer.cache`
 shape, so attach *before* sharding (FSDP, ZeRO-3): they are then sharded and saved like any other parameter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,21 +22,9 @@ from torch import Tensor, nn
 
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
 from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize, settle
-from grace_plugin.quantizer.scales import check_format, holds, start_scales, stored_scale, validate_group
-
-PARAMETER = "weight_log_scale"
-"""Name of the learned scales on a layer; theta = log s, float32 [out, groups]."""
-
-_STATE = "_grace_fake_quant"
-
-
-@dataclass(frozen=True)
-class Format:
-    """What one layer is quantized to."""
-
-    group_size: int | None
-    num_bits: int
-    stored_dtype: torch.dtype
+from grace_plugin.quantizer.layers import PARAMETER, STATE, Format, check_layers
+from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, fake_quantize_merged, merged, start_lora
+from grace_plugin.quantizer.scales import start_scales, stored_scale
 
 
 @dataclass
@@ -46,24 +34,19 @@ class _LayerState:
     previous_forward: Any  # an instance forward that stood on the layer before, or None
     defer: bool = False  # leave the backward to `Attached.settle`
     pending: bool = False  # a deferred gradient may be there
+    scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
 
 
 def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Forward of an attached layer: the fake-quantized weight in place of the weight."""
-    state: _LayerState = self.__dict__[_STATE]
-    defer = (
-        state.defer and torch.is_grad_enabled() and self.weight.requires_grad and getattr(self, PARAMETER).requires_grad
-    )
-    state.pending |= defer
-    weight = fake_quantize(
-        self.weight,
-        getattr(self, PARAMETER),
-        group_size=state.format.group_size,
-        num_bits=state.format.num_bits,
-        stored_dtype=state.format.stored_dtype,
-        cache=state.cache,
-        defer=defer,
-    )
+    state: _LayerState = self.__dict__[STATE]
+    theta, how = getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
+    if state.scaling is None:
+        defer = state.defer and torch.is_grad_enabled() and self.weight.requires_grad and theta.requires_grad
+        state.pending |= defer
+        weight = fake_quantize(self.weight, theta, defer=defer, **how)
+    else:
+        weight = fake_quantize_merged(self.weight, *factors(self), theta, scaling=state.scaling, **how)
     return nn.functional.linear(input, weight, self.bias)
 
 
@@ -93,6 +76,14 @@ class Attached:
         caches = (self._state(linear).cache for linear in self._linears.values())
         return sum(cache.quantizations for cache in caches if cache is not None)
 
+    def add_lora(self, names: Iterable[str], *, rank: int, alpha: float, seed: int = 0) -> None:
+        """Give layers a low-rank update, added to the weight before it is quantized; see ``quantizer.lora``."""
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            start_lora(self._linears[name], rank, generator)
+            self._state(self._linears[name]).scaling = alpha / rank
+        self.invalidate()
+
     def invalidate(self) -> None:
         """Say that weights or scales were changed in a way torch does not count (a write through ``.data``)."""
         self._counter.advance()
@@ -102,8 +93,8 @@ class Attached:
         """Share of all attached weights that the clip acts on: 0-dimensional float32 on the first layer's device."""
         device = next(iter(self._linears.values())).weight.device
         counts = [
-            clipped(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype).to(device)
-            for linear, scale, form in self._layers().values()
+            clipped(weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype).to(device)
+            for _, weight, scale, form in self._layers()
         ]
         return torch.stack(counts).sum() / sum(linear.weight.numel() for linear in self._linears.values())
 
@@ -117,20 +108,17 @@ class Attached:
 
     def settle(self) -> None:
         """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""
-        for linear, scale, form in self._layers().values():
+        for linear in self._linears.values():
             state = self._state(linear)
             if state.pending and linear.weight.grad is not None:
-                settle(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+                theta, form = getattr(linear, PARAMETER), state.format
+                settle(linear.weight, theta, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
             state.pending = False
 
     @torch.no_grad()
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes int8 [out, in] and scales [out, groups] in the stored dtype, of every layer as it stands now."""
-        frozen = {}
-        for name, (linear, scale, form) in self._layers().items():
-            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
-            frozen[name] = (integers, stored_scale(scale, form.stored_dtype))
-        return frozen
+        return {name: (integers, scale) for name, integers, scale in self._codes()}
 
     @torch.no_grad()
     def bake(self) -> None:
@@ -138,10 +126,11 @@ class Attached:
 
         The codes do not change by it: quantizing a baked weight again gives the same codes.
         """
-        for linear, scale, form in self._layers().values():
-            integers = codes(linear.weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+        for name, integers, scale in self._codes():
+            linear = self._linears[name]
+            self._state(linear).scaling = None  # the update is in the codes
             linear.weight.grad = None
-            linear.weight.data = dequantize(integers, stored_scale(scale, form.stored_dtype))
+            linear.weight.data = dequantize(integers, scale)
         self.invalidate()
 
     def detach(self) -> None:
@@ -152,68 +141,37 @@ class Attached:
         self._linears = {}
 
     def _state(self, linear: nn.Linear) -> _LayerState:
-        state: _LayerState = linear.__dict__[_STATE]
+        state: _LayerState = linear.__dict__[STATE]
         return state
 
-    def _layers(self) -> dict[str, tuple[nn.Linear, Tensor, Format]]:
-        return {
-            name: (linear, getattr(linear, PARAMETER), self._state(linear).format)
-            for name, linear in self._linears.items()
-        }
+    def _layers(self) -> Iterator[tuple[str, Tensor, Tensor, Format]]:
+        """Name, weight with its low-rank update, theta and format, one layer at a time."""
+        for name, linear in self._linears.items():
+            state, weight = self._state(linear), linear.weight
+            if state.scaling is not None:
+                weight = merged(weight, *factors(linear), scaling=state.scaling)
+            yield name, weight, getattr(linear, PARAMETER), state.format
+
+    def _codes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, weight, scale, form in self._layers():
+            integers = codes(weight, scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            yield name, integers, stored_scale(scale, form.stored_dtype)
 
 
 def _restore(linear: nn.Linear) -> None:
     """Undo what is there of an attachment; a layer without one is left alone."""
-    state: _LayerState | None = linear.__dict__.pop(_STATE, None)
+    state: _LayerState | None = linear.__dict__.pop(STATE, None)
     if state is None:
         return
-    linear._parameters.pop(PARAMETER, None)
+    for name in (PARAMETER, LORA_A, LORA_B):
+        linear._parameters.pop(name, None)
     linear.__dict__.pop("forward", None)
     if state.previous_forward is not None:
         linear.__dict__["forward"] = state.previous_forward
 
 
-def _problems(linears: Mapping[str, nn.Linear], form: Format) -> Iterator[str]:
-    seen: dict[int, str] = {}
-    for name, linear in linears.items():
-        if not isinstance(linear, nn.Linear):
-            yield f"{name}: a {type(linear).__name__}, not a torch.nn.Linear"
-            continue
-        if id(linear) in seen:
-            yield f"{name}: the same module as {seen[id(linear)]}"
-        seen[id(linear)] = name
-        if _STATE in linear.__dict__ or PARAMETER in linear._parameters:
-            yield f"{name}: carries learned scales already; detach them first"
-        if linear.weight.shape != (linear.out_features, linear.in_features):
-            yield f"{name}: its weight is {tuple(linear.weight.shape)}; attach before the model is sharded"
-        if not holds(linear.weight.dtype, form.stored_dtype):
-            yield f"{name}: a weight in {linear.weight.dtype} cannot hold what is stored as {form.stored_dtype}"
-        problem = validate_group(linear.in_features, form.group_size)
-        if problem is not None:
-            yield f"{name}: {problem}"
-
-
-def check_layers(linears: Mapping[str, nn.Linear], form: Format) -> None:
-    """What :func:`attach` checks before it touches a layer.
-
-    Raises:
-        ValueError: one message naming every layer that cannot be attached, and the ways out.
-    """
-    check_format(form.num_bits, form.stored_dtype)
-    if not linears:
-        raise ValueError("no layer to quantize; check targets and ignore")
-    problems = list(_problems(linears, form))
-    if problems:
-        raise ValueError(
-            f"{len(problems)} problem(s) with the layers to quantize:\n  "
-            + "\n  ".join(problems)
-            + "\nWays out: another "
-            "group_size (one that divides every width, or -1 for one scale per output channel), or the layers in ignore"
-        )
-
-
 def _attach_one(linear: nn.Linear, form: Format, start: dict[str, Any], cache: WeightCache | None) -> None:
-    linear.__dict__[_STATE] = _LayerState(form, cache, linear.__dict__.get("forward"))
+    linear.__dict__[STATE] = _LayerState(form, cache, linear.__dict__.get("forward"))
     theta = start_scales(linear.weight, form.group_size, num_bits=form.num_bits, dtype=form.stored_dtype, **start).to(
         torch.float32
     )

@@ -56,12 +56,21 @@ class WeightCache:
         self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     def get(
-        self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, compute: Callable[[], tuple[Tensor, Tensor]]
+        self,
+        weight: Tensor,
+        log_scale: Tensor,
+        dtype: torch.dtype,
+        compute: Callable[[], tuple[Tensor, Tensor]],
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Value and scales for these inputs: new tensor objects over the kept storage, computed when anything has changed."""
+        """Value and scales for these inputs: new tensor objects over the kept storage, computed when anything has changed.
+
+        others: further tensors that the value depends on.
+        """
+        inputs = (weight, log_scale, *others)
         key = (
             None if self._counter is None else self._counter.steps,
-            *(part for t in (weight, log_scale) for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
+            *(part for t in inputs for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
             dtype,
         )
         if self._kept is None or self._kept[0] != key:

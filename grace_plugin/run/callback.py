@@ -33,6 +33,9 @@ class GraceCallback(TrainerCallback):
             raise RuntimeError(
                 f"Trainer plans {state.max_steps} optimizer steps, the objective was prepared for {prepared}"
             )
+        if args.gradient_checkpointing:  # transformers' hooks would send gradients through the frozen vision tower
+            student: Any = self.trainer.objective.student
+            student.disable_input_require_grads()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._in_session:
@@ -45,7 +48,7 @@ class GraceCallback(TrainerCallback):
         self.trainer.settle()
         record = self.trainer.objective.measure()
         peak = self.trainer.args.learning_rate
-        self._progress = self.trainer.lr_scheduler.get_last_lr()[0] / peak if peak else 0.0
+        self._progress = float(self.trainer.lr_scheduler.get_last_lr()[0]) / peak if peak else 0.0
         self._skipped = not (record.finite and self.trainer.grad_norm_finite)
         if self._skipped:
             for parameter in self.trainer.model.parameters():

@@ -66,8 +66,10 @@ def open_cache(
     return store
 
 
-def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
-    """The student: a loaded model as it is, or a checkpoint in float32 master weights.
+def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full") -> Any:
+    """The student: a loaded model as it is, or a checkpoint, in float32 when all of it trains, else as it is stored.
+
+    method: the recipe's `training.method`.
 
     Raises:
         ValueError: nothing loadable there, or a model that an earlier run has saved.
@@ -81,7 +83,9 @@ def load_student(model: str | os.PathLike[str] | nn.Module) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        return AutoModelForImageTextToText.from_pretrained(os.fspath(model), dtype=torch.float32)
+        return AutoModelForImageTextToText.from_pretrained(
+            os.fspath(model), dtype=torch.float32 if method == "full" else "auto"
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
 

@@ -125,7 +125,7 @@ def oneshot(
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
     store = open_cache(modifier, model, processor)
-    student = load_student(model)
+    student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
     if not isinstance(dataset, DataLoader):
         rows = [dataset[i] for i in range(min(len(dataset), num_calibration_samples))]

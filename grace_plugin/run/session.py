@@ -23,7 +23,7 @@ from grace_plugin.artifact.layout import source_folder
 from grace_plugin.artifact.save import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.attach import PARAMETER
+from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
 from grace_plugin.upstream import Modifier, Recipe, create_session
 

@@ -21,6 +21,7 @@ from torch import nn
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
+from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
@@ -54,9 +55,13 @@ def run_folder(output_dir: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name}.run")
 
 
-def _arguments(folder: Path, resume: bool | str, given: Mapping[str, Any]) -> Any:
+def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any]) -> Any:
     from transformers import TrainingArguments
 
+    checkpointing = given.get("gradient_checkpointing_kwargs") or {}
+    if (checkpointing or offload) and not given.get("gradient_checkpointing"):
+        option = "activation_offloading" if offload else "gradient_checkpointing_kwargs"
+        raise ValueError(f"{option} needs gradient_checkpointing=True")
     if not resume and folder.exists() and any(folder.glob("checkpoint-*")):
         raise FileExistsError(
             f"{folder} holds checkpoints of an earlier run; pass resume_from_checkpoint=True to go on, or remove it"
@@ -64,14 +69,17 @@ def _arguments(folder: Path, resume: bool | str, given: Mapping[str, Any]) -> An
     defaults = {
         "report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05, "weight_decay": 0.0, "bf16": torch.cuda.is_available(), "logging_nan_inf_filter": False,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "disable_tqdm": None,
+        "disable_tqdm": None,
     }  # fmt: skip
+    given = {**defaults, **given, "gradient_checkpointing_kwargs": {"use_reentrant": False, **checkpointing}}
     try:
-        return TrainingArguments(
-            output_dir=str(folder), remove_unused_columns=False, label_names=["labels"], **{**defaults, **given}
+        arguments = TrainingArguments(
+            output_dir=str(folder), remove_unused_columns=False, label_names=["labels"], **given
         )
     except TypeError as error:
         raise ValueError(f"not an argument of train() or of transformers.TrainingArguments: {error}") from error
+    check_optimizer(arguments)
+    return arguments
 
 
 def _total_steps(arguments: Any, rows: int | None) -> int:
@@ -99,6 +107,7 @@ def train(
     max_bad_rows: float = 0.05,
     packing: bool = False,
     resume_from_checkpoint: bool | str = False,
+    activation_offloading: bool = False,
     callbacks: Sequence[Any] = (),
     **training_arguments: Any,
 ) -> TrainResult:
@@ -119,6 +128,7 @@ def train(
         packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
             positions do not allow it.
         resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
+        activation_offloading: keep in host memory what gradient checkpointing saves for backward (the value is the same).
         callbacks: further TrainerCallbacks.
         training_arguments: fields of `transformers.TrainingArguments`.
 
@@ -132,10 +142,10 @@ def train(
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
     store = open_cache(modifier, model, processor)
-    arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, training_arguments)
+    arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, activation_offloading, training_arguments)
     if not hasattr(dataset, "__len__"):
         _total_steps(arguments, None)
-    student = load_student(model)
+    student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
     collator = ConversationCollator(
@@ -158,6 +168,7 @@ def train(
             model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
             recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler,
+            activation_offloading=activation_offloading,
         )  # fmt: skip
         if arguments.process_index == 0:
             rows.begin(run_folder(output_dir))

@@ -22,8 +22,9 @@ from transformers import Trainer
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.attach import PARAMETER
+from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
+from grace_plugin.run.memory import keep_full_precision_states, offloaded
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
@@ -41,6 +42,7 @@ class GraceTrainer(Trainer):
         recipe_hash: identifies the recipe a checkpoint belongs to.
         train_loader: a ready DataLoader, instead of a dataset and a collator.
         row_sampler: the order of the rows, instead of Trainer's own.
+        activation_offloading: keep in host memory what the student's forward pass saves for backward.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class GraceTrainer(Trainer):
         recipe_hash: str,
         train_loader: Any = None,
         row_sampler: Any = None,
+        activation_offloading: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
         self.train_loader, self.row_sampler = train_loader, row_sampler
+        self.activation_offloading = activation_offloading
         asked = kwargs.get("args")
         if asked is not None and asked.ddp_find_unused_parameters is None:
             asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
@@ -107,7 +111,7 @@ class GraceTrainer(Trainer):
         if not model.training:
             inputs = {key: value for key, value in inputs.items() if key != SAMPLE_KEY}
             return super().compute_loss(model, inputs, return_outputs, None)
-        return self.objective.loss(model, inputs)
+        return self.objective.loss(offloaded(model) if self.activation_offloading else model, inputs)
 
     # ---- optimizer ----------------------------------------------------------------------------------------------------
 
@@ -134,6 +138,7 @@ class GraceTrainer(Trainer):
         if moved:
             rate = self.args.learning_rate * self.scale_rate
             self.optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": rate})
+            keep_full_precision_states(self.optimizer, moved)
         return self.optimizer
 
     def settle(self) -> None:

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 
 from grace_plugin.quantizer import clipped, codes, dequantize, fake_quantize, stored_scale
 from tests.reference import fake_quant as oracle
+from tests.reference.footprint import Footprint
 
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -275,6 +276,18 @@ def test_only_what_is_trained_gets_a_gradient(trained):
         assert (leaf.grad is not None) == wanted
         if wanted:
             assert torch.equal(leaf.grad, want.grad)
+
+
+def test_a_frozen_weight_costs_no_gradient():
+    """Scale-only runs: nothing of the weight's size is made for a gradient that nobody reads."""
+    made = []
+    for trained in (False, True):
+        weight, log_scale = draw(dtype=torch.bfloat16)
+        out = quantized(weight.requires_grad_(trained), log_scale.requires_grad_())
+        with Footprint() as footprint:
+            out.sum().backward()
+        made.append(footprint.made)
+    assert made[0] + weight.numel() <= made[1]
 
 
 def test_gradients_have_the_dtype_of_what_they_belong_to():

@@ -1,0 +1,148 @@
+"""Low-rank adaptation under fake quantization: weight and update are added first, and their sum is what is quantized.
+
+What it does (LoRA, arXiv 2106.09685). A layer's weight W stands still, A [rank, in] and B [out, rank] train:
+
+    w = W + alpha / rank * (B A)          in float32, by blocks of rows
+    forward   the fake-quantized w, as `quantizer.fake_quant` defines it
+    backward  dL/dB = alpha / rank * dL/dw A^T     dL/dA = alpha / rank * B^T dL/dw     dL/dtheta as there
+
+`merged` is the sum that the forward pass quantizes, so codes taken from it at the end are those of the last forward. A starts
+uniform within 1 / sqrt(in), B at zero: the first forward pass is that of W alone.
+
+What it refuses. A compute dtype that would round what is shipped.
+
+What it costs. Nothing of the weight's size is kept for backward but the weight itself: the sum is formed again, 16 MiB at a
+time. One quantization more in the backward pass.
+
+Legend: weight [out, in]; lora_a [rank, in] and lora_b [out, rank], float32; theta [out, groups].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from grace_plugin.quantizer.cache import WeightCache
+from grace_plugin.quantizer.fake_quant import fake_quantize, forward_dtype
+from grace_plugin.quantizer.scales import compute_dtype, holds, row_blocks, stored_scale
+
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""Names of the two factors on a layer."""
+
+
+def start_lora(linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+    """Register the factors on a layer; drawn on the host, so they do not depend on the device."""
+    bound = linear.in_features**-0.5
+    lora_a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+    device = linear.weight.device
+    linear.register_parameter(LORA_A, nn.Parameter(lora_a.to(device)))
+    linear.register_parameter(LORA_B, nn.Parameter(torch.zeros(linear.out_features, rank, device=device)))
+
+
+def factors(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of a layer that carries them."""
+    return linear.get_parameter(LORA_A), linear.get_parameter(LORA_B)
+
+
+def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """w of some rows: the one addition that forward, backward and export share."""
+    dtype = compute_dtype(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scaling)
+
+
+@torch.no_grad()
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scaling: float) -> Tensor:
+    """W + scaling * B A [out, in] in float32 (float64 for a float64 weight), bit for bit what the forward pass quantizes."""
+    found = torch.empty(weight.shape, dtype=compute_dtype(weight), device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        found[rows] = _sum(weight[rows], lora_a, lora_b[rows], scaling)
+    return found
+
+
+class _FakeQuantizeMerged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        log_scale: Tensor,
+        scaling: float,
+        how: dict[str, Any],
+        cache: WeightCache | None,
+    ) -> Tensor:
+        out_dtype = forward_dtype(weight)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            value = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
+            with torch.autocast(weight.device.type, enabled=False):
+                for rows in row_blocks(*weight.shape):
+                    total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
+                    value[rows] = fake_quantize(total, log_scale[rows], **how).to(out_dtype)
+            return value, stored_scale(log_scale, how["stored_dtype"])
+
+        ctx.save_for_backward(weight, lora_a, lora_b, log_scale)
+        ctx.settings = (scaling, how)
+        value, _ = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute, lora_a, lora_b)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weight, lora_a, lora_b, log_scale = ctx.saved_tensors
+        scaling, how = ctx.settings
+        dtype = compute_dtype(weight)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b)
+        grad_log_scale = torch.empty_like(log_scale)
+        with torch.autocast(weight.device.type, enabled=False):
+            for rows in row_blocks(*weight.shape):
+                total = _sum(weight[rows], lora_a, lora_b[rows], scaling).requires_grad_()
+                theta = log_scale[rows].detach().requires_grad_()
+                with torch.enable_grad():
+                    value = fake_quantize(total, theta, **how)
+                grad, grad_log_scale[rows] = torch.autograd.grad(value, (total, theta), grad_out[rows].to(value.dtype))
+                grad_b[rows] = (scaling * (grad @ lora_a.to(dtype).T)).to(grad_b.dtype)
+                grad_a.addmm_(lora_b[rows].to(dtype).T, grad, alpha=scaling)
+                if grad_weight is not None:
+                    grad_weight[rows] = grad.to(weight.dtype)
+        return grad_weight, grad_a.to(lora_a.dtype), grad_b, grad_log_scale, None, None, None
+
+
+def fake_quantize_merged(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    log_scale: Tensor,
+    *,
+    scaling: float,
+    group_size: int | None,
+    num_bits: int,
+    stored_dtype: torch.dtype,
+    cache: WeightCache | None = None,
+) -> Tensor:
+    """w^ [out, in] of W + scaling * B A: :func:`fake_quantize` of the sum, differentiable by all four tensors.
+
+    Args:
+        weight: W [out, in], in the dtype it was loaded in.
+        lora_a, lora_b: A [rank, in] and B [out, rank], float32.
+        log_scale: theta [out, in / group_size], float32.
+        scaling: alpha / rank.
+        group_size, num_bits, stored_dtype, cache: as in :func:`fake_quantize`.
+
+    Returns:
+        w^ in the compute dtype (autocast's when on, else the weight's).
+
+    Raises:
+        ValueError: as :func:`fake_quantize`.
+    """
+    if not holds(forward_dtype(weight), stored_dtype):
+        raise ValueError(
+            f"the layer computes in {forward_dtype(weight)}, which cannot hold weights stored as {stored_dtype}: training "
+            f"would not see what is shipped; train in {stored_dtype} or float32"
+        )
+    how = {"group_size": group_size, "num_bits": num_bits, "stored_dtype": stored_dtype}
+    value: Tensor = _FakeQuantizeMerged.apply(weight, lora_a, lora_b, log_scale, scaling, how, cache)
+    return value

@@ -1,0 +1,217 @@
+"""Low-rank updates under fake quantization: the sum is what is quantized, trained and shipped."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from grace_plugin.quantizer import (
+    LORA_A,
+    LORA_B,
+    attach,
+    codes,
+    dequantize,
+    fake_quantize,
+    fake_quantize_merged,
+    merged,
+    start_scales,
+    stored_scale,
+)
+from tests.reference.footprint import Footprint
+
+HOW = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
+SCALING = 1.7
+
+
+def draw(rows=6, columns=24, rank=2, seed=0, dtype=torch.float32):
+    """W, A, B and theta with an update as large as the weight, at which some of the sum is clipped."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(rows, columns, generator=g, dtype=torch.float64).to(dtype)
+    lora_a, lora_b = (
+        torch.randn(*s, generator=g, dtype=torch.float64).to(wide) for s in ((rank, columns), (rows, rank))
+    )
+    theta = start_scales(weight, 8) + 0.3
+    return weight, lora_a, lora_b, theta
+
+
+def quantized(weight, lora_a, lora_b, theta, **kwargs):
+    return fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **HOW, **kwargs)
+
+
+def test_value_and_gradients_are_those_of_quantizing_the_sum():
+    ours = [t.requires_grad_() for t in draw(dtype=torch.float64)]
+    plain = [t.detach().clone().requires_grad_() for t in ours]
+    upstream = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    value = quantized(*ours)
+    weight, lora_a, lora_b, theta = plain
+    expected = fake_quantize(weight + SCALING * (lora_b @ lora_a), theta, **HOW)
+    assert torch.equal(value, expected)
+    value.backward(upstream)
+    expected.backward(upstream)
+    clipped = codes(
+        (weight + SCALING * (lora_b @ lora_a)).detach(), theta.detach(), num_bits=4, stored_dtype=torch.bfloat16
+    )
+    assert 0 < int((clipped == 7).sum()) + int((clipped == -8).sum()) < clipped.numel()
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_forward_value_is_the_exported_sum_s_code_bit_for_bit(dtype):
+    weight, lora_a, lora_b, theta = draw(dtype=dtype)
+    total = merged(weight, lora_a, lora_b, scaling=SCALING)
+    assert total.dtype == torch.float32
+    integers = codes(total, theta, num_bits=4, stored_dtype=torch.bfloat16)
+    shipped = dequantize(integers, stored_scale(theta, torch.bfloat16))
+    value = quantized(weight, lora_a, lora_b, theta)
+    assert value.dtype == dtype
+    assert torch.equal(value, shipped.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantized(weight, lora_a, lora_b, theta), shipped)
+        assert torch.equal(merged(weight, lora_a, lora_b, scaling=SCALING), total)
+
+
+def test_several_blocks_of_rows_are_one_weight():
+    weight, lora_a, lora_b, theta = draw(rows=2100, columns=2048)
+    torch.testing.assert_close(
+        merged(weight, lora_a, lora_b, scaling=SCALING), weight + SCALING * (lora_b @ lora_a), rtol=1e-6, atol=1e-5
+    )
+    lora_b.requires_grad_()
+    quantized(weight, lora_a, lora_b, theta).sum().backward()
+    assert lora_b.grad[-1].abs().sum() > 0
+
+
+def test_a_frozen_weight_gets_no_gradient_and_its_dtype_is_kept():
+    weight, *trained = draw(dtype=torch.bfloat16)
+    trained = [t.requires_grad_() for t in trained]
+    quantized(weight, *trained).float().sum().backward()
+    assert weight.grad is None
+    assert [t.grad.dtype for t in trained] == [torch.float32] * 3
+    quantized(weight.requires_grad_(), *trained).float().sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_only_what_is_trained_and_the_weight_are_kept_for_backward():
+    tensors = [t.requires_grad_() for t in draw()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        quantized(*tensors)
+    assert saved == [t.data_ptr() for t in tensors]
+
+
+def test_the_sum_is_formed_in_float32_under_autocast_in_the_backward_pass_too():
+    tensors = [t.requires_grad_() for t in draw(dtype=torch.bfloat16)]
+    with Footprint() as footprint, torch.autocast("cpu", dtype=torch.bfloat16):
+        quantized(*tensors).float().sum().backward()
+    assert footprint.products == {torch.float32}
+
+
+def test_a_compute_dtype_that_would_round_is_refused():
+    tensors = draw()
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(ValueError, match=r"computes in torch\.float16, which"),
+    ):
+        quantized(*tensors)
+
+
+class Tiny(nn.Module):
+    """Two layers to quantize, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(32, 48)
+        self.down = nn.Linear(48, 16, bias=False)
+        self.bfloat16()
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def adapted(**kwargs):
+    model = Tiny()
+    result = attach({"up": model.up, "down": model.down}, group_size=16, **kwargs)
+    result.add_lora(["up", "down"], rank=4, alpha=8.0)
+    return model, result
+
+
+def batch(seed=1):
+    return torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def train(model, steps=4):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for step in range(steps):
+        for micro in range(2):
+            (model(batch(10 * step + micro)).float() - 1.0).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_an_update_starts_at_zero_and_from_its_seed_alone():
+    plain = Tiny()
+    attach({"up": plain.up, "down": plain.down}, group_size=16)
+    model, _ = adapted()
+    torch.manual_seed(123)
+    again, _ = adapted()
+    assert torch.equal(model(batch()), plain(batch()))
+    assert torch.equal(model.up.lora_A, again.up.lora_A) and model.up.lora_A.abs().max() <= 32**-0.5
+    assert model.up.lora_A.std() > 0.5 * 32**-0.5
+    assert not torch.equal(model.up.lora_A[:, :16], model.down.lora_A[:, :16])
+    shapes = {name: (tuple(p.shape), p.dtype) for name, p in model.up.named_parameters() if name in (LORA_A, LORA_B)}
+    assert shapes == {LORA_A: ((4, 32), torch.float32), LORA_B: ((48, 4), torch.float32)}
+
+
+def test_codes_of_a_trained_update_are_those_of_the_last_forward_and_survive_baking():
+    model, result = adapted()
+    before = result.freeze()
+    start = model.up.weight.clone()
+    train(model)
+    assert torch.equal(model.up.weight, start)
+    last = model(batch())
+    frozen = result.freeze()
+    assert not torch.equal(frozen["up"][0], before["up"][0])
+    share = result.clip_share()
+    integers = torch.cat([frozen[name][0].flatten() for name in ("up", "down")])
+    assert 0 < share <= ((integers == -8) | (integers == 7)).float().mean()
+    result.bake()
+    assert torch.equal(model(batch()), last)
+    assert all(torch.equal(result.freeze()[name][0], frozen[name][0]) for name in frozen)
+    assert torch.equal(model.up.weight, dequantize(*frozen["up"]))
+    result.detach()
+    assert torch.equal(model(batch()), last)
+    assert {name for name, _ in model.named_parameters()} == {"up.weight", "up.bias", "down.weight"}
+
+
+def test_an_update_is_quantized_once_per_step_and_every_change_of_it_is_seen():
+    model, result = adapted()
+    uncached, _ = adapted(cache=False)
+    train(model)
+    train(uncached)
+    assert result.quantizations == 2 * 4
+    assert torch.equal(model(batch()), uncached(batch()))
+    with torch.no_grad():
+        model.up.lora_B.mul_(3.0)
+        uncached.up.lora_B.mul_(3.0)
+    assert torch.equal(model(batch()), uncached(batch()))
+
+
+def test_layers_without_an_update_learn_scales_alone():
+    model = Tiny()
+    result = attach({"up": model.up, "down": model.down}, group_size=16)
+    result.add_lora(["down"], rank=2, alpha=2.0)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {"up.weight_log_scale", "down.weight_log_scale", "down.lora_A", "down.lora_B"}
+
+
+def test_a_copy_of_the_model_is_independent():
+    model, _ = adapted()
+    twin = copy.deepcopy(model)
+    train(model)
+    assert not torch.equal(model(batch()), twin(batch()))
+    fresh, _ = adapted()
+    assert torch.equal(twin(batch()), fresh(batch()))
