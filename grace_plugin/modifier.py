@@ -6,7 +6,7 @@ Lifecycle:
     begin(steps)    called by the training loop, which alone knows the length of the run
     on_finalize     bakes code * scale into the weights, hands the scales to upstream, marks the layers frozen
 
-It refuses schemes whose scales it does not learn, and a run that trained nothing: upstream's `oneshot` needs `pipeline="grace"`.
+It refuses schemes whose scales it does not learn, and a run without training: upstream's `oneshot` wants `pipeline="grace"`.
 """
 
 from __future__ import annotations

@@ -96,15 +96,25 @@ def test_a_recipe_fits_the_models_it_names(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
 def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
-    """16 bytes a parameter of the student with AdamW, 8 with Adafactor, and 2 of the teacher; each figure fits its hardware."""
+    """16 bytes a parameter of the student with AdamW, 8 with Adafactor, and 2 of the teacher; each figure fits its hardware.
+
+    Scales or LoRA alone: 2 a parameter, 2 for the copy of each quantized one, 16 for each scale and number of an update.
+    """
     (row,) = [line for line in (FOLDER / "README.md").read_text().splitlines() if f"`{path.name}`" in line]
     hardware = row.split("|")[3]
     names = student_of(path), str(grace_modifier(read_recipe(path)).teacher.model)
     own, theirs = (sum(p.numel() for p in on_meta(name).parameters()) / 1e9 for name in names)
     said = re.findall(
-        r"(\d+) GB,? with (`--set optim=adafactor`|AdamW) \((\d+) GB\)|(\d+) GB, (AdamW) \((\d+) GB\)", hardware
+        r"(\d+) GB,? with (`--set optim=adafactor`|AdamW) \((\d+) GB\)|(\d+) GB, (AdamW) \((\d+) GB[,)]", hardware
     )
     assert said
+    training, quantized, learned = grace_modifier(read_recipe(path)).training, 0.0, 0.0
+    if training.method != "full":
+        student = on_meta(names[0])
+        linears = [m for m in family_of(student).text_model(student).modules() if isinstance(m, nn.Linear)]
+        quantized = sum(m.weight.numel() for m in linears) / 1e9
+        rank = training.lora.rank if training.lora else 0
+        learned = quantized / 128 + rank * sum(sum(m.weight.shape) for m in linears) / 1e9
     asks = "adafactor" if "adafactor" in hardware else "adamw_torch_fused"
     assert grace_modifier(read_recipe(path)).oneshot.optim == (
         asks if path.stem.endswith("_oneshot") else "adamw_torch_fused"
@@ -112,5 +122,7 @@ def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
     for parts in said:
         size, optimizer, figure = (part for part in parts if part)
         expected = own * (16 if optimizer == "AdamW" else 8) + theirs * 2
+        if training.method != "full":
+            expected = own * 2 + quantized * 2 + learned * 16 + theirs * 2
         assert abs(int(figure) - expected) <= 1.0
         assert int(figure) < int(size)

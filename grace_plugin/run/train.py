@@ -22,10 +22,10 @@ from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
-from grace_plugin.run.rows import training_rows
+from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.teacher import check_cached_rows
+from grace_plugin.teacher import StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
 from grace_plugin.vlm import family_of
 
@@ -94,6 +94,23 @@ def _total_steps(arguments: Any, rows: int | None) -> int:
     return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
+def _rows(
+    dataset: Any,
+    collator: ConversationCollator,
+    arguments: Any,
+    folder: Path,
+    max_bad_rows: float,
+    store: StateStore | None,
+) -> TrainingRows:
+    """The rows that can be used, all of them in the teacher's cache if there is one, and a first batch made of them."""
+    rows = training_rows(dataset, collator, arguments, folder, max_bad_rows)
+    if store is not None and arguments.local_process_index == 0:
+        check_cached_rows(store, rows.dataset)
+    if rows.count is not None:
+        collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])
+    return rows
+
+
 def train(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -148,27 +165,20 @@ def train(
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
-    collator = ConversationCollator(
-        processor or load_processor(student), max_length, keys=store is not None, packed=packing
-    )
-    rows = training_rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows)
-    if store is not None and arguments.local_process_index == 0:
-        check_cached_rows(store, rows.dataset)
-    total_steps = _total_steps(arguments, rows.count)
+    reads = processor or load_processor(student)
+    collator = ConversationCollator(reads, max_length, keys=store is not None, packed=packing)
+    rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
     with grace_session(
-        student, read, total_steps=total_steps, teacher=teacher, processor=collator.processor,
+        student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor,
     ) as session:  # fmt: skip
         if packing and session.objective.teacher is not None:
             session.objective.teacher.family.check_packing()
         modifier.teacher_to(arguments.device)
-        if rows.count is not None:
-            collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
-            recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler,
-            activation_offloading=activation_offloading,
+            recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler, activation_offloading=activation_offloading,
         )  # fmt: skip
         if arguments.process_index == 0:
             rows.begin(run_folder(output_dir))
