@@ -1,6 +1,6 @@
-"""Speed and memory of head, quantizer, relation and a whole step, each beside its floor measured in the same process.
+"""Speed and memory of head, quantizer, relation, a whole step and small cards, each beside its floor of the same process.
 
-    python -m benchmarks.speed [--rooms head linear relation step] [--small] [--out FILE]
+    python -m benchmarks.speed [--rooms head linear relation step memory] [--small] [--out FILE]
 
 Times are medians in milliseconds, forward and backward; memory is the peak beyond the inputs, results included. `--small` (the
 default without CUDA) takes sizes that a CPU does in seconds. Nothing here is asserted: speed is judged by reading.
@@ -19,12 +19,12 @@ import torch
 from benchmarks.speed.head import head
 from benchmarks.speed.linear import linear
 from benchmarks.speed.relation import relation
-from benchmarks.speed.step import step
+from benchmarks.speed.step import memory, step
 from benchmarks.speed.timing import ceilings
 from grace_plugin.artifact.layout import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
-ROOMS = ("head", "linear", "relation", "step")
+ROOMS = ("head", "linear", "relation", "step", "memory")
 FULL = {"tokens": 4096, "vocabulary": 151936, "student": 2048, "teacher": 4096}
 SMALL = {"tokens": 128, "vocabulary": 4096, "student": 256, "teacher": 512}
 
@@ -61,6 +61,9 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
         ]
     if "step" in asked:
         found["step"] = step(device, rows=1, length=640, shrink=8) if small else step(device)
+    if "memory" in asked:
+        small_run = {"rows": 1, "length": 640, "shrink": 8} if small else {}
+        found["memory"] = memory(device, {"scales": 24.0, "lora": 24.0, "full": 48.0}, **small_run)
     return found
 
 

@@ -7,17 +7,21 @@ supervised tokens to a sequence, float32 masters under bfloat16 autocast, activa
 from __future__ import annotations
 
 import gc
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from benchmarks.speed.cached import cached_teacher
 from benchmarks.speed.timing import extra_gib, median_ms
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
+from grace_plugin.recipe import TrainingRecipe
 
-__all__ = ["step"]
+__all__ = ["memory", "step"]
 
 STUDENT = {
     "hidden": 2048, "mlp": 6144, "layers": 28, "heads": 16, "tied": True,
@@ -27,11 +31,11 @@ TEACHER = {
     "hidden": 4096, "mlp": 12288, "layers": 36, "heads": 32, "tied": False,
     "vision": {"hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "deepstack_visual_indexes": [8, 16, 24]},
 }  # fmt: skip
-VOCABULARY = 151936
+VOCABULARY, IMAGE = 151936, 5
 
 
-def _model(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) -> Any:
-    """A randomly filled model of that shape; `shrink` divides depths and widths for machines without a GPU."""
+def _config(shape: dict[str, Any], shrink: int) -> Qwen3VLConfig:
+    """A model of that shape; `shrink` divides depths and widths for machines without a GPU."""
     hidden, vision = shape["hidden"] // shrink, dict(shape["vision"])
     vision["depth"] = max(vision["depth"] // shrink, 4)
     vision["deepstack_visual_indexes"] = vision["deepstack_visual_indexes"] if shrink == 1 else [0, 1, 2]
@@ -46,14 +50,19 @@ def _model(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) 
         "num_hidden_layers": max(shape["layers"] // shrink, 2), "num_attention_heads": shape["heads"] // heads,
         "num_key_value_heads": 8 // heads, "vocab_size": VOCABULARY // shrink, "tie_word_embeddings": shape["tied"],
     }  # fmt: skip
-    config = Qwen3VLConfig(
+    return Qwen3VLConfig(
         text_config=text, vision_config={"out_hidden_size": hidden, "num_heads": 16 // heads, **vision},
-        image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8, tie_word_embeddings=shape["tied"],
+        tie_word_embeddings=shape["tied"], image_token_id=IMAGE, video_token_id=6, vision_start_token_id=7,
+        vision_end_token_id=8,
     )  # fmt: skip
+
+
+def _model(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) -> Any:
+    """A model of that shape, filled at random."""
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
-            model = Qwen3VLForConditionalGeneration(config)
+            model = Qwen3VLForConditionalGeneration(_config(shape, shrink))
         finally:
             torch.set_default_dtype(torch.float32)
     return model
@@ -64,11 +73,11 @@ def _batch(rows: int, length: int, vocabulary: int, device: str) -> dict[str, to
     tokens = side * side // 4
     ids = torch.randint(20, vocabulary, (rows, length))
     for first in (16, 16 + tokens + 16):
-        ids[:, first : first + tokens] = 5
+        ids[:, first : first + tokens] = IMAGE
     labels = torch.full_like(ids, -100)
     labels[:, -length // 4 :] = ids[:, -length // 4 :]
     batch = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 5).long(),
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).long(),
         "pixel_values": torch.randn(rows * 2 * side * side, 3 * 2 * 16 * 16),
         "image_grid_thw": torch.tensor([[1, side, side]] * (2 * rows)), "labels": labels,
     }  # fmt: skip
@@ -100,11 +109,17 @@ def _plain(student: Any, batch: dict[str, torch.Tensor], device: str) -> dict[st
     return {"plain_ms": median_ms(work, 7), "plain_gib": extra_gib(work)}
 
 
-def _grace(student: Any, teacher: Any, batch: dict[str, torch.Tensor], device: str, vocabulary: int) -> dict[str, Any]:
+def _grace(
+    student: Any, teacher: Any, batch: dict[str, Any], device: str, training: TrainingRecipe | None = None
+) -> dict[str, Any]:
     """The objective's protocol with learned scales on every linear of the decoder, and AdamW."""
-    grace = GraceObjective()
+    training = training or TrainingRecipe()
+    grace = GraceObjective(training=training)
     linears = {name: m for name, m in student.model.language_model.named_modules() if isinstance(m, nn.Linear)}
     attached = attach(linears, group_size=128)
+    if training.lora is not None:
+        attached.add_lora(linears, rank=training.lora.rank, alpha=training.lora.alpha)
+    vocabulary = student.config.text_config.vocab_size
     grace.prepare(student, teacher, vocabulary=vocabulary, total_steps=1000, attached=[attached])
     optimizer = _optimizer(student, device)
 
@@ -118,15 +133,23 @@ def _grace(student: Any, teacher: Any, batch: dict[str, torch.Tensor], device: s
         grace.step(1.0)
         optimizer.zero_grad()
 
-    return {"grace_ms": median_ms(work, 7), "grace_gib": extra_gib(work)}
+    found = {"ms": median_ms(work, 7), "gib": extra_gib(work)}
+    attached.detach()
+    return found
+
+
+def _free(student: Any) -> None:
+    student.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
-    """Milliseconds and peak GiB (beyond weights and optimizer) of a plain step, a teacher's forward, and a GRACE step."""
+    """Milliseconds and peak GiB (beyond weights and optimizer) of a plain step, a teacher's forward, and GRACE steps."""
     teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
     student = _trainable(_model(STUDENT, device, torch.float32, shrink))
-    vocabulary = student.config.text_config.vocab_size
-    batch = _batch(rows, length, vocabulary, device)
+    batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
 
     @torch.no_grad()
@@ -134,13 +157,49 @@ def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> 
         teacher(**inputs, use_cache=False, logits_to_keep=1)
 
     found = {**_plain(student, batch, device), "teacher_ms": median_ms(forward, 7)}
-    student.zero_grad()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    found |= _grace(student, teacher, batch, device, vocabulary)
-    found["ratio"] = found["grace_ms"] / (found["plain_ms"] + found["teacher_ms"])
-    found["supervised_tokens"] = rows * (length // 4)
     found["student_parameters"] = sum(p.numel() for p in student.parameters())
     found["teacher_parameters"] = sum(p.numel() for p in teacher.parameters())
+    _free(student)
+    resident = _grace(student, teacher, batch, device)
+    _free(student)
+    with tempfile.TemporaryDirectory(prefix="grace-cached-") as folder:
+        cached = _grace(student, cached_teacher(teacher.config, batch, IMAGE, Path(folder), device), batch, device)
+    found |= {"grace_ms": resident["ms"], "grace_gib": resident["gib"]}
+    found["ratio"] = resident["ms"] / (found["plain_ms"] + found["teacher_ms"])
+    found |= {"cached_ms": cached["ms"], "cached_gib": cached["gib"], "cached_ratio": cached["ms"] / found["plain_ms"]}
+    found["supervised_tokens"] = rows * (length // 4)
+    return found
+
+
+def memory(
+    device: str, caps: dict[str, float], *, rows: int = 2, length: int = 2048, shrink: int = 1
+) -> list[dict[str, Any]]:
+    """GRACE with the cached teacher, each method under a cap in GiB on what the process may take of the device."""
+    found = []
+    for method, cap in caps.items():
+        training = TrainingRecipe.model_validate({"method": method})
+        if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+            torch.cuda.reset_peak_memory_stats()
+        student = _trainable(_model(STUDENT, device, torch.float32 if method == "full" else torch.bfloat16, shrink))
+        batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
+        config = _config(TEACHER, shrink)
+        with tempfile.TemporaryDirectory(prefix="grace-cached-") as folder:
+            teacher = cached_teacher(config, batch, IMAGE, Path(folder), device)
+            row = {
+                "method": method,
+                "cap_gib": cap,
+                "rows": rows,
+                "length": length,
+                **_grace(student, teacher, batch, device, training),
+            }
+        if device == "cuda":
+            row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        found.append(row)
+        del teacher
+        _free(student)
+        del student
+        gc.collect()
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)
     return found
