@@ -1,5 +1,8 @@
 """Mutation run over losses, quantizer and controller: does a changed sign, index or bound make a test fail?
 
+The Triton files are left out: their arithmetic runs compiled or interpreted, where mutmut does not reach. They are compared
+with torch and float64 by tests of their own.
+
 Works on a copy of the three rooms and their tests with an empty package file, so that neither llm-compressor nor
 transformers is imported; mutmut changes one operator, number, name or argument at a time and runs the tests that reach
 the changed function. mutmut leaves decorated functions alone; to have those mutated too, the copy is rewritten without
@@ -37,6 +40,7 @@ TESTS = ["losses", "quantizer", "reference", "test_controller.py"]
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["grace_plugin"]
+do_not_mutate = ["*_triton.py"]
 do_not_mutate_patterns = ['^\\s*f?"', 'raise \\w+\\(f?"']
 pytest_add_cli_args = ["-x", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = ["tests"]
@@ -95,7 +99,7 @@ def prepare(resume: bool) -> None:
     (WORK / "tests").mkdir()
     for package in ("grace_plugin", "tests"):
         (WORK / package / "__init__.py").touch()
-    ignored = shutil.ignore_patterns("__pycache__")
+    ignored = shutil.ignore_patterns("__pycache__", "test_*_triton.py")
     for parent, names in (("grace_plugin", ROOMS), ("tests", TESTS)):
         for name in names:
             source, target = ROOT / parent / name, WORK / parent / name

@@ -11,6 +11,7 @@ import importlib
 from typing import Any, NamedTuple
 
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from compressed_tensors.offload.module import remove_module_offload
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "modify_save_pretrained",
     "oneshot",
     "patch_moe_mappings",
+    "remove_module_offload",
     "unpack_from_int32",
 ]
 
@@ -123,6 +125,11 @@ CONTRACT: tuple[Contract, ...] = (
         "llmcompressor.modeling.moe.linearize:linearize_moe",
         _LLM,
         "experts held as one 3D parameter become linears, which can be quantized",
+    ),
+    Contract(
+        "compressed_tensors.offload.module:remove_module_offload",
+        _CT,
+        "experts made linear are held by upstream's offload, which pins them to the device they were made on",
     ),
     Contract(
         "llmcompressor.modeling.moe.linearize:load_quantizable_moe",

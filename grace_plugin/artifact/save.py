@@ -63,7 +63,7 @@ def install_save(model: Any, modifier: GraceModifier) -> None:
 
     def save_pretrained(save_directory: str | Path, **kwargs: Any) -> None:
         folder = Path(save_directory)
-        probe = modifier.objective.probe
+        probe, device = modifier.objective.probe, next(model.parameters()).device.type
         logits = probe_logits(model, probe) if probe is not None else None
         compressed_save(str(folder), **kwargs)
         if not is_writer():
@@ -71,19 +71,23 @@ def install_save(model: Any, modifier: GraceModifier) -> None:
         rewrite_ignore(folder, model, patterns)
         if probe is not None and logits is not None:
             write_probe(folder / PROBE, probe, logits)
-        write_record(folder, model, modifier)
+        write_record(folder, model, modifier, device)
 
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # upstream's mark: do not wrap again
     save_pretrained._grace = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
 
 
-def write_record(folder: Path, model: nn.Module, modifier: GraceModifier) -> None:
-    """Write what the run knows of its last training forward: hashes of codes and scales per layer, and of all other weights."""
+def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device: str) -> None:
+    """Write what the run knows of its last training forward: hashes of codes and scales per layer, and of all other weights.
+
+    device: "cpu" or "cuda", where the probe's logits were computed.
+    """
     record = {
         "source": str(getattr(model, "name_or_path", "")),
         "stored_dtype": str(modifier.saved_dtype).removeprefix("torch."),
         "environment": environment(),
+        "logits_device": device,
         "run": modifier.objective.state_dict(),
         "layers": {
             name: {"codes": digest(codes), "scales": digest(scales)}

@@ -166,6 +166,8 @@ def _conclude(
         failed.append("layers_stored")
     if (folder / PROBE).is_file():
         probe, expected = read_probe(folder / PROBE)
+        if torch.cuda.is_available():  # kernels of another device would round otherwise
+            model.to(record.get("logits_device", "cpu"))
         logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
         result["logits_compared"] = logits.numel()
         result["logits_equal"] = torch.equal(logits, expected)

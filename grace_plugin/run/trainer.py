@@ -70,6 +70,15 @@ class GraceTrainer(Trainer):
                 attached.defer()
         self.add_callback(GraceCallback(self))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, and then the model as it was: accelerate leaves autocast around the forward of mixed-precision runs."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
+                del model.__dict__["forward"]
+
     # ---- data and loss ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:

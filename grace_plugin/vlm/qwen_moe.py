@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from grace_plugin.upstream import linearize_moe, load_quantizable_moe, patch_moe_mappings
+from grace_plugin.upstream import linearize_moe, load_quantizable_moe, patch_moe_mappings, remove_module_offload
 from grace_plugin.vlm.qwen_vl import Qwen3VL
 
 __all__ = ["Qwen3VLMoe"]
@@ -31,6 +31,10 @@ class Qwen3VLMoe(Qwen3VL):
 
     def open_experts(self, model: nn.Module) -> None:
         linearize_moe(model)
+        for (
+            module
+        ) in model.modules():  # upstream pins what it made to the device it was made on; a trainer moves models
+            remove_module_offload(module)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -300,3 +300,13 @@ def test_a_loaded_teacher_is_taken_and_named_in_the_recipe(llava: Pair, tmp_path
     assert str(llava.teacher) in (result.checkpoint / "recipe.yaml").read_text()
     by_path = run(llava, tmp_path / "p", recipe=recipe_text(None), teacher=llava.teacher, max_steps=1)
     assert grace_plugin.verify(by_path.checkpoint)["verified"]
+
+
+def test_a_mixed_precision_run_leaves_no_autocast_on_the_model(llava: Pair, tmp_path: Path) -> None:
+    student = loaded(llava)
+    during = []
+    student.model.language_model.norm.register_forward_hook(lambda *_: during.append(torch.is_autocast_enabled("cpu")))
+    options = {"model": student, "bf16": True}
+    recipe = recipe_text(llava.teacher, teacher={"model": str(llava.teacher)})
+    assert run(llava, tmp_path / "out", recipe=recipe, **options).verification["logits_equal"]
+    assert during[0] and not during[-1]  # the last pass is the checkpoint's probe

@@ -184,6 +184,7 @@ def test_a_router_is_left_alone() -> None:
             after = model(**batch).logits
         assert fused == sum(parameter.numel() for parameter in model.parameters())
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+        assert all(type(module._parameters) is dict for module in model.modules())  # nothing is pinned to a device
         experts = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".experts." in n]
         assert len(experts) == 3 * model.config.text_config.num_experts * len(family.text_model(model).layers)
 

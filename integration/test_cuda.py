@@ -1,0 +1,74 @@
+"""Training on a GPU: the kernels inside a real run, and a checkpoint that proves itself against torch's arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grace_plugin
+from grace_plugin.losses import head_triton, relational_triton
+from grace_plugin.quantizer import fake_quant_triton
+from tests.pairs import mixed_rows, pair, recipe_text, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FAMILIES = ("llava", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
+ON_CUDA = {"use_cpu": False, "bf16": True, "max_steps": 10, "learning_rate": 1e-3, "logging_steps": 1}
+
+
+def proved(found: dict[str, Any]) -> None:
+    """Codes, scales, weights and logits are those of the last training forward."""
+    assert found["verified"] and found["logits_equal"]
+    assert found["codes_differing"] == found["scales_differing"] == found["weights_differing"] == 0
+    assert found["layers"] == found["layers_stored"] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_cuda_ships_what_it_trained(family: str, accumulate: int, tmp_path: Path) -> None:
+    made = pair(family, tmp_path)
+    recipe = recipe_text(made.teacher, teacher={"model": str(made.teacher)})
+    options = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": True, **ON_CUDA}
+    done = run(made, tmp_path / "out", mixed_rows(12), recipe=recipe, **options)
+    proved(done.verification)
+    proved(grace_plugin.verify(done.checkpoint))
+    losses = [row["loss_gdkd"] for row in done.history if "loss_gdkd" in row]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["scales", "lora"])
+def test_small_cards_ship_what_they_trained(method: str, tmp_path: Path) -> None:
+    made = pair("qwen3_vl", tmp_path)
+    training = {"method": method, "norms": True}
+    recipe = recipe_text(made.teacher, teacher={"model": str(made.teacher)}, training=training)
+    done = run(made, tmp_path / "out", mixed_rows(12), recipe=recipe, **ON_CUDA)
+    proved(done.verification)
+    proved(grace_plugin.verify(done.checkpoint))
+
+
+def test_the_kernels_are_what_runs() -> None:
+    bfloat16 = torch.empty(1, 8, 32, device="cuda", dtype=torch.bfloat16)
+    assert head_triton.usable(bfloat16[0])
+    assert relational_triton.usable(bfloat16)
+    assert fake_quant_triton.usable(torch.empty(4, 32, device="cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_the_gpu_trains_as_the_cpu_does(family: str, tmp_path: Path) -> None:
+    made = pair(family, tmp_path)
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    logs = []
+    for place, use_cpu in (("cpu", True), ("cuda", False)):
+        done = run(made, tmp_path / place, mixed_rows(8), use_cpu=use_cpu, tf32=False, **options)
+        logs.append([row for row in done.history if "loss_gdkd" in row])
+    for cpu, cuda in zip(*logs, strict=True):
+        for term in ("loss_ce", "loss_gdkd", "loss_rcka", "grad_norm", "beta"):
+            assert float(cuda[term]) == pytest.approx(float(cpu[term]), rel=2e-3), term
