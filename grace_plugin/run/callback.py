@@ -33,7 +33,9 @@ class GraceCallback(TrainerCallback):
             raise RuntimeError(
                 f"Trainer plans {state.max_steps} optimizer steps, the objective was prepared for {prepared}"
             )
-        if args.gradient_checkpointing:  # transformers' hooks would send gradients through the frozen vision tower
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if args.gradient_checkpointing and not reentrant:
+            # transformers' hooks, which the reentrant kind alone needs, would send gradients through the frozen vision tower
             student: Any = self.trainer.objective.student
             student.disable_input_require_grads()
 
