@@ -1,6 +1,7 @@
 """Attaching to a model: what it computes, what it costs, what it refuses, and that nothing is left behind."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -400,12 +401,16 @@ def test_distributed_data_parallel_trains_the_scales(tmp_path):
     model, _ = attached(seed=6)
     plain, _ = attached(seed=6)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    parallel = DistributedDataParallel(model)
     try:
-        parallel = DistributedDataParallel(model)
         with parallel.no_sync():
             parallel(batch(seed=1)).square().sum().backward()
         parallel(batch(seed=2)).square().sum().backward()
     finally:
+        del (
+            parallel
+        )  # the wrapper must go before the group: as its last owner it would wait for gloo's threads with the GIL held
+        gc.collect()
         torch.distributed.destroy_process_group()
     for seed in (1, 2):
         plain(batch(seed=seed)).square().sum().backward()
