@@ -109,7 +109,7 @@ class _DistillationHead(torch.autograd.Function):
         gradients = Gradients(hidden_s, weight_s, bias_s, needs, settings.dtype, settings.weight_grad_dtype)
         fits = settings.dtype == torch.float32 and head_triton.usable(hidden_s.new_empty(0, student.weight.shape[0]))
         run = fused if fits else eager
-        ctx.once = run is fused
+        ctx.in_place, ctx.handed_out = run is fused, False
         sums = run(hidden_s, student, teacher, targets, scales, settings, gradients if any(needs) else None)
         ctx.save_for_backward(*gradients.all())
         ctx.mark_non_differentiable(sums)
@@ -118,14 +118,14 @@ class _DistillationHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.once:
+        if not ctx.in_place:
             scaled = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
             return *scaled, None, None, None, None, None
-        if ctx.once == "used":
+        if ctx.handed_out:
             raise RuntimeError(
                 "the gradients of this loss were handed out by an earlier backward; compute the loss again"
             )
-        ctx.once = "used"
+        ctx.handed_out = True
         for grad in ctx.saved_tensors:
             if grad is not None:
                 head_triton.scale_in_place(grad, grad_loss)

@@ -17,7 +17,7 @@ micro-batches and all ranks, so value and gradient do not depend on how the batc
     frozen = grace.finalize(torch.bfloat16)
 
 It refuses hidden states without a gradient (a decoder frozen as a whole), unknown families and labels outside the vocabulary.
-Cost beside the student: a teacher forward, the teacher's head once more for the gates, two host reads per optimizer step.
+Cost beside the student: a teacher forward, the teacher's head once more for the gates; two host reads a step and some a batch.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_a_head_summed_in_its_own_type_is_rounded_once_per_chunk():
     _, grads64 = losses(exact, targets, gate.double(), 100, **options)
     _, low = losses(sides, targets, gate, 100, weight_grad_dtype=torch.bfloat16, **options)
     assert low["weight_s"].dtype == torch.bfloat16
-    assert relative(low["weight_s"], grads64["weight_s"]) < 0.02
+    assert relative(low["weight_s"], grads64["weight_s"]) < 0.007  # 0.0046; one rounding alone is 0.0017
 
 
 @pytest.mark.parametrize(("tokens", "width_s", "width_t"), [(36, 64, 48), (20, 24, 40), (17, 64, 64), (4, 8, 8)])
