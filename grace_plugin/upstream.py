@@ -55,6 +55,7 @@ __all__ = [
     "State",
     "active_session",
     "create_session",
+    "keep_processor_files",
     "linearize_moe",
     "load_quantizable_moe",
     "match_named_modules",
@@ -64,6 +65,24 @@ __all__ = [
     "remove_module_offload",
     "unpack_from_int32",
 ]
+
+
+def keep_processor_files(model: Any) -> None:
+    """Let upstream's running `oneshot` of this model end without writing the processor, once.
+
+    It saves the model and then the processor into the same folder, which would write anew the files our save has copied from
+    the source. Upstream has no hook between or behind the two, so its last function is replaced until it is called.
+    """
+    entry: Any = importlib.import_module("llmcompressor.entrypoints.oneshot")
+    before = entry.post_process
+
+    def post_process(model_args: Any = None, **kwargs: Any) -> None:
+        entry.post_process = before
+        if model_args is not None and model_args.model is model:
+            model_args.processor = None
+        before(model_args=model_args, **kwargs)
+
+    entry.post_process = post_process
 
 
 class Contract(NamedTuple):
@@ -142,6 +161,11 @@ CONTRACT: tuple[Contract, ...] = (
         "says that such a checkpoint holds each expert by itself",
     ),
     Contract("llmcompressor:oneshot", _LLM, "users call it with our recipe, and our own oneshot ends in it"),
+    Contract(
+        "llmcompressor.entrypoints.oneshot:post_process",
+        _LLM,
+        "oneshot writes the processor behind the model, over the files copied from the source; keep_processor_files stops it",
+    ),
     Contract("llmcompressor.modifiers.gptq:GPTQModifier", _LLM, "a baseline of the demo"),
     Contract(
         "llmcompressor.modifiers.quantization:QuantizationModifier", _LLM, "round-to-nearest, a baseline of the demo"

@@ -42,6 +42,7 @@ def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) 
     assert (found["codes_differing"], found["scales_differing"], found["weights_differing"]) == (0, 0, 0)
     assert found["logits_equal"]
     assert found["layers"] == found["layers_stored"] > 0
+    assert found["processor_files"] > 0 and found["processor_files_changed"] == []
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,8 @@ def test_eta_alone_by_hand_and_tau_alone_by_hand():
         state = run(values, ControllerSettings(tau=tau))[6]
         assert state.tau == tau
         assert state.eta == pytest.approx(0.9 / (6 * 0.1 * level * followed), rel=1e-12)
+        last = run(values, ControllerSettings(tau=tau))[-1]
+        assert (last.anchor, last.target, last.slope) == (last.probe_mean, last.probe_mean, 0.0)  # nothing is followed
 
 
 def test_a_loss_of_zero_is_no_division_by_zero():

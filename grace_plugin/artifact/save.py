@@ -52,8 +52,8 @@ def check_destination(output_dir: str | os.PathLike[str]) -> Path:
 def install_save(model: Any, modifier: GraceModifier) -> None:
     """Make `model.save_pretrained` write a GRACE checkpoint through llm-compressor's wrapper.
 
-    Called before the session ends; works for upstream's own `oneshot(output_dir=...)` as well, whose processor files are then
-    written by upstream.
+    Called before the session ends. It copies the source's processor files as well; their hashes are recorded by
+    `save_checkpoint` alone, so that somebody who saves a processor of his own behind it still has a checkpoint that verifies.
     """
     modify_save_pretrained(model)
     compressed_save: Callable[..., None] = model.save_pretrained
@@ -72,6 +72,7 @@ def install_save(model: Any, modifier: GraceModifier) -> None:
         if probe is not None and logits is not None:
             write_probe(folder / PROBE, probe, logits)
         write_record(folder, model, modifier, device)
+        copy_processor(source_folder(getattr(model, "name_or_path", "")), folder)
 
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # upstream's mark: do not wrap again
     save_pretrained._grace = True  # type: ignore[attr-defined]
@@ -101,9 +102,13 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
 
 
 def copy_processor(source: Path, folder: Path) -> None:
-    """Copy the source's processor files byte for byte and add their hashes to the record."""
+    """Copy the source's processor files byte for byte."""
     for file in processor_files(source):
         shutil.copy2(file, folder / file.name)
+
+
+def record_processor(source: Path, folder: Path) -> None:
+    """Add the hashes of the source's processor files to the record."""
     record = json.loads((folder / RECORD).read_text())
     record["processor_files"] = {file.name: file_digest(file) for file in processor_files(source)}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -128,7 +133,7 @@ def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str |
             partial.parent.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(partial)  # type: ignore[operator]
         if is_writer():
-            copy_processor(source, partial)
+            record_processor(source, partial)
 
     def publish() -> None:
         if is_writer():

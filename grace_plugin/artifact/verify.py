@@ -3,8 +3,8 @@
 Five proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
 element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; every
 other weight is the trained one (by hash); the loaded model's logits on a training batch, with an image
-if the run saw one, are the trained model's; tokenizer and processor files are the source's (reported only, where upstream's
-`oneshot` wrote them). A failed proof raises, and at the end of a run nothing is left at the destination.
+if the run saw one, are the trained model's; tokenizer and processor files are the source's (reported only, where upstream or a
+user called `save_pretrained`). A failed proof raises, and at the end of a run nothing is left at the destination.
 
 Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
 reported and does not decide, because kernels differ between machines.
@@ -133,7 +133,7 @@ def _differing(expected: Tensor, found: Tensor) -> int:
 
 def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, result: dict[str, Any]) -> list[str]:
     """Compare processor files with their recorded hashes and with a given source; the name of the proof if it failed."""
-    expected = list(record.get("processor_files", {}).items())  # none where upstream's own oneshot wrote them
+    expected = list(record.get("processor_files", {}).items())  # none where upstream's own oneshot saved
     if source is not None:
         expected += [(file.name, file_digest(file)) for file in processor_files(source)]
     if not expected:

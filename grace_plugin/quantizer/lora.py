@@ -17,6 +17,7 @@ time. One quantization more in the backward pass.
 Legend: weight [out, in]; lora_a [rank, in] and lora_b [out, rank], float32; theta [out, groups].
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -45,10 +46,16 @@ def factors(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
     return linear.get_parameter(LORA_A), linear.get_parameter(LORA_B)
 
 
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Products and sums in their own dtype; a device without autocast (meta) has nothing to switch off."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
 def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """w of some rows: the one addition that forward, backward and export share."""
     dtype = compute_dtype(weight)
-    with torch.autocast(weight.device.type, enabled=False):
+    with _no_autocast(weight.device.type):
         return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scaling)
 
 
@@ -77,7 +84,7 @@ class _FakeQuantizeMerged(torch.autograd.Function):
 
         def compute() -> tuple[Tensor, Tensor]:
             value = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-            with torch.autocast(weight.device.type, enabled=False):
+            with _no_autocast(weight.device.type):
                 for rows in row_blocks(*weight.shape):
                     total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
                     value[rows] = fake_quantize(total, log_scale[rows], **how).to(out_dtype)
@@ -97,7 +104,7 @@ class _FakeQuantizeMerged(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b)
         grad_log_scale = torch.empty_like(log_scale)
-        with torch.autocast(weight.device.type, enabled=False):
+        with _no_autocast(weight.device.type):
             for rows in row_blocks(*weight.shape):
                 total = _sum(weight[rows], lora_a, lora_b[rows], scaling).requires_grad_()
                 theta = log_scale[rows].detach().requires_grad_()

@@ -22,7 +22,7 @@ from grace_plugin.run.inputs import grace_modifier, load_processor, load_student
 from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import check_cached_rows
-from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session
+from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session, keep_processor_files
 from grace_plugin.upstream import oneshot as upstream_oneshot
 
 __all__ = ["GracePipeline", "oneshot", "register_pipeline"]
@@ -56,6 +56,7 @@ class GracePipeline(CalibrationPipeline):
         finally:
             recipe.modifiers = modifiers
         install_save(model, grace)
+        keep_processor_files(model)
 
 
 def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
@@ -102,8 +103,8 @@ def oneshot(
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
-    Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator, byte-equal
-    processor files and the verification.
+    Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator and the
+    verification.
 
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.

@@ -233,6 +233,9 @@ def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
 
 def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise():
     assert positions_per_chunk(151_936, 2) == 480
+    assert {type(positions_per_chunk(vocabulary, 2)) for vocabulary in (32, 32_000, 151_936)} == {int}
+    assert positions_per_chunk(32_000, 2) == 2272  # 209 MiB hold 2,282 rows, 210 MiB would hold 2,293
+    assert positions_per_chunk(45_659, 2) == 1584 < (210 << 20) // (3 * 45_659)  # 209 MiB hold 1,599 rows
     assert positions_per_chunk(151_936, 4) == 240
     assert positions_per_chunk(3, 4) == 4096
     assert positions_per_chunk(10**8, 2) == 16

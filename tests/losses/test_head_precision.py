@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
+from grace_plugin.losses.projection import Gradients, Head
 from tests.losses.sides import draw, grads, run
 from tests.reference.footprint import Footprint
 
@@ -108,6 +109,44 @@ def test_weight_gradients_of_many_chunks_are_added_in_float32():
     assert bias.grad.tolist() == pytest.approx([-n * 7 / 8, *[n / 8] * 7], rel=4e-3)
     assert weight.grad[0, 0].item() == pytest.approx(-n * 7 / 8, rel=4e-3)
     assert weight.grad[1, 0].item() == pytest.approx(n / 8, rel=4e-3)
+
+
+def test_weight_gradients_are_added_in_the_type_asked_for():
+    """1,024 contributions of 1/8 in bfloat16 stop at 32, whose neighbour is 32.25."""
+    n = 1024
+    hidden = torch.ones(n, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(n, dtype=torch.int64)
+    options = {"vocabulary": 8, "ce_scale": 1.0, "chunk": 1, "weight_grad_dtype": torch.bfloat16}
+    distillation_head(hidden, weight, None, None, None, None, targets, None, **options).loss.backward()
+    assert weight.grad[1, 0].item() == 32.0
+
+
+def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
+    """2,048 ones and a half of one: bfloat16 would leave the half out."""
+    hidden, weight, bias = torch.zeros(2049, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.zeros(3).bfloat16()
+    gradients = Gradients(hidden, weight, bias, [False, False, True], torch.float32)
+    gradients.add(
+        slice(None), torch.cat([torch.ones(2048, 3), torch.full((1, 3), 0.5)]).bfloat16(), hidden, Head(weight, bias)
+    )
+    assert gradients.bias.tolist() == [2048.5] * 3
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(3.0)])
+def test_logits_are_written_where_asked(bias):
+    hidden, head = torch.randn(4, 5), Head(torch.randn(3, 5), bias)
+    space = torch.full((6, 3), 7.0)
+    found = head.logits(hidden, space)
+    assert found.data_ptr() == space.data_ptr()
+    torch.testing.assert_close(found, head.logits(hidden), rtol=1e-6, atol=1e-6)
+    assert torch.equal(space[4:], torch.full((2, 3), 7.0))
+
+
+def test_no_positions_and_a_frozen_head():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(8, 4)
+    targets = torch.zeros(0, dtype=torch.int64)
+    distillation_head(hidden, weight, None, None, None, None, targets, None, vocabulary=8, ce_scale=1.0).loss.backward()
+    assert hidden.grad.shape == (0, 4)
 
 
 def test_a_surrounding_autocast_changes_nothing():

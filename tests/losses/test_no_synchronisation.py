@@ -55,6 +55,24 @@ def test_head_with_and_without_a_teacher():
     assert on_meta(plain.loss, plain.gate_sum)
 
 
+def test_a_teacher_on_another_device_is_brought_to_the_student():
+    hidden, weight = empty(5, 4, grad=True), empty(12, 4, grad=True)
+    teacher = torch.randn(5, 6), torch.randn(11, 6), None
+    out = distillation_head(
+        hidden,
+        weight,
+        None,
+        *teacher,
+        targets(5),
+        torch.ones(5),
+        vocabulary=9,
+        ce_scale=0.1,
+        kd_scale=torch.tensor(0.7),
+    )
+    out.loss.backward()
+    assert on_meta(out.loss, out.gated_dkd_sum, out.gate_sum, hidden.grad, weight.grad)
+
+
 def test_relational_loss_and_its_count():
     student = empty(20, 4, grad=True)
     out = relational_loss(student, empty(20, 6), [5, 5, 3, 7])

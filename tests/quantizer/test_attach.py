@@ -280,6 +280,7 @@ def test_every_offending_layer_is_named_in_one_error_and_nothing_is_touched():
         attach(layers, group_size=16)
     text = str(caught.value)
     assert text.startswith("6 problem(s)")
+    assert text.count("\n  ") == 6 and "XX" not in text
     for part in (
         "narrow: input width 40 is not divisible by group_size 16",
         "odd: input width 33 is not divisible by group_size 16",
@@ -455,12 +456,26 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
             assert not torch.equal(linear.weight.grad, gradients[0][0])
         attached.settle()
         gradients.append((linear.weight.grad.clone(), linear.weight_log_scale.grad.clone()))
+        linear.weight.grad.mul_(2.0)  # a clip, say: what is settled is not formed again
         attached.settle()
-        assert torch.equal(linear.weight.grad, gradients[-1][0])
+        assert torch.equal(linear.weight.grad, 2.0 * gradients[-1][0])
+        assert torch.equal(linear.weight_log_scale.grad, gradients[-1][1])
         attached.detach()
     for late_one, plain_one in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(late_one, plain_one, rtol=1e-5, atol=1e-5 * plain_one.abs().max().item())
         assert torch.equal(late_one == 0, plain_one == 0)
+
+
+def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
+    linear = nn.Linear(64, 16, bias=False)
+    attached = attach({"linear": linear}, group_size=32)
+    attached.defer()
+    linear(torch.randn(3, 64)).sum().backward()
+    assert not linear.weight_log_scale.grad.any()
+    with torch.no_grad():
+        linear(torch.randn(3, 64))
+    attached.settle()
+    assert linear.weight_log_scale.grad.any()
 
 
 def test_a_frozen_weight_or_scale_is_never_deferred():

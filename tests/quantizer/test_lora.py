@@ -108,6 +108,33 @@ def test_the_sum_is_formed_in_float32_under_autocast_in_the_backward_pass_too():
     assert footprint.products == {torch.float32}
 
 
+def test_a_float64_weight_takes_float32_factors_and_gives_them_float32_gradients():
+    weight, *trained = draw(dtype=torch.float64)
+    trained = [t.float().requires_grad_() for t in trained]
+    wide = [t.detach().double().requires_grad_() for t in trained]
+    found, expected = quantized(weight, *trained), quantized(weight, *wide)
+    assert torch.equal(found, expected)
+    assert merged(weight, *trained[:2], scaling=SCALING).dtype == torch.float64
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(trained, wide, strict=True):
+        assert one.grad.dtype == torch.float32
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_trains_beside_factors_that_stand_still():
+    weight, lora_a, lora_b, theta = draw()
+    quantized(weight.requires_grad_(), lora_a, lora_b, theta).sum().backward()
+    assert weight.grad.any()
+
+
+def test_scales_that_autocast_could_not_hold_are_taken_outside_it():
+    weight, lora_a, lora_b, theta = draw()
+    how = {**HOW, "stored_dtype": torch.float32}
+    value = fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **how)
+    assert torch.equal(value, fake_quantize(merged(weight, lora_a, lora_b, scaling=SCALING), theta, **how))
+
+
 def test_a_compute_dtype_that_would_round_is_refused():
     tensors = draw()
     with (
@@ -132,10 +159,11 @@ class Tiny(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def adapted(**kwargs):
+def adapted(seed=None, **kwargs):
     model = Tiny()
     result = attach({"up": model.up, "down": model.down}, group_size=16, **kwargs)
-    result.add_lora(["up", "down"], rank=4, alpha=8.0)
+    torch.manual_seed(99 if seed is None else seed + 100)  # the update does not come from the global generator
+    result.add_lora(["up", "down"], rank=4, alpha=8.0, **({} if seed is None else {"seed": seed}))
     return model, result
 
 
@@ -156,9 +184,10 @@ def test_an_update_starts_at_zero_and_from_its_seed_alone():
     plain = Tiny()
     attach({"up": plain.up, "down": plain.down}, group_size=16)
     model, _ = adapted()
-    torch.manual_seed(123)
-    again, _ = adapted()
+    again, _ = adapted(seed=0)
+    other, _ = adapted(seed=1)
     assert torch.equal(model(batch()), plain(batch()))
+    assert not torch.equal(model.up.lora_A, other.up.lora_A)
     assert torch.equal(model.up.lora_A, again.up.lora_A) and model.up.lora_A.abs().max() <= 32**-0.5
     assert model.up.lora_A.std() > 0.5 * 32**-0.5
     assert not torch.equal(model.up.lora_A[:, :16], model.down.lora_A[:, :16])
@@ -198,6 +227,29 @@ def test_an_update_is_quantized_once_per_step_and_every_change_of_it_is_seen():
         model.up.lora_B.mul_(3.0)
         uncached.up.lora_B.mul_(3.0)
     assert torch.equal(model(batch()), uncached(batch()))
+    with torch.no_grad():
+        model.up.lora_A.mul_(-2.0)
+        uncached.up.lora_A.mul_(-2.0)
+    assert torch.equal(model(batch()), uncached(batch()))
+
+
+def test_the_update_is_scaled_by_alpha_over_the_rank():
+    model, result = adapted()
+    with torch.no_grad():
+        model.up.lora_B.normal_()
+    total = merged(model.up.weight, model.up.lora_A, model.up.lora_B, scaling=2.0)
+    expected = codes(total, model.up.weight_log_scale, num_bits=4, stored_dtype=torch.bfloat16)
+    assert torch.equal(result.freeze()["up"][0], expected)
+
+
+def test_the_cache_tells_autocast_s_weight_from_the_other():
+    model, _ = adapted()
+    x = batch().float()
+    model.float()
+    assert model(x).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert model(x).dtype == torch.float32
 
 
 def test_layers_without_an_update_learn_scales_alone():

@@ -33,6 +33,14 @@ def test_an_attached_layer():
     assert on_meta(layers["a"].weight)
 
 
+def test_a_low_rank_update():
+    layer = nn.Linear(32, 8, device="meta")
+    attached = attach({"a": layer}, group_size=16)
+    attached.add_lora(["a"], rank=2, alpha=4.0)
+    layer(torch.empty(3, 32, device="meta")).sum().backward()
+    assert on_meta(layer.lora_A, layer.lora_B, layer.lora_A.grad, layer.lora_B.grad, *attached.freeze()["a"])
+
+
 def test_clip_share_of_layers_on_two_devices_stands_on_the_first():
     attached = attach({"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8)}, group_size=16)
     assert on_meta(attached.clip_share())

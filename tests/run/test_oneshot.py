@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from functools import partial
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
 from grace_plugin.data import ConversationCollator
-from grace_plugin.upstream import active_session
+from grace_plugin.upstream import active_session, keep_processor_files
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text, structure
 from tests.tiny import rows
@@ -42,6 +43,21 @@ def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(ll
     found = grace_plugin.verify(out, source=llava.student)
     assert (found["verified"], found["layers"], found["codes_differing"]) == (True, 21, 0)
     assert found["logits_equal"]
+    assert found["processor_files"] > 2 and found["processor_files_changed"] == []
+    assert {path.name for path in out.iterdir()} - {path.name for path in llava.student.iterdir()} == {
+        "grace", "recipe.yaml", "verification.json",
+    }  # fmt: skip
+
+
+def test_the_next_oneshot_of_upstream_writes_its_processor_again(llava: Pair, tmp_path: Path) -> None:
+    """Also behind a run of ours that left its hook: it was over another model."""
+    entry = importlib.import_module("llmcompressor.entrypoints.oneshot")
+    before = entry.post_process
+    keep_processor_files(loaded(llava))
+    assert entry.post_process is not before
+    upstream_oneshot(model=loaded(llava), processor=str(llava.student), output_dir=str(tmp_path / "out"))
+    assert entry.post_process is before
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
 def burning(pair: Pair) -> DataLoader:
