@@ -123,9 +123,11 @@ def _grace(
     grace.prepare(student, teacher, vocabulary=vocabulary, total_steps=1000, attached=[attached])
     optimizer = _optimizer(student, device)
 
+    host = [{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}]
+
     def work() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
-            grace.window([batch])
+            grace.window([batch], host)
             loss = grace.loss(student, batch)
         loss.backward()
         grace.measure()

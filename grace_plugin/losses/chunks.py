@@ -8,6 +8,7 @@ dtype.
 Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from grace_plugin.losses import head_triton
 from grace_plugin.losses.distill import add_decoupled_gradient, decoupled_terms
-from grace_plugin.losses.projection import Gradients, Head
+from grace_plugin.losses.projection import Gradients, Head, capped
 
 __all__ = ["Settings", "Teacher", "eager", "fused", "positions_per_chunk"]
 
@@ -38,12 +39,25 @@ class Teacher(NamedTuple):
     hidden: Tensor  # [N, d_t]
     head: Head
     gate: Tensor  # [N]
+    known: Tensor | None = None  # [2, N], of `entropies`: the mass of v != y at the temperature, and the logit of y
 
 
-def positions_per_chunk(vocabulary: int, element_size: int) -> int:
-    """Positions, 16 to 4,096, whose logits and half as many of the teacher's take 209 MiB: 480 for 151,936 ids of 2 bytes."""
-    rows = (209 << 20) // max(3 * vocabulary * element_size // 2, 1)
-    return min(max(rows // 16 * 16, 16), 4096)
+SLICE = 16384
+"""Ids whose logits of the teacher exist at one time where its sums are known."""
+
+
+def positions_per_chunk(vocabulary: int, element_size: int, known_of: int = 0) -> int:
+    """Positions, 16 to 4,096, whose logits and the teacher's take 209 MiB: 480 for 151,936 ids of 2 bytes.
+
+    known_of: how many positions there are, where the teacher's sums are known: its logits then take `SLICE` columns, not half
+    the student's, and the positions are cut evenly. 4,096 of them come in 7 chunks of 592.
+    """
+    columns = vocabulary + (min(SLICE, vocabulary) if known_of else vocabulary // 2)
+    rows = min(max((209 << 20) // max(columns * element_size, 1) // 16 * 16, 16), 4096)
+    if not known_of:
+        return rows
+    even = -(-known_of // -(-known_of // rows))
+    return -(-even // 16) * 16
 
 
 def eager(
@@ -59,11 +73,14 @@ def eager(
     sums = torch.zeros(4, dtype=settings.dtype, device=hidden_s.device)
     for start in range(0, hidden_s.shape[0], settings.chunk):
         rows = slice(start, start + settings.chunk)
-        logits_s, known = student.logits(hidden_s[rows]).to(settings.dtype), None
+        logits_s, known = capped(student.logits(hidden_s[rows]).to(settings.dtype), student.cap), None
         if teacher is not None:
             logits_t = teacher.head.logits(teacher.hidden[rows]).to(logits_s.device, settings.dtype)
-            known = (logits_t, teacher.gate[rows])
+            known = (capped(logits_t, teacher.head.cap), teacher.gate[rows])
+        slope = None if student.cap is None else 1 - (logits_s / student.cap).square_()
         parts, grad = _chunk(logits_s, known, targets[rows], scales, settings)
+        if slope is not None:
+            grad *= slope
         sums += parts
         if gradients is not None:
             gradients.add(rows, grad, hidden_s[rows], student)
@@ -82,23 +99,27 @@ def fused(
     """`eager` in place, over one buffer of logits for the student and one of half the rows for the teacher."""
     positions = hidden_s.shape[0]
     chunk = min(settings.chunk, max(positions, 1))
-    half = (chunk + 1) // 2
-    space_s = hidden_s.new_empty(chunk, student.weight.shape[0])
-    space_t = None if teacher is None else teacher.hidden.new_empty(half, teacher.head.weight.shape[0])
+    known = teacher is not None and teacher.known is not None
+    half = chunk if known else (chunk + 1) // 2
+    space_s, space_t = hidden_s.new_empty(chunk, student.weight.shape[0]), None
+    if teacher is not None:
+        columns = teacher.head.weight.shape[0]
+        space_t = teacher.hidden.new_empty(half * (min(SLICE, columns) if known else columns))
     losses = torch.zeros(5, positions, dtype=torch.float32, device=hidden_s.device)
+    caps = student.cap, None if teacher is None else teacher.head.cap
+    how = head_triton.Factors(settings.temperature, settings.alpha, settings.beta_dkd, *caps)
     for start in range(0, positions, chunk):
         rows = slice(start, start + chunk)
         logits_s = student.logits(hidden_s[rows], space_s)
         for first in range(0, logits_s.shape[0], half):
-            part = slice(start + first, min(start + first + half, start + chunk))
+            part = slice(start + first, min(start + first + half, start + chunk, positions))
             gate, logits_t = None, None
             if teacher is not None:
-                gate = teacher.gate[part]
-                logits_t = teacher.head.logits(teacher.hidden[part], space_t).to(logits_s.device)
+                assert space_t is not None
+                gate, logits_t = teacher.gate[part], _of_teacher(teacher, part, space_t, logits_s.device)
             head_triton.losses_in_place(
-                logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part],
-                settings.temperature, settings.alpha, settings.beta_dkd,
-            )  # fmt: skip
+                logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part], how
+            )
         if gradients is not None:
             gradients.add(rows, logits_s, hidden_s[rows], student)
     ce_sum, gated = losses[0].sum(), losses[1:3]
@@ -106,6 +127,29 @@ def fused(
     square = settings.temperature * settings.temperature
     dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)
     return torch.stack([ce_sum, dkd_sum, tckd_sum, nckd_sum])
+
+
+def _of_teacher(
+    teacher: Teacher, part: slice, space: Tensor, device: torch.device
+) -> Tensor | head_triton.TeacherSlices:
+    """The teacher's logits of some positions, whole or by slices of the vocabulary, written into ``space``."""
+    head, hidden = teacher.head, teacher.hidden[part]
+    positions, columns = hidden.shape[0], head.weight.shape[0]
+
+    def into(first: int, end: int) -> Tensor:
+        out = space[: positions * (end - first)].view(positions, end - first)
+        return head.part(first, end).logits(hidden, out).to(device)
+
+    if teacher.known is None:
+        return into(0, columns)
+
+    def pieces(block: int) -> Iterator[tuple[int, Tensor]]:
+        step = columns if columns <= SLICE else SLICE // block * block
+        for first in range(0, columns, step):
+            yield first, into(first, min(first + step, columns))
+
+    mass, target = teacher.known[:, part].to(device).unbind()
+    return head_triton.TeacherSlices(mass, target, pieces)
 
 
 def _chunk(

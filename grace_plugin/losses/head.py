@@ -28,8 +28,9 @@ from grace_plugin.losses import head_triton
 from grace_plugin.losses.chunks import Settings, Teacher, eager, fused, positions_per_chunk
 from grace_plugin.losses.distill import check_temperature, confidence_gate, gate_of_entropy
 from grace_plugin.losses.entropy_triton import entropies
+from grace_plugin.losses.math_triton import scale_in_place
 from grace_plugin.losses.precision import full_precision, loss_dtype
-from grace_plugin.losses.projection import Gradients, Head, check_head, check_rows, cut
+from grace_plugin.losses.projection import Gradients, Head, capped, check_head, check_rows, cut
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def teacher_gates(
     vocabulary: int,
     sharpness: float = 1.0,
     chunk: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate [N] and entropy [N] (nats) of the teacher's positions from its final hidden states, by chunk.
 
@@ -64,25 +66,56 @@ def teacher_gates(
         vocabulary: V, ids that both tokenizers share; further rows are cut.
         sharpness: exponent of the gate.
         chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
+        softcap: c where the model's logits are c * tanh(logits / c); None for none.
 
     Raises:
         ValueError: the head does not fit the hidden states or the vocabulary.
     """
+    return teacher_sums(
+        hidden_t, weight_t, bias_t, None, vocabulary=vocabulary, sharpness=sharpness, chunk=chunk, softcap=softcap
+    )[:2]
+
+
+@torch.no_grad()
+def teacher_sums(
+    hidden_t: Tensor,
+    weight_t: Tensor,
+    bias_t: Tensor | None,
+    targets: Tensor | None,
+    *,
+    vocabulary: int,
+    sharpness: float = 1.0,
+    temperature: float = 2.0,
+    chunk: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`teacher_gates`, and what `distillation_head` takes as ``known``: [2, N], or None where Triton does not run.
+
+    Args:
+        targets: [N] int64; None leaves ``known`` out.
+        temperature: of the divergences.
+    """
     chunk = positions_per_chunk(vocabulary, hidden_t.element_size()) if chunk is None else chunk
-    check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
+    check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk, softcap)
     dtype = loss_dtype(hidden_t)
     gate = torch.empty(hidden_t.shape[0], dtype=dtype, device=hidden_t.device)
     entropy = torch.empty_like(gate)
+    fused = dtype == torch.float32 and head_triton.usable(hidden_t.new_empty(0, vocabulary))
+    known = torch.empty(2, *gate.shape, device=gate.device) if fused and targets is not None else None
     with full_precision(hidden_t):
-        head = cut(hidden_t, weight_t, bias_t, vocabulary)
+        head = cut(hidden_t, weight_t, bias_t, vocabulary, softcap)
         for start in range(0, hidden_t.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = head.logits(hidden_t[rows])
-            if head_triton.usable(logits):
-                gate[rows], entropy[rows] = gate_of_entropy(*entropies(logits), sharpness)
+            if fused:
+                at = None if known is None or targets is None else targets[rows]
+                nats, ids, sums = entropies(logits, softcap, at, temperature)
+                gate[rows], entropy[rows] = gate_of_entropy(nats, ids, sharpness)
+                if known is not None and sums is not None:
+                    known[:, rows] = sums
             else:
-                gate[rows], entropy[rows] = confidence_gate(logits.to(dtype), sharpness)
-    return gate, entropy
+                gate[rows], entropy[rows] = confidence_gate(capped(logits.to(dtype), softcap), sharpness)
+    return gate, entropy, known
 
 
 def _constant(scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,7 +161,7 @@ class _DistillationHead(torch.autograd.Function):
         ctx.handed_out = True
         for grad in ctx.saved_tensors:
             if grad is not None:
-                head_triton.scale_in_place(grad, grad_loss)
+                scale_in_place(grad, grad_loss)
         return *ctx.saved_tensors, None, None, None, None, None
 
 
@@ -150,6 +183,8 @@ def distillation_head(
     beta_dkd: float = 4.0,
     chunk: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
+    known: Tensor | None = None,
+    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> HeadOutput:
     """Cross-entropy plus gated decoupled distillation of N positions, from hidden states, by chunk.
 
@@ -174,6 +209,9 @@ def distillation_head(
         chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
         weight_grad_dtype: what the gradient of the head is summed in over chunks, by default float32, and then 4 bytes a weight
             stand beside the gradient; the dtype of a bfloat16 head saves them and rounds the sum once per chunk.
+        known: of :func:`teacher_sums` for the same targets and temperature; the teacher's logits then come by slices of the
+            vocabulary, and more positions fit into a chunk.
+        softcaps: c of student and teacher whose logits are c * tanh(logits / c); None for none.
 
     Returns:
         :class:`HeadOutput`; N == 0 gives an exact zero through which backward still runs.
@@ -182,21 +220,23 @@ def distillation_head(
         ValueError: shapes that do not fit, a vocabulary a head does not hold, or a teacher without head or gate.
     """
     check_temperature(temperature)
-    chunk = positions_per_chunk(vocabulary, hidden_s.element_size()) if chunk is None else chunk
-    check_head("student", hidden_s, weight_s, bias_s, vocabulary, chunk)
+    if chunk is None:
+        known_of = 0 if known is None or hidden_t is None else hidden_s.shape[0]
+        chunk = positions_per_chunk(vocabulary, hidden_s.element_size(), known_of)
+    check_head("student", hidden_s, weight_s, bias_s, vocabulary, chunk, softcaps[0])
     check_rows("targets", targets, hidden_s)
     with full_precision(hidden_s):
-        student = cut(hidden_s.detach(), weight_s.detach(), None if bias_s is None else bias_s.detach(), vocabulary)
+        student = cut(hidden_s, weight_s, bias_s, vocabulary, softcaps[0])
         teacher = None
         dtype = loss_dtype(hidden_s, hidden_t)
         if hidden_t is not None:
             if weight_t is None or gate is None:
                 raise ValueError("hidden_t is given without weight_t or gate; pass both, or hidden_t=None for CE alone")
-            check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk)
+            check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk, softcaps[1])
             check_rows("teacher hidden states", hidden_t, hidden_s)
             check_rows("gates", gate, hidden_s)
-            head_t = cut(hidden_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), vocabulary)
-            teacher = Teacher(hidden_t.detach(), head_t, gate.detach().to(hidden_s.device, dtype))
+            head_t = cut(hidden_t, weight_t, bias_t, vocabulary, softcaps[1])
+            teacher = Teacher(hidden_t.detach(), head_t, gate.detach().to(hidden_s.device, dtype), known)
         scales = torch.stack([_constant(scale, hidden_s, dtype) for scale in (ce_scale, kd_scale)])
         settings = Settings(temperature, alpha, beta_dkd, chunk, torch.is_grad_enabled(), dtype, weight_grad_dtype)
         loss, sums = _DistillationHead.apply(hidden_s, weight_s, bias_s, student, teacher, targets, scales, settings)

@@ -12,6 +12,9 @@ weight); one float32 matrix of the head's size when the head is trained.
 Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
 """
 
+from __future__ import annotations
+
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,9 +26,14 @@ class Head(NamedTuple):
 
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
+    cap: float | None = None  # logits are cap * tanh(logits / cap); whoever reads them caps them, in float32
+
+    def part(self, first: int, end: int) -> Head:
+        """The head of some ids."""
+        return Head(self.weight[first:end], None if self.bias is None else self.bias[first:end], self.cap)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, d] -> [n, V] in the type of the hidden states; into the first n rows of ``out`` when it is given."""
+        """[n, d] -> [n, V], uncapped, in the type of the hidden states; into the first n rows of ``out`` when it is given."""
         if out is None:
             return torch.nn.functional.linear(hidden, self.weight, self.bias)
         out = out[: hidden.shape[0]]
@@ -34,14 +42,31 @@ class Head(NamedTuple):
         return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
 
-def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> Head:
-    """The first ``vocabulary`` rows of a head [rows, d], in the dtype of ``hidden``."""
-    bias = None if bias is None else bias[:vocabulary].to(hidden.dtype)
-    return Head(weight[:vocabulary].to(hidden.dtype), bias)
+def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, cap: float | None = None) -> Head:
+    """The first ``vocabulary`` rows of a head [rows, d], in the dtype of ``hidden``, without a gradient."""
+    bias = None if bias is None else bias[:vocabulary].detach().to(hidden.dtype)
+    return Head(weight[:vocabulary].detach().to(hidden.dtype), bias, cap)
 
 
-def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, chunk: int) -> None:
-    """ValueError, naming ``side``, for a head that fits neither its hidden states nor the common vocabulary."""
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap) in a tensor of its own, or the logits themselves without a cap."""
+    return logits if cap is None else (logits / cap).tanh_().mul_(cap)
+
+
+def check_head(
+    side: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocabulary: int,
+    chunk: int,
+    cap: float | None = None,
+) -> None:
+    """ValueError, naming ``side``, for a head that fits neither its hidden states nor the common vocabulary, or a bad cap."""
+    if cap is not None and not (math.isfinite(cap) and cap > 0):
+        raise ValueError(
+            f"{side}: logits are capped at a positive finite number, got {cap}; None leaves them as they are"
+        )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, got {chunk}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:

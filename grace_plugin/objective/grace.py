@@ -17,7 +17,7 @@ micro-batches and all ranks, so value and gradient do not depend on how the batc
     frozen = grace.finalize(torch.bfloat16)
 
 It refuses hidden states without a gradient (a decoder frozen as a whole), unknown families and labels outside the vocabulary.
-Cost beside the student: a teacher forward, the teacher's head once more for the gates; two host reads a step and some a batch.
+Cost beside the student: a teacher forward, the teacher's head once more for the gates; one tensor read back a step (`window`).
 """
 
 from __future__ import annotations
@@ -119,30 +119,30 @@ class GraceObjective:
         factor = dual.warm_up(self.steps, self.total_steps, asked.warmup_steps, asked.warmup_share)
         return asked.weight * factor if asked.enabled else 0.0
 
-    def window(self, batches: Sequence[Mapping[str, Any]]) -> int:
+    def window(self, batches: Sequence[Mapping[str, Any]], host: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
         """Open the next optimizer step: teacher states, gates and divisors of its micro-batches.
 
-        Every rank calls it once per step, with an empty list if it has no batch. Returns the supervised tokens of all ranks.
+        Every rank calls it once per step, with an empty list if it has no batch; returns the supervised tokens of all ranks.
+        `host`: the same batches in host memory, as collated; given, nothing is read back from the device.
 
         Raises:
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
         """
-        device = next(self.student.parameters()).device
+        device, pending = next(self.student.parameters()).device, []
         counts = torch.zeros(4, dtype=torch.float32, device=device)
-        pending = []
-        for batch in batches:
+        for batch, looked in zip(batches, batches if host is None else host, strict=True):
             item, seen = look(
-                batch, family=self.family, config=self.config, vocabulary=self.vocabulary, teacher=self.teacher,
+                batch, looked, family=self.family, config=self.config, vocabulary=self.vocabulary, teacher=self.teacher,
                 distill=self.distill, relational=self.relational, device=device,
             )  # fmt: skip
             pending.append(item)
             counts += seen
-            self.probe = choose_probe(self.probe, batch, item, self.family)
+            self.probe = choose_probe(self.probe, looked, item, self.family)
         all_reduce_sum(counts)
         self._window = Window(pending, counts, torch.zeros(6, dtype=torch.float32, device=device))
         gates = [item.gate for item in pending if item.gate is not None]
         self._gates = torch.cat(gates) if gates else None
-        return int(counts[0])
+        return counts[0]
 
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.
@@ -164,10 +164,12 @@ class GraceObjective:
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
             self._window, item, caught.final, head, self.teacher,
-            asked=self.distill, vocabulary=self.vocabulary, beta=self.beta,
+            asked=self.distill, vocabulary=self.vocabulary, beta=self.beta, softcap=self.family.softcap(self.config),
         )  # fmt: skip
         if self.relational.enabled:
             loss = loss + visual_term(self._window, item, caught.penultimate, omega=self.omega)
+        if not self._window.pending:
+            self._window.close()
         return loss * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
 
     def measure(self) -> StepRecord:
@@ -212,11 +214,9 @@ class GraceObjective:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the model's parameters; JSON-serialisable."""
         return {
-            "steps": self.steps,
-            "nonfinite_steps": self.nonfinite_steps,
-            "total_steps": self.total_steps,
+            "steps": self.steps, "nonfinite_steps": self.nonfinite_steps, "total_steps": self.total_steps,
             "controller": self.controller_state.to_dict(),
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`.

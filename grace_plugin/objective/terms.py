@@ -29,6 +29,7 @@ def head_term(
     asked: DistillRecipe,
     vocabulary: int,
     beta: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """sum CE / N + beta * sum g DKD / sum g of a micro-batch, in nats.
 
@@ -36,19 +37,22 @@ def head_term(
         final: the student's normed hidden states [B, S, d_s]; only supervised positions reach the head.
         head: the student's output embedding.
         teacher: None for cross-entropy alone.
+        softcap: of the student's logits.
     """
     counts, sums = window.opened()
     hidden = final.flatten(0, 1).index_select(0, item.positions)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    weight_t, bias_t, hidden_t = None, None, None
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    weight_t, bias_t, hidden_t, softcap_t = None, None, None, None
     if item.gate is not None and item.teacher is not None and teacher is not None:
-        (weight_t, bias_t), hidden_t = teacher.head(), item.teacher.final
+        (weight_t, bias_t), hidden_t, softcap_t = teacher.head(), item.teacher.final, teacher.softcap
     tiny = torch.finfo(torch.float32).tiny  # a window without a gate has no position either: the sum is an exact 0
     out = distillation_head(
         hidden, head.weight, getattr(head, "bias", None), hidden_t, weight_t, bias_t, item.targets, item.gate,
         vocabulary=vocabulary, ce_scale=1.0 / counts[0].clamp(min=1.0), kd_scale=beta / counts[1].clamp(min=tiny),
         temperature=asked.temperature, alpha=asked.alpha, beta_dkd=asked.beta, chunk=asked.chunk,
+        known=item.known, softcaps=(softcap, softcap_t),
     )  # fmt: skip
     sums[:4] += torch.stack([out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum])
     return out.loss

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.losses.head import teacher_gates
+from grace_plugin.losses.head import teacher_sums
 from grace_plugin.losses.relational import countable_images
+from grace_plugin.objective.host import Reading, moved
 from grace_plugin.recipe import DistillRecipe, RelationalRecipe
 from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
 from grace_plugin.vlm import Family, VisualTokens
@@ -66,6 +67,7 @@ class MicroBatch:
     visual: VisualTokens
     teacher: TeacherStates | None = None
     gate: Tensor | None = None  # [N]
+    known: Tensor | None = None  # [2, N], what the head need not sum again
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Window:
     pending: list[MicroBatch] = field(default_factory=list)
     counts: Tensor | None = None  # [4]: tokens, sum of gates, countable images, rows without an image
     sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
+    reading: Reading | None = None
 
     def opened(self) -> tuple[Tensor, Tensor]:
         """counts and sums.
@@ -86,15 +89,24 @@ class Window:
             raise RuntimeError("no window is open; call window() once per optimizer step, before loss()")
         return self.counts, self.sums
 
+    def close(self) -> None:
+        """The last forward pass has been queued: send the values to the host behind it, ahead of its backward pass.
+
+        Several ranks add theirs first, in `record`, where every rank takes part.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            self.reading = Reading(torch.cat([*reversed(self.opened())]))
+
     def record(self) -> StepRecord:
-        """Means over the window and all ranks; the one host synchronisation of a step, collective and unconditional.
+        """Means over the window and all ranks; collective and unconditional. The host waits for the values, not for the device.
 
         Raises:
             RuntimeError: no window was opened for this step.
         """
         counts, sums = self.opened()
         all_reduce_sum(sums)
-        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = torch.cat([sums, counts]).tolist()
+        reading = self.reading or Reading(torch.cat([sums, counts]))
+        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = reading.numbers()
         per_token, per_image = 1.0 / max(tokens, 1.0), 1.0 / max(images, 1.0)
         per_gate = 1.0 / gates if gates > 0 else 0.0
         return StepRecord(
@@ -148,6 +160,7 @@ def row_numbers(batch: Mapping[str, Any]) -> Tensor:
 
 def look(
     batch: Mapping[str, Any],
+    host: Mapping[str, Any],
     *,
     family: Family,
     config: Any,
@@ -159,36 +172,37 @@ def look(
 ) -> tuple[MicroBatch, Tensor]:
     """Find a micro-batch's supervised and visual positions, run the teacher on it, and count [4] for the divisors.
 
+    host: the same batch where it is looked at; in host memory, nothing is read back from the device.
+
     Raises:
         ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
     """
-    labels = labels_of(batch, family, config)
+    labels = labels_of(host, family, config)
     positions = supervised_positions(labels)
-    targets = labels.flatten()[positions + 1].to(device)
-    positions = positions.to(device)
+    targets = labels.flatten()[positions + 1]
     if targets.numel() and int(targets.max()) >= vocabulary:
         raise ValueError(
             f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
             "the data was tokenised with another tokenizer, or the row uses a token only one side knows"
         )
-    visual = family.visual_tokens(config, batch)
-    visual = VisualTokens(visual.index.to(device), visual.sizes)
-    item = MicroBatch(positions, targets, visual)
+    seen = family.visual_tokens(config, host)
+    row = row_numbers(host)
+    pictured = torch.zeros(row.shape, device=row.device).index_fill_(0, row[seen.index], 1.0)  # by row; rows are fewer
+    bare = (row[-1] + 1 - pictured.sum()).to(torch.float32)
+    visual = VisualTokens(moved(seen.index, device), seen.sizes)
+    item = MicroBatch(moved(positions, device), moved(targets, device), visual)
     counts = torch.zeros(4, dtype=torch.float32, device=device)
-    counts[0] = positions.numel()
-    row = row_numbers(batch).to(device)
-    pictured = torch.zeros(row.shape, device=device).index_fill_(
-        0, row[item.visual.index], 1.0
-    )  # by row; there are fewer rows
-    counts[3] = row[-1] + 1 - pictured.sum()
+    counts[0].fill_(positions.numel())  # assigned, a number would be copied from the host
+    counts[3] = moved(bare, device)
     if teacher is not None:
-        item.teacher = teacher.states(batch, positions, visual)
+        item.teacher = teacher.states(batch, item.positions, visual)
         if distill.enabled:
             weight, bias = teacher.head()
             final, sharpness = item.teacher.final, distill.gate_sharpness
-            item.gate, _ = teacher_gates(
-                final, weight, bias, vocabulary=vocabulary, sharpness=sharpness, chunk=distill.chunk
-            )
+            item.gate, _, item.known = teacher_sums(
+                final, weight, bias, item.targets, vocabulary=vocabulary, sharpness=sharpness,
+                temperature=distill.temperature, chunk=distill.chunk, softcap=teacher.softcap,
+            )  # fmt: skip
             counts[1] = item.gate.sum()
         if relational.enabled:
             counts[2] = countable_images(item.teacher.visual, visual.sizes).sum()

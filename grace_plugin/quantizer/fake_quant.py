@@ -31,10 +31,11 @@ from torch.autograd.function import once_differentiable
 from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import WeightCache
 from grace_plugin.quantizer.scales import (
+    check_fit,
     check_format,
+    check_shapes,
     code_range,
     compute_dtype,
-    group_count,
     holds,
     row_blocks,
     stored_scale,
@@ -44,15 +45,6 @@ from grace_plugin.quantizer.scales import (
 def _unrounded(weight: Tensor, scale: Tensor) -> Tensor:
     """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
     return weight.to(compute_dtype(weight)).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
-
-
-def _check_shapes(weight: Tensor, scale: Tensor) -> None:
-    fits = weight.ndim == 2 and scale.ndim == 2 and weight.shape[0] == scale.shape[0] and scale.shape[1] > 0
-    if not fits or weight.shape[1] % scale.shape[1]:
-        raise ValueError(
-            f"scales {tuple(scale.shape)} do not fit a weight {tuple(weight.shape)}; "
-            "give one row of scales per output row and a number of groups that divides the input width"
-        )
 
 
 @torch.no_grad()
@@ -69,7 +61,7 @@ def codes(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: tor
         ValueError: a format that cannot be saved, or scales that do not fit.
     """
     check_format(num_bits, stored_dtype)
-    _check_shapes(weight, log_scale)
+    check_shapes(weight, log_scale)
     smallest, largest = code_range(num_bits)
     scale = stored_scale(log_scale, stored_dtype)
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -89,7 +81,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ValueError: scales that do not fit.
     """
-    _check_shapes(codes, scale)
+    check_shapes(codes, scale)
     return (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
 
 
@@ -105,7 +97,7 @@ def clipped(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: t
     return count
 
 
-def _backward(
+def gradients(
     weight: Tensor, scale: Tensor, grad_out: Tensor, num_bits: int, needs: tuple[bool, bool], into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and log_scale, each where it is needed; the weight's may be written over ``grad_out``."""
@@ -141,7 +133,7 @@ def _backward_in_torch(
             grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
 
 
-def _quantized(
+def quantized(
     weight: Tensor, log_scale: Tensor, num_bits: int, stored_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups]."""
@@ -165,7 +157,7 @@ class _FakeQuantize(torch.autograd.Function):
         defer: bool,
     ) -> Tensor:
         def compute() -> tuple[Tensor, Tensor]:
-            return _quantized(weight, log_scale, num_bits, stored_dtype, out_dtype)
+            return quantized(weight, log_scale, num_bits, stored_dtype, out_dtype)
 
         value, scale = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute)
         ctx.save_for_backward(weight, log_scale, scale)
@@ -178,7 +170,7 @@ class _FakeQuantize(torch.autograd.Function):
         weight, log_scale, scale = ctx.saved_tensors
         if ctx.defer:
             return grad_out.to(weight.dtype), torch.zeros_like(log_scale), None, None, None, None, None
-        grads = _backward(weight, scale, grad_out, ctx.num_bits, ctx.needs_input_grad[:2])
+        grads = gradients(weight, scale, grad_out, ctx.num_bits, ctx.needs_input_grad[:2])
         return (*grads, None, None, None, None, None)
 
 
@@ -191,7 +183,7 @@ def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: to
     grad = weight.grad
     assert grad is not None
     scale = stored_scale(log_scale, stored_dtype)
-    _, grad_log_scale = _backward(weight, scale, grad, num_bits, (True, True), into=grad)
+    _, grad_log_scale = gradients(weight, scale, grad, num_bits, (True, True), into=grad)
     assert grad_log_scale is not None
     log_scale.grad = grad_log_scale.to(log_scale.dtype)
 
@@ -232,12 +224,7 @@ def fake_quantize(
     Raises:
         ValueError: a format that cannot be saved, scales that do not fit, or a compute dtype that would round w^.
     """
-    check_format(num_bits, stored_dtype)
-    _check_shapes(weight, log_scale)
-    if log_scale.shape[1] != group_count(weight.shape[1], group_size):
-        raise ValueError(
-            f"{log_scale.shape[1]} scales per row for groups of {group_size} in a width of {weight.shape[1]}"
-        )
+    check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
     out_dtype = forward_dtype(weight)
     if not holds(out_dtype, stored_dtype):
         raise ValueError(

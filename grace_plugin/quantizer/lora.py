@@ -12,12 +12,13 @@ uniform within 1 / sqrt(in), B at zero: the first forward pass is that of W alon
 What it refuses. A compute dtype that would round what is shipped.
 
 What it costs. Nothing of the weight's size is kept for backward but the weight itself: the sum is formed again, 16 MiB at a
-time. One quantization more in the backward pass.
+time, on a GPU a layer at a time. One quantization more in the backward pass.
 
 Legend: weight [out, in]; lora_a [rank, in] and lora_b [out, rank], float32; theta [out, groups].
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.fake_quant import fake_quantize, forward_dtype
-from grace_plugin.quantizer.scales import compute_dtype, holds, row_blocks, stored_scale
+from grace_plugin.quantizer.fake_quant import forward_dtype, gradients, quantized
+from grace_plugin.quantizer.scales import check_fit, compute_dtype, holds, row_blocks, stored_scale
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 """Names of the two factors on a layer."""
+
+LARGEST_WHOLE = 1 << 26
+"""Weights of a layer that is summed in one piece on a GPU: 256 MiB of float32."""
 
 
 def start_lora(linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
@@ -59,6 +63,14 @@ def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tens
         return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scaling)
 
 
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows that are worked on at one time: all of a layer on a GPU, where each block costs ten launches."""
+    if weight.is_cuda and weight.numel() <= LARGEST_WHOLE:
+        yield slice(None)
+    else:
+        yield from row_blocks(*weight.shape)
+
+
 @torch.no_grad()
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scaling: float) -> Tensor:
     """W + scaling * B A [out, in] in float32 (float64 for a float64 weight), bit for bit what the forward pass quantizes."""
@@ -84,10 +96,9 @@ class _FakeQuantizeMerged(torch.autograd.Function):
 
         def compute() -> tuple[Tensor, Tensor]:
             value = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-            with _no_autocast(weight.device.type):
-                for rows in row_blocks(*weight.shape):
-                    total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
-                    value[rows] = fake_quantize(total, log_scale[rows], **how).to(out_dtype)
+            for rows in _blocks(weight):
+                total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
+                value[rows], _ = quantized(total, log_scale[rows], how["num_bits"], how["stored_dtype"], out_dtype)
             return value, stored_scale(log_scale, how["stored_dtype"])
 
         ctx.save_for_backward(weight, lora_a, lora_b, log_scale)
@@ -105,12 +116,12 @@ class _FakeQuantizeMerged(torch.autograd.Function):
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b)
         grad_log_scale = torch.empty_like(log_scale)
         with _no_autocast(weight.device.type):
-            for rows in row_blocks(*weight.shape):
-                total = _sum(weight[rows], lora_a, lora_b[rows], scaling).requires_grad_()
-                theta = log_scale[rows].detach().requires_grad_()
-                with torch.enable_grad():
-                    value = fake_quantize(total, theta, **how)
-                grad, grad_log_scale[rows] = torch.autograd.grad(value, (total, theta), grad_out[rows].to(value.dtype))
+            for rows in _blocks(weight):
+                total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
+                scale = stored_scale(log_scale[rows], how["stored_dtype"])
+                grad, of_scale = gradients(total, scale, grad_out[rows].to(dtype), how["num_bits"], (True, True))
+                assert grad is not None and of_scale is not None
+                grad_log_scale[rows] = of_scale
                 grad_b[rows] = (scaling * (grad @ lora_a.to(dtype).T)).to(grad_b.dtype)
                 grad_a.addmm_(lora_b[rows].to(dtype).T, grad, alpha=scaling)
                 if grad_weight is not None:
@@ -145,6 +156,7 @@ def fake_quantize_merged(
     Raises:
         ValueError: as :func:`fake_quantize`.
     """
+    check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
     if not holds(forward_dtype(weight), stored_dtype):
         raise ValueError(
             f"the layer computes in {forward_dtype(weight)}, which cannot hold weights stored as {stored_dtype}: training "

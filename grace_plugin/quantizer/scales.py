@@ -193,3 +193,25 @@ def start_scales(
     alive = found > -torch.inf
     mean = torch.where(alive, found, 0.0).sum() / alive.sum().clamp(min=1)
     return torch.where(alive, found, mean)
+
+
+def check_shapes(weight: Tensor, scale: Tensor) -> None:
+    """ValueError for scales that are not one row per output row, or whose number does not divide the width."""
+    fits = weight.ndim == 2 and scale.ndim == 2 and weight.shape[0] == scale.shape[0] and scale.shape[1] > 0
+    if not fits or weight.shape[1] % scale.shape[1]:
+        raise ValueError(
+            f"scales {tuple(scale.shape)} do not fit a weight {tuple(weight.shape)}; "
+            "give one row of scales per output row and a number of groups that divides the input width"
+        )
+
+
+def check_fit(
+    weight: Tensor, log_scale: Tensor, group_size: int | None, num_bits: int, stored_dtype: torch.dtype
+) -> None:
+    """ValueError for a format that cannot be saved, or scales that do not fit the weight."""
+    check_format(num_bits, stored_dtype)
+    check_shapes(weight, log_scale)
+    if log_scale.shape[1] != group_count(weight.shape[1], group_size):
+        raise ValueError(
+            f"{log_scale.shape[1]} scales per row for groups of {group_size} in a width of {weight.shape[1]}"
+        )

@@ -8,6 +8,7 @@ resumed run continues with the same bits.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.data_loader import DataLoaderShard
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
+from grace_plugin.objective.host import Reading, moved
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
@@ -82,10 +85,12 @@ class GraceTrainer(Trainer):
     # ---- data and loss ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """The given loader prepared for the device, or Trainer's own."""
-        if self.train_loader is None:
-            return super().get_train_dataloader()
-        return self.accelerator.prepare(self.train_loader)
+        """The given loader or Trainer's own; its batches stay in host memory, where the objective looks at them."""
+        own = self.train_loader is None
+        loader = super().get_train_dataloader() if own else self.accelerator.prepare(self.train_loader)
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.row_sampler is None else self.row_sampler
@@ -99,13 +104,15 @@ class GraceTrainer(Trainer):
         ends inside a window gets empty places for the rest, so that the short window has its own step; left alone, its
         gradients would join the next epoch's first window.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:  # the stream has ended, and the epoch with it
+        host = list(itertools.islice(epoch_iterator, num_batches))
+        if not host:  # the stream has ended, and the epoch with it
             self.control.should_epoch_stop = True
             return [], None
-        batches = [self._prepare_inputs(batch) for batch in batches]
-        tokens = self.objective.window(batches)
-        return batches + [{}] * (num_batches - len(batches)), torch.tensor(tokens, device=device)
+        place = self.args.device
+        queued = [{k: moved(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in host]
+        batches = [self._prepare_inputs(batch) for batch in queued]
+        tokens = self.objective.window(batches, host)
+        return batches + [{}] * (num_batches - len(batches)), tokens
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's forward and backward pass; nothing for an empty place of a short window."""
@@ -161,7 +168,7 @@ class GraceTrainer(Trainer):
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
-        self.grad_norm_finite = all(bool(torch.isfinite(norm)) for norm in norms)
+        self.grad_norm_finite = all(map(math.isfinite, Reading(torch.stack(norms)).numbers()))
         return norms[0]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

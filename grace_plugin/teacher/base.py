@@ -56,6 +56,11 @@ class Teacher(ABC):
         """The family of the teacher's model."""
         return family_of(self)
 
+    @property
+    def softcap(self) -> float | None:
+        """c where the teacher's logits are c * tanh(logits / c); None where they are the head's product."""
+        return self.family.softcap(self.config)
+
     @abstractmethod
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V_t, d_t] and bias [V_t] of the output head, without a gradient."""

@@ -90,6 +90,14 @@ class Family(ABC):
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         """The config values that decide how many visual tokens an image becomes; equal for a teacher and its student."""
 
+    def softcap(self, config: Any) -> float | None:
+        """c where the model is served with logits c * tanh(logits / c); None where they are the head's product.
+
+        vLLM follows the decoder's config; transformers' `Gemma3ForConditionalGeneration` leaves the cap out of its own logits.
+        """
+        cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        return cap
+
     def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder: a module with `layers` (nn.ModuleList) and `norm`."""
         return model.get_submodule(self.decoder)

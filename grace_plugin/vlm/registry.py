@@ -25,8 +25,7 @@ def family_of(model: Any) -> Family:
     """The family of a model, or of anything with a model's `config`.
 
     Raises:
-        ValueError: the model's `model_type` is unknown (the message names it and the file to add), or its output head does
-            more than multiply, which the losses would not see.
+        ValueError: the model's `model_type` is unknown; the message names it and the file to add.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -34,12 +33,6 @@ def family_of(model: Any) -> Family:
         raise ValueError(
             f"model family '{model_type}' ({type(model).__name__}) is not known to grace_plugin; known: {sorted(FAMILIES)}. "
             f"Add grace_plugin/vlm/{model_type}.py with a subclass of Family, or call register_family with your own"
-        )
-    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-    if cap is not None:
-        raise ValueError(
-            f"{type(model).__name__} caps its logits (final_logit_softcapping={cap}); the losses are taken on uncapped "
-            "logits and would train another model than the one served. Choose a model without it"
         )
     return FAMILIES[model_type]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import (
+    chunks,
     confidence_gate,
     countable_images,
     distillation_head,
@@ -12,6 +13,7 @@ from grace_plugin.losses import (
     relational_triton,
     teacher_gates,
 )
+from grace_plugin.losses.head import teacher_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH_S, WIDTH_T = 24, 40
@@ -76,6 +78,29 @@ def test_head_and_gates_equal_float64(vocabulary, temperature, scale, bias):
         assert not grad[vocabulary:].any() or name == "hidden_s"
 
 
+@pytest.mark.parametrize("caps", [(None, None), (1.5, 0.7), (2.0, None), (None, 3.0)])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(37, 2.0), (chunks.SLICE + 2100, 3.0)])
+def test_capped_logits_and_teachers_by_slices_equal_float64(vocabulary, temperature, known, caps):
+    sides, targets = draw(3, vocabulary, 4.0)
+    teacher = [sides[f"{name}_t"] for name in ("hidden", "weight", "bias")]
+    how = {"vocabulary": vocabulary, "temperature": temperature, "softcap": caps[1]}
+    gate, _, sums = teacher_sums(*teacher, targets, **how)
+    exact = {k: v if v is None else v.double() for k, v in sides.items()}
+    gate64, _, none = teacher_sums(*(v if v is None else v.double() for v in teacher), targets, **how)
+    assert none is None
+    assert (gate - gate64).abs().max() < 3e-6
+    options = {"ce_scale": 0.3, "kd_scale": 0.7, "temperature": temperature, "softcaps": caps, "chunk": 2}
+    found, grads = losses(sides, targets, gate, vocabulary, known=sums if known else None, **options)
+    want, grads64 = losses(exact, targets, gate64, vocabulary, **options)
+    for part in ("loss", "ce_sum", "gated_dkd_sum", "gated_tckd_sum", "gated_nckd_sum"):
+        torch.testing.assert_close(  # the teacher's mass is rounded once more: 4.4e-6
+            getattr(found, part).double(), getattr(want, part), rtol=6e-6 if known else 4e-6, atol=4e-6
+        )
+    for name, grad in grads.items():
+        assert relative(grad, grads64[name]) < 4e-6, name
+
+
 def test_cross_entropy_alone_needs_no_teacher():
     sides, targets = draw(5, 300)
     alone = sides | {"hidden_t": None, "weight_t": None, "bias_t": None}
@@ -102,7 +127,7 @@ def test_logits_cut_with_minus_infinity_carry_no_mass():
     _, entropy = confidence_gate(logits.double())
     from grace_plugin.losses.entropy_triton import entropies
 
-    found, ids = entropies(logits)
+    found, ids, _ = entropies(logits)
     assert (found - entropy).abs().max() < 2e-6
     assert ids.tolist() == [5000 - 4183] * 3
 

@@ -63,18 +63,20 @@ def head(
     alpha,
     beta,
     sharpness,
+    caps=(None, None),
 ):
     """The whole loss of ``distillation_head`` with gates of ``teacher_gates``, and its parts, from nested lists."""
 
-    def logits(hidden, weight, bias):
-        return [
+    def logits(hidden, weight, bias, cap):
+        found = [
             math.fsum(h * w for h, w in zip(hidden, row, strict=True)) + (bias[i] if bias else 0.0)
             for i, row in enumerate(weight[:vocabulary])
         ]
+        return found if cap is None else [cap * math.tanh(logit / cap) for logit in found]
 
     ce = dkd = tckd_sum = nckd_sum = gates = 0.0
     for h_s, h_t, y in zip(hidden_s, hidden_t, targets, strict=True):
-        z_s, z_t = logits(h_s, weight_s, bias_s), logits(h_t, weight_t, bias_t)
+        z_s, z_t = logits(h_s, weight_s, bias_s, caps[0]), logits(h_t, weight_t, bias_t, caps[1])
         tckd, nckd = decoupled(z_s, z_t, y, temperature)
         g = gate(z_t, sharpness)
         ce += cross_entropy(z_s, y)

@@ -277,11 +277,11 @@ def test_every_value_of_the_geometry_is_compared(built: Built, name: str) -> Non
         assert f"{key}: {value!r} / 'another'" in str(caught.value)
 
 
-def test_a_head_that_caps_its_logits_is_refused() -> None:
+def test_the_cap_of_a_heads_logits_is_read_from_the_decoders_config() -> None:
     model, _ = build("gemma3")
+    assert family_of(model).softcap(model.config) is None
     model.config.text_config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"caps its logits \(final_logit_softcapping=30\.0\)"):
-        family_of(model)
+    assert family_of(model).softcap(model.config) == 30.0
 
 
 @pytest.mark.parametrize("most", [1, 2, 9])

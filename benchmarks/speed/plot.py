@@ -1,0 +1,69 @@
+"""The speed results as one picture: `python -m benchmarks.speed.plot` lays results/speed/h200*.json out as speed.svg."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["picture"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "speed"
+WIDTH, LEFT, LINE = 900, 420, 22
+Bar = tuple[str, float, float]  # what, milliseconds, milliseconds of its floor
+
+
+def _bars(found: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
+    """Titles and bars of every room that is there."""
+    groups: list[tuple[str, list[Bar]]] = []
+    if "head" in found:
+        title = found["head"]["title"]
+        floor = title["products_ms"]
+        rows = [("ours", "ours_ms"), ("ours, float32 sum", "ours_float32_sum_ms"), ("torch", "torch_ms")]
+        groups.append(("heads and losses; floor: the four products", [(n, title[k], floor) for n, k in rows]))
+        scaled = [(" ".join(f"{k} {v}" for k, v in row["sizes"].items()), row) for row in found["head"]["scaling"]]
+        groups.append(("the same at other sizes", [(n, r["ours_ms"], r["products_ms"]) for n, r in scaled]))
+    if "linear" in found:
+        of = [("x".join(map(str, r["shape"])) + " " + r["weight"].removeprefix("torch."), r) for r in found["linear"]]
+        bars = [(n, r["ours"]["of_16_ms"], r["plain"]["of_16_ms"]) for n, r in of]
+        groups.append(("linear, one of 16 micro-batches; floor: the plain layer", bars))
+    if "step" in found:
+        step = found["step"]
+        groups.append(("step, teacher in memory; floor: plain step and teacher", [
+            ("GRACE", step["grace_ms"], step["plain_ms"] + step["teacher_ms"])]))  # fmt: skip
+        groups.append(("step, cached teacher; floor: plain step", [("GRACE", step["cached_ms"], step["plain_ms"])]))
+    return groups
+
+
+def picture(found: dict[str, Any]) -> str:
+    """SVG text: a bar for each time, the part its floor takes in a darker colour, the ratio beside it."""
+    lines: list[str] = []
+    y = LINE
+    for title, bars in _bars(found):
+        lines.append(f'<text x="10" y="{y}" font-weight="bold">{title}</text>')
+        longest = max(ms for _, ms, _ in bars)
+        for name, ms, floor in bars:
+            y += LINE
+            scale = (WIDTH - LEFT - 170) / longest
+            lines.append(f'<text x="20" y="{y}">{name}</text>')
+            for value, colour in ((ms, "#9ecae1"), (min(floor, ms), "#3182bd")):
+                lines.append(f'<rect x="{LEFT}" y="{y - 13}" width="{value * scale:.1f}" height="16" fill="{colour}"/>')
+            at = LEFT + ms * scale + 6
+            lines.append(f'<text x="{at:.1f}" y="{y}">{ms:.2f} ms, {ms / floor:.2f} of floor</text>')
+        y += 2 * LINE
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" font-family="sans-serif" font-size="13">'
+    )
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>\n"])
+
+
+def main() -> None:
+    """Lay the newest run of each room over the older ones, and draw."""
+    found: dict[str, Any] = {}
+    for name in ("h200", "h200_head", "h200_step_host"):
+        found |= json.loads((RESULTS / f"{name}.json").read_text())
+    (RESULTS / "speed.svg").write_text(picture(found))
+
+
+if __name__ == "__main__":
+    main()

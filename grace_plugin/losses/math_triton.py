@@ -1,0 +1,61 @@
+"""Functions of one number that the kernels of this room share, in float32, and a multiplication in place."""
+
+from importlib.util import find_spec
+
+from torch import Tensor
+
+__all__ = ["scale_in_place", "triton"]
+
+if find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+else:  # torch for CPUs comes without
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _log1p(x):  # type: ignore[no-untyped-def]
+        """log(1 + x) for x in [0, 1], to float32 rounding also where 1 + x == 1."""
+        above = 1.0 + x
+        return tl.where(above == 1.0, x, tl.log(above) * (x / tl.where(above == 1.0, 1.0, above - 1.0)))
+
+    @triton.jit
+    def _logsigmoid(x):  # type: ignore[no-untyped-def]
+        return tl.minimum(x, 0.0) - _log1p(tl.exp(-tl.abs(x)))
+
+    @triton.jit
+    def coin_gap(odds_p, odds_q):  # type: ignore[no-untyped-def]
+        """p (log p - log q) of the event with log-odds odds_p and odds_q; 0 where p is 0."""
+        p = tl.sigmoid(odds_p)
+        return tl.where(p > 0.0, p * (_logsigmoid(odds_p) - _logsigmoid(odds_q)), 0.0)
+
+    @triton.jit
+    def finite_or_zero(top):  # type: ignore[no-untyped-def]
+        """What exponents are taken from: 0 where nothing but -inf was seen, whose difference would be NaN."""
+        return tl.where(top > float("-inf"), top, 0.0)
+
+    @triton.jit
+    def capped(z, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """cap * tanh(z / cap), or z as it is."""
+        return cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0) if CAPPED else z
+
+    @triton.jit
+    def load_logits(place, inside, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Logits in float32, capped; -inf outside the row."""
+        z = capped(tl.load(place, mask=inside, other=0.0).to(tl.float32), cap, CAPPED)
+        return tl.where(inside, z, float("-inf"))
+
+    @triton.jit
+    def _scale(numbers, factor, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        by = tl.load(factor)
+        if by != 1.0:
+            place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = place < count
+            tl.store(numbers + place, tl.load(numbers + place, mask=inside).to(tl.float32) * by, mask=inside)
+
+
+def scale_in_place(numbers: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor by a 0-dimensional one; a factor of 1, the usual one, costs no traffic and no sync."""
+    if numbers.numel():
+        _scale[(triton.cdiv(numbers.numel(), 8192),)](numbers, factor, numbers.numel(), BLOCK=8192, num_warps=8)

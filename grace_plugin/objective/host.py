@@ -1,0 +1,38 @@
+"""What passes between host and device without a stop: batches looked at on the host, values read back through pinned memory.
+
+A copy from pageable memory waits until it is done, and so does `.item()`. Copies here go through pinned memory and are queued;
+`Reading.numbers` waits for one event alone, the device's work that was queued before it, and not for what was queued since.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reading", "moved"]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; from the host to a GPU through pinned memory, queued."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+class Reading:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._arrived = tensor.detach(), None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> list[float]:
+        """Its numbers, once the device has come to them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[float] = self._host.tolist()
+        return found

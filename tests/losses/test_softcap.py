@@ -1,0 +1,47 @@
+"""Heads whose logits are capped, c * tanh(logits / c): value against plain floats, gradients by gradcheck."""
+
+import pytest
+import torch
+
+from grace_plugin.losses import distillation_head, teacher_gates
+from tests.losses.sides import NAMES, draw
+from tests.reference import distill as oracle
+
+CAPS = [(1.5, 0.8), (2.0, None), (None, 0.5)]
+
+
+def loss(sides, targets, caps, **options):
+    teacher = [sides[name] for name in NAMES[3:]]
+    gate, _ = teacher_gates(*teacher, vocabulary=9, softcap=caps[1])
+    return distillation_head(
+        *(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_scale=0.3, kd_scale=0.7, chunk=3,
+        softcaps=caps, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("caps", CAPS)
+def test_value_and_parts_equal_plain_floats(caps):
+    sides, targets = draw()
+    found = loss(sides, targets, caps)
+    lists = {name: side.detach().tolist() for name, side in sides.items()}
+    want = oracle.head(*(lists[name] for name in NAMES), targets.tolist(), 9, 0.3, 0.7, 2.0, 1.0, 4.0, 1.0, caps=caps)
+    for name, value in want.items():
+        assert getattr(found, name).item() == pytest.approx(value, rel=1e-12), name
+    assert found.loss.item() != pytest.approx(loss(sides, targets, (None, None)).loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("caps", CAPS)
+def test_gradients_of_capped_logits(caps):
+    sides, targets = draw(n=4)
+
+    def value(*student):
+        return loss(dict(zip(NAMES, [*student, *(sides[n] for n in NAMES[3:])], strict=True)), targets, caps).loss
+
+    assert torch.autograd.gradcheck(value, [sides[name] for name in NAMES[:3]])
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, float("inf")])
+def test_a_cap_that_is_none(cap):
+    sides, targets = draw()
+    with pytest.raises(ValueError, match=r"student: logits are capped at a positive finite number"):
+        loss(sides, targets, (cap, None))
