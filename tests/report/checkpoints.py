@@ -16,7 +16,7 @@ from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.upstream import QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["damaged", "rounded", "stored"]
+__all__ = ["change", "damaged", "rounded", "stored_name"]
 
 
 def rounded(student: Path, folder: Path) -> Path:
@@ -33,19 +33,24 @@ def rounded(student: Path, folder: Path) -> Path:
     return folder
 
 
-def stored(folder: Path, ending: str) -> str:
+def stored_name(folder: Path, ending: str) -> str:
     """The one tensor of a checkpoint whose name ends so."""
-    (name,) = [name for name in load_file(folder / "model.safetensors") if name.endswith(ending)]
+    (name,) = [n for n in load_file(folder / "model.safetensors") if n.endswith(ending)]
     return name
 
 
-def damaged(source: Path, folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> Path:
-    """A copy of a checkpoint with one tensor edited in place."""
-    shutil.copytree(source, folder)
+def change(folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> None:
+    """Edit one tensor of a checkpoint in place."""
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)
-    edit(tensors[stored(folder, ending)])
+    edit(tensors[stored_name(folder, ending)])
     save_file(tensors, path, metadata)
+
+
+def damaged(source: Path, folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> Path:
+    """A copy of a checkpoint with one tensor edited."""
+    shutil.copytree(source, folder)
+    change(folder, ending, edit)
     return folder

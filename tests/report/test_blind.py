@@ -50,28 +50,31 @@ def test_a_turn_that_was_only_a_picture_is_refused_and_the_others_stand(llava: P
     assert "a user turn is empty" in said["first_refusal"]
 
 
-def test_a_template_that_writes_an_image_whatever_is_there_is_refused(llava: Pair) -> None:
-    processor = AutoProcessor.from_pretrained(llava.student)
-    processor.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'user' %}<image>{% endif %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    model, _ = build("llava")
-    with pytest.raises(RowError, match=r"family 'llava' writes 1 image token\(s\) also without an image"):
-        blind_row(rows(1)[0], 0, ConversationCollator(processor), family_of(model), model.config)
+ALWAYS_AN_IMAGE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'user' %}<image>{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ANOTHER_ANSWER = (
+    "{% set ns = namespace(seen='no') %}{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{% set ns.seen = 'yes' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ ns.seen }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
-def test_a_template_that_changes_the_answer_is_refused(llava: Pair) -> None:
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (ALWAYS_AN_IMAGE, r"family 'llava' writes 1 image token\(s\) also without an image"),
+        (ANOTHER_ANSWER, "without its pictures the chat template renders other answers"),
+    ],
+)
+def test_a_template_that_needs_the_picture_is_refused(llava: Pair, template: str, sentence: str) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
-    processor.chat_template = (
-        "{% set ns = namespace(seen='no') %}{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}{% set ns.seen = 'yes' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-        "{% if m['role'] == 'assistant' %}{{ ns.seen }}{% endif %}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    processor.chat_template = template
     model, _ = build("llava")
-    with pytest.raises(RowError, match="without its pictures the chat template renders other answers"):
+    with pytest.raises(RowError, match=sentence):
         blind_row(rows(1)[0], 0, ConversationCollator(processor), family_of(model), model.config)
 
 

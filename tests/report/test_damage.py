@@ -16,7 +16,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.report import damage
 from tests.conftest import Finished
 from tests.pairs import Pair, mixed_rows
-from tests.report.checkpoints import damaged, rounded, stored
+from tests.report.checkpoints import damaged, rounded, stored_name
 from tests.tiny import rows
 
 LAYER = "layers.1.self_attn.v_proj"
@@ -62,8 +62,8 @@ def divergence(a: Any, b: Any, batch: dict[str, Tensor]) -> tuple[list[float], l
 def unpacked(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
     """Codes and dense weight of a packed layer, from the file's bytes."""
     tensors = load_file(folder / "model.safetensors")
-    packed = tensors[stored(folder, f"{layer}.weight_packed")].numpy().view("uint32")
-    scale = tensors[stored(folder, f"{layer}.weight_scale")].double()
+    packed = tensors[stored_name(folder, f"{layer}.weight_packed")].numpy().view("uint32")
+    scale = tensors[stored_name(folder, f"{layer}.weight_scale")].double()
     codes = torch.tensor(
         [[(int(word) >> shift & 15) - 8 for word in row for shift in range(0, 32, 4)] for row in packed]
     )
