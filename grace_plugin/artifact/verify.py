@@ -13,6 +13,7 @@ reported and does not decide, because kernels differ between machines.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,19 @@ def load(folder: Path) -> Any:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 
-def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Codes (int8 [out, in]) and scales [out, groups] of every layer loaded in packed form, by module name."""
-    layers = {}
+def each_packed_layer(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, codes (int8 [out, in]) and scales [out, groups] of every layer loaded in packed form, one after the other."""
     for name, module in model.named_modules():
         if getattr(module, "weight_packed", None) is None:
             continue
         bits = module.quantization_scheme.weights.num_bits
         shape = torch.Size(module.weight_shape.tolist())
-        codes = unpack_from_int32(module.weight_packed, bits, shape)
-        layers[name] = (codes.clone(), module.weight_scale.detach().clone())
-    return layers
+        yield name, unpack_from_int32(module.weight_packed, bits, shape), module.weight_scale.detach()
+
+
+def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Copies of codes and scales of every layer loaded in packed form, by module name."""
+    return {name: (codes.clone(), scales.clone()) for name, codes, scales in each_packed_layer(model)}
 
 
 def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]], source: Path) -> dict[str, Any]:

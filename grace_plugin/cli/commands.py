@@ -87,6 +87,12 @@ def _verify(args: Namespace) -> None:
     _show(grace_plugin.verify(args.checkpoint, source=args.source))
 
 
+def _report(args: Namespace) -> None:
+    from grace_plugin.cli.report import report
+
+    report(args)
+
+
 def _demo(args: Namespace) -> None:
     from grace_plugin.demo.run import demo
 
@@ -106,6 +112,6 @@ def _teacher_cache(args: Namespace) -> None:
 
 
 COMMANDS = {
-    "train": _train, "oneshot": _oneshot, "verify": _verify, "demo": _demo, "data check": _data_check,
-    "teacher cache": _teacher_cache,
+    "train": _train, "oneshot": _oneshot, "verify": _verify, "report": _report, "demo": _demo,
+    "data check": _data_check, "teacher cache": _teacher_cache,
 }  # fmt: skip

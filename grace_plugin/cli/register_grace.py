@@ -94,6 +94,21 @@ def _verify(parser: ArgumentParser) -> None:
     parser.add_argument("--source", help="folder of the BF16 student, to compare tokenizer and processor files")
 
 
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="output_dir of a training, finished or running, for its curves")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="instead: where checkpoint B (INT4) differs from A (BF16); folders or hub ids")  # fmt: skip
+    parser.add_argument("--dataset", help=f"rows to compare on: {DATASET}")
+    parser.add_argument("--images", help=IMAGES)
+    parser.add_argument("--output_dir", default="report", help="where page.html and report.json go (default report)")
+    parser.add_argument("--limit", type=int, default=512, help="rows used, drawn by the seed; 0 for all (default 512)")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows run at a time (default 8)")
+    parser.add_argument("--worst", type=int, default=12, help="rows shown with their pictures (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the rows (default 0)")
+    parser.add_argument("--device", help="where the models run (default: cuda if there is one, else cpu)")
+
+
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="build/demo", help="where everything goes (default build/demo)")
     parser.add_argument(
@@ -107,6 +122,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("train", "train a student to INT4 with GRACE and write a verified checkpoint", _train),
     ("oneshot", "the same objective over a calibration set, through llm-compressor's oneshot", _oneshot),
     ("verify", "prove that a checkpoint is bit for bit what was trained", _verify),
+    ("report", "where an INT4 checkpoint differs from its BF16 one, or how a training went, as one page", _report),
     ("demo", "train, verify, serve and score the bundled pair", _demo),
 )
 

@@ -16,12 +16,12 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.conversation import read_row
+from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import REASONS
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.prepare import Prepared, spread
 
-__all__ = ["write_page"]
+__all__ = ["row_pictures", "write_page"]
 
 _SIDE = 256
 _BARS = 40
@@ -34,6 +34,15 @@ def _picture(image: Image.Image, alt: str) -> dict[str, str]:
     out = io.BytesIO()
     small.save(out, "JPEG", quality=80)
     return {"src": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", "alt": alt}
+
+
+def row_pictures(row: Row) -> list[dict[str, str]]:
+    """The images of a row and some frames of its videos, small, as `src` (a data URI) and `alt`."""
+    pictures = [_picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(row.images)]
+    for n, video in enumerate(row.videos):
+        for place in np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames))).astype(int).tolist():
+            pictures.append(_picture(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
+    return pictures
 
 
 def _chart(title: str, values: list[int]) -> dict[str, Any]:
@@ -53,15 +62,11 @@ def _chart(title: str, values: list[int]) -> dict[str, Any]:
 
 def _sample(prepared: Prepared, number: int, collator: ConversationCollator) -> dict[str, Any]:
     row = read_row(prepared.rows[number], number, max_pixels=collator.max_pixels)
-    pictures = [_picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(row.images)]
-    for n, video in enumerate(row.videos):
-        for place in np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames))).astype(int).tolist():
-            pictures.append(_picture(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
     names = list(prepared.report["sets"])
     owner = prepared.rows.set_of(number) if hasattr(prepared.rows, "set_of") else 0
     return {
-        "name": row.name, "number": number, "set": names[owner], "entry": prepared.entries[number], "pictures": pictures,
-        "segments": collator.segmenter.segments(row),
+        "name": row.name, "number": number, "set": names[owner], "entry": prepared.entries[number],
+        "pictures": row_pictures(row), "segments": collator.segmenter.segments(row),
     }  # fmt: skip
 
 

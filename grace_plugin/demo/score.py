@@ -6,13 +6,14 @@ and shared by all methods, so that differences are paired.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grace_plugin.report.intervals import interval, paired_difference
 
 __all__ = [
     "Encoded",
@@ -26,7 +27,6 @@ __all__ = [
 
 LONGEST_ANSWER = 6
 """Tokens generated at most: four words of a listed row, the end of turn, one to spare."""
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,3 @@ def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[float]:
 def is_right(row: dict[str, Any], answer: str) -> bool:
     """Whether an answer is one of the row's accepted ones."""
     return answer in row["accept"]
-
-
-def interval(correct: int, questions: int) -> tuple[float, float]:
-    """95 % Wilson interval of an accuracy."""
-    share, n = correct / questions, questions
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
-    return centre - half, centre + half
-
-
-def paired_difference(ours: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
-    """Mean of ours - other over the same questions, with its 95 % interval (normal, from the paired differences)."""
-    differences = torch.tensor([float(a) - float(b) for a, b in zip(ours, other, strict=True)], dtype=torch.float64)
-    mean = float(differences.mean())
-    half = Z95 * float(differences.std(unbiased=True)) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half

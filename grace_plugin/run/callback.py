@@ -1,11 +1,13 @@
-"""Trainer callback: llm-compressor's training events in their order, the skipped steps and the controller's update."""
+"""Trainer callback: llm-compressor's training events in their order, skipped steps, the controller's update, the run's log."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grace_plugin.run.metrics import append_metrics, begin_metrics
 from grace_plugin.upstream import LifecycleCallbacks, active_session
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ class GraceCallback(TrainerCallback):
             # transformers' hooks, which the reentrant kind alone needs, would send gradients through the frozen vision tower
             student: Any = self.trainer.objective.student
             student.disable_input_require_grads()
+        if state.is_world_process_zero:
+            begin_metrics(Path(args.output_dir), state.log_history)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            append_metrics(Path(args.output_dir), state.log_history[-1])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._in_session:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,6 +21,7 @@ from grace_plugin.artifact.probe import POSITIONS, probe_logits, read_probe
 from grace_plugin.data import ConversationCollator
 from tests.conftest import Finished
 from tests.pairs import recipe_text, run
+from tests.report.checkpoints import change, stored_name
 from tests.tiny import FAMILIES, build, rows
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
@@ -31,21 +30,6 @@ LAYER = "model.language_model.layers.1.self_attn.q_proj"
 @pytest.fixture
 def copy(finished: Finished, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
-
-
-def stored_name(folder: Path, ending: str) -> str:
-    (name,) = [n for n in load_file(folder / "model.safetensors") if n.endswith(ending)]
-    return name
-
-
-def change(folder: Path, ending: str, edit: Callable[[torch.Tensor], None]) -> None:
-    """Edit one tensor of a checkpoint in place."""
-    path = folder / "model.safetensors"
-    with safe_open(path, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(path)
-    edit(tensors[stored_name(folder, ending)])
-    save_file(tensors, path, metadata)
 
 
 def failed(folder: Path) -> list[str]:

@@ -48,14 +48,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=["grace", "optimum-cli"])
-@pytest.mark.parametrize("command", [None, "train", "oneshot", "verify", "demo"])
+@pytest.mark.parametrize("command", [None, "train", "oneshot", "verify", "report", "demo"])
 def test_help_is_light_and_names_what_it_takes(entry: list[str], command: str | None) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = call(*entry, *([command] if command else []), "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     expected = (
-        ["train", "oneshot", "verify", "demo"]
+        ["train", "oneshot", "verify", "report", "demo"]
         if command is None
         else {"verify": ["checkpoint"]}.get(command, ["--output_dir"])
     )

@@ -1,0 +1,144 @@
+"""The two checkpoints of a comparison: read, checked and only then loaded.
+
+A is the reference, B what is judged against it: the same architecture, the same tokenizer, B with weights stored as packed
+integers (compressed-tensors, pack-quantized). A may be stored so too. Rows are read with A's processor on both sides.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grace_plugin.artifact.verify import load
+from grace_plugin.data import processor_settings
+from grace_plugin.vlm import Family, family_of, shared_vocabulary
+
+__all__ = ["Checkpoint", "Pair", "read_pair"]
+
+SHAPE = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+STORED = "pack-quantized"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that is not loaded yet. scheme: its quantization_config, None for a dense one."""
+
+    role: str
+    path: str
+    config: Any
+    processor: Any = None
+
+    @property
+    def scheme(self) -> dict[str, Any] | None:
+        found = getattr(self.config, "quantization_config", None)
+        return found if found is None or isinstance(found, dict) else found.to_dict()
+
+    def load(self) -> Any:
+        """The model in eval mode and its stored dtype; packed layers become dense at its first forward pass."""
+        if self.scheme is not None:
+            return load(Path(self.path))
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(self.path, dtype="auto").eval()
+        family_of(model).open_experts(model)
+        return model
+
+
+@dataclass
+class Pair:
+    """What may be compared. vocabulary: token ids that the tokenizer defines. notes: what differs and does not forbid it."""
+
+    a: Checkpoint
+    b: Checkpoint
+    family: Family
+    vocabulary: int
+    notes: list[str] = field(default_factory=list)
+
+
+def _read(role: str, source: str | os.PathLike[str]) -> Checkpoint:
+    from transformers import AutoConfig
+
+    path = os.fspath(source)
+    try:
+        return Checkpoint(role, path, AutoConfig.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read checkpoint {role} at {path!r}: {str(error).splitlines()[0]} Give the folder of a checkpoint "
+            "(with config.json) or a hub id"
+        ) from error
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(checkpoint.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the processor of checkpoint {checkpoint.role} at {checkpoint.path!r}: "
+            f"{str(error).splitlines()[0]} Copy the tokenizer and processor files beside it"
+        ) from error
+
+
+def _shape(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+    text = checkpoint.config.get_text_config()
+    found = {"model_type": checkpoint.config.model_type}
+    found |= {key: getattr(text, key) for key in SHAPE if getattr(text, key, None) is not None}
+    return found | family.pixel_signature(checkpoint.config) | family.token_ids(checkpoint.config)
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
+    keys = dict.fromkeys([*ours, *theirs])
+    return {key: f"{ours.get(key)!r} / {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def _check_scheme(a: Checkpoint, b: Checkpoint) -> None:
+    if b.scheme is None:
+        swapped = "; A has them, so give the two the other way round" if a.scheme is not None else ""
+        raise ValueError(
+            f"checkpoint B at {b.path!r} has no quantized layers (no quantization_config in its config.json){swapped}. Give "
+            "the BF16 model first and the quantized checkpoint second"
+        )
+    for one in (a, b):
+        stored = None if one.scheme is None else one.scheme.get("format", one.scheme.get("quant_method"))
+        if stored not in (None, STORED):
+            raise ValueError(
+                f"checkpoint {one.role} at {one.path!r} is stored as {stored!r}; the report reads weights packed as integers "
+                f"({STORED}), as train, oneshot and llm-compressor's weight-only schemes write them"
+            )
+
+
+def read_pair(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pair:
+    """Read configs and processors of both and say whether they can be compared; no weights are loaded.
+
+    Raises:
+        ValueError: nothing readable, an unknown family, different architectures or tokenizers, or a B without packed integers;
+            names the checkpoint, what differs, and the way out.
+    """
+    first, second = _read("A", a), _read("B", b)
+    families = [family_of(one) for one in (first, second)]
+    shapes = [_shape(one, family) for one, family in zip((first, second), families, strict=True)]
+    differing = _differing(*shapes)
+    if differing:
+        listed = "; ".join(f"{key}: {values}" for key, values in differing.items())
+        raise ValueError(
+            f"A at {first.path!r} and B at {second.path!r} are of different architectures (A / B): {listed}. Layers can be "
+            "compared between checkpoints of one model only: give the model that B was quantized from"
+        )
+    _check_scheme(first, second)
+    first.processor, second.processor = _processor(first), _processor(second)
+    settings = _differing(*(processor_settings(one.processor) for one in (first, second)))
+    if "tokenizer" in settings:
+        raise ValueError(
+            f"the tokenizers of A at {first.path!r} and B at {second.path!r} differ, so the same rows would be other tokens; "
+            "copy A's tokenizer files into B, or compare with the model that B was made from"
+        )
+    rows = first.config.get_text_config().vocab_size
+    vocabulary = shared_vocabulary(first.processor, first.processor, student_rows=rows, teacher_rows=rows)
+    notes = [f"B's processor differs in {key} ({values}); rows are read with A's" for key, values in settings.items()]
+    return Pair(first, second, families[0], vocabulary, notes)

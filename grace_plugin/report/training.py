@@ -1,0 +1,139 @@
+"""How a training went, from the log it writes: losses, controller, gates, clipped weights, rates, over its optimizer steps.
+
+Reads `metrics.jsonl` of `<output_dir>.run`, which a run writes as it goes, so it may still be running; else the log inside the
+latest `checkpoint-*/trainer_state.json`. Values are nats where they are losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grace_plugin.artifact.save import check_destination
+from grace_plugin.report.charts import lines
+from grace_plugin.report.page import write_folder
+from grace_plugin.run.metrics import METRICS
+from grace_plugin.run.train import run_folder
+
+__all__ = ["read_log", "training"]
+
+STATE = "trainer_state.json"
+
+#: chart -> entries of the log that it shows, and what they are called
+CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Cross-entropy", "nats a token", {"loss_ce": "CE"}),
+    ("Gated distillation, and the controller's target", "nats a token", {
+        "loss_gdkd": "GDKD", "ema": "its moving average (ema)", "tau": "tau",
+    }),
+    ("Parts of the distillation", "nats a token, gated, without their weights", {"loss_tckd": "TCKD", "loss_nckd": "NCKD"}),
+    ("Relation of visual tokens", "1 - CKA, mean over images", {"loss_rcka": "RCKA"}),
+    ("Weight of distillation", "beta; share of steps at a bound", {"beta": "beta", "share_at_bound": "share at bound"}),
+    ("Gates", "quantiles over the step's tokens", {"gate_q05": "5 %", "gate_q50": "median", "gate_q95": "95 %"}),
+    ("Clipped weights", "share of quantized weights", {"clip_share": "clipped"}),
+    ("Loss as trained", "Trainer's sum", {"loss": "loss"}),
+    ("Evaluation", "nats a token", {"eval_loss": "eval loss"}),
+    ("Learning rate", "of the weights", {"learning_rate": "learning rate"}),
+    ("Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
+)  # fmt: skip
+PINNED = 0.25  # share of controlled steps at a bound above which the controller warns too
+
+
+def _numbered(folder: Path) -> int:
+    found = re.search(r"(\d+)$", folder.name)
+    return int(found[1]) if found else -1
+
+
+def _find(run: Path) -> Path | None:
+    if run.is_file():
+        return run
+    for folder in (run, run_folder(run)):
+        if (folder / METRICS).is_file():
+            return folder / METRICS
+        states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda path: _numbered(path.parent))
+        found = [folder / STATE, *states[-1:]]
+        for path in found:
+            if path.is_file():
+                return path
+    return None
+
+
+def read_log(run: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
+    """The file and the entries of a run's log, each with its optimizer step; a last line that is half written is left out.
+
+    Args:
+        run: the run's output_dir, its `.run` folder, a checkpoint of it, or one of the two files.
+
+    Raises:
+        ValueError: no log there, or nothing logged yet.
+    """
+    path = _find(Path(run))
+    if path is None:
+        raise ValueError(
+            f"no log of a training at {os.fspath(run)!r}: neither {METRICS} nor a checkpoint's {STATE} there or in "
+            f"{run_folder(run)}. Give the output_dir of `grace train`, or two checkpoints with --compare A B --dataset ROWS"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.name.endswith(".jsonl"):
+            whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            entries = [json.loads(line) for line in whole]
+        else:
+            entries = json.loads(text)["log_history"]
+        entries = [entry for entry in entries if isinstance(entry.get("step"), int)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not the log of a training: {error}") from error
+    if not entries:
+        raise ValueError(f"{path} holds no logged step yet; --set logging_steps=N says how often a run logs")
+    return path, entries
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float | None]]:
+    return [(entry["step"], entry[key]) for entry in entries if key in entry]
+
+
+def _spread(name: str, points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+    known = [value for _, value in points if value is not None]
+    return {
+        "name": name, "first": known[0] if known else None, "last": known[-1] if known else None,
+        "least": min(known, default=None), "most": max(known, default=None), "not_finite": len(points) - len(known),
+    }  # fmt: skip
+
+
+def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The report of a finished or running training; written to `output_dir` when that is given.
+
+    Raises:
+        ValueError: no log, or nothing in it yet.
+        FileExistsError: `output_dir` holds something.
+    """
+    if output_dir is not None:
+        check_destination(output_dir)
+    path, entries = read_log(run)
+    last = {key: value for entry in entries for key, value in entry.items()}
+    charts, table = [], []
+    for title, unit, names in CHARTS:
+        series = {said: _points(entries, key) for key, said in names.items()}
+        series = {said: points for said, points in series.items() if points}
+        if series:
+            table += [_spread(f"{title}: {said}", points) for said, points in series.items()]
+            charts.append(lines(title, series) | {"unit": unit})
+    warnings = []
+    if (last.get("share_at_bound") or 0.0) > PINNED:
+        warnings.append(
+            "The controller spent more than a quarter of its steps at a bound of beta: there it is off in effect."
+        )
+    if last.get("nonfinite_steps"):
+        warnings.append(
+            f"{last['nonfinite_steps']:g} steps had a loss or gradient that was not finite and were skipped."
+        )
+    report = {
+        "run": os.fspath(run), "log": str(path), "steps": last["step"], "epoch": last.get("epoch"), "entries": entries,
+        "finished": "train_runtime" in last, "warnings": warnings, "values": table,
+    }  # fmt: skip
+    if output_dir is not None:
+        write_folder(Path(output_dir), "training.html.j2", report, title=os.fspath(run), charts=charts)
+    return report

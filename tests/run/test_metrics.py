@@ -1,0 +1,38 @@
+"""A run's log on disk: what Trainer logged, line by line, and what a resumed run keeps of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from grace_plugin.run.metrics import METRICS, append_metrics, begin_metrics
+from tests.conftest import Finished
+from tests.pairs import Pair, run
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def test_the_file_is_trainers_log(finished: Finished) -> None:
+    folder = finished.folder.with_name(f"{finished.folder.name}.run")
+    assert entries(folder) == finished.result.history
+    assert [entry["step"] for entry in entries(folder) if "loss_ce" in entry] == list(range(1, 9))
+
+
+def test_a_resumed_run_goes_on_behind_its_step(llava: Pair, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    run(llava, tmp_path / "a", **options)
+    folder = tmp_path / "b.run"
+    folder.mkdir()
+    (folder / METRICS).write_text('{"step": 1}\n{"step": 9, "beyond": true}\n')
+    resumed = run(llava, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a.run/checkpoint-1"), **options)
+    assert entries(folder) == resumed.history
+    assert [entry["step"] for entry in entries(folder) if "loss_ce" in entry] == [1, 2]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    begin_metrics(tmp_path / "new", [{"step": 1, "loss": math.nan}])
+    append_metrics(tmp_path / "new", {"step": 2, "loss": math.inf, "ok": 0.5})
+    assert entries(tmp_path / "new") == [{"step": 1, "loss": None}, {"step": 2, "loss": None, "ok": 0.5}]
