@@ -177,10 +177,10 @@ def look(
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0] = positions.numel()
     row = row_numbers(batch).to(device)
-    pictured = torch.zeros(row.shape, device=device).index_fill_(
-        0, row[item.visual.index], 1.0
-    )  # by row; there are fewer rows
-    counts[3] = row[-1] + 1 - pictured.sum()
+    bare = torch.zeros(row.shape, device=device).index_fill_(0, row[positions], 1.0)  # by row; there are fewer rows
+    counts[3] = bare.index_fill_(
+        0, row[item.visual.index], 0.0
+    ).sum()  # a row of which nothing is learned fills a place
     if teacher is not None:
         item.teacher = teacher.states(batch, positions, visual)
         if distill.enabled:
