@@ -116,10 +116,14 @@ def test_ranks_that_drop_different_rows_see_every_usable_row_once_an_epoch(two: 
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped_also_in_a_later_epoch(llava: Pair, tmp_path: Path) -> None:
-    whole = streamed(llava, tmp_path / "whole", Stream(), save_steps=5)["steps"]
-    before = streamed(llava, tmp_path / "out", Stream(), stop=6 - 1, save_steps=5)["steps"]
-    after = streamed(llava, tmp_path / "out", Stream(), save_steps=5, resume_from_checkpoint=True)["steps"]
-    assert digest(before + after) == digest(whole)
+    """Two steps an epoch: the third is in the middle of the second, the fourth at its end."""
+    whole = streamed(llava, tmp_path / "whole", Stream())["steps"]
+    assert len(whole) == STEPS
+    for saved in (3, 4):
+        out, options = tmp_path / str(saved), {"save_steps": saved}
+        before = streamed(llava, out, Stream(), stop=saved + 1, **options)["steps"][:saved]
+        after = streamed(llava, out, Stream(), resume_from_checkpoint=True, **options)["steps"]
+        assert digest(before + after) == digest(whole)
 
 
 def test_a_rank_that_cannot_read_on_ends_the_run_of_both(llava: Pair, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class StreamLoader:
     def __init__(self, rows: StreamedRows, collator: ConversationCollator, arguments: Any) -> None:
         self.rows, self.collator, self.arguments = rows, collator, arguments
         self.epoch = self.windows = 0
+        self._behind = False  # nothing was read yet behind the windows of an earlier run
+        self._batches: Iterator[dict[str, Any]] = iter(())
 
     def state_dict(self) -> dict[str, int]:
         """The place in the stream, plain numbers."""
@@ -50,6 +52,11 @@ class StreamLoader:
         return self.rows.write_report(self.arguments.device)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._behind, self._batches = self.windows > 0, self._begin()
+        return self._batches
+
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        """The batches of the epoch behind the windows already read."""
         self.rows.set_epoch(self.epoch)
         asked = self.arguments
         batches = iter(
@@ -64,7 +71,7 @@ class StreamLoader:
                 break
         return batches
 
-    def window(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    def window(self, count: int) -> list[dict[str, Any]]:
         """Up to `count` batches, as many on every rank; [] when the stream has ended on all of them.
 
         Several ranks make the last window of an epoch full, because the last micro-batch is the one that sums gradients.
@@ -75,7 +82,7 @@ class StreamLoader:
         found: list[dict[str, Any]] = []
         failure: Exception | None = None
         try:
-            while len(found) < count and (batch := next(batches, None)) is not None:
+            while len(found) < count and (batch := next(self._batches, None)) is not None:
                 found.append(batch)
         except Exception as error:  # raised below, when the others know
             failure = error
@@ -86,8 +93,11 @@ class StreamLoader:
             raise RuntimeError(f"rank {failed} could not read its rows of the stream; its own message says why")
         if most == 0:
             self.epoch, self.windows = self.epoch + 1, 0
-            return []
-        self.windows += 1
+            if not self._behind:
+                return []
+            self._behind, self._batches = False, self._begin()  # the earlier run had read the epoch to its end
+            return self.window(count)
+        self.windows, self._behind = self.windows + 1, False
         if self.arguments.world_size > 1:
             found += [self.filler() for _ in range(count - len(found))]
         return found

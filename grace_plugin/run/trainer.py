@@ -107,7 +107,7 @@ class GraceTrainer(Trainer):
         gradients would join the next epoch's first window.
         """
         if self.stream is not None:
-            batches = self.stream.window(epoch_iterator, num_batches)
+            batches = self.stream.window(num_batches)
         else:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the stream has ended, and the epoch with it
