@@ -40,7 +40,11 @@ def _broken(number: int) -> tuple[str, dict[str, Any]]:
         ("unreadable_image", {**good, "image": "pictures/truncated.png"}),
         (
             "unreadable_video",
-            {"video": "pictures/cut.mp4", "conversations": [{**ask, "value": "<video>\nwhat?"}, ANSWER]},
+            {
+                "id": good["id"],
+                "video": "pictures/cut.mp4",
+                "conversations": [{**ask, "value": "<video>\nwhat?"}, ANSWER],
+            },
         ),
         ("unknown_role", {**good, "conversations": [{**ask, "from": "narrator"}, ANSWER]}),
     ]
