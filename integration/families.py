@@ -6,7 +6,12 @@ For each family a tiny student and a wider, deeper teacher are built from config
 and no pictures; `train` saves and verifies (codes, scales, weights and logits bit for bit); `verify` reads the checkpoint again
 from disk; vLLM answers questions with one, two or no pictures (and a video, where the family takes one); transformers,
 reloaded from disk, judges each token. A family passes when every proof holds, every prompt has the same tokens on both sides,
-and every token is the one transformers would take, but for near-ties. The exit status is 1 when a family fails.
+and every token is the one transformers would take, but for near-ties.
+
+One state is neither a pass nor a failure of ours: `NO_KERNEL`, a family whose INT4 layers vLLM refuses on this device with
+exactly the sentence in `MISSING`. It is taken only where the rest of the proofs hold and vLLM serves the same numbers from
+BF16 files (`integration/unquantized.py`) with the tokens of transformers, so that nothing but the kernel is missing. The
+row then says so and is not passed; the exit status is 1 when a row is in neither state.
 
 Cost on two cores: about 15 s of training and 8 s of vLLM for each family.
 """
@@ -28,6 +33,7 @@ import grace_plugin
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from grace_plugin.vlm import family_of
 from integration.parity import judge, prompts, without_colour
+from integration.unquantized import unquantized
 from tests.films import films
 from tests.pairs import pair, recipe_text, run
 from tests.tiny import EVERY, build, rows
@@ -36,10 +42,14 @@ MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a thir
 STEPS = 20
 CAUSAL_ON_CPU = ("gemma3",)
 """Families whose picture tokens see each other, which the CPU attention of vLLM 0.32 leaves out: it masks them causally."""
+NO_KERNEL = "no kernel on this device (upstream)"
+MISSING = {"qwen3_vl_moe": "NotImplementedError: No WNA16 MoE backend supports the deployment configuration."}
+"""What vLLM 0.32 says of an INT4 mixture of experts on a CPU without AMX (its `CPUExpertsInt4`) and without AVX-512 and
+zentorch (`ZentorchExpertsInt4`, which `VLLM_CPU_INT4_W4A8=0` leaves out too); both would round activations to 8 bits."""
 SERVE_PYTHON = Path(__file__).parents[1] / ".venv/serve/bin/python"
 COLUMNS = (
     "family", "train", "rcka", "codes_differing", "verified", "prompts_differing", "tokens", "tokens_differing",
-    "mean", "most", "grey", "video", "passed",
+    "mean", "most", "grey", "video", "served", "passed",
 )  # fmt: skip
 
 
@@ -51,6 +61,7 @@ class Row:
 
     tokens_differing: tokens transformers would not have taken; margin: how far ahead its own choice was at most, nats.
     video: questions with a video asked, None for a family without. error: why a stage did not end.
+    served: "tokens equal", `NO_KERNEL` or "failed"; for NO_KERNEL tokens, mean, most and grey are those of the BF16 files.
     """
 
     family: str
@@ -69,6 +80,7 @@ class Row:
     two_way: float | None = None
     video: int | None = None
     seconds: float = 0.0
+    served: str = "failed"
     passed: bool = False
     error: str = ""
 
@@ -127,11 +139,38 @@ def compare(row: Row, checkpoint: Path, asked: list[dict[str, Any]], answers: li
     blind = judge(checkpoint, without_colour([asked[i] for i in seen]), [answers[i] for i in seen], causal=causal)
     row.grey = round(blind.mean, 4)
     row.video = sum(bool(question.get("videos")) for question in asked) or None
-    row.passed = (
-        row.verified and row.codes_differing == 0 and row.prompts_differing == 0 and row.tokens > 0
-        and row.mean < MEAN < row.grey and row.most < MOST
-        and row.margin < NEAR_TIE and row.tokens_differing <= row.tokens // 50
+    row.passed = proved(row) and equal(row)
+    row.served = "tokens equal" if equal(row) else "failed"
+
+
+def proved(row: Row) -> bool:
+    """Trained, saved and verified, from memory and from disk."""
+    return row.verified and row.codes_differing == 0
+
+
+def equal(row: Row) -> bool:
+    """vLLM's answers are transformers', and the comparison would have noticed other pictures."""
+    return (
+        row.prompts_differing == 0 and row.tokens > 0 and row.mean is not None and row.grey is not None
+        and row.mean < MEAN < row.grey and (row.most or 0.0) < MOST
+        and row.margin < NEAR_TIE and (row.tokens_differing or 0) <= row.tokens // 50
     )  # fmt: skip
+
+
+def kernel_is_missing(row: Row, checkpoint: Path, asked: list[dict[str, Any]], python: Path) -> bool:
+    """Whether vLLM's refusal is the one known, and nothing but the kernel is missing; fills the row from the BF16 files."""
+    said = MISSING.get(row.family)
+    if said is None or not any(line.strip().endswith(said) for line in row.error.splitlines()) or not proved(row):
+        return False
+    twin = unquantized(checkpoint, checkpoint.with_name("unquantized"))
+    try:
+        compare(row, checkpoint, asked, probe(python, [Job(twin, asked, max_tokens=12)], timeout=600.0)[0][0])
+    except ProbeError as error:
+        row.error = f"neither in INT4 nor in BF16: {error}"
+        return False
+    missing, row.passed = equal(row), False
+    row.served = NO_KERNEL if missing else "failed"
+    return missing
 
 
 def table(names: list[str], python: Path, work: Path) -> list[Row]:
@@ -157,6 +196,8 @@ def table(names: list[str], python: Path, work: Path) -> list[Row]:
             compare(row, checkpoints[name], asked[name], answers)
         except Exception as error:
             row.error = f"{type(error).__name__}: {error}"
+            if name in MISSING and kernel_is_missing(row, checkpoints[name], asked[name], python):
+                row.error = MISSING[name]
         row.seconds = round(row.seconds + shared + time.monotonic() - started, 1)
     return list(found.values())
 
@@ -184,8 +225,11 @@ def main() -> int:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - started, 1)
     given.json.write_text(json.dumps({"seconds": seconds, "families": [asdict(row) for row in found]}, indent=1) + "\n")
+    lacking = [row.family for row in found if row.served == NO_KERNEL]
     print(f"{sum(row.passed for row in found)} of {len(found)} families passed in {seconds} s; {given.json}")
-    return 0 if all(row.passed for row in found) else 1
+    if lacking:
+        print(f"not passed, {NO_KERNEL}: {', '.join(lacking)}")
+    return 0 if all(row.passed or row.served == NO_KERNEL for row in found) else 1
 
 
 if __name__ == "__main__":

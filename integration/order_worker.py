@@ -1,4 +1,4 @@
-"""One rank of integration/test_data_order.py: a real run that writes down which rows it read, in order.
+"""One rank of integration/test_data_order.py: real runs, on a list and on a stream, that write down which rows they read.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 -m integration.order_worker PAIR_FOLDER OUT_FOLDER
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from grace_plugin.run.inputs import load_processor
 from tests.pairs import Pair, recipe_text, run
 from tests.tiny import rows
 
@@ -59,11 +62,82 @@ def order(pair: Pair, out: Path, *, stop: int | None = None, **options: Any) -> 
     return data.read
 
 
+class Stream:
+    """Ten rows an epoch, answered by their number; those in `broken` cannot be used."""
+
+    def __init__(self, broken: tuple[int, ...] = (3, 5, 7)) -> None:
+        self.broken = broken
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(rows(8, seed=63) + rows(2, seed=64, images=0)):
+            answer = {"role": "assistant", "content": [{"type": "text", "text": f"say {number}"}]}
+            yield row | {"messages": row["messages"][:1] + ([] if number in self.broken else [answer])}
+
+
+class Learned(TrainerCallback):
+    """Numbers of the rows in each step's forward passes, read off the token ids the model was given."""
+
+    def __init__(self, tokenizer: Any, stop: int | None) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.steps: list[list[int]] = [[]]
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        def look(_: Any, __: Any, given: dict[str, Any]) -> None:
+            texts = [self.tokenizer.decode(ids) for ids in given["input_ids"]]
+            self.steps[-1] += [int(number) for text in texts for number in re.findall(r"say (\d+)", text)]
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.append([])
+        if self.stop is not None and state.global_step == self.stop:
+            raise KeyboardInterrupt
+
+
+def streamed(pair: Pair, out: Path, given: Stream, *, stop: int | None = None, **options: Any) -> dict[str, Any]:
+    """Rows of each step of a run on a stream, as this process saw them, its losses and its report."""
+    learned = Learned(load_processor(str(pair.student)).tokenizer, stop)
+    try:
+        done = run(
+            pair, out, given, recipe=recipe_text(pair.teacher), max_steps=STEPS, gradient_accumulation_steps=2 // WORLD,
+            seed=11, callbacks=[learned], max_bad_rows=0.4, logging_steps=1,
+            **({"save_strategy": "steps", "save_steps": 3} | options),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return {"steps": learned.steps[:-1]}
+    losses = [[log["loss_ce"], log["loss_gdkd"], log["loss_rcka"]] for log in done.history if "loss_ce" in log]
+    counts = [[log["images"], log["rows_without_images"]] for log in done.history if "loss_ce" in log]
+    return {"steps": learned.steps[:-1], "losses": losses, "counts": counts, "report": done.data,
+            "verified": done.verification["verified"]}  # fmt: skip
+
+
+class Torn(Stream):
+    """A stream that cannot be read on behind the rows looked at before the run, on the last rank alone."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        Torn.passes += 1
+        for number, row in enumerate(super().__iter__()):
+            if Torn.passes > 1 and number == 5 and RANK == WORLD - 1:
+                raise OSError("the wire was cut")
+            yield row
+
+
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     pair = Pair("llava", folder / "student", folder / "teacher")
-    read = order(pair, out / "run", ddp_backend="gloo", ddp_timeout=120)
-    (out / f"{RANK}.json").write_text(json.dumps(read))
+    together = {"ddp_backend": "gloo", "ddp_timeout": 120}
+    if sys.argv[3:] == ["torn"]:
+        streamed(pair, out / "torn", Torn(()), **together)
+    if sys.argv[3:] == ["stream"]:
+        found: Any = {
+            "whole": streamed(pair, out / "whole", Stream(()), **together),
+            "broken": streamed(pair, out / "broken", Stream(), **together),
+        }
+    else:
+        found = order(pair, out / "run", **together)
+    (out / f"{RANK}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import pytest
 
 from grace_plugin.data import load_rows
 from grace_plugin.vlm import family_of
-from tests.films import films
+from tests.films import films, write_film
 from tests.pairs import pair, run
 from tests.tiny import EVERY, build, rows
 
 TAKES_VIDEOS = tuple(name for name in EVERY if "video" in family_of(model := build(name)[0]).token_ids(model.config))
-FILMS, PICTURES, TEXTS = 6, 3, 3
+FILMS, PICTURES, TEXTS, CLIPS = 6, 3, 3, 4
 ANSWER = {"role": "assistant", "content": "a red square"}
 
 
@@ -72,4 +72,26 @@ def test_videos_train_beside_images_and_text(name: str, tmp_path: Path) -> None:
     assert sum(log["images_skipped"] for log in logs) == 0
     assert sum(log["rows_without_images"] for log in logs) == epochs * TEXTS
     assert sum(log["loss_ce"] for log in logs[-3:]) < 0.9 * sum(log["loss_ce"] for log in logs[:3])
+    assert trained.verification["verified"]
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_video_files_train_in_both_formats(name: str, tmp_path: Path) -> None:
+    """Two clips of different frame rate, at two frames a second: each becomes four frames."""
+    for number, rate in enumerate((24, 10)):
+        write_film(tmp_path / f"{number}.mp4", frames=2 * rate, rate=rate)
+    ask = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what is it?"}]}
+    said = {"from": "gpt", "value": "a red square"}
+    lines: list[dict[str, Any]] = [
+        {"messages": [ask, ANSWER], "videos": [f"{n % 2}.mp4"]} if n < CLIPS // 2
+        else {"video": f"{n % 2}.mp4", "conversations": [{"from": "human", "value": "<video>\nwhat is it?"}, said]}
+        for n in range(CLIPS)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "dataloader_num_workers": 1}
+    trained = run(pair(name, tmp_path), tmp_path / "out", load_rows(str(tmp_path / "rows.jsonl")), **options)
+    assert trained.data["usable"] == trained.data["images_and_videos"] == CLIPS
+    logs = [log for log in trained.history if "loss_rcka" in log]
+    assert [log["images"] for log in logs] == [2] * 6
+    assert logs[-1]["loss_ce"] < 0.9 * logs[0]["loss_ce"]
     assert trained.verification["verified"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.tiny_text import rows
 
-__all__ = ["films", "pictures"]
+__all__ = ["films", "pictures", "write_film", "write_sound"]
 
 
 def films(count: int, frames: int = 4) -> list[dict[str, Any]]:
@@ -33,3 +34,42 @@ def pictures(question: dict[str, Any]) -> dict[str, Any]:
         films_only = [frames for frames, _ in question["videos"]]
         return {"videos": films_only, "video_metadata": known, "do_sample_frames": False}
     return {"images": [question["images"]]} if question["images"] else {}
+
+
+def write_film(
+    path: Path, *, frames: int = 48, rate: int = 24, size: tuple[int, int] = (96, 64), codec: str = "libx264", turn: int = 0,
+    **options: str,
+) -> np.ndarray:  # fmt: skip
+    """A video file written with PyAV; returns its frames as drawn, uint8 [frames, height, width, 3].
+
+    Frame n is noise around the grey level 5 * n, with a red left half; the right half's mean tells which frame it is.
+    turn: degrees counter-clockwise that the file asks a player to turn it. options: of the container.
+    """
+    import av
+
+    width, height = size
+    noise = np.random.default_rng(0).integers(-10, 11, (height, width, 3))
+    drawn = np.stack([np.clip(noise + 5 * (n % 50), 0, 255) for n in range(frames)]).astype(np.uint8)
+    drawn[:, :, : width // 2] = (220, 30, 30)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        for picture in drawn:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return drawn
+
+
+def write_sound(path: Path) -> None:
+    """A file with half a second of silence and no picture."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for start in range(0, 8192, 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

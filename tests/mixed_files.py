@@ -1,4 +1,4 @@
-"""A mixed dataset on disk: LLaVA JSON, messages, text only, videos as frames, and broken rows of many kinds.
+"""A mixed dataset on disk: LLaVA JSON, messages, text only, videos as frames and files, and broken rows of many kinds.
 
 Every broken row is written together with the reason it must be counted under, so a report can be held to the row.
 """
@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.films import write_film
 from tests.tiny import rows
 
 __all__ = ["Mixed", "write_mixed"]
@@ -37,13 +38,21 @@ def _broken(number: int) -> tuple[str, dict[str, Any]]:
         ("empty_conversation", {**good, "conversations": []}),
         ("roles_out_of_order", {**good, "conversations": [ANSWER, ask]}),
         ("unreadable_image", {**good, "image": "pictures/truncated.png"}),
+        (
+            "unreadable_video",
+            {
+                "id": good["id"],
+                "video": "pictures/cut.mp4",
+                "conversations": [{**ask, "value": "<video>\nwhat?"}, ANSWER],
+            },
+        ),
         ("unknown_role", {**good, "conversations": [{**ask, "from": "narrator"}, ANSWER]}),
     ]
     return kinds[number % len(kinds)]
 
 
 def _pictures(folder: Path, seed: int) -> int:
-    """Write 40 pictures, two frames of each and a truncated file; returns 40."""
+    """Write 40 pictures, two frames of each, a truncated file, a clip of two seconds and a cut one; returns 40."""
     (folder / "pictures").mkdir(parents=True)
     pictures = [row["images"][0] for row in rows(40, seed=seed)]
     for number, picture in enumerate(pictures):
@@ -52,6 +61,9 @@ def _pictures(folder: Path, seed: int) -> int:
             picture.resize((64, 64)).rotate(90 * frame).save(folder / "pictures" / f"{number}-{frame}.png")
     whole = (folder / "pictures" / "0.png").read_bytes()
     (folder / "pictures" / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
+    write_film(folder / "pictures" / "clip.mp4", size=(64, 64))
+    whole = (folder / "pictures" / "clip.mp4").read_bytes()
+    (folder / "pictures" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     return len(pictures)
 
 
@@ -98,9 +110,17 @@ def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int =
         for n in range(text)
     ]
     ask = {"from": "human", "value": "<video>\nwhat turns?"}
+    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what turns?"}]},
+             {"role": "assistant", "content": "a red square"}]  # fmt: skip
+    kinds: list[dict[str, Any]] = [
+        {"video": "pictures/clip.mp4", "conversations": [ask, ANSWER]},
+        {"videos": ["pictures/clip.mp4"], "messages": turns},
+    ]
     sets["video.jsonl"] = [
-        {"id": f"v{n}", "video": [f"pictures/{n % pictures}-{frame}.png" for frame in range(2)], "fps": 1.0,
-         "conversations": [ask, ANSWER]}
+        {"id": f"v{n}", "fps": 1.0, **(
+            kinds[n // 2 % 2] if n % 2
+            else {"video": [f"pictures/{n % pictures}-{k}.png" for k in range(2)], "conversations": [ask, ANSWER]}
+        )}
         for n in range(videos)
     ]  # fmt: skip
     names = ["llava.json"]

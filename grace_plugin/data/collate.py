@@ -27,8 +27,9 @@ from torch import Tensor
 from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
-from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.segments import Segmenter
+from grace_plugin.data.video import Video
 
 __all__ = ["ConversationCollator", "Piece"]
 
@@ -170,8 +171,7 @@ class ConversationCollator:
             given["videos"] = [video.frames for video in videos]
             given["do_sample_frames"] = False
             given["video_metadata"] = [
-                {"fps": v.fps, "total_num_frames": max(v.indices) + 1, "frames_indices": list(v.indices)}
-                for v in videos
+                {"fps": v.fps, "total_num_frames": v.total, "frames_indices": list(v.indices)} for v in videos
             ]
         return given
 

@@ -2,7 +2,7 @@
 
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]},
                   {"role": "assistant", "content": [{"type": "text", "text": "..."}]}],
-     "images": [PIL.Image | path | {"bytes": ..., "path": ...}], "videos": [[frame, ...] | path], "fps": 2.0}
+     "images": [PIL.Image | path | {"bytes": ..., "path": ...}], "videos": [[frame, ...] | path | {"bytes": ...}], "fps": 2.0}
 
 Content may also be a plain string, and a row in the LLaVA format (`conversations`) is translated first. The k-th image
 placeholder of the conversation takes the k-th image, and so for videos. Only assistant turns are learned from. Refused with
@@ -18,7 +18,8 @@ from typing import Any
 
 from grace_plugin.data.faults import RowError, raise_unreadable
 from grace_plugin.data.llava_format import from_llava, is_llava
-from grace_plugin.data.media import DEFAULT_MAX_PIXELS, Video, decode_image, decode_video
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
+from grace_plugin.data.video import Video, decode_video
 
 __all__ = ["Row", "check_row", "check_rows", "read_row", "row_name"]
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.measure import Entry, Measure
+from grace_plugin.data.video import DecoderMissingError
 
 __all__ = ["cache_folder", "index_file", "scan"]
 
@@ -110,7 +111,11 @@ def _entries(rows: Sequence[Any], measure: Measure, known: list[Entry], workers:
         _Chunks(rows, measure, known), batch_size=None, shuffle=False, num_workers=workers,
         worker_init_fn=_quiet_worker, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
-    yield from loader
+    try:
+        yield from loader
+    except DecoderMissingError as error:  # from a worker it comes with the worker's traceback as its text
+        said = [line for line in str(error).splitlines() if line.strip()][-1]
+        raise DecoderMissingError(said.partition(f"{DecoderMissingError.__name__}: ")[2] or said) from None
 
 
 def _resume(file: Path, rows: int, write: bool) -> list[Entry]:

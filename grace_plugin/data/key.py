@@ -19,7 +19,7 @@ from PIL import Image
 
 from grace_plugin.data.conversation import check_row
 from grace_plugin.data.faults import RowError
-from grace_plugin.data.media import Video
+from grace_plugin.data.video import Video
 
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
 
@@ -47,7 +47,7 @@ def _media(item: Any, name: str) -> Any:
         turned = dict(item.getexif()).get(0x0112, 1)
         return [item.mode, item.size, turned, _digest(item.tobytes())]
     if isinstance(item, Video):
-        return [_media(item.frames, name), item.fps, list(item.indices)]
+        return [_media(item.frames, name), item.fps, list(item.indices), item.total]
     if isinstance(item, np.ndarray):
         return [str(item.dtype), item.shape, _digest(np.ascontiguousarray(item).tobytes())]
     return [_media(frame, name) for frame in item]

@@ -6,7 +6,7 @@
 `<image>` and `<video>` in a human turn stand for the k-th image and the k-th video where the row has that field at all;
 in an assistant's turn, or in a row without the field, they are text like any other. The line breaks around a placeholder
 belong to the format and are dropped: the model's own chat template sets its own. A `video` that is a list of strings is
-one video given as frames; a list of lists is several.
+one video given as frames; a list of lists is several. A video file in a list (`videos`) is one of several.
 """
 
 from __future__ import annotations

@@ -1,21 +1,15 @@
-"""Image and video files to pixels: RGB, upright, bounded, and never half read.
+"""Image files to pixels: RGB, upright, bounded, and never half read (videos: `video.py`).
 
 Sizes are looked at before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
 is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
 transparency is dropped). A truncated file is a fault, never a half-grey picture. An animated file gives its first frame.
-
-A video is a list of frames, or a file when a decoder is installed (PyAV, torchcodec, OpenCV or decord, in that order).
-
-Legend: F frames, H height, W width.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +18,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from grace_plugin.data.faults import RowError
 
-__all__ = ["DEFAULT_MAX_PIXELS", "Video", "decode_image", "decode_video", "image_size"]
+__all__ = ["DEFAULT_MAX_PIXELS", "decode_image", "image_size"]
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 192 MB once decoded
-_DECODERS = {"av": "pyav", "torchcodec": "torchcodec", "cv2": "opencv", "decord": "decord"}
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 _BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError)
-
-
-@dataclass(frozen=True)
-class Video:
-    """Decoded frames: `frames` uint8 [F, H, W, 3], `fps` frames a second of what is kept, `indices` places in the source."""
-
-    frames: np.ndarray
-    fps: float
-    indices: tuple[int, ...]
 
 
 def _opened(image: Any, name: str) -> Image.Image:
@@ -127,46 +111,3 @@ def _rgb(image: Image.Image) -> Image.Image:
             top = 1.0
         image = Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS, fps: float = 2.0) -> Video:
-    """A video as frames of one size.
-
-    Args:
-        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], a `Video`, or a file, sampled at `fps`.
-        fps: frames a second; of the frames given, or wanted from a file.
-
-    Raises:
-        RowError: no frames, frames of different size, a file that cannot be decoded, or no decoder installed.
-    """
-    if isinstance(video, Video):
-        return video
-    if isinstance(video, (str, Path)):
-        return _video_file(Path(video), name, fps)
-    frames = list(video)
-    if not frames:
-        raise RowError("unreadable_video", f"{name}: a video has no frames")
-    pixels = [f if isinstance(f, np.ndarray) else np.asarray(decode_image(f, name, max_pixels)) for f in frames]
-    shapes = {frame.shape for frame in pixels}
-    if len(shapes) > 1:
-        raise RowError("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
-    return Video(np.stack(pixels).astype(np.uint8, copy=False), fps, tuple(range(len(pixels))))
-
-
-def _video_file(path: Path, name: str, fps: float) -> Video:
-    if not path.is_file():
-        raise RowError("missing_file", f"{name}: cannot read video {str(path)!r}: no such file")
-    backend = next((b for module, b in _DECODERS.items() if importlib.util.find_spec(module)), None)
-    if backend is None:
-        raise RowError(
-            "unreadable_video",
-            f"{name}: video {str(path)!r} needs a decoder and none is installed; `pip install av`, or give a list of frames",
-        )
-    from transformers.video_utils import load_video
-
-    try:
-        frames, metadata = load_video(str(path), fps=fps, backend=backend)
-    except Exception as error:  # decoders raise their own kinds
-        raise RowError("unreadable_video", f"{name}: cannot read video {str(path)!r}: {error}") from error
-    indices = tuple(int(i) for i in metadata.frames_indices)
-    return Video(np.asarray(frames), float(metadata.fps or fps), indices)

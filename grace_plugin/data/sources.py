@@ -139,14 +139,15 @@ def _dataset(source: str) -> Any:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The dataset with its image columns left as files or bytes, so that they are decoded where rows are used."""
+    """The dataset with its image and video columns left as files or bytes, so that they are decoded where rows are used."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        for kind in (datasets.Image, datasets.Video):
+            if isinstance(feature, kind):
+                dataset = dataset.cast_column(column, kind(decode=False))
+            elif isinstance(getattr(feature, "feature", None), kind):
+                dataset = dataset.cast_column(column, datasets.List(kind(decode=False)))
     return dataset
 
 

@@ -1,10 +1,13 @@
 """A stream of rows: too long or too remote to be looked at before the run, so looked at as it comes.
 
 The first rows decide whether the run starts; from then on a row that cannot be used is dropped, counted and listed, and
-the run stops when the share of dropped rows exceeds what is allowed. Images are decoded here, in the loader's workers: a
-`datasets.IterableDataset` deals its files to them, of any other stream each takes every n-th row. A stream belongs to one
-process: ranks would drop different rows and end at different steps, and the first to end would leave the others waiting, so a
-run of several processes is refused.
+the run stops when the share of dropped rows exceeds what is allowed. Images are decoded here, in the loader's workers.
+
+Rows are dealt to ranks, and those of a rank to its workers, by nothing but their place: a `datasets.IterableDataset` deals its
+files where their number allows it and every n-th row otherwise (`split_dataset_by_node`; shuffle it with a fixed seed), of any
+other stream each takes every n-th row. So an epoch's rows are the same for every number of processes, each seen once, and a
+rank's order follows from the stream's own (a shuffled one's from its seed and the epoch), rank and number of ranks. Ranks
+drop different rows and end at different places; `run/stream_loader.py` makes their steps the same.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from grace_plugin.data.collate import ConversationCollator
@@ -30,6 +35,13 @@ _REASONS = tuple(REASONS)
 _WORKERS = 256
 
 
+def _deals(rows: Any) -> bool:
+    """Whether the stream deals its rows to ranks and workers itself."""
+    import datasets
+
+    return isinstance(rows, datasets.IterableDataset)
+
+
 class StreamedRows(IterableDataset[Any]):
     """The usable rows of an iterable of rows, their images decoded.
 
@@ -38,7 +50,8 @@ class StreamedRows(IterableDataset[Any]):
         collator: the run's; its limits decide what is usable.
         folder: where `data_rejected.jsonl` grows; None lists nothing.
         max_bad_rows: largest share of rows that may be dropped.
-        first: rows that are looked at before the run.
+        first: rows that are looked at before the run, the same ones on every rank.
+        rank, world_size: whose rows these are, of how many.
 
     Raises:
         BadRowsError (a ValueError): too many of the first rows cannot be used.
@@ -47,9 +60,9 @@ class StreamedRows(IterableDataset[Any]):
 
     def __init__(
         self, rows: Any, collator: ConversationCollator, *, folder: Path | None = None, max_bad_rows: float = 0.05,
-        first: int = 256,
+        first: int = 256, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        self.rows, self.collator, self.folder = rows, collator, folder
+        self.collator, self.folder, self.rank, self.world_size = collator, folder, rank, world_size
         self.max_bad_rows, self.first = max_bad_rows, first
         self.counts = torch.zeros(_WORKERS, 1 + len(_REASONS), dtype=torch.int64).share_memory_()  # one line per worker
         head = list(itertools.islice(iter(rows), first))
@@ -61,6 +74,8 @@ class StreamedRows(IterableDataset[Any]):
                 f"{len(faults)} of the stream's first {len(head)} rows cannot be used, above max_bad_rows = "
                 f"{max_bad_rows:.1%}. The first: {'; '.join(entry.message for entry in faults[:5])}"
             )
+        self.dealt = _deals(rows)
+        self.rows = split_dataset_by_node(rows, rank, world_size) if self.dealt and world_size > 1 else rows
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to a stream that shuffles by it."""
@@ -87,18 +102,19 @@ class StreamedRows(IterableDataset[Any]):
             self._drop(counts, number, reason, message)
 
     def _own(self, info: Any) -> Iterator[tuple[int, Any]]:
-        """The rows of this worker, numbered as they were read."""
-        from datasets import IterableDataset as Dealt
-
-        numbered = enumerate(self.rows)
-        dealt = info is None or isinstance(self.rows, Dealt)
-        return numbered if dealt else itertools.islice(numbered, info.id, None, info.num_workers)
+        """The rows of this worker of this rank, numbered as they were read."""
+        if self.dealt:
+            return enumerate(self.rows)
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        return itertools.islice(
+            enumerate(self.rows), self.rank + self.world_size * worker, None, self.world_size * workers
+        )
 
     def _drop(self, counts: torch.Tensor, number: int, reason: str, message: str) -> None:
         counts[1 + _REASONS.index(reason)] += 1
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / REJECTED).open("a", encoding="utf-8", errors="backslashreplace") as out:
+            with (self.folder / self.rejected_file).open("a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(json.dumps({"number": number, "reason": reason, "message": message}) + "\n")
         seen, dropped = int(counts[0]), int(counts[1:].sum())
         if seen >= self.first and dropped > self.max_bad_rows * seen:
@@ -107,17 +123,28 @@ class StreamedRows(IterableDataset[Any]):
                 f"the latest: {message}"
             )
 
-    def report(self) -> dict[str, Any]:
-        """Rows that were read so far (ahead of the run by what the loader prefetched), and the dropped ones by reason."""
-        totals = self.counts.sum(dim=0).tolist()
+    @property
+    def rejected_file(self) -> str:
+        """The list of dropped rows: `data_rejected.jsonl`, and of another rank than the first with its number."""
+        return REJECTED if self.rank == 0 else REJECTED.replace(".jsonl", f".{self.rank}.jsonl")
+
+    def report(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Rows that all ranks read (ahead of the run by what the loader prefetched), and the dropped ones by reason.
+
+        device: where the ranks' counts are summed; every rank of several takes part.
+        """
+        summed = self.counts.sum(dim=0).to(device or torch.device("cpu"))
+        if self.world_size > 1 and dist.is_initialized():
+            dist.all_reduce(summed)
+        totals = summed.tolist()
         rejected = {reason: n for reason, n in zip(_REASONS, totals[1:], strict=True) if n}
         return {"stream": True, "rows": totals[0], "usable": totals[0] - sum(rejected.values()), "rejected": rejected,
                 "max_bad_rows": self.max_bad_rows}  # fmt: skip
 
-    def write_report(self) -> dict[str, Any]:
-        """Write `report` as `data_report.json` and return it."""
-        found = self.report()
-        if self.folder is not None:
+    def write_report(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Write `report` as `data_report.json`, on the first rank, and return it."""
+        found = self.report(device)
+        if self.folder is not None and self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return found

@@ -187,8 +187,8 @@ def look(
         )
     seen = family.visual_tokens(config, host)
     row = row_numbers(host)
-    pictured = torch.zeros(row.shape, device=row.device).index_fill_(0, row[seen.index], 1.0)  # by row; rows are fewer
-    bare = (row[-1] + 1 - pictured.sum()).to(torch.float32)
+    bare = torch.zeros(row.shape, device=row.device).index_fill_(0, row[positions], 1.0)  # by row; there are fewer rows
+    bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
     visual = VisualTokens(moved(seen.index, device), seen.sizes)
     item = MicroBatch(moved(positions, device), moved(targets, device), visual)
     counts = torch.zeros(4, dtype=torch.float32, device=device)

@@ -16,6 +16,7 @@ from grace_plugin.data import (
     is_scannable,
     prepare,
 )
+from grace_plugin.run.stream_loader import StreamLoader
 
 __all__ = ["TrainingRows", "training_rows"]
 
@@ -25,11 +26,15 @@ CHECKED = 256  # first rows of a dataset that makes its rows when asked for
 
 @dataclass
 class TrainingRows:
-    """dataset: what Trainer gets. count: its rows, None for a stream. sampler: its order, None for Trainer's own."""
+    """dataset: what Trainer gets. count: its rows, None for a stream. sampler: its order, None for Trainer's own.
+
+    stream: the batches of a stream, None for rows that can be counted.
+    """
 
     dataset: Any
     count: int | None
     sampler: RowSampler | None = None
+    stream: StreamLoader | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, folder: Path) -> None:
@@ -38,8 +43,8 @@ class TrainingRows:
             self.dataset.write_report(folder)
 
     def finish(self) -> dict[str, Any]:
-        """The report at the end of the run; a stream is counted only now."""
-        return self.dataset.write_report() if isinstance(self.dataset, StreamedRows) else self.report
+        """The report at the end of the run; a stream is counted only now, over all ranks, each of which takes part."""
+        return self.stream.write_report() if self.stream is not None else self.report
 
 
 def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: int) -> None:
@@ -72,16 +77,18 @@ def training_rows(
 
     Raises:
         BadRowsError (a ValueError): more than `share` of the rows cannot be used.
-        ValueError: no rows, a first row that cannot be used, or a stream for several processes.
+        ValueError: no rows, or a first row that cannot be used.
     """
     if not hasattr(dataset, "__len__"):
-        if arguments.world_size > 1:
-            raise ValueError(
-                f"a stream is read by one process and this run has {arguments.world_size}; save the rows as parquet and give "
-                "those, or run on one process"
-            )
-        rows = StreamedRows(dataset, collator, folder=folder, max_bad_rows=share)
-        return TrainingRows(rows, None)
+        rows = StreamedRows(
+            dataset,
+            collator,
+            folder=folder,
+            max_bad_rows=share,
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+        )
+        return TrainingRows(rows, None, stream=StreamLoader(rows, collator, arguments))
     if not is_scannable(dataset):
         check_rows(dataset[i] for i in range(min(len(dataset), CHECKED)))
         return TrainingRows(dataset, len(dataset))
@@ -99,4 +106,4 @@ def training_rows(
         logger.warning("no row has an image or a video: the relational term is absent from this run")
     seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
     sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=arguments.train_batch_size)
-    return TrainingRows(kept, len(kept), sampler, kept.report)
+    return TrainingRows(kept, len(kept), sampler, report=kept.report)

@@ -177,7 +177,7 @@ def train(
         modifier.teacher_to(arguments.device)
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
-            objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier,
+            objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream,
             recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler, activation_offloading=activation_offloading,
         )  # fmt: skip
         if arguments.process_index == 0:

@@ -28,6 +28,7 @@ from grace_plugin.objective.host import Reading, moved
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
+from grace_plugin.run.stream_loader import StreamLoader
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
@@ -45,6 +46,7 @@ class GraceTrainer(Trainer):
         recipe_hash: identifies the recipe a checkpoint belongs to.
         train_loader: a ready DataLoader, instead of a dataset and a collator.
         row_sampler: the order of the rows, instead of Trainer's own.
+        stream: the batches of a stream, which ranks read apart.
         activation_offloading: keep in host memory what the student's forward pass saves for backward.
     """
 
@@ -56,15 +58,18 @@ class GraceTrainer(Trainer):
         recipe_hash: str,
         train_loader: Any = None,
         row_sampler: Any = None,
+        stream: StreamLoader | None = None,
         activation_offloading: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
-        self.train_loader, self.row_sampler = train_loader, row_sampler
+        self.train_loader, self.row_sampler, self.stream = train_loader, row_sampler, stream
         self.activation_offloading = activation_offloading
         asked = kwargs.get("args")
         if asked is not None and asked.ddp_find_unused_parameters is None:
             asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
+        if asked is not None and stream is not None:
+            asked.ignore_data_skip = True  # a stream finds its place itself
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
@@ -85,7 +90,9 @@ class GraceTrainer(Trainer):
     # ---- data and loss ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """The given loader or Trainer's own; its batches stay in host memory, where the objective looks at them."""
+        """The stream, the given loader or Trainer's own; batches stay in host memory, where the objective looks at them."""
+        if self.stream is not None:
+            return self.stream
         own = self.train_loader is None
         loader = super().get_train_dataloader() if own else self.accelerator.prepare(self.train_loader)
         if isinstance(loader, DataLoaderShard):
@@ -104,7 +111,8 @@ class GraceTrainer(Trainer):
         ends inside a window gets empty places for the rest, so that the short window has its own step; left alone, its
         gradients would join the next epoch's first window.
         """
-        host = list(itertools.islice(epoch_iterator, num_batches))
+        stream = self.stream
+        host = list(itertools.islice(epoch_iterator, num_batches)) if stream is None else stream.window(num_batches)
         if not host:  # the stream has ended, and the epoch with it
             self.control.should_epoch_stop = True
             return [], None
@@ -187,6 +195,8 @@ class GraceTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         state = {"recipe_hash": self.recipe_hash, "objective": self.objective.state_dict()}
+        if self.stream is not None:
+            state["stream"] = self.stream.state_dict()
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -204,6 +214,8 @@ class GraceTrainer(Trainer):
             )
         load_model(self.model, str(folder / "model.safetensors"))
         self.objective.load_state_dict(state["objective"])
+        if self.stream is not None:
+            self.stream.load_state_dict(state["stream"])
         for attached in self.objective.attached:
             attached.invalidate()
 

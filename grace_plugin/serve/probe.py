@@ -32,6 +32,7 @@ class ProbeError(RuntimeError):
 class Job:
     """Questions to one checkpoint: {"messages": [...], "images": [PIL, ...]} each. top: alternatives per token.
 
+    engine: further arguments of vLLM's `LLM`.
     A question may hold "videos" in place of images: (frames uint8 [T, H, W, 3], metadata) each, as vLLM takes them.
     """
 
@@ -40,6 +41,7 @@ class Job:
     max_tokens: int = 8
     top: int = 5
     max_model_len: int = 512
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def _written(job: Job, folder: Path, number: int) -> dict[str, Any]:
         "max_tokens": job.max_tokens,
         "top": job.top,
         "max_model_len": job.max_model_len,
+        "engine": dict(job.engine),
     }
 
 
@@ -115,7 +118,7 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
     engine = LLM(
         model=job["checkpoint"], max_model_len=job["max_model_len"], max_num_seqs=8, enforce_eager=True,
         limit_mm_per_prompt={kind: number for kind, number in most.items() if number or kind == "image"},
-        skip_mm_profiling=True, max_logprobs=max(job["top"], 1),
+        skip_mm_profiling=True, max_logprobs=max(job["top"], 1), **job["engine"],
     )  # fmt: skip
     greedy = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], logprobs=job["top"])
     pictured = [question for question in job["questions"] if not question["videos"]]

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from grace_plugin.data import BadRowsError, ConversationCollator, RowError, load_rows, prepare, read_row
-from grace_plugin.data.media import decode_image, decode_video, image_size
+from grace_plugin.data.media import decode_image, image_size
 from grace_plugin.data.segments import Segmenter
+from grace_plugin.data.video import decode_video
 from tests.tiny import EVERY, FAMILIES, build, rows
 
 PROCESSORS = {family: build(family)[1] for family in FAMILIES}

@@ -1,4 +1,4 @@
-"""A stream's rows reach the loader once each, whatever the number of its workers."""
+"""A stream's rows reach the loaders once each, whatever the number of ranks and of their workers."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ STREAMS = {
         seed=1
     ),
 }
+
+
+def read(kind: str, rank: int, ranks: int, workers: int) -> list[str]:
+    """Answers of the usable rows that a rank reads, in its order."""
+    stream = StreamedRows(
+        STREAMS[kind](), ConversationCollator(build("llava")[1]), max_bad_rows=0.1, rank=rank, world_size=ranks
+    )
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+    return [found["messages"][1]["content"][0]["text"] for found in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_ranks_share_the_rows_out_and_each_has_its_own_order(kind: str, ranks: int, workers: int) -> None:
+    dealt = [read(kind, rank, ranks, workers) for rank in range(ranks)]
+    assert sorted(said for rank in dealt for said in rank) == sorted(
+        f"say {number}" for number in range(ROWS) if number % 20 != 7
+    )
+    assert all(dealt)
+    assert dealt[-1] == read(kind, ranks - 1, ranks, workers)
+    if kind != "four files" and workers == 0:  # every rank-th row, whatever was dropped
+        alone = [f"say {number}" for number in range(ROWS)]
+        assert dealt == [[said for said in alone[rank::ranks] if said in dealt[rank]] for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

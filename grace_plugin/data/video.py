@@ -1,0 +1,195 @@
+"""Videos to frames: lists of frames as they are, files sampled in time, upright, bounded, and never half read.
+
+A file is decoded by PyAV (`pip install grace-plugin[video]`), whose wheel brings its own FFmpeg; torchvision's and
+torchcodec's decoders are not used. Without PyAV a row that names a file stops the run before training, with this way out:
+that is a fault of the environment, and counted as a fault of rows it would silently drop every video of a mix.
+
+Sampling: at `fps` frames a second, the first frame that begins at or after each multiple of 1 / fps; a file with fewer
+frames a second gives all of them. Times are the file's own, so a variable frame rate keeps its speed. One pass in order, one
+frame in memory beside those kept. Phone videos are turned as their display matrix says.
+
+Refused and counted: a file that is no video, has no video track (sound alone, or sound with a cover picture), ends inside a
+frame, or before the frames of its index (MP4, AVI), or half a second before its stated duration (others); frames of several
+sizes; a frame above `max_pixels` (from the header, before decoding), or kept frames that together exceed 16 times
+`max_pixels`. A file cannot make the decoder open network addresses.
+
+Legend: F frames kept, H height, W width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_plugin.data.faults import RowError
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
+
+__all__ = ["DecoderMissingError", "Video", "decode_video"]
+
+_FILM = 16  # kept frames of a file may hold this many times `max_pixels` together
+_SHORT = 0.5  # seconds by which a file may end before its stated duration
+_ONE_SECOND_GRID = 1e-6  # of a frame: times are fractions, their products floats
+
+
+class DecoderMissingError(ValueError):
+    """A row names a video file and PyAV is not installed."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames.
+
+    frames: uint8 [F, H, W, 3]. fps: frames a second of the source. indices: the source's frame numbers of those kept, so that
+    index / fps is a frame's time in seconds. total: frames of the source.
+    """
+
+    frames: np.ndarray
+    fps: float
+    indices: tuple[int, ...]
+    total: int
+
+
+def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS, fps: float = 2.0) -> Video:
+    """A video as frames of one size.
+
+    Args:
+        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], a `Video`, or a file, a path or
+            {"bytes", "path"}.
+        name: how errors speak of the row.
+        max_pixels: largest frame in pixels; None for no limit.
+        fps: frames a second; of the frames given, or wanted from a file.
+
+    Raises:
+        RowError: no frames, frames of different size, above the limit, or a file that is missing or cannot be decoded.
+        DecoderMissingError: a file, and no PyAV.
+    """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, (str, Path)):
+        return _from_file(Path(video), repr(str(video)), name, max_pixels, fps)
+    if isinstance(video, Mapping):
+        shown = repr(str(video.get("path") or "in the row"))
+        content = video.get("bytes")
+        source = io.BytesIO(content) if content is not None else Path(str(video.get("path")))
+        return _from_file(source, shown, name, max_pixels, fps)
+    frames = list(video)
+    if not frames:
+        raise RowError("unreadable_video", f"{name}: a video has no frames")
+    pixels = [f if isinstance(f, np.ndarray) else np.asarray(decode_image(f, name, max_pixels)) for f in frames]
+    shapes = {frame.shape for frame in pixels}
+    if len(shapes) > 1:
+        raise RowError("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
+    return Video(np.stack(pixels).astype(np.uint8, copy=False), fps, tuple(range(len(pixels))), len(pixels))
+
+
+def _pyav(shown: str, name: str) -> Any:
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise DecoderMissingError(
+            f"{name}: video {shown} is a file and PyAV, which decodes it, is not installed; "
+            "`pip install grace-plugin[video]` (or `pip install av`), or give videos as lists of frames"
+        ) from error
+
+
+def _from_file(source: Path | io.BytesIO, shown: str, name: str, max_pixels: int | None, fps: float) -> Video:
+    if isinstance(source, Path) and not source.is_file():
+        raise RowError("missing_file", f"{name}: cannot read video {shown}: no such file")
+    if not (math.isfinite(fps) and fps > 0):
+        raise RowError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
+    av = _pyav(shown, name)
+    given = str(source) if isinstance(source, Path) else source
+    try:
+        with av.open(given, options={"protocol_whitelist": "file"}) as container:
+            return _sampled(_Reader(container, shown, name, max_pixels), fps)
+    except RowError:
+        raise
+    except Exception as error:  # FFmpeg's errors are many, and damaged metadata raises others
+        raise RowError("unreadable_video", f"{name}: cannot read video {shown}: {error}") from error
+
+
+class _Reader:
+    """The first video track of an open container, frame by frame with times in seconds from its first frame."""
+
+    def __init__(self, container: Any, shown: str, name: str, max_pixels: int | None) -> None:
+        self.container, self.shown, self.name, self.max_pixels = container, shown, name, max_pixels
+        covers = [s for s in container.streams.video if "attached_pic" in str(s.disposition).lower()]
+        tracks = [s for s in container.streams.video if s not in covers]
+        if not tracks:
+            raise self.fault(f"it has no video track ({len(container.streams)} of other kinds)")
+        self.stream = tracks[0]
+        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0.0)
+        if self.rate <= 0:
+            raise self.fault("it states no frame rate")
+        self.check_size(self.stream.codec_context.width, self.stream.codec_context.height)
+
+    def fault(self, what: str) -> RowError:
+        """The row's error: `what` is wrong with the file."""
+        return RowError("unreadable_video", f"{self.name}: cannot read video {self.shown}: {what}")
+
+    def check_size(self, width: int, height: int, frames: int = 1) -> None:
+        """Refuse a frame, or all frames kept so far, above the limit."""
+        limit = self.max_pixels
+        if limit is not None and (width * height > limit or frames * width * height > _FILM * limit):
+            raise RowError(
+                "image_too_large",
+                f"{self.name}: video {self.shown} has frames of {width} x {height} = {width * height:,} pixels, {frames} of "
+                f"them kept; the limit is {limit:,} for one and {_FILM * limit:,} together. Scale it down, give the row a "
+                "lower fps, or raise max_pixels",
+            )
+
+    def frames(self) -> Iterator[tuple[float, Any]]:
+        """(seconds from the first frame, frame) in order of showing, to the end, which must be where the file says."""
+        first, reached, count, packets = None, 0.0, 0, 0
+        indexed = len(self.stream.index_entries)  # of MP4 and AVI, where the index is whole from the start
+        for packet in self.container.demux():
+            if packet.pts is not None and packet.time_base is not None:
+                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index != self.stream.index:
+                continue
+            if packet.is_corrupt:
+                raise self.fault(f"it is cut off inside frame {count}")
+            packets += bool(packet.size)
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise self.fault(f"frame {count} is damaged")
+                time = count / self.rate if frame.time is None else float(frame.time)
+                first = time if first is None else first
+                count += 1
+                yield time - first, frame
+        if packets < indexed:
+            raise self.fault(f"it ends after {packets} of {indexed} frames")
+        start = (self.container.start_time or 0) / 1_000_000
+        stated = (self.container.duration or 0) / 1_000_000
+        if stated - (reached - start) > max(_SHORT, 2 / self.rate):
+            raise self.fault(f"it ends after {reached - start:.1f} of {stated:.1f} seconds")
+
+
+def _sampled(reader: _Reader, fps: float) -> Video:
+    """Frames of the track at `fps` a second."""
+    kept: list[np.ndarray] = []
+    indices: list[int] = []
+    wanted, count, last = 0, 0, 0.0
+    for time, frame in reader.frames():
+        count, last = count + 1, time
+        place = time * fps + _ONE_SECOND_GRID
+        if place < wanted:
+            continue
+        wanted = math.floor(place) + 1
+        reader.check_size(frame.width, frame.height, len(kept) + 1)
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        if kept and pixels.shape != kept[0].shape:
+            raise reader.fault(f"its frames differ in size: {kept[0].shape} and {pixels.shape}")
+        kept.append(pixels)
+        indices.append(round(time * reader.rate))
+    if not kept:
+        raise reader.fault("it has no frames")
+    total = max(count, round(last * reader.rate) + 1)
+    return Video(np.stack(kept), reader.rate, tuple(indices), total)

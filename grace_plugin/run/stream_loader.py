@@ -1,0 +1,118 @@
+"""Batches of a stream for the Trainer: each process reads its own rows, and all of them make the same steps.
+
+Rows are dealt to ranks where they are read (`grace_plugin.data.StreamedRows`), so ranks drop different rows and end at
+different times. Before every window they agree, in one collective that each takes part in whatever it holds: how many
+micro-batches the fullest rank has, and whether one of them failed. The window is that long on all; a rank with fewer takes part
+with text of which nothing is learned, which adds 0 to every sum. An epoch ends when no rank has a row left: over an epoch
+each usable row is seen exactly once, for any number of processes, and no rank waits for another.
+
+A checkpoint holds the epoch of the stream and the windows read of it, so that a resumed run goes on behind them, also in
+a later epoch than the first; rows up to there are read again and thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from grace_plugin.data import ConversationCollator, StreamedRows
+from grace_plugin.data.collate import IGNORE_INDEX
+
+__all__ = ["StreamLoader"]
+
+_FILLER = {"messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]}
+
+
+class StreamLoader:
+    """Iterable of a rank's batches for an epoch, and what is known of its place in the stream.
+
+    epoch, windows: the stream's epoch and the windows read of it; the same on every rank.
+    """
+
+    def __init__(self, rows: StreamedRows, collator: ConversationCollator, arguments: Any) -> None:
+        self.rows, self.collator, self.arguments = rows, collator, arguments
+        self.epoch = self.windows = 0
+        self._behind = False  # nothing was read yet behind the windows of an earlier run
+        self._batches: Iterator[dict[str, Any]] = iter(())
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, plain numbers."""
+        return {"epoch": self.epoch, "windows": self.windows}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at a place in the stream."""
+        self.epoch, self.windows = state["epoch"], state["windows"]
+
+    def write_report(self) -> dict[str, Any]:
+        """What became of the rows of all ranks so far, each of which takes part; the first writes it."""
+        return self.rows.write_report(self.arguments.device)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._behind, self._batches = self.windows > 0, self._begin()
+        return self._batches
+
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        """The batches of the epoch behind the windows already read."""
+        self.rows.set_epoch(self.epoch)
+        asked = self.arguments
+        batches = iter(
+            DataLoader(
+                self.rows, batch_size=asked.train_batch_size, collate_fn=self.collator, drop_last=asked.dataloader_drop_last,
+                num_workers=asked.dataloader_num_workers, prefetch_factor=asked.dataloader_prefetch_factor,
+                pin_memory=asked.dataloader_pin_memory and torch.cuda.is_available(),
+            )
+        )  # fmt: skip
+        for _ in range(self.windows * asked.gradient_accumulation_steps):
+            if next(batches, None) is None:
+                break
+        return batches
+
+    def window(self, count: int) -> list[dict[str, Any]]:
+        """Up to `count` batches, as many on every rank; [] when the stream has ended on all of them.
+
+        Several ranks make the last window of an epoch full, because the last micro-batch is the one that sums gradients.
+
+        Raises:
+            RuntimeError: another rank could not read its rows; that one raises what it met.
+        """
+        found: list[dict[str, Any]] = []
+        failure: Exception | None = None
+        try:
+            while len(found) < count and (batch := next(self._batches, None)) is not None:
+                found.append(batch)
+        except Exception as error:  # raised below, when the others know
+            failure = error
+        most, failed = self._agreed(len(found), failure is not None)
+        if failure is not None:
+            raise failure
+        if failed is not None:
+            raise RuntimeError(f"rank {failed} could not read its rows of the stream; its own message says why")
+        if most == 0:
+            self.epoch, self.windows = self.epoch + 1, 0
+            if not self._behind:
+                return []
+            self._behind, self._batches = False, self._begin()  # the earlier run had read the epoch to its end
+            return self.window(count)
+        self.windows, self._behind = self.windows + 1, False
+        if self.arguments.world_size > 1:
+            found += [self.filler() for _ in range(count - len(found))]
+        return found
+
+    def _agreed(self, count: int, failed: bool) -> tuple[int, int | None]:
+        """The largest count of all ranks, and a rank that failed; collective and unconditional."""
+        rank = self.arguments.process_index
+        said = torch.tensor([count, rank + 1 if failed else 0], device=self.arguments.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        most, who = said.tolist()
+        return most, who - 1 if who else None
+
+    def filler(self) -> dict[str, Any]:
+        """A batch of one short text of which nothing is learned."""
+        batch = self.collator([_FILLER])
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        return batch
