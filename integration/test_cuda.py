@@ -68,7 +68,7 @@ def test_the_gpu_trains_as_the_cpu_does(family: str, tmp_path: Path) -> None:
     logs = []
     for place, use_cpu in (("cpu", True), ("cuda", False)):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # patch embeddings are convolutions
-            done = run(made, tmp_path / place, mixed_rows(8), use_cpu=use_cpu, tf32=False, **options)
+            done = run(made, tmp_path / place, mixed_rows(8), use_cpu=use_cpu, bf16=False, tf32=False, **options)
         logs.append([row for row in done.history if "loss_gdkd" in row])
     for cpu, cuda in zip(*logs, strict=True):
         for term in ("loss_ce", "loss_gdkd", "loss_rcka", "grad_norm", "beta"):

@@ -68,8 +68,8 @@ def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[s
         )
     defaults = {
         "report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05, "weight_decay": 0.0, "bf16": torch.cuda.is_available(), "logging_nan_inf_filter": False,
-        "disable_tqdm": None,
+        "warmup_steps": 0.05, "weight_decay": 0.0, "bf16": torch.cuda.is_available() and not given.get("use_cpu"),
+        "logging_nan_inf_filter": False, "disable_tqdm": None,
     }  # fmt: skip
     given = {**defaults, **given, "gradient_checkpointing_kwargs": {"use_reentrant": False, **checkpointing}}
     try:
