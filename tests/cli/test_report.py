@@ -16,6 +16,7 @@ from tests.pairs import Pair
 def test_two_checkpoints_become_a_page(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a terminal wide enough for a layer's name in one line
     _, data = written(finished.pair, tmp_path)
     arguments = ["--dataset", str(data), "--output_dir", str(tmp_path / "r"), "--limit", "3", "--worst", "1"]
     assert (
@@ -25,7 +26,7 @@ def test_two_checkpoints_become_a_page(
     printed = capsys.readouterr().out
     assert "3 of 4 rows" in printed and "KL(A || B)" in printed and f"{tmp_path / 'r'}/page.html" in printed
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert report["layers"][0]["name"] in printed.replace("\n", "")
+    assert report["layers"][0]["name"] in printed
     assert len(report["worst"]) == 1 and report["rows"]["drawn"] == 3
 
 
