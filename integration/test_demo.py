@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import grace_plugin
+from integration.parity import INT4_KERNEL
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "GRACE INT4"
@@ -94,4 +95,4 @@ def test_what_was_trained_is_what_is_served(summary: dict[str, Any]) -> None:
     assert summary["vllm_asked"] >= 300
     assert summary["vllm_equal"] >= 299
     assert all(one["margin_nats"] < 0.05 for one in summary["vllm"]["differing"])
-    assert "WNA16" in summary["vllm"]["kernel"]
+    assert summary["vllm"]["kernel"] == INT4_KERNEL

@@ -12,7 +12,7 @@ from tests.mixed_files import Mixed, write_mixed
 from tests.pairs import Pair, pair, run
 from tests.tiny import FAMILIES, build, rows
 
-ROWS, STEPS, VIDEOS, BATCH, SEED = 2000, 50, 40, 4, 0
+ROWS, STEPS, VIDEOS, BATCH, SEED = 2000, 50, 40, 4, 1
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_set_without_images_trains_and_says_that_the_relation_is_absent(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_trains_and_counts_what_it_drops(workers: int, tmp_path: Path) -> None:
     small: Pair = pair("llava", tmp_path)
-    write_mixed(tmp_path / "set", 80, broken=0.1, videos=0)
+    write_mixed(tmp_path / "set", 120, broken=0.1, videos=0)
     folder = tmp_path / "set"
     lines = [json.loads(line) for line in (folder / "messages.jsonl").read_text().splitlines()]
     lines[5]["images"] = ["pictures/none.png"]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from grace_plugin.serve.ask import AskError, ask, ask_all
 from grace_plugin.serve.launch import Server, ServerError, serve
-from integration.parity import judge, prompts
+from integration.parity import INT4_KERNEL, judge, prompts
 from tests.pairs import pair, recipe_text, run
 from tests.tiny import rows
 
@@ -60,8 +60,7 @@ def test_answers_over_http_equal_transformers(server: Server, checkpoint: Path) 
 
 
 def test_the_kernel_is_named(server: Server) -> None:
-    assert server.kernel is not None
-    assert "LinearKernel" in server.kernel
+    assert server.kernel == INT4_KERNEL
 
 
 def test_order_is_kept_and_text_is_returned(server: Server) -> None:

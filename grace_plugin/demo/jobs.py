@@ -120,7 +120,7 @@ def run_job(job: Job, output: str, recipe: str) -> Result:
             result = methods.grace(Path(recipe), job.bits, folder, callbacks)
         verification, history = result.verification, result.history
     made = time.monotonic()
-    model = methods.load_model(folder)
+    model = methods.scored_model(folder, encoded[0])
     answers = greedy_answers(model, processor, encoded, lambda done, total: _post(job.name, 5 + done / total, 6))
     end = time.monotonic()
     right = [is_right(row, answer) for row, answer in zip(rows, answers, strict=True)]

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.scenes import training_rows
+from grace_plugin.demo.score import Encoded
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe
 from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training"]
+__all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training", "scored_model"]
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = ASSETS / "teacher", ASSETS / "student"
@@ -71,6 +72,22 @@ def load_model(folder: Path) -> Any:
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products are fast here: on a GPU, and on a CPU whose library has them (11 times slower on others)."""
     return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def scored_model(folder: Path, encoded: Encoded) -> Any:
+    """`load_model` to score many questions with, in float32 where bfloat16 is slow; `encoded`: some questions of the kind."""
+    model = load_model(folder)
+    return model if multiplies_bfloat16() else widened(model, encoded)
+
+
+@torch.no_grad()
+def widened(model: Any, encoded: Encoded) -> Any:
+    """The model with its stored weights, value for value, in float32: packed layers are made dense by a forward pass first."""
+    model(**{k: v[:1].bfloat16() if v.is_floating_point() else v[:1] for k, v in encoded.inputs.items()})
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model
 
 
 def read_modifier(recipe: Path, bits: int) -> GraceModifier:

@@ -113,10 +113,15 @@ def _follow(futures: dict[Job, Future[Result]], board: Any, bars: Progress) -> N
 
 
 def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> dict[str, Any]:
-    """Ask the served checkpoint the first SERVED held-out questions, and look at every answer that differs."""
+    """Ask the served checkpoint the first SERVED held-out questions, and look at every answer that differs.
+
+    transformers answers them in the stored dtype, as vLLM does.
+    """
+    from transformers import AutoProcessor
+
     from grace_plugin.demo.methods import load_model
     from grace_plugin.demo.scenes import heldout_rows
-    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, is_right
+    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
 
@@ -132,25 +137,22 @@ def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> d
         answers = ask_all(server.url, server.model, asked, max_tokens=LONGEST_ANSWER, workers=16)
         seconds = time.monotonic() - begun
     texts = [answer.text.strip() for answer in answers]
-    differing = [i for i, text in enumerate(texts) if text != grace.answers[i]]
+    model, processor = load_model(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    own = greedy_answers(model, processor, encode_questions(processor, rows))
+    differing = [i for i, text in enumerate(texts) if text != own[i]]
     margins: list[float] = []
-    if differing:
-        from transformers import AutoProcessor
-
-        model = load_model(checkpoint)
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        for number in differing:
-            margins += answer_margins(model, encode_questions(processor, [rows[number]])[0].inputs)
+    for number in differing:
+        margins += answer_margins(model, encode_questions(processor, [rows[number]])[0].inputs)
     return {
         "asked": len(rows),
         "equal": len(rows) - len(differing),
         "correct": sum(is_right(row, text) for row, text in zip(rows, texts, strict=True)),
-        "correct_transformers": sum(grace.right[: len(rows)]),
+        "correct_transformers": sum(is_right(row, text) for row, text in zip(rows, own, strict=True)),
         "kernel": server.kernel,
         "start_seconds": server.seconds,
         "ask_seconds": seconds,
         "differing": [
-            {"id": rows[i]["id"], "vllm": texts[i], "transformers": grace.answers[i], "margin_nats": margin}
+            {"id": rows[i]["id"], "vllm": texts[i], "transformers": own[i], "margin_nats": margin}
             for i, margin in zip(differing, margins, strict=True)
         ],
     }

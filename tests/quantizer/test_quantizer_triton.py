@@ -33,7 +33,7 @@ def test_values_scales_and_gradients_equal_torch(weight_dtype, stored_dtype, gro
     assert fake_quant_triton.usable(weight, stored_dtype)
     value, scale = fake_quant_triton.forward(weight, theta, stored_dtype, code_range(bits), weight_dtype)
     grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, weight_dtype)
-    found = fake_quant._backward(weight, scale, grad, bits, (True, True))
+    found = fake_quant.gradients(weight, scale, grad, bits, (True, True))
     assert torch.equal(scale, stored_scale(theta, stored_dtype))
     codes = fake_quant.codes(weight, theta, num_bits=bits, stored_dtype=stored_dtype)
     assert torch.equal(value, fake_quant.dequantize(codes, scale).to(weight_dtype))
@@ -48,8 +48,8 @@ def test_only_what_is_needed_is_computed(needs):
     weight, theta = drawn(torch.float32, torch.bfloat16, 64, 128, 4)
     scale = stored_scale(theta, torch.bfloat16)
     grad = torch.ones_like(weight)
-    both = fake_quant._backward(weight, scale, grad, 4, (True, True))
-    some = fake_quant._backward(weight, scale, grad, 4, needs)
+    both = fake_quant.gradients(weight, scale, grad, 4, (True, True))
+    some = fake_quant.gradients(weight, scale, grad, 4, needs)
     for part, whole, needed in zip(some, both, needs, strict=True):
         assert (part is not None) == needed
         assert part is None or torch.equal(part, whole)

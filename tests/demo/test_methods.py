@@ -1,0 +1,33 @@
+"""Rows of the demo: what is scored is what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from grace_plugin.artifact.verify import packed_layers
+from grace_plugin.demo.methods import STUDENT, load_model, post_training, widened
+from grace_plugin.demo.scenes import heldout_rows
+from grace_plugin.demo.score import encode_questions, greedy_answers
+from grace_plugin.quantizer.fake_quant import dequantize
+
+
+def test_a_widened_checkpoint_multiplies_the_stored_weights_in_float32(tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(STUDENT)
+    encoded = encode_questions(processor, list(heldout_rows(16)))
+    folder = post_training("rtn", 4, tmp_path / "rtn", processor)
+    stored = {name: dequantize(*layer) for name, layer in packed_layers(load_model(folder)).items()}
+    dense = dict(load_model(STUDENT).named_parameters())
+    model = widened(load_model(folder), encoded[0])
+    modules = dict(model.named_modules())
+    assert stored
+    for name, weight in stored.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(modules[name].weight, weight.float())
+    for name, parameter in dense.items():
+        found = model.get_parameter(name)
+        assert found.dtype == torch.float32
+        assert name.removesuffix(".weight") in stored or torch.equal(found, parameter.float())
+    assert any(greedy_answers(model, processor, encoded))
