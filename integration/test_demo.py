@@ -58,7 +58,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dic
         "--serve-python",
         str(serve_python),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "summary.json").read_text())

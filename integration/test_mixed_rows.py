@@ -92,6 +92,6 @@ def test_a_stream_trains_and_counts_what_it_drops(workers: int, tmp_path: Path) 
     listed = [json.loads(line) for line in (tmp_path / "out.run" / "data_rejected.jsonl").read_text().splitlines()]
     assert {line["reason"] for line in listed} == {"missing_file"}
     with pytest.raises(
-        BadRowsError, match=r"1 of the stream's first 30 rows cannot be used, above max_bad_rows = 1\.0%"
+        BadRowsError, match=r"1 of the stream's first 45 rows cannot be used, above max_bad_rows = 1\.0%"
     ):
         run(small, tmp_path / "strict", stream, max_steps=2, max_bad_rows=0.01)
