@@ -34,7 +34,7 @@ import sys
 from pathlib import Path
 
 import libcst as cst
-from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier, report, texts, verdicts
+from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier, report, revision, texts, verdicts
 
 WORK, INTERPRETED = ROOT / "build" / "mutation", ROOT / "build" / "mutation_interpreted"
 SMALL = (  # kernels' tests that take little time in the interpreter
@@ -126,12 +126,14 @@ def main() -> None:
     if options.report_only or options.second_pass:
         known = Earlier(*json.loads(carried.read_text()))
     else:
-        known = Earlier({}, [], []) if options.since is None else earlier(options.since or None)
+        known = Earlier(revision(), {}, [], []) if options.since is None else earlier(options.since or None)
         prepare(WORK)
         carried.write_text(json.dumps(known))
         mutants = known.names(texts("grace_plugin", ROOMS)) if known.killed else []  # none: all
         mutmut(WORK, options.children, mutants)
     if not options.report_only:
+        if known.now and texts("grace_plugin", ROOMS, known.now) != texts("grace_plugin", ROOMS):
+            raise SystemExit(f"the first pass ran on {known.now}, and functions have changed since; run it again")
         left = [name for name, status in verdicts(WORK).items() if status not in (*DEAD, NOT_RUN)]
         prepare(INTERPRETED)
         mutmut(INTERPRETED, options.children, [name for name in left if "controller" not in name])

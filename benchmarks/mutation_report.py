@@ -30,8 +30,9 @@ STATUS = {
 
 
 class Earlier(NamedTuple):
-    """What an earlier run of `mutation.py` says about today's mutants."""
+    """The code that a run is on, and what an earlier run of `mutation.py` says about its mutants."""
 
+    now: str | None  # its revision; None where it is not committed
     killed: dict[str, dict[str, int]]  # unchanged function -> revision at which it ran -> how many of its mutants died
     alive: list[str]  # mutants of unchanged functions that lived
     tests_gone: list[str]
@@ -103,6 +104,7 @@ def earlier(since: str | None) -> Earlier:
     ran = recorded.get("functions", {})
     gone = sorted(set(texts("tests", TESTS, at)) - set(texts("tests", TESTS)))
     return Earlier(
+        revision(),
         {where: ran[where]["killed"] if where in ran else {at: -1} for where in same},  # -1: all that are not alive
         alive,
         [name for name in gone if name.partition(" ")[2].startswith("test_")],
@@ -138,7 +140,7 @@ def changed_lines(work: Path, mutant: str) -> str:
 
 def tally(first: dict[str, str], second: dict[str, str], known: Earlier) -> tuple[dict[str, str], dict[str, Any]]:
     """Verdict of each mutant over both passes and the earlier run; per function, how many died at which revision."""
-    found, now = {}, revision() or "uncommitted"
+    found: dict[str, str] = {}
     per: dict[str, Any] = {}
     for mutant, status in first.items():
         where = place(mutant)
@@ -151,7 +153,7 @@ def tally(first: dict[str, str], second: dict[str, str], known: Earlier) -> tupl
         one = per.setdefault(where, {"mutants": 0, "killed": Counter()})
         one["mutants"] += 1
         if status in DEAD and (where not in known.killed or alive_before):
-            one["killed"][now] += 1
+            one["killed"][known.now or "uncommitted"] += 1
     for where, killed in known.killed.items():
         if where in per:
             before = per[where]["mutants"] - sum(place(mutant) == where for mutant in known.alive)
@@ -185,14 +187,13 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
         rooms[room] = {"mutants": len(mine), "tested": len(done), "killed": sum(s in DEAD for s in done)}
     import torch
 
-    now = revision()
     summary = {
         "environment": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
-        "revision": now,
+        "revision": known.now,
         "mutants": len(found), "tested": tested, "killed": killed, "share_killed": killed / max(1, tested),
         "by_status": dict(counts), "killed_at_revision": dict(at),
         "carried": {
-            "verdicts": sum(number for name, number in at.items() if name != (now or "uncommitted")),
+            "verdicts": sum(number for name, number in at.items() if name != (known.now or "uncommitted")),
             "functions": sum(where in known.killed for where in per), "tests_gone": known.tests_gone,
             "holds_while": "tests since those revisions were added or strengthened, none weakened",
         },
