@@ -38,7 +38,7 @@ from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier,
 
 WORK, INTERPRETED = ROOT / "build" / "mutation", ROOT / "build" / "mutation_interpreted"
 SMALL = (  # kernels' tests that take little time in the interpreter
-    "test_chunks_triton or 4-8-8 or mixed_sizes or 4-128-512 or needed or clamped or overflow"
+    "test_chunks_triton or small or needed"
 )
 CONFIGURATION = """
 [tool.mutmut]

@@ -180,6 +180,9 @@ def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
     normalised = 1.5 * nats / torch.tensor(float(IDS), dtype=torch.float64).log()
     torch.testing.assert_close(gate.double(), (-normalised).exp(), rtol=0, atol=3e-6)
     torch.testing.assert_close(known.double(), want, rtol=2e-6, atol=2e-6)
+    usual = teacher_sums(hidden_t, head_t.weight, None, targets, **how)[2]
+    at_two = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=2.0, **how)[2]
+    assert torch.equal(usual, at_two) and not torch.equal(usual, known)
     plain = teacher_sums(hidden_t, head_t.weight, None, None, **how)
     assert plain[2] is None and torch.equal(plain[0], gate)
     assert torch.equal(teacher_gates(hidden_t, head_t.weight, None, **how)[0], gate)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import distillation_head, teacher_gates
+from grace_plugin.losses.head import teacher_sums
 from tests.losses.sides import NAMES, draw
 from tests.reference import distill as oracle
 
@@ -45,3 +46,18 @@ def test_a_cap_that_is_none(cap):
     sides, targets = draw()
     with pytest.raises(ValueError, match=r"student: logits are capped at a positive finite number"):
         loss(sides, targets, (cap, None))
+    with pytest.raises(ValueError, match=r"teacher: logits are capped at a positive finite number"):
+        loss(sides, targets, (None, cap))
+    head = sides["hidden_s"], sides["weight_s"], None, *(sides[name] for name in NAMES[3:])
+    with pytest.raises(ValueError, match=r"teacher: logits are capped"):
+        distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_scale=1.0, softcaps=(None, cap))
+
+
+def test_sums_of_a_teacher_default_to_the_published_gate_without_known_ones_in_torch():
+    sides, targets = draw(grad=False)
+    teacher = [sides[name] for name in NAMES[3:]]
+    gate, entropy, known = teacher_sums(*teacher, targets, vocabulary=9)
+    want = teacher_sums(*teacher, targets, vocabulary=9, sharpness=1.0, chunk=2)
+    torch.testing.assert_close(gate, want[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(entropy, want[1], rtol=1e-12, atol=0)
+    assert known is None and want[2] is None
