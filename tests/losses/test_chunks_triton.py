@@ -53,7 +53,7 @@ def draw(n, ids=IDS, caps=(None, None)):
         return torch.randn(*shape, generator=made).to(DEVICE)
 
     student = normal(n, 6), Head(normal(ids, 6), normal(ids), caps[0])
-    teacher = normal(n, 5), Head(normal(ids, 5), None, caps[1]), torch.rand(n, generator=made).to(DEVICE)
+    teacher = normal(n, 5), Head(normal(ids, 5), normal(ids), caps[1]), torch.rand(n, generator=made).to(DEVICE)
     return student, teacher, torch.randint(ids, (n,), generator=made).to(DEVICE)
 
 
@@ -121,12 +121,13 @@ def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
     try:
         with torch.device("meta"):
             found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
-            gates = teacher_gates(hidden_t, head_t.weight, None, vocabulary=IDS)
+            gates = teacher_sums(hidden_t, head_t.weight, head_t.bias, targets, vocabulary=IDS)
     finally:
         torch.set_default_dtype(before)
     assert found.dtype == torch.float32
     assert torch.equal(found, want)
-    assert [(part.dtype, part.device.type) for part in gates] == [(torch.float32, DEVICE)] * 2
+    assert [part.device.type for part in gates] == [DEVICE] * 3
+    assert [part.dtype for part in gates[:2]] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize(("known", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * SLICE)])
@@ -194,7 +195,7 @@ def test_where_the_sums_are_known_the_positions_are_cut_evenly(monkeypatch):
     asked = []
     monkeypatch.setattr(head, "positions_per_chunk", lambda *given: asked.append(given) or 1)
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(2)
-    student, teacher = (hidden_s, head_s.weight, head_s.bias), (hidden_t, head_t.weight, None)
+    student, teacher = (hidden_s, head_s.weight, head_s.bias), (hidden_t, head_t.weight, head_t.bias)
     known = known_of(hidden_t, head_t, targets)
     how = {"vocabulary": IDS, "ce_scale": 0.3, "kd_scale": 0.8, "temperature": TEMPERATURE}
     with_sums = distillation_head(*student, *teacher, targets, gate, known=known, **how)
@@ -202,6 +203,8 @@ def test_where_the_sums_are_known_the_positions_are_cut_evenly(monkeypatch):
     distillation_head(*student, None, None, None, targets, None, known=known, **how)
     assert asked == [(IDS, 4, 2), (IDS, 4, 0), (IDS, 4, 0)]
     torch.testing.assert_close(with_sums.loss, without.loss, rtol=6e-6, atol=0)
+    others = distillation_head(*student, *teacher, targets, gate, known=known + 0.5, **how)
+    assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)  # they are what is read
 
 
 def test_a_gradient_in_place_is_multiplied_and_given_out_once():
@@ -221,3 +224,5 @@ def test_a_gradient_in_place_is_multiplied_and_given_out_once():
         out.loss.backward()
     single = distillation_head(hidden, head_s.weight[:1], None, *none, targets * 0, None, **{**how, "vocabulary": 1})
     assert single.loss.item() == 0  # one id is not for the kernels
+    single.loss.backward(retain_graph=True)
+    single.loss.backward()

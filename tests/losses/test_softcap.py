@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.losses import distillation_head, teacher_gates
+from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
 from grace_plugin.losses.head import teacher_sums
 from tests.losses.sides import NAMES, draw
 from tests.reference import distill as oracle
@@ -39,6 +39,22 @@ def test_gradients_of_capped_logits(caps):
         return loss(dict(zip(NAMES, [*student, *(sides[n] for n in NAMES[3:])], strict=True)), targets, caps).loss
 
     assert torch.autograd.gradcheck(value, [sides[name] for name in NAMES[:3]])
+
+
+def test_logits_of_bfloat16_sides_are_capped_in_float32():
+    """The products round to bfloat16; from there on nothing does."""
+    sides, targets = draw(dtype=torch.bfloat16, grad=False)
+    out = loss(sides, targets, (1.5, 0.8))
+    z_s, z_t = (
+        cap * torch.tanh(torch.nn.functional.linear(*(sides[name] for name in side))[:, :9].double() / cap)
+        for cap, side in ((1.5, NAMES[:3]), (0.8, NAMES[3:]))
+    )
+    gate, _ = confidence_gate(z_t)
+    found, _ = teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=0.8)
+    torch.testing.assert_close(found.double(), gate, rtol=0, atol=1e-6)
+    tckd, nckd, dkd = decoupled_kd(z_s, z_t, targets)
+    for part, each in ((out.gated_tckd_sum, tckd), (out.gated_nckd_sum, nckd), (out.gated_dkd_sum, dkd)):
+        assert part.item() == pytest.approx((gate * each).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("inf")])
