@@ -12,7 +12,7 @@ interpreter, which alone reach `losses.chunks.fused` and the branches that start
 them with torch and float64.
 
     pip install mutmut==3.8.1            into an environment that has the package's own dependencies
-    python benchmarks/mutation.py        the better part of two hours on one core; --children 2 for two
+    python benchmarks/mutation.py        more than an hour and a half on one core; --children 2 for two
     python benchmarks/mutation.py --since            keeps what is recorded as killed where a function did not change
     python benchmarks/mutation.py --since REVISION   the same for a record that does not name its revision
     python benchmarks/mutation.py --second-pass      the first pass as it lies in build/, the second again

@@ -25,7 +25,7 @@ KILLED, SURVIVED, UNTESTED, TIMEOUT, NOT_RUN = "killed", "survived", "no tests",
 DEAD = (KILLED, TIMEOUT)
 STATUS = {
     None: NOT_RUN, 0: SURVIVED, 1: KILLED, 3: KILLED, 5: UNTESTED, 33: UNTESTED,
-    -11: KILLED,  # the mutant crashes the tests
+    -6: KILLED, -11: KILLED,  # the mutant brings the tests' process down
     36: TIMEOUT, 24: TIMEOUT, -24: TIMEOUT, 152: TIMEOUT,
 }  # fmt: skip
 

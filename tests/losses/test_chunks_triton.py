@@ -149,6 +149,17 @@ def test_one_buffer_of_each_side_is_written_over_and_over(known, rows_t, space):
     assert {call[2] for call in written} == {(written[0][2][0], space)}
 
 
+@pytest.mark.parametrize(("n", "chunk", "rows_t", "buffers"), [(3, 2, [1, 1, 1], (2, 1)), (1, 2, [1], (1, 1))])
+def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, chunk, rows_t, buffers):
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n)
+    head_s, head_t = seen(head_s), seen(head_t)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    chunks.fused(hidden_s, head_s, chunks.Teacher(hidden_t, head_t, gate), targets, scales, settings(chunk), None)
+    written = [call for call in head_t.log if len(call) == 3]
+    assert [call[0][0] for call in written] == rows_t
+    assert (head_s.log[0][2][1], written[0][2][1]) == (buffers[0] * IDS, buffers[1] * IDS)
+
+
 @pytest.mark.parametrize(
     ("ids", "ends"), [(24, [(0, 24)]), (25, [(0, 16), (16, 25)]), (33, [(0, 16), (16, 32), (32, 33)]), (9, [(0, 9)])]
 )

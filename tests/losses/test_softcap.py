@@ -63,7 +63,7 @@ def test_a_cap_that_is_none(cap):
     with pytest.raises(ValueError, match=r"student: logits are capped at a positive finite number"):
         loss(sides, targets, (cap, None))
     with pytest.raises(ValueError, match=r"teacher: logits are capped at a positive finite number"):
-        loss(sides, targets, (None, cap))
+        teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=cap)
     head = sides["hidden_s"], sides["weight_s"], None, *(sides[name] for name in NAMES[3:])
     with pytest.raises(ValueError, match=r"teacher: logits are capped"):
         distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_scale=1.0, softcaps=(None, cap))
