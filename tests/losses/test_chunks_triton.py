@@ -1,4 +1,4 @@
-"""Chunks in place against torch in float64, with blocks so short that a handful of ids makes many; TRITON_INTERPRET=1.
+"""Chunks in place against torch in float64, in Triton's interpreter or on CUDA; run with TRITON_INTERPRET=1.
 
 Small on purpose: the mutation run tries every changed operator of `losses.chunks.fused` against this file. Besides values it
 looks at what is allocated, how often, and where: a buffer twice too large computes the same.
@@ -7,19 +7,13 @@ looks at what is allocated, how often, and where: a buffer twice too large compu
 import pytest
 import torch
 
-from grace_plugin.losses import chunks, distillation_head, head, head_triton, teacher_gates
+from grace_plugin.losses import chunks, distillation_head, teacher_gates
 from grace_plugin.losses.head import teacher_sums
 from grace_plugin.losses.projection import Gradients, Head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS, TEMPERATURE, ALPHA, BETA = 25, 3.0, 0.7, 2.5
-BLOCK, SLICE = 16, 24  # of 25 ids: two blocks; slices of 16 and 9
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch):
-    monkeypatch.setattr(head_triton, "BLOCK", BLOCK)
-    monkeypatch.setattr(chunks, "SLICE", SLICE)
+LONG = chunks.SLICE + 40  # ids: nine blocks, two slices
 
 
 class Seen(Head):
@@ -76,9 +70,9 @@ def known_of(hidden_t, head_t, targets):
     return torch.stack([(others / TEMPERATURE).logsumexp(1), logits.gather(1, targets[:, None])[:, 0]]).float()
 
 
-def both(n, chunk, known, caps=(None, None), with_teacher=True):
+def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS):
     """Sums and gradients in place, and of torch in float64."""
-    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n, caps=caps)
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n, ids, caps)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
     sums_t = known_of(hidden_t, head_t, targets) if known else None
     teacher = chunks.Teacher(hidden_t, head_t, gate, sums_t) if with_teacher else None
@@ -91,10 +85,15 @@ def both(n, chunk, known, caps=(None, None), with_teacher=True):
     return found, got, want, grads
 
 
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("n", "chunk", "caps"), [(4, 3, (1.5, 0.7)), (2, 8, (None, None))])
-def test_sums_and_gradients_equal_torch(n, chunk, caps, known):
-    found, got, want, grads = both(n, chunk, known, caps)
+@pytest.mark.parametrize(
+    ("n", "chunk", "caps", "known", "ids"),
+    [
+        (4, 3, (1.5, 0.7), False, IDS), (4, 3, (1.5, 0.7), True, IDS),
+        (2, 8, (None, None), False, IDS), (2, 8, (None, None), True, IDS), (2, 8, (1.5, 0.7), True, LONG),
+    ],
+)  # fmt: skip
+def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids):
+    found, got, want, grads = both(n, chunk, known, caps, ids=ids)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
     for one, other in zip(got.all(), grads.all(), strict=True):
@@ -130,7 +129,7 @@ def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
     assert [part.dtype for part in gates[:2]] == [torch.float32] * 2
 
 
-@pytest.mark.parametrize(("known", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * SLICE)])
+@pytest.mark.parametrize(("known", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * IDS)])
 def test_one_buffer_of_each_side_is_written_over_and_over(known, rows_t, space):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
     head_s, head_t = seen(head_s), seen(head_t)
@@ -140,7 +139,7 @@ def test_one_buffer_of_each_side_is_written_over_and_over(known, rows_t, space):
     chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(3), None)
     assert [call[:2] for call in head_s.log] == [((rows, 6), (3, IDS)) for rows in (3, 2)]
     assert {call[2] for call in head_s.log} == {(head_s.log[0][2][0], 3 * IDS)}
-    ends = [(0, 16), (16, IDS)] if known else [(0, IDS)]
+    ends = [(0, IDS)]
     assert [call for call in head_t.log if len(call) == 2] == ends * len(rows_t)
     written = [call for call in head_t.log if len(call) == 3]
     assert [call[:2] for call in written] == [
@@ -161,17 +160,18 @@ def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, c
 
 
 @pytest.mark.parametrize(
-    ("ids", "ends"), [(24, [(0, 24)]), (25, [(0, 16), (16, 25)]), (33, [(0, 16), (16, 32), (32, 33)]), (9, [(0, 9)])]
+    ("ids", "ends"), [(9, [(0, 9)]), (chunks.SLICE, [(0, 16384)]), (LONG, [(0, 16384), (16384, LONG)])]
 )
 def test_a_vocabulary_of_one_slice_is_not_cut(ids, ends):
-    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(2, ids)
+    assert chunks.SLICE == 16384
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
     head_t = seen(head_t)
     teacher = chunks.Teacher(hidden_t, head_t, gate, known_of(hidden_t, Head(*head_t), targets))
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
     chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
     assert [call for call in head_t.log if len(call) == 2] == ends
     space = {call[2][1] for call in head_t.log if len(call) == 3}
-    assert space == {2 * min(ids, SLICE)}
+    assert space == {min(ids, chunks.SLICE)}
 
 
 @pytest.mark.parametrize("cap", [None, 0.7])
@@ -202,20 +202,16 @@ def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
     assert raised[2] is None and raised[0].dtype == torch.float64
 
 
-def test_where_the_sums_are_known_the_positions_are_cut_evenly(monkeypatch):
-    asked = []
-    monkeypatch.setattr(head, "positions_per_chunk", lambda *given: asked.append(given) or 1)
+def test_known_sums_are_what_is_read():
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(2)
     student, teacher = (hidden_s, head_s.weight, head_s.bias), (hidden_t, head_t.weight, head_t.bias)
     known = known_of(hidden_t, head_t, targets)
     how = {"vocabulary": IDS, "ce_scale": 0.3, "kd_scale": 0.8, "temperature": TEMPERATURE}
-    with_sums = distillation_head(*student, *teacher, targets, gate, known=known, **how)
     without = distillation_head(*student, *teacher, targets, gate, **how)
-    distillation_head(*student, None, None, None, targets, None, known=known, **how)
-    assert asked == [(IDS, 4, 2), (IDS, 4, 0), (IDS, 4, 0)]
+    with_sums = distillation_head(*student, *teacher, targets, gate, known=known, **how)
     torch.testing.assert_close(with_sums.loss, without.loss, rtol=6e-6, atol=0)
     others = distillation_head(*student, *teacher, targets, gate, known=known + 0.5, **how)
-    assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)  # they are what is read
+    assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)
 
 
 def test_a_gradient_in_place_is_multiplied_and_given_out_once():
