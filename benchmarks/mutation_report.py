@@ -167,8 +167,8 @@ def tally(first: dict[str, str], second: dict[str, str], known: Earlier) -> tupl
 
 def report(work: Path, interpreted: Path, known: Earlier) -> bool:
     """Write the results; True when all were tested, at least 90 % killed and every survivor has a reason."""
-    second = verdicts(interpreted)
-    found, per = tally(verdicts(work), second, known)
+    first, second = verdicts(work), verdicts(interpreted)
+    found, per = tally(first, second, known)
     reasons_file = RESULTS / "reasons.json"
     reasons = json.loads(reasons_file.read_text()) if reasons_file.exists() else {}
     survivors = []
@@ -198,7 +198,7 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
             "functions": sum(where in known.killed for where in per), "tests_gone": known.tests_gone,
             "holds_while": "tests since those revisions were added or strengthened, none weakened",
         },
-        "killed_in_tritons_interpreter_only": sum(second.get(m) in DEAD for m in found),
+        "killed_in_tritons_interpreter_only": sum(second.get(m) in DEAD and first[m] not in DEAD for m in found),
         "rooms": rooms, "survivors_without_reason": sum(s["reason"] is None for s in survivors),
         "functions": per, "survivors": survivors,
     }  # fmt: skip
