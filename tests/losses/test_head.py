@@ -240,6 +240,7 @@ def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise()
     assert positions_per_chunk(3, 4) == 4096
     assert positions_per_chunk(151_936, 2, known_of=4096) == 592
     assert positions_per_chunk(151_936, 2, known_of=5) == 16
+    assert type(positions_per_chunk(151_936, 2, known_of=4096)) is int
     assert positions_per_chunk(10**8, 2) == 16
     hidden, weight = torch.randn(4200, 2), torch.randn(3, 2)
     targets = torch.zeros(4200, dtype=torch.int64)

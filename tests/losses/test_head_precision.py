@@ -1,10 +1,12 @@
 """Dtypes of the chunked head: products in the hidden states' dtype, everything else exact in float32 or float64."""
 
+import warnings
+
 import pytest
 import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
-from grace_plugin.losses.projection import Gradients, Head
+from grace_plugin.losses.projection import Gradients, Head, _add_product
 from tests.losses.sides import draw, grads, run
 from tests.reference.footprint import Footprint
 
@@ -38,6 +40,18 @@ def test_a_bfloat16_teacher_has_float32_gates():
     torch.testing.assert_close(gate, want, rtol=0, atol=1e-3)
     assert len(set(gate.tolist())) == 7
     assert not torch.equal(gate, gate.bfloat16().float())
+
+
+def test_logits_of_bfloat16_sides_are_read_in_float32():
+    """The products round to bfloat16; from there on nothing does."""
+    sides, targets = draw(dtype=torch.bfloat16, grad=False)
+    out = run(sides, targets)
+    z_s = torch.nn.functional.linear(sides["hidden_s"], sides["weight_s"], sides["bias_s"])[:, :9].double()
+    z_t = torch.nn.functional.linear(sides["hidden_t"], sides["weight_t"], sides["bias_t"])[:, :9].double()
+    gate, _ = confidence_gate(z_t)
+    tckd, nckd, dkd = decoupled_kd(z_s, z_t, targets)
+    for found, each in ((out.gated_tckd_sum, tckd), (out.gated_nckd_sum, nckd), (out.gated_dkd_sum, dkd)):
+        assert found.item() == pytest.approx((gate * each).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -136,10 +150,28 @@ def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
 def test_logits_are_written_where_asked(bias):
     hidden, head = torch.randn(4, 5), Head(torch.randn(3, 5), bias)
     space = torch.full((6, 3), 7.0)
-    found = head.logits(hidden, space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it has to change the size of what it writes into
+        found = head.logits(hidden, space)
     assert found.data_ptr() == space.data_ptr()
     torch.testing.assert_close(found, head.logits(hidden), rtol=1e-6, atol=1e-6)
     assert torch.equal(space[4:], torch.full((2, 3), 7.0))
+
+
+def test_a_part_of_a_head_is_its_rows_its_bias_and_its_cap():
+    head = Head(torch.randn(5, 2), torch.arange(5.0), 1.5)
+    part = head.part(1, 3)
+    assert torch.equal(part.weight, head.weight[1:3]) and part.bias.tolist() == [1.0, 2.0] and part.cap == 1.5
+    assert Head(head.weight, None).part(0, 2)[1:] == (None, None)
+
+
+def test_products_of_one_dtype_are_written_and_added_in_place():
+    left, right, total = torch.randn(4, 3), torch.randn(3, 5), torch.empty(4, 5)
+    with Footprint() as seen:
+        _add_product(total, left, right, True)
+        _add_product(total, left, right, False)
+    torch.testing.assert_close(total, 2 * left @ right, rtol=1e-6, atol=1e-6)
+    assert seen.made == 2 * total.numel()  # the two results, and no product beside them
 
 
 def test_no_positions_and_a_frozen_head():

@@ -192,6 +192,22 @@ def test_relation_equals_float64_and_leaves_out_what_cannot_be_measured(tokens, 
     assert not grad.unflatten(0, (4, -1))[2].any()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width_s", "width_t", "kernels"), [(4, 3, 8, False), (4, 8, 3, False), (4, 4, 4, True)]
+)
+def test_small_relations_run_in_torch_where_a_side_has_more_tokens_than_width(tokens, width_s, width_t, kernels):
+    made = torch.Generator().manual_seed(5)
+    hidden_s = torch.randn(2 * tokens, width_s, generator=made).bfloat16().to(DEVICE)
+    hidden_t = torch.randn(2 * tokens, width_t, generator=made).bfloat16().to(DEVICE)
+    found = relational_loss(hidden_s, hidden_t, [tokens] * 2)
+    want = relational_loss(hidden_s.double(), hidden_t.double(), [tokens] * 2)
+    assert found.loss_sum.item() == pytest.approx(want.loss_sum.item(), rel=2e-6)
+    in_torch = relational_loss(hidden_s.float(), hidden_t.float(), [tokens] * 2)
+    assert kernels or torch.equal(found.loss_sum, in_torch.loss_sum)
+    hidden_t[tokens:] = hidden_t[0]
+    assert countable_images(hidden_t, [tokens] * 2).tolist() == [True, False]
+
+
 def test_images_of_mixed_sizes_go_by_size():
     made = torch.Generator().manual_seed(1)
     sizes = [9, 3, 16, 9]

@@ -4,6 +4,7 @@ A tensor on ``meta`` has a shape and no content: ``.item()``, a branch on a valu
 raise. What passes here does not synchronise and stays where its inputs are.
 """
 
+import pytest
 import torch
 
 from grace_plugin.losses import (
@@ -15,6 +16,7 @@ from grace_plugin.losses import (
     relational_loss,
     teacher_gates,
 )
+from tests.reference.footprint import Footprint
 
 
 def empty(*shape, dtype=torch.bfloat16, grad=False):
@@ -71,6 +73,18 @@ def test_a_teacher_on_another_device_is_brought_to_the_student():
     )
     out.loss.backward()
     assert on_meta(out.loss, out.gated_dkd_sum, out.gate_sum, hidden.grad, weight.grad)
+
+
+@pytest.mark.parametrize(("known", "teacher", "chunk"), [(True, True, 592), (False, True, 480), (True, False, 480)])
+def test_where_the_sums_are_known_more_positions_fit_and_are_cut_evenly(known, teacher, chunk):
+    n, ids = 4096, 151_936
+    side = (empty(n, 6), empty(ids, 6), None) if teacher else (None, None, None)
+    sums = empty(2, n, dtype=torch.float32) if known else None
+    with Footprint() as seen:
+        distillation_head(
+            empty(n, 4), empty(ids, 4), None, *side, targets(n), empty(n), vocabulary=ids, ce_scale=0.1, known=sums
+        )
+    assert seen.largest == chunk * ids
 
 
 def test_relational_loss_and_its_count():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grace_plugin.losses import distillation_head, teacher_gates
+from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
+from grace_plugin.losses.head import teacher_sums
 from tests.losses.sides import NAMES, draw
 from tests.reference import distill as oracle
 
@@ -40,8 +41,39 @@ def test_gradients_of_capped_logits(caps):
     assert torch.autograd.gradcheck(value, [sides[name] for name in NAMES[:3]])
 
 
+def test_logits_of_bfloat16_sides_are_capped_in_float32():
+    """The products round to bfloat16; from there on nothing does."""
+    sides, targets = draw(dtype=torch.bfloat16, grad=False)
+    out = loss(sides, targets, (1.5, 0.8))
+    z_s, z_t = (
+        cap * torch.tanh(torch.nn.functional.linear(*(sides[name] for name in side))[:, :9].double() / cap)
+        for cap, side in ((1.5, NAMES[:3]), (0.8, NAMES[3:]))
+    )
+    gate, _ = confidence_gate(z_t)
+    found, _ = teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=0.8)
+    torch.testing.assert_close(found.double(), gate, rtol=0, atol=1e-6)
+    tckd, nckd, dkd = decoupled_kd(z_s, z_t, targets)
+    for part, each in ((out.gated_tckd_sum, tckd), (out.gated_nckd_sum, nckd), (out.gated_dkd_sum, dkd)):
+        assert part.item() == pytest.approx((gate * each).sum().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("inf")])
 def test_a_cap_that_is_none(cap):
     sides, targets = draw()
     with pytest.raises(ValueError, match=r"student: logits are capped at a positive finite number"):
         loss(sides, targets, (cap, None))
+    with pytest.raises(ValueError, match=r"teacher: logits are capped at a positive finite number"):
+        teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=cap)
+    head = sides["hidden_s"], sides["weight_s"], None, *(sides[name] for name in NAMES[3:])
+    with pytest.raises(ValueError, match=r"teacher: logits are capped"):
+        distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_scale=1.0, softcaps=(None, cap))
+
+
+def test_sums_of_a_teacher_default_to_the_published_gate_without_known_ones_in_torch():
+    sides, targets = draw(grad=False)
+    teacher = [sides[name] for name in NAMES[3:]]
+    gate, entropy, known = teacher_sums(*teacher, targets, vocabulary=9)
+    want = teacher_sums(*teacher, targets, vocabulary=9, sharpness=1.0, chunk=2)
+    torch.testing.assert_close(gate, want[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(entropy, want[1], rtol=1e-12, atol=0)
+    assert known is None and want[2] is None

@@ -476,6 +476,9 @@ def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
         linear(torch.randn(3, 64))
     attached.settle()
     assert linear.weight_log_scale.grad.any()
+    linear.weight_log_scale.grad = None
+    linear(torch.randn(3, 64)).sum().backward()  # the next window is deferred again
+    assert not linear.weight_log_scale.grad.any()
 
 
 def test_a_frozen_weight_or_scale_is_never_deferred():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.quantizer import clipped, codes, dequantize, fake_quantize, stored_scale
+from grace_plugin.quantizer.fake_quant import settle
 from tests.reference import fake_quant as oracle
 from tests.reference.footprint import Footprint
 
@@ -355,6 +356,18 @@ def test_clipped_weights_are_counted():
     assert want > 10
     assert found.item() == want
     assert found.dtype == torch.int64
+
+
+def test_a_settled_scale_keeps_its_dtype_beside_a_float64_weight():
+    weight, log_scale = draw(dtype=torch.float64)
+    plain = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
+    late = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
+    quantized(*plain).square().sum().backward()
+    quantized(*late, defer=True).square().sum().backward()
+    settle(*late, num_bits=4, stored_dtype=torch.bfloat16)
+    assert [one.grad.dtype for one in late] == [torch.float64, torch.float32]
+    assert torch.equal(late[0].grad, plain[0].grad)
+    torch.testing.assert_close(late[1].grad, plain[1].grad, rtol=1e-6, atol=0)
 
 
 def test_several_blocks_of_rows_are_one_weight():

@@ -18,6 +18,9 @@ from grace_plugin.quantizer import (
     start_scales,
     stored_scale,
 )
+from grace_plugin.quantizer.cache import WeightCache
+from grace_plugin.quantizer.lora import _blocks
+from grace_plugin.quantizer.scales import row_blocks
 from tests.reference.footprint import Footprint
 
 HOW = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
@@ -91,6 +94,30 @@ def test_a_frozen_weight_gets_no_gradient_and_its_dtype_is_kept():
     assert [t.grad.dtype for t in trained] == [torch.float32] * 3
     quantized(weight.requires_grad_(), *trained).float().sum().backward()
     assert weight.grad.dtype == torch.bfloat16
+
+
+def test_no_gradient_is_formed_for_a_weight_that_stands_still():
+    made = {}
+    for trains in (False, True):
+        weight, *trained = draw()
+        value = quantized(weight.requires_grad_(trains), *(t.requires_grad_() for t in trained)).sum()
+        with Footprint() as footprint:
+            value.backward()
+        made[trains] = footprint.made
+    assert made[True] - made[False] >= 3 * weight.numel()  # its matrix, its rows written, what autograd hands on
+
+
+def test_a_small_layer_on_the_host_is_worked_on_by_rows():
+    assert list(_blocks(torch.empty(6, 24))) == list(row_blocks(6, 24)) != [slice(None)]
+    assert len(list(_blocks(torch.empty(2100, 2048)))) == len(list(row_blocks(2100, 2048))) > 1
+
+
+def test_a_cached_value_is_that_of_the_dtype_asked_for():
+    tensors, cache = draw(), WeightCache()
+    assert quantized(*tensors, cache=cache).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantized(*tensors, cache=cache).dtype == torch.bfloat16
+    assert cache.quantizations == 2
 
 
 def test_only_what_is_trained_and_the_weight_are_kept_for_backward():

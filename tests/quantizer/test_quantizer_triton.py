@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.quantizer import fake_quant, fake_quant_triton
+from grace_plugin.quantizer import fake_quant, fake_quant_triton, fake_quantize, fake_quantize_merged, merged
 from grace_plugin.quantizer.scales import code_range, start_scales, stored_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +53,42 @@ def test_only_what_is_needed_is_computed(needs):
     for part, whole, needed in zip(some, both, needs, strict=True):
         assert (part is not None) == needed
         assert part is None or torch.equal(part, whole)
+
+
+@pytest.mark.parametrize(("weight_dtype", "stored_dtype"), FORMATS)
+def test_small_layers_go_through_the_kernels(weight_dtype, stored_dtype):
+    weight, theta = drawn(weight_dtype, stored_dtype, 16, 32, 3)
+    how = {"group_size": 16, "num_bits": 3, "stored_dtype": stored_dtype}
+    theta -= 0.5  # some are clipped
+    scale = stored_scale(theta, stored_dtype)
+    shipped = fake_quant.dequantize(fake_quant.codes(weight, theta, num_bits=3, stored_dtype=stored_dtype), scale)
+    leaves = [weight.requires_grad_(), theta.requires_grad_()]
+    value = fake_quantize(*leaves, **how)
+    assert value.dtype == weight_dtype and torch.equal(value, shipped.to(weight_dtype))
+    upstream = torch.randn(32, 8, generator=torch.Generator().manual_seed(2)).to(DEVICE, weight_dtype)
+    value.backward(upstream.T)  # rows not contiguous
+    want = torch.empty_like(weight), torch.empty(scale.shape, device=DEVICE)
+    fake_quant._backward_in_torch(weight.detach(), scale, upstream.T, code_range(3), *want)
+    assert torch.equal(weight.grad, want[0]) and 0 < int((want[0] == 0).sum()) < weight.numel()
+    torch.testing.assert_close(theta.grad, want[1], rtol=2e-5, atol=2e-5 * want[1].abs().max().item())
+
+
+def test_small_layers_with_an_update_go_through_the_kernels():
+    weight, theta = drawn(torch.bfloat16, torch.bfloat16, 16, 32, 4)
+    made = torch.Generator().manual_seed(3)
+    lora = [torch.randn(*shape, generator=made).to(DEVICE).requires_grad_() for shape in ((2, 32), (8, 2))]
+    how = {"num_bits": 4, "stored_dtype": torch.bfloat16}
+    value = fake_quantize_merged(weight, *lora, theta, scaling=0.7, group_size=16, **how)
+    total = merged(weight, *lora, scaling=0.7)
+    shipped = fake_quant.dequantize(fake_quant.codes(total, theta, **how), stored_scale(theta, torch.bfloat16))
+    assert value.dtype == torch.bfloat16 and torch.equal(value, shipped)
+    value.float().square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in lora]
+    want = fake_quantize_merged(weight.double(), *exact, theta, scaling=0.7, group_size=16, **how)
+    assert (want == value).float().mean() > 0.99  # a tie may fall to the other side in float64
+    (2 * value.double().detach() * want).sum().backward()
+    for one, other in zip(lora, exact, strict=True):
+        assert (one.grad - other.grad).norm() < 0.01 * other.grad.norm()  # gradients of w^ are rounded to bfloat16
 
 
 def test_scales_outside_the_range_of_the_file_are_clamped():

@@ -1,0 +1,235 @@
+"""Chunks in place against torch in float64, in Triton's interpreter or on CUDA; run with TRITON_INTERPRET=1.
+
+Small on purpose: the mutation run tries every changed operator of `losses.chunks.fused` against this file. Besides values it
+looks at what is allocated, how often, and where: a buffer twice too large computes the same.
+"""
+
+import pytest
+import torch
+
+from grace_plugin.losses import chunks, distillation_head, teacher_gates
+from grace_plugin.losses.head import teacher_sums
+from grace_plugin.losses.projection import Gradients, Head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS, TEMPERATURE, ALPHA, BETA = 25, 3.0, 0.7, 2.5
+LONG = chunks.SLICE + 40  # ids: nine blocks, two slices
+
+
+class Seen(Head):
+    """A head that notes what it is asked for: ids, rows, the buffer and how much of it there is."""
+
+    log: list
+
+    def part(self, first, end):
+        self.log.append((first, end))
+        part = Seen(*super().part(first, end))
+        part.log = self.log
+        return part
+
+    def logits(self, hidden, out=None):
+        space = None if out is None else (out.data_ptr(), out.untyped_storage().nbytes() // out.element_size())
+        self.log.append((tuple(hidden.shape), None if out is None else tuple(out.shape), space))
+        return super().logits(hidden, out)
+
+
+def seen(made):
+    noting = Seen(*made)
+    noting.log = []
+    return noting
+
+
+def draw(n, ids=IDS, caps=(None, None)):
+    """Student's hidden states and head, teacher's, gates and targets."""
+    made = torch.Generator().manual_seed(n + ids)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=made).to(DEVICE)
+
+    student = normal(n, 6), Head(normal(ids, 6), normal(ids), caps[0])
+    teacher = normal(n, 5), Head(normal(ids, 5), normal(ids), caps[1]), torch.rand(n, generator=made).to(DEVICE)
+    return student, teacher, torch.randint(ids, (n,), generator=made).to(DEVICE)
+
+
+def double(made):
+    return type(made)(*(v.double() if isinstance(v, torch.Tensor) else v for v in made))
+
+
+def settings(chunk, dtype=torch.float32):
+    return chunks.Settings(TEMPERATURE, ALPHA, BETA, chunk, True, dtype, None)
+
+
+def gradients(hidden, student, dtype=torch.float32):
+    return Gradients(hidden, student.weight, student.bias, [True, True, True], dtype)
+
+
+def known_of(hidden_t, head_t, targets):
+    """The teacher's sums, taken in float64."""
+    logits = chunks.capped(double(head_t).logits(hidden_t.double()), head_t.cap)
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    return torch.stack([(others / TEMPERATURE).logsumexp(1), logits.gather(1, targets[:, None])[:, 0]]).float()
+
+
+def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS):
+    """Sums and gradients in place, and of torch in float64."""
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n, ids, caps)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    sums_t = known_of(hidden_t, head_t, targets) if known else None
+    teacher = chunks.Teacher(hidden_t, head_t, gate, sums_t) if with_teacher else None
+    got = gradients(hidden_s, head_s)
+    found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(chunk), got)
+    exact = chunks.Teacher(hidden_t.double(), double(head_t), gate.double()) if with_teacher else None
+    hidden_s, head_s = hidden_s.double(), double(head_s)
+    grads = gradients(hidden_s, head_s, torch.float64)
+    want = chunks.eager(hidden_s, head_s, exact, targets, scales.double(), settings(n or 1, torch.float64), grads)
+    return found, got, want, grads
+
+
+@pytest.mark.parametrize(
+    ("n", "chunk", "caps", "known", "ids"),
+    [
+        (4, 3, (1.5, 0.7), False, IDS), (4, 3, (1.5, 0.7), True, IDS),
+        (2, 8, (None, None), False, IDS), (2, 8, (None, None), True, IDS), (2, 8, (1.5, 0.7), True, LONG),
+    ],
+)  # fmt: skip
+def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids):
+    found, got, want, grads = both(n, chunk, known, caps, ids=ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
+    for one, other in zip(got.all(), grads.all(), strict=True):
+        assert (one.double() - other).norm() < 4e-6 * other.norm()
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("n", [0, 2])
+def test_no_positions_and_no_teacher(n, with_teacher):
+    found, got, want, grads = both(n, 1, False, with_teacher=with_teacher)
+    assert found.shape == (4,)
+    torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
+    for one, other in zip(got.all(), grads.all(), strict=True):
+        assert (one.double() - other).norm() <= 4e-6 * other.norm()
+
+
+def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    teacher = chunks.Teacher(hidden_t, head_t, gate)
+    want = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+            gates = teacher_sums(hidden_t, head_t.weight, head_t.bias, targets, vocabulary=IDS)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, want)
+    assert [part.device.type for part in gates] == [DEVICE] * 3
+    assert [part.dtype for part in gates[:2]] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(("known", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * IDS)])
+def test_one_buffer_of_each_side_is_written_over_and_over(known, rows_t, space):
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
+    head_s, head_t = seen(head_s), seen(head_t)
+    sums = known_of(hidden_t, Head(*head_t), targets) if known else None
+    teacher = chunks.Teacher(hidden_t, head_t, gate, sums)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(3), None)
+    assert [call[:2] for call in head_s.log] == [((rows, 6), (3, IDS)) for rows in (3, 2)]
+    assert {call[2] for call in head_s.log} == {(head_s.log[0][2][0], 3 * IDS)}
+    ends = [(0, IDS)]
+    assert [call for call in head_t.log if len(call) == 2] == ends * len(rows_t)
+    written = [call for call in head_t.log if len(call) == 3]
+    assert [call[:2] for call in written] == [
+        ((rows, 5), (rows, end - first)) for rows in rows_t for first, end in ends
+    ]
+    assert {call[2] for call in written} == {(written[0][2][0], space)}
+
+
+@pytest.mark.parametrize(("n", "chunk", "rows_t", "buffers"), [(3, 2, [1, 1, 1], (2, 1)), (1, 2, [1], (1, 1))])
+def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, chunk, rows_t, buffers):
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n)
+    head_s, head_t = seen(head_s), seen(head_t)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    chunks.fused(hidden_s, head_s, chunks.Teacher(hidden_t, head_t, gate), targets, scales, settings(chunk), None)
+    written = [call for call in head_t.log if len(call) == 3]
+    assert [call[0][0] for call in written] == rows_t
+    assert (head_s.log[0][2][1], written[0][2][1]) == (buffers[0] * IDS, buffers[1] * IDS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"), [(9, [(0, 9)]), (chunks.SLICE, [(0, 16384)]), (LONG, [(0, 16384), (16384, LONG)])]
+)
+def test_a_vocabulary_of_one_slice_is_not_cut(ids, ends):
+    assert chunks.SLICE == 16384
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
+    head_t = seen(head_t)
+    teacher = chunks.Teacher(hidden_t, head_t, gate, known_of(hidden_t, Head(*head_t), targets))
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+    assert [call for call in head_t.log if len(call) == 2] == ends
+    space = {call[2][1] for call in head_t.log if len(call) == 3}
+    assert space == {min(ids, chunks.SLICE)}
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
+    _, (hidden_t, head_t, _), targets = draw(3, caps=(None, cap))
+    hidden_t, head_t = hidden_t.to(dtype), Head(head_t.weight.to(dtype), None, cap)
+    how = {"vocabulary": IDS, "softcap": cap, "sharpness": 1.5, "chunk": 2}
+    gate, entropy, known = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=TEMPERATURE, **how)
+    exact = head_t.logits(hidden_t).double()
+    exact = exact if cap is None else cap * torch.tanh(exact / cap)
+    log_p = exact.log_softmax(1)
+    nats = -(log_p.exp() * log_p).sum(1)
+    others = exact.scatter(1, targets[:, None], -torch.inf)
+    want = torch.stack([(others / TEMPERATURE).logsumexp(1), exact.gather(1, targets[:, None])[:, 0]])
+    assert {part.dtype for part in (gate, entropy, known)} == {torch.float32}
+    torch.testing.assert_close(entropy.double(), nats, rtol=0, atol=3e-6)
+    normalised = 1.5 * nats / torch.tensor(float(IDS), dtype=torch.float64).log()
+    torch.testing.assert_close(gate.double(), (-normalised).exp(), rtol=0, atol=3e-6)
+    torch.testing.assert_close(known.double(), want, rtol=2e-6, atol=2e-6)
+    usual = teacher_sums(hidden_t, head_t.weight, None, targets, **how)[2]
+    at_two = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=2.0, **how)[2]
+    assert torch.equal(usual, at_two) and not torch.equal(usual, known)
+    plain = teacher_sums(hidden_t, head_t.weight, None, None, **how)
+    assert plain[2] is None and torch.equal(plain[0], gate)
+    assert torch.equal(teacher_gates(hidden_t, head_t.weight, None, **how)[0], gate)
+    raised = teacher_sums(hidden_t.double(), head_t.weight, None, targets, **how)
+    assert raised[2] is None and raised[0].dtype == torch.float64
+
+
+def test_known_sums_are_what_is_read():
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(2)
+    student, teacher = (hidden_s, head_s.weight, head_s.bias), (hidden_t, head_t.weight, head_t.bias)
+    known = known_of(hidden_t, head_t, targets)
+    how = {"vocabulary": IDS, "ce_scale": 0.3, "kd_scale": 0.8, "temperature": TEMPERATURE}
+    without = distillation_head(*student, *teacher, targets, gate, **how)
+    with_sums = distillation_head(*student, *teacher, targets, gate, known=known, **how)
+    torch.testing.assert_close(with_sums.loss, without.loss, rtol=6e-6, atol=0)
+    others = distillation_head(*student, *teacher, targets, gate, known=known + 0.5, **how)
+    assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)
+
+
+def test_a_gradient_in_place_is_multiplied_and_given_out_once():
+    (hidden_s, head_s), _, targets = draw(2)
+    hidden, bias = hidden_s.requires_grad_(), head_s.bias.requires_grad_()
+    how = {"vocabulary": IDS, "ce_scale": 0.3, "chunk": 2}
+    none = (None, None, None)
+    out = distillation_head(hidden, head_s.weight, bias, *none, targets, None, **how)
+    (out.loss * 2.5).backward(retain_graph=True)
+    logits = torch.nn.functional.linear(hidden.detach().double(), head_s.weight.double(), bias.detach().double())
+    logits.requires_grad_()
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    want = 2.5 * 0.3 * logits.grad
+    torch.testing.assert_close(bias.grad.double(), want.sum(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), want @ head_s.weight.double(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        out.loss.backward()
+    single = distillation_head(hidden, head_s.weight[:1], None, *none, targets * 0, None, **{**how, "vocabulary": 1})
+    assert single.loss.item() == 0  # one id is not for the kernels
+    single.loss.backward(retain_graph=True)
+    single.loss.backward()
