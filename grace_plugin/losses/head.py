@@ -101,7 +101,7 @@ def teacher_sums(
     gate = torch.empty(hidden_t.shape[0], dtype=dtype, device=hidden_t.device)
     entropy = torch.empty_like(gate)
     fused = dtype == torch.float32 and head_triton.usable(hidden_t.new_empty(0, vocabulary))
-    known = torch.empty(2, *gate.shape, device=gate.device) if fused and targets is not None else None
+    known = gate.new_empty(2, *gate.shape) if fused and targets is not None else None
     with full_precision(hidden_t):
         head = cut(hidden_t, weight_t, bias_t, vocabulary, softcap)
         for start in range(0, hidden_t.shape[0], chunk):
