@@ -115,13 +115,11 @@ def _follow(futures: dict[Job, Future[Result]], board: Any, bars: Progress) -> N
 def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> dict[str, Any]:
     """Ask the served checkpoint the first SERVED held-out questions, and look at every answer that differs.
 
-    transformers answers them in the stored dtype, as vLLM does.
+    vLLM computes in the dtype that the rows were scored in: the stored one, or float32 where bfloat16 is slow.
     """
-    from transformers import AutoProcessor
-
-    from grace_plugin.demo.methods import load_model
+    from grace_plugin.demo.methods import multiplies_bfloat16, scored_model
     from grace_plugin.demo.scenes import heldout_rows
-    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
+    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, is_right
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
 
@@ -129,30 +127,35 @@ def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> d
     rows = list(heldout_rows(min(SERVED, len(grace.answers))))
     checkpoint = output_dir / grace.job.name.replace(" ", "-")
     asked = [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
+    dtype = "auto" if multiplies_bfloat16() else "float32"
     with (
         console.status("starting vllm serve"),
-        serve(checkpoint, python, log=output_dir / "logs" / "vllm.log") as server,
+        serve(checkpoint, python, log=output_dir / "logs" / "vllm.log", arguments=("--dtype", dtype)) as server,
     ):
         begun = time.monotonic()
         answers = ask_all(server.url, server.model, asked, max_tokens=LONGEST_ANSWER, workers=16)
         seconds = time.monotonic() - begun
     texts = [answer.text.strip() for answer in answers]
-    model, processor = load_model(checkpoint), AutoProcessor.from_pretrained(checkpoint)
-    own = greedy_answers(model, processor, encode_questions(processor, rows))
-    differing = [i for i, text in enumerate(texts) if text != own[i]]
+    differing = [i for i, text in enumerate(texts) if text != grace.answers[i]]
     margins: list[float] = []
-    for number in differing:
-        margins += answer_margins(model, encode_questions(processor, [rows[number]])[0].inputs)
+    if differing:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        encoded = [encode_questions(processor, [rows[number]])[0] for number in differing]
+        model = scored_model(checkpoint, encoded[0])
+        margins = [answer_margins(model, one.inputs)[0] for one in encoded]
     return {
         "asked": len(rows),
         "equal": len(rows) - len(differing),
         "correct": sum(is_right(row, text) for row, text in zip(rows, texts, strict=True)),
-        "correct_transformers": sum(is_right(row, text) for row, text in zip(rows, own, strict=True)),
+        "correct_transformers": sum(grace.right[: len(rows)]),
         "kernel": server.kernel,
+        "dtype": dtype,
         "start_seconds": server.seconds,
         "ask_seconds": seconds,
         "differing": [
-            {"id": rows[i]["id"], "vllm": texts[i], "transformers": own[i], "margin_nats": margin}
+            {"id": rows[i]["id"], "vllm": texts[i], "transformers": grace.answers[i], "margin_nats": margin}
             for i, margin in zip(differing, margins, strict=True)
         ],
     }

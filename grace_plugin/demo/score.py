@@ -64,10 +64,9 @@ def greedy_answers(
     """The generated answer of every row, in the rows' own order; `on_batch(done, total)` is called after each batch."""
 
     model.eval()
-    dtype = next(model.parameters()).dtype
     answers = [""] * sum(len(batch.rows) for batch in batches)
     for number, batch in enumerate(batches, start=1):
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        inputs = _in_dtype_of(model, batch.inputs)
         out = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(batch.rows, texts, strict=True):
@@ -81,13 +80,23 @@ def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[float]:
     """Smallest gap in nats between best and second token over the steps of each row's greedy answer."""
     model.eval()
     out = model.generate(
-        **inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, output_scores=True, return_dict_in_generate=True
+        **_in_dtype_of(model, inputs),
+        max_new_tokens=LONGEST_ANSWER,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
     gaps = []
     for scores in out.scores:
         best = torch.log_softmax(scores.float(), dim=-1).topk(2, dim=-1).values
         gaps.append(best[:, 0] - best[:, 1])
     return torch.stack(gaps).min(dim=0).values.tolist()
+
+
+def _in_dtype_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs whose pictures have the dtype of the model's parameters."""
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def is_right(row: dict[str, Any], answer: str) -> bool:

@@ -78,7 +78,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     if "vllm" in summary:
         served = summary["vllm"]
         console.print(
-            f"vLLM ({served['kernel']}): {served['equal']} of {served['asked']} greedy answers equal transformers'; correct "
+            f"vLLM ({served['kernel']}, dtype {served['dtype']}): {served['equal']} of {served['asked']} greedy answers equal "
+            "transformers'; correct "
             f"{served['correct']} against {served['correct_transformers']}; started in {served['start_seconds']:.0f} s"
         )
         for one in served["differing"]:

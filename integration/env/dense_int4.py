@@ -31,13 +31,15 @@ logger = init_logger(__name__)
 
 
 def dense(packed: torch.Tensor, scale: torch.Tensor) -> torch.nn.Parameter:
-    """code * scale rounded to the scale's dtype, as compressed-tensors makes it, in float32.
+    """code * scale rounded to the scale's stored dtype, as compressed-tensors makes it, in float32.
 
-    packed: int32 [..., out, in / 8], the first of 8 codes in the lowest bits. scale: [..., out, groups].
+    packed: int32 [..., out, in / 8], the first of 8 codes in the lowest bits. scale: [..., out, groups]; where vLLM computes in
+    float32 it has widened the file's bfloat16 scales, which shows in their values.
     """
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     codes = (packed.unsqueeze(-1) >> shifts & 15).sub_(8).flatten(-2)
-    weight = (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+    stored = scale.bfloat16() if torch.equal(scale.bfloat16().to(scale.dtype), scale) else scale
+    weight = (codes.unflatten(-1, (stored.shape[-1], -1)) * stored.unsqueeze(-1)).flatten(-2)
     return torch.nn.Parameter(weight.float(), requires_grad=False)
 
 
