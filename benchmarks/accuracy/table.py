@@ -1,0 +1,2 @@
+def write_table(store, results, readme):
+    return ""
