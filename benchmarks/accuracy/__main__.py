@@ -1,6 +1,7 @@
 """`python -m benchmarks.accuracy ROW... [--size gpu|cpu] [--photos npm] [--workers N]`: make rows, then the table.
 
-ROW is a row (`w2g128/grace/0`), or main, ablation, post, subset. Rows that are there are skipped; `--table` makes the table alone.
+ROW is a row (`w2g128/grace/0`), or main, post, ablation, subset. Rows that are there are skipped; `--table` makes only the
+table.
 """
 
 from __future__ import annotations

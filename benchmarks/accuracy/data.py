@@ -82,16 +82,24 @@ class KeptTeacher(Teacher):
     The numbers are those of the teacher itself on the same rows; what is spared is running it again for every epoch and method.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: Any, rows: Rows, text: Text, album: Album, batch_size: int = 512) -> None:
+    def __init__(
+        self, model: Any, rows: Rows, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         resident = ResidentTeacher(model)
         self.config, self.name_or_path = resident.config, resident.name_or_path
         self._head = resident.head()
-        device, dtype, width = album.pixels.device, next(model.parameters()).dtype, self.config.text_config.hidden_size
         self.longest = text.longest
-        self.first = (text.first[text.index(rows)] - 1).to(device)  # the position that predicts an answer's first token
-        self.final = torch.zeros(len(rows) * self.longest, width, dtype=dtype, device=device)
-        self.visual = torch.zeros(len(rows), VISUAL, width, dtype=dtype, device=device)
+        self.first = (text.first[text.index(rows)] - 1).to(album.pixels.device)  # predicts an answer's first token
+        self.final, self.visual = states or self._compute(resident, rows, text, album)
+
+    @torch.no_grad()
+    def _compute(
+        self, resident: ResidentTeacher, rows: Rows, text: Text, album: Album, batch_size: int = 512
+    ) -> tuple[Tensor, Tensor]:
+        device, dtype = album.pixels.device, next(resident.model.parameters()).dtype
+        width = self.config.text_config.hidden_size
+        final = torch.zeros(len(rows) * self.longest, width, dtype=dtype, device=device)
+        visual = torch.zeros(len(rows), VISUAL, width, dtype=dtype, device=device)
         steps = torch.arange(self.longest, device=device)
         picture = torch.arange(2, 2 + VISUAL, device=device)
         for start in range(0, len(rows), batch_size):
@@ -103,8 +111,9 @@ class KeptTeacher(Teacher):
             at = self.first[start : start + count, None] + steps
             seen = VisualTokens((line + picture).flatten(), (VISUAL,) * count)
             states = resident.states(batch, (line + at.clamp(max=length - 1)).flatten(), seen)
-            self.final[start * self.longest : (start + count) * self.longest] = states.final
-            self.visual[start : start + count] = states.visual.unflatten(0, (count, VISUAL))
+            final[start * self.longest : (start + count) * self.longest] = states.final
+            visual[start : start + count] = states.visual.unflatten(0, (count, VISUAL))
+        return final, visual
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         return self._head

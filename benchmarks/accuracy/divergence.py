@@ -22,7 +22,7 @@ __all__ = ["PlainObjective"]
 
 
 class PlainObjective(GraceObjective):
-    """GraceObjective with KL in place of `alpha * TCKD + beta * NCKD`; the recorded gdkd is the gated mean of KL * T^2, nats."""
+    """GraceObjective with KL in place of `alpha * TCKD + beta * NCKD`; the recorded gdkd is the mean of KL * T^2."""
 
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         item = self._window.pending.pop(0)

@@ -1,6 +1,6 @@
-"""Rows on disk: one JSON file each, with the right and wrong answers as packed bits, so that methods can be compared by question.
+"""Rows on disk: one JSON file each, with right and wrong answers as packed bits, so that methods are compared by question.
 
-A row that is there is not made again; a row that failed keeps its error, is shown in the table, and is tried again when asked for.
+A row that is there is not made again; one that failed keeps its error, is shown in the table, and is tried again when asked.
 """
 
 from __future__ import annotations

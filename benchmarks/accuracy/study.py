@@ -1,8 +1,9 @@
 """What is compared: sizes of the study, settings, methods, and the rows they make.
 
-A row is `SETTING/METHOD/SEED`, for instance `w2g128/grace/0`; `teacher` and `student/0` are the pair. `w2g128/grace@0.0003/0` is a
-row of the learning-rate search: scored on validation questions, seed 0. Every trained method has the same students to start
-from, the same questions in the same order, the same number of steps and the same rates to search.
+A row is `SETTING/METHOD/SEED`, for instance `w2g128/grace/0`; `tower`, `teacher` and `student/0` are the pair.
+`w2g128/grace@0.0006/0` is a row of the learning-rate search: scored on validation questions, seed 0.
+Every trained method has the same students to start from, the same questions in the same order, the same number of steps and
+the same rates to search.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Method:
     plain: bool = False
     learned_scales: bool = True
     searched: str = ""
+
+    @property
+    def taught(self) -> bool:
+        """Whether it reads the teacher."""
+        return self.distill != OFF or self.relational != OFF
 
     def blocks(self) -> tuple[DistillRecipe, RelationalRecipe, ControllerRecipe]:
         """The recipe's blocks."""
@@ -82,7 +88,7 @@ class Row:
     def name(self) -> str:
         """How the row is asked for, and its file's path below rows/."""
         if self.setting == "pair":
-            return "teacher" if self.method == "teacher" else f"student/{self.seed}"
+            return f"student/{self.seed}" if self.method == "student" else self.method
         rate = "" if self.rate is None else f"@{self.rate:g}"
         return f"{self.setting}/{self.method}{rate}/{self.seed}"
 
@@ -94,8 +100,8 @@ class Row:
             ValueError: no such row.
         """
         parts = name.split("/")
-        if name == "teacher":
-            return cls("pair", "teacher", 0)
+        if name in ("tower", "teacher"):
+            return cls("pair", name, 0)
         if len(parts) == 2 and parts[0] == "student" and parts[1].isdigit():
             return cls("pair", "student", int(parts[1]))
         if len(parts) == 3 and parts[2].isdigit() and parts[0] in SETTINGS:
@@ -109,21 +115,22 @@ class Row:
 
     def needs(self, size: Size) -> list[Row]:
         """Rows that must be there before this one."""
-        if self.method == "teacher":
+        if self.method == "tower":
             return []
         if self.setting == "pair":
-            return [Row("pair", "teacher", 0)]
-        found = [Row("pair", "teacher", 0), Row("pair", "student", self.seed)]
-        if self.method in METHODS and self.rate is None:
-            searched = METHODS[self.method].searched
-            found += [Row(self.search_setting, searched, 0, rate) for rate in size.rates]
+            return [Row("pair", "tower", 0)]
+        found = [Row("pair", "student", self.seed)]
+        if self.method in METHODS:
+            found += [Row("pair", "teacher", 0)] if METHODS[self.method].taught else []
+            if self.rate is None:
+                searched = METHODS[self.method].searched
+                found += [Row(self.search_setting, searched, 0, rate) for rate in size.rates]
         return found
 
     @property
     def search_setting(self) -> str:
-        """Setting in which the rate is searched: group sizes of an ablation take that of 128."""
-        base = self.setting[:2]
-        return self.setting if self.setting in ("bf16", "w4row") else f"{base}g128"
+        """Setting in which the rate is searched: bf16 for itself and 4 bits or more, w2g128 for the others."""
+        return "bf16" if self.setting[:2] in ("bf", "w4", "w8") else "w2g128"
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ class Size:
     teacher: Shape
     student: Shape
     photos: dict[str, int]
+    tower_steps: int
     teacher_steps: int
     teacher_batch: int
     teacher_rate: float
@@ -151,41 +159,48 @@ class Size:
 
 SIZES: dict[str, Size] = {
     "gpu": Size(
-        Shape(512, 12, 1536), Shape(256, 4, 640), {"teacher": 20000, "student": 3200, "validation": 1024, "test": 3200},
-        teacher_steps=3000, teacher_batch=384, teacher_rate=6e-4, student_steps=1200, student_batch=256, student_rate=1.5e-3,
-        rows=32768, test_rows=25000, validation_rows=10000, steps=600, batch=256, rates=(1e-4, 3e-4, 1e-3), seeds=5,
+        Shape(640, 8, 1792), Shape(256, 4, 640), {"teacher": 20000, "student": 2048, "validation": 1024, "test": 3200},
+        tower_steps=900, teacher_steps=1900, teacher_batch=256, teacher_rate=6e-4,
+        student_steps=1000, student_batch=256, student_rate=1.5e-3, rows=16384, test_rows=15000, validation_rows=5000,
+        steps=400, batch=128, rates=(2e-4, 6e-4, 1.8e-3), seeds=5,
     ),
     "cpu": Size(
         Shape(256, 3, 512), Shape(128, 2, 256), {"teacher": 6000, "student": 512, "validation": 512, "test": 1024},
-        teacher_steps=400, teacher_batch=48, teacher_rate=1.2e-3, student_steps=250, student_batch=48, student_rate=2e-3,
-        rows=2048, test_rows=2000, validation_rows=1000, steps=60, batch=32, rates=(1e-3,), seeds=1, calibration=64,
+        tower_steps=100, teacher_steps=300, teacher_batch=48, teacher_rate=1.2e-3,
+        student_steps=200, student_batch=48, student_rate=2e-3, rows=2048, test_rows=2000, validation_rows=1000,
+        steps=60, batch=32, rates=(1e-3,), seeds=1, calibration=64,
     ),
     "tiny": Size(
         Shape(128, 2, 128), Shape(128, 2, 128), {"teacher": 200, "student": 100, "validation": 60, "test": 200},
-        teacher_steps=3, teacher_batch=8, teacher_rate=1e-3, student_steps=3, student_batch=8, student_rate=1e-3,
-        rows=32, test_rows=40, validation_rows=20, steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, calibration=8,
+        tower_steps=2, teacher_steps=3, teacher_batch=8, teacher_rate=1e-3,
+        student_steps=3, student_batch=8, student_rate=1e-3, rows=32, test_rows=40, validation_rows=20,
+        steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, calibration=8,
     ),
 }  # fmt: skip
 
-_MAIN = ("bf16", "w4g128", "w4row", "w3g128", "w2g128")
+_PAIR = [Row("pair", "tower", 0), Row("pair", "teacher", 0)]
+_MAIN = ("w2g128", "bf16", "w4g128")
+_ABLATED = (
+    "grace-kl", "grace-norelation", "grace-beta1.0", "grace-nogate", "grace-beta0.1", "grace-frozen", "kl-w3", "grace-k5",
+    "grace-beta0.3", "grace-max4", "relation", "grace-beta4.0", "kl-w10", "grace-relation10", "grace-k2",
+)  # fmt: skip
 
 
 def group_of_rows(name: str, size: Size) -> list[Row]:
-    """The rows that a word stands for ("main", "ablation", "post", "subset"), or the one row of that name."""
+    """The rows that a word stands for ("main", "post", "ablation", "subset"), or the one row of that name."""
     seeds = range(size.seeds)
-    if name == "post":
-        return [Row(s, m, seed) for s in _MAIN[1:] for m in POST for seed in seeds]
     if name == "main":
-        pair = [Row("pair", "teacher", 0), *(Row("pair", "student", seed) for seed in seeds)]
-        trained = [Row(s, m, seed) for s in _MAIN for m in ("ce", "kl", "grace") for seed in seeds]
-        return [*pair, *trained, *group_of_rows("post", size)]
+        pair = [*_PAIR, *(Row("pair", "student", seed) for seed in seeds)]
+        trained = [Row(s, m, seed) for s in _MAIN for seed in seeds for m in ("grace", "kl", "ce")]
+        return [*pair, *trained]
+    if name == "post":
+        return [Row(s, m, seed) for m in POST for s in ("w4g128", "w2g128", "w3g128", "w4row") for seed in seeds]
     if name == "ablation":
-        plain = [m for m in METHODS if m not in ("ce", "kl", "grace")]
         two = range(min(2, size.seeds))
-        rows = [Row("w2g128", m, seed) for m in plain for seed in two]
-        return rows + [Row(s, "grace", seed) for s in ("w2g32", "w2g64", "w2row") for seed in two]
+        sizes = [Row(s, "grace", seed) for s in ("w2g32", "w2row") for seed in two]
+        return [*(Row("w2g128", m, seed) for m in _ABLATED for seed in two), *sizes]
     if name == "subset":
-        pair = [Row("pair", "teacher", 0), Row("pair", "student", 0)]
         rows = [Row(s, m, 0) for s in ("bf16", "w2g128") for m in ("ce", "kl", "grace")]
-        return [*pair, *rows, Row("w4g128", "rtn", 0), Row("w2g128", "rtn", 0), Row("w2g128", "gptq", 0)]
+        student = Row("pair", "student", 0)
+        return [*_PAIR, student, *rows, Row("w4g128", "rtn", 0), Row("w2g128", "rtn", 0), Row("w2g128", "gptq", 0)]
     return [Row.parse(name)]

@@ -7,6 +7,7 @@ states on the device. Rows wait for what they need (the pair, the search of thei
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import time
 import traceback
@@ -43,7 +44,8 @@ class Work:
 
     @cached_property
     def photos(self) -> dict[str, Photos]:
-        return {part: tuple(a[: self.size.photos[part]] for a in pair) for part, pair in load(self.source).items()}  # type: ignore[misc]
+        found = load(self.source)
+        return {part: tuple(a[: self.size.photos[part]] for a in both) for part, both in found.items()}  # type: ignore[misc]
 
     @cached_property
     def albums(self) -> dict[str, Album]:
@@ -60,9 +62,15 @@ class Work:
 
     @cached_property
     def teacher(self) -> KeptTeacher:
-        return KeptTeacher(
-            self.open(Row("pair", "teacher", 0)), self.rows["student"], self.text, self.albums["student"]
-        )
+        """The teacher's states: computed by the first process that needs them, read by the others."""
+        model, file = self.open(Row("pair", "teacher", 0)), self.folder / "teacher-states.pt"
+        states = torch.load(file, map_location=self.device) if file.is_file() else None
+        kept = KeptTeacher(model, self.rows["student"], self.text, self.albums["student"], states)
+        if states is None:
+            part = file.with_suffix(f".{os.getpid()}")
+            torch.save((kept.final, kept.visual), part)
+            part.replace(file)
+        return kept
 
     def checkpoint(self, row: Row) -> Path:
         """Folder of a member of the pair."""
@@ -103,22 +111,23 @@ class Work:
         self.store.write(row, **said, seconds=time.time() - begun)
 
     def _pair(self, row: Row) -> dict[str, Any]:
-        size, teaching = self.size, row.method == "teacher"
-        part, shape = ("teacher", size.teacher) if teaching else ("student", size.student)
-        steps, batch, rate = (
-            (size.teacher_steps, size.teacher_batch, size.teacher_rate) if teaching
-            else (size.student_steps, size.student_batch, size.student_rate)
-        )  # fmt: skip
-        model = pair.build(shape, TEACHER_SEED if teaching else row.seed)
-        if not teaching:
-            tower = self.open(Row("pair", "teacher", 0)).model.vision_tower
+        size = self.size
+        part = "student" if row.method == "student" else "teacher"
+        shape = size.teacher if row.method == "teacher" else size.student
+        steps = {"tower": size.tower_steps, "teacher": size.teacher_steps, "student": size.student_steps}[row.method]
+        batch, rate = size.teacher_batch, size.teacher_rate
+        if row.method != "teacher":
+            batch, rate = size.student_batch, size.student_rate
+        model = pair.build(shape, row.seed if part == "student" else TEACHER_SEED)
+        if row.method != "tower":
+            tower = self.open(Row("pair", "tower", 0)).model.vision_tower
             model.model.vision_tower.load_state_dict(tower.state_dict())
             model.model.vision_tower.requires_grad_(False)
         model.to(self.device)
         order = order_of(row.seed + 500, size.rows, steps, batch)
 
         def draw_step(step: int) -> Rows:
-            if teaching:
+            if part == "teacher":
                 return draw(TEACHER_SEED * 10**6 + step, batch, self.photos[part], augment=True)
             return self.rows[part].take(order[step])
 
@@ -151,9 +160,10 @@ class Work:
         model = self.open(Row("pair", "student", row.seed)).float()
         order = order_of(row.seed, size.rows, size.steps, size.batch)
         begun = time.time()
-        said = learn(model, self.teacher, method, row.setting, self.rows["student"], self.albums["student"], self.text,
-                     order=order, rate=rate)  # fmt: skip
-        said |= {"rate": rate, "search": search, "steps": size.steps, "train_seconds": time.time() - begun}
+        teacher, rows, album = self.teacher if method.taught else None, self.rows["student"], self.albums["student"]
+        said = learn(model, teacher, method, row.setting, rows, album, self.text, order=order, rate=rate)
+        said |= {"rate": rate, "search": search, "steps": size.steps, "photos": size.photos["student"]}
+        said["train_seconds"] = time.time() - begun
         return said | self.score(model, "test" if row.rate is None else "validation")
 
     def _compressed(self, row: Row) -> dict[str, Any]:
@@ -192,10 +202,15 @@ def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers:
     """Make rows and what they need, in `workers` processes; none is begun after the time `until`. Returns what is left."""
     size, store = arguments[:2]
     left: list[Row] = []
+
+    def add(row: Row) -> None:
+        for need in row.needs(size):
+            add(need)
+        if row not in left and not store.done(row):
+            left.append(row)
+
     for row in rows:
-        for wanted in (*(deep for need in row.needs(size) for deep in need.needs(size)), *row.needs(size), row):
-            if wanted not in left and not store.done(wanted):
-                left.append(wanted)
+        add(row)
     context = multiprocessing.get_context("spawn")
     running: dict[Future[Row], Row] = {}
     with ProcessPoolExecutor(workers, context, _begin, arguments) as pool:
