@@ -160,7 +160,7 @@ class Size:
 SIZES: dict[str, Size] = {
     "gpu": Size(
         Shape(640, 8, 1792), Shape(256, 4, 640), {"teacher": 20000, "student": 2048, "validation": 1024, "test": 3200},
-        tower_steps=900, teacher_steps=1900, teacher_batch=256, teacher_rate=6e-4,
+        tower_steps=600, teacher_steps=1600, teacher_batch=256, teacher_rate=6e-4,
         student_steps=1000, student_batch=256, student_rate=1.5e-3, rows=16384, test_rows=15000, validation_rows=5000,
         steps=400, batch=128, rates=(2e-4, 6e-4, 1.8e-3), seeds=5,
     ),

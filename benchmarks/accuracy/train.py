@@ -54,11 +54,13 @@ def order_of(seed: int, rows: int, steps: int, batch: int) -> np.ndarray:
 
 
 def _names(rows: Rows) -> Tensor:
-    """Class of the photograph under the centre of each visual token, int64 [B, n]."""
+    """Of each visual token, the photograph under its centre: class, row and column in the scene's grid, int64 [B * n, 3]."""
     side = math.isqrt(VISUAL)
     line = (np.arange(side) * 2 + 1)[None] * rows.grid[:, None] // (2 * side)  # [B, side]
-    cell = line[:, :, None] * rows.grid[:, None, None] + line[:, None, :]
-    return torch.from_numpy(np.take_along_axis(rows.classes, cell.reshape(len(rows), -1), 1))
+    row, column = np.broadcast_arrays(line[:, :, None], line[:, None, :])
+    row, column = row.reshape(len(rows), -1), column.reshape(len(rows), -1)
+    classes = np.take_along_axis(rows.classes, row * rows.grid[:, None] + column, 1)
+    return torch.from_numpy(np.stack([classes, row, column], -1)).flatten(0, 1)
 
 
 def from_scratch(
@@ -68,7 +70,7 @@ def from_scratch(
     """Train a member by cross-entropy on `draw(step)`, its visual tokens named beside at a weight that falls to 0."""
     device = album.pixels.device
     torch.manual_seed(seed)
-    naming = nn.Linear(model.config.text_config.hidden_size, 10).to(device)
+    naming = nn.Linear(model.config.text_config.hidden_size, 16).to(device)
     chosen = [p for p in (*model.parameters(), *naming.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     model.train()
@@ -86,7 +88,8 @@ def from_scratch(
             logits = model.lm_head(hidden[at[:, 0].to(device), at[:, 1].to(device)])
             loss = cross_entropy(logits.float(), targets)
             named = naming(hidden[:, 2 : 2 + VISUAL]).float().flatten(0, 1)
-            extra = cross_entropy(named, _names(rows).flatten().to(device))
+            parts = zip(named.split([10, 3, 3], -1), _names(rows).to(device).unbind(-1), strict=True)
+            extra = torch.stack([cross_entropy(guess, true) for guess, true in parts]).sum()
         optimizer.zero_grad(set_to_none=True)
         (loss + NAMING * (1 - step / steps) * extra).backward()
         clip_grad_norm_(chosen, 1.0)

@@ -1,4 +1,4 @@
-"""The accuracy study: questions are right, the kept teacher is the teacher, plain KL is what it says, rows resume and are shown."""
+"""The accuracy study: right questions, a kept teacher that is the teacher, plain KL as it says, rows that resume."""
 
 from __future__ import annotations
 
@@ -173,9 +173,9 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     work = Work(*arguments)
     asked = [Row.parse(n) for n in ("w2g128/grace/0", "bf16/kl/0", "w4g128/rtn/0", "w2row/gptq/0")]
     for row in asked:
-        for need in (*(deep for need in row.needs(size) for deep in need.needs(size)), *row.needs(size), row):
-            if not store.done(need):
-                work.make(need)
+        for wanted in (*(deep for need in row.needs(size) for deep in need.needs(size)), *row.needs(size), row):
+            if not store.done(wanted):
+                work.make(wanted)
         record = store.read(row)
         assert record is not None and "failed" not in record, record
         assert answers_of(record).mean() == pytest.approx(record["accuracy"]) and record["questions"] == size.test_rows
