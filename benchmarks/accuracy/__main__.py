@@ -7,6 +7,7 @@ table.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +38,17 @@ def main() -> None:
         "--work", type=Path, help="folder of photographs and checkpoints (default: build/accuracy[-SIZE])"
     )
     parser.add_argument("--student-photos", type=int, help="photographs that the student and every method learn from")
+    parser.add_argument(
+        "--again", action="store_true", help="make rows anew beside the recorded ones, with the recorded rates"
+    )
     parser.add_argument("--table", action="store_true", help="make the table alone, from the rows that are there")
     given = parser.parse_args()
     begun, suffix = time.time(), "" if given.size == "gpu" else f"-{given.size}"
-    results = given.results or RESULTS.with_name(RESULTS.name + suffix)
+    recorded = given.results or RESULTS.with_name(RESULTS.name + suffix)
     folder = given.work or BUILD.with_name(BUILD.name + suffix)
-    size, store = SIZES[given.size], Store(results / "rows")
+    results = folder / "again" if given.again else recorded
+    options = f" --size {given.size}" * bool(suffix)
+    size, store, earlier = SIZES[given.size], Store(results / "rows", options), Store(recorded / "rows")
     if given.student_photos:
         size = replace(size, photos={**size.photos, "student": given.student_photos})
     if not given.table:
@@ -54,10 +60,22 @@ def main() -> None:
                 pack(load(photos), size.photos, packed)
             photos = str(packed)
         rows = [row for name in given.rows for row in group_of_rows(name, size)]
+        for row in rows if given.again else []:
+            store.file(row).unlink(missing_ok=True)
+            for need in row.needs(size):
+                if need.rate is not None and earlier.done(need):
+                    store.file(need).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(earlier.file(need), store.file(need))
         left = make_all(rows, (size, store, folder, photos), given.workers, begun + 60 * given.minutes)
         if left:
             print(f"{len(left)} rows left, the first {left[0].name}; the same command goes on")
-    print(write_table(store, results, readme=given.size == "gpu" and given.results is None))
+        for row in rows if given.again else []:
+            made, before = store.read(row) or {}, earlier.read(row) or {}
+            print(
+                f"{row.name}: {100 * made.get('accuracy', 0):.2f} %, recorded {100 * before.get('accuracy', 0):.2f} %"
+            )
+    if not given.again:
+        print(write_table(store, results, readme=given.size == "gpu" and given.results is None))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,10 @@ def answers_of(record: dict[str, Any]) -> np.ndarray:
 
 
 class Store:
-    """The folder of rows."""
+    """The folder of rows. options: what the command that makes a row again has beside the row."""
 
-    def __init__(self, folder: Path = RESULTS / "rows") -> None:
-        self.folder = folder
+    def __init__(self, folder: Path = RESULTS / "rows", options: str = "") -> None:
+        self.folder, self.options = folder, options
 
     def file(self, row: Row) -> Path:
         """Where a row lies."""
@@ -68,7 +67,7 @@ class Store:
         record = {
             "row": row.name, "setting": row.setting, "method": row.method, "seed": row.seed, **entries,
             "environment": environment(), "revision": revision(),
-            "command": "python -m benchmarks.accuracy " + " ".join(sys.argv[1:]),
+            "command": f"python -m benchmarks.accuracy {row.name} --again{self.options}",
         }  # fmt: skip
         file = self.file(row)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,22 @@ def main_table(groups: Groups) -> list[str]:
     return lines
 
 
+def rounding_table(groups: Groups) -> list[str]:
+    """What round-to-nearest costs the student in each setting, on the seeds that were run."""
+    student, lines = groups.get(("pair", "student")), []
+    for setting, told in SHOWN.items():
+        group = groups.get((setting, "rtn"))
+        if group is not None and student is not None:
+            lines.append(f"| {told} | {_spread(group)} | {len(group.seeds)} | {compare(group, student)} |")
+    head = [
+        "",
+        "## Where rounding hurts",
+        "",
+        "| round-to-nearest | accuracy % ± sd | seeds | minus student BF16, points |",
+    ]
+    return [*head, "|---|---|---|---|", *lines] if lines else []
+
+
 def ablation_table(groups: Groups) -> list[str]:
     """GRACE with a part changed, against GRACE as it is, on the seeds that both have."""
     lines: list[str] = []
@@ -138,9 +154,17 @@ def write_table(store: Store, results: Path, readme: bool) -> str:
     hours = sum(record["seconds"] for record in records) / 3600
     head = [
         "# Accuracy study", "", f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
-        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over questions and seeds.", "",
+        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over questions and seeds "
+        "(few seeds are drawn from, so the intervals are a little narrow).", "",
     ]  # fmt: skip
-    parts = [*head, *main_table(groups), *ablation_table(groups), *search_table(records), *failure_table(records)]
+    parts = [
+        *head,
+        *main_table(groups),
+        *rounding_table(groups),
+        *ablation_table(groups),
+        *search_table(records),
+        *failure_table(records),
+    ]
     text = "\n".join(parts) + "\n"
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(text)

@@ -142,8 +142,8 @@ def learn(
         objective.step(progress=share, skipped=not record.finite)
         optimizer.zero_grad(set_to_none=True)
         if step % max(1, steps // 20) == 0 or step == steps - 1:
-            trace.append({"step": step, "ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta,
-                          "gate": record.gate_mean})  # fmt: skip
+            now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}
+            trace.append({"step": step, **{name: round(value, 5) for name, value in now.items()}})
     said = {"trace": trace, "controller": objective.controller_logs(), "skipped": objective.nonfinite_steps}
     objective.finalize(torch.bfloat16)
     return said

@@ -203,19 +203,24 @@ def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers:
     size, store = arguments[:2]
     left: list[Row] = []
 
+    def there(row: Row) -> bool:
+        return store.done(row) and (row.setting != "pair" or (arguments[2] / row.name.replace("/", "-")).is_dir())
+
     def add(row: Row) -> None:
         for need in row.needs(size):
-            add(need)
-        if row not in left and not store.done(row):
+            if not there(need):
+                add(need)
+        if row not in left:
             left.append(row)
 
     for row in rows:
-        add(row)
+        if not store.done(row):
+            add(row)
     context = multiprocessing.get_context("spawn")
     running: dict[Future[Row], Row] = {}
     with ProcessPoolExecutor(workers, context, _begin, arguments) as pool:
         while left or running:
-            ready = [row for row in left if all(store.done(need) for need in row.needs(size))]
+            ready = [row for row in left if all(there(need) for need in row.needs(size))]
             for row in ready[: workers - len(running)] if time.time() < until else []:
                 left.remove(row)
                 running[pool.submit(_make, row)] = row
