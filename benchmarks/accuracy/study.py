@@ -165,10 +165,10 @@ SIZES: dict[str, Size] = {
         steps=400, batch=128, rates=(2e-4, 6e-4, 1.8e-3), seeds=5,
     ),
     "cpu": Size(
-        Shape(256, 2, 512), Shape(128, 2, 256), {"teacher": 2000, "student": 512, "validation": 256, "test": 512},
-        tower_steps=60, teacher_steps=150, teacher_batch=32, teacher_rate=1.2e-3,
-        student_steps=100, student_batch=32, student_rate=2e-3, rows=1024, test_rows=1000, validation_rows=500,
-        steps=40, batch=24, rates=(1e-3,), seeds=1, calibration=64,
+        Shape(128, 3, 256), Shape(128, 2, 128), {"teacher": 2000, "student": 512, "validation": 256, "test": 512},
+        tower_steps=40, teacher_steps=80, teacher_batch=16, teacher_rate=1.2e-3,
+        student_steps=50, student_batch=16, student_rate=2e-3, rows=512, test_rows=500, validation_rows=200,
+        steps=30, batch=16, rates=(1e-3,), seeds=1, calibration=64,
     ),
     "tiny": Size(
         Shape(128, 2, 128), Shape(128, 2, 128), {"teacher": 200, "student": 100, "validation": 60, "test": 200},
