@@ -3,6 +3,7 @@
 #   make test    unit tests with line coverage, then integration with vLLM in its own environment
 #   make lint    style, types and the layout rules
 #   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
+#   make accuracy  a row of the accuracy study again, ROW=w4g128/grace/0 (a GPU; OPTIONS="--size cpu" without)
 #   make bench   speed and memory against floors, grace data check, loading
 PYTHON ?= python3
 TRAIN := .venv/train
@@ -13,7 +14,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 BUILDER := integration/env/build.py integration/env/mend.py
 
-.PHONY: demo test unit integration families lint bench env clean
+.PHONY: demo test unit integration families lint bench accuracy env clean
 .DEFAULT_GOAL := env
 
 env:
@@ -51,6 +52,9 @@ lint: $(TRAIN_BUILT)
 bench: $(TRAIN_BUILT)
 	$(TRAIN)/bin/python -m benchmarks.speed
 	$(TRAIN)/bin/python -m benchmarks.data
+
+accuracy: $(TRAIN_BUILT)
+	$(TRAIN)/bin/python -m benchmarks.accuracy $(ROW) --again $(OPTIONS)
 
 clean:
 	rm -rf build dist .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,125 @@
+"""Rows as batches for a model on the device, held-out scoring, and the teacher's states kept for the one training set.
+
+Legend: R rows, B batch, S sequence, A longest answer with its end of turn, d_t teacher width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.pair import PAD, VISUAL, sequences
+from benchmarks.accuracy.scenes import Album, Rows, compose, sentences
+from grace_plugin.data import SAMPLE_KEY
+from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.teacher import ResidentTeacher, Teacher, TeacherStates, model_inputs
+from grace_plugin.vlm import VisualTokens, capture
+
+__all__ = ["KeptTeacher", "Text", "batch_of", "score"]
+
+Batch = dict[str, Any]
+
+
+class Text:
+    """Token ids and labels [Q * A, S] of every question with every answer, in host memory."""
+
+    def __init__(self) -> None:
+        self.ids, self.first, self.longest = sequences()
+        after = torch.arange(self.ids.shape[1]) >= self.first[:, None]
+        self.labels = torch.where(after & (self.ids != PAD), self.ids, IGNORE_INDEX)
+        self.answers = len(sentences()[1])
+
+    def index(self, rows: Rows) -> Tensor:
+        """Which text each row is, int64 [R]."""
+        return torch.from_numpy(rows.question * self.answers + rows.answer)
+
+
+def batch_of(rows: Rows, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
+    """The batch on the album's device, and the same for the host to look at. keys: row numbers for a `KeptTeacher`."""
+    index, device = text.index(rows), album.pixels.device
+    pixels = compose(album, rows)
+    host: Batch = {"input_ids": text.ids[index], "labels": text.labels[index], "pixel_values": pixels}
+    batch: Batch = {name: value.to(device, non_blocking=True) for name, value in host.items()}
+    if keys is not None:
+        batch[SAMPLE_KEY] = torch.from_numpy(keys).to(device)
+    return batch, host
+
+
+@torch.no_grad()
+def score(model: Any, rows: Rows, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
+    """bool [R]: whether greedy decoding gives the whole answer.
+
+    The label's own tokens are fed; as each question has one right answer, all of them being the most probable is the same as
+    generating them.
+    """
+    model.eval()
+    dtype, device, found = next(model.parameters()).dtype, album.pixels.device, []
+    for start in range(0, len(rows), batch_size):
+        part = rows.take(np.arange(start, min(len(rows), start + batch_size)))
+        batch, host = batch_of(part, text, album)
+        labels = host["labels"][:, 1:]
+        at = (labels != IGNORE_INDEX).nonzero()
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+        with capture(
+            model.model.language_model
+        ) as caught:  # of the whole model: its first call makes compressed layers dense
+            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+        hidden = caught.final
+        best = model.lm_head(hidden[at[:, 0].to(device), at[:, 1].to(device)]).argmax(-1).cpu()
+        wrong = torch.zeros(len(part), dtype=torch.int64).index_add_(
+            0, at[:, 0], (best != labels[at[:, 0], at[:, 1]]).long()
+        )
+        found.append((wrong == 0).numpy())
+    return np.concatenate(found)
+
+
+class KeptTeacher(Teacher):
+    """A teacher whose states of the training set were computed once: final [R, A, d_t] and visual [R, 36, d_t] on the device.
+
+    The numbers are those of the teacher itself on the same rows; what is spared is running it again for every epoch and method.
+    """
+
+    def __init__(
+        self, model: Any, rows: Rows, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        resident = ResidentTeacher(model)
+        self.config, self.name_or_path = resident.config, resident.name_or_path
+        self._head = resident.head()
+        self.longest = text.longest
+        self.first = (text.first[text.index(rows)] - 1).to(album.pixels.device)  # predicts an answer's first token
+        self.final, self.visual = states or self._compute(resident, rows, text, album)
+
+    @torch.no_grad()
+    def _compute(
+        self, resident: ResidentTeacher, rows: Rows, text: Text, album: Album, batch_size: int = 512
+    ) -> tuple[Tensor, Tensor]:
+        device, dtype = album.pixels.device, next(resident.model.parameters()).dtype
+        width = self.config.text_config.hidden_size
+        final = torch.zeros(len(rows) * self.longest, width, dtype=dtype, device=device)
+        visual = torch.zeros(len(rows), VISUAL, width, dtype=dtype, device=device)
+        steps = torch.arange(self.longest, device=device)
+        picture = torch.arange(2, 2 + VISUAL, device=device)
+        for start in range(0, len(rows), batch_size):
+            number = np.arange(start, min(len(rows), start + batch_size))
+            batch, _ = batch_of(rows.take(number), text, album)
+            batch["pixel_values"] = batch["pixel_values"].to(dtype)
+            count, length = batch["input_ids"].shape
+            line = torch.arange(count, device=device)[:, None] * length
+            at = self.first[start : start + count, None] + steps
+            seen = VisualTokens((line + picture).flatten(), (VISUAL,) * count)
+            states = resident.states(batch, (line + at.clamp(max=length - 1)).flatten(), seen)
+            final[start * self.longest : (start + count) * self.longest] = states.final
+            visual[start : start + count] = states.visual.unflatten(0, (count, VISUAL))
+        return final, visual
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return self._head
+
+    def states(self, batch: Any, positions: Tensor, visual: VisualTokens) -> TeacherStates:
+        keys, length = batch[SAMPLE_KEY], batch["input_ids"].shape[1]
+        row = keys[positions // length]
+        final = self.final[row * self.longest + positions % length - self.first[row]]
+        return TeacherStates(final, self.visual[keys].flatten(0, 1))

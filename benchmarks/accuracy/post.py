@@ -1,0 +1,69 @@
+"""Post-training methods of llm-compressor on the study's student: round-to-nearest, GPTQ, AWQ, AutoRound.
+
+Each is run by its own entry point, saved as compressed-tensors and scored after being read back from disk. Calibration rows are
+the training set's first ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.accuracy import pair
+from benchmarks.accuracy.study import SETTINGS
+from grace_plugin.artifact.layout import rewrite_ignore
+from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
+from grace_plugin.vlm import family_of
+
+__all__ = ["compress"]
+
+
+def groups_of(setting: str) -> dict[str, Any]:
+    """config_groups of a setting."""
+    form = SETTINGS[setting]
+    assert form is not None
+    bits, size = form
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
+    weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+def recipe_of(method: str, options: dict[str, Any]) -> Any:
+    """The recipe of a method; AWQ is a transform before round-to-nearest."""
+    if method == "gptq":
+        return GPTQModifier(**options)
+    if method == "awq":
+        from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+
+        layer = r"re:.*language_model\.layers\.\d+\."
+        qkv = [layer + rf"self_attn\.{name}_proj$" for name in "qkv"]
+        mlp = [layer + rf"mlp\.{name}_proj$" for name in ("gate", "up", "down")]
+        mappings = [
+            AWQMapping(layer + "input_layernorm$", qkv), AWQMapping(qkv[2], [layer + r"self_attn\.o_proj$"]),
+            AWQMapping(layer + "post_attention_layernorm$", mlp[:2]), AWQMapping(mlp[1], mlp[2:]),
+        ]  # fmt: skip
+        return [AWQModifier(mappings=mappings, duo_scaling=False), QuantizationModifier(**options)]
+    if method == "autoround":
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+        return AutoRoundModifier(**options, iters=200, batch_size=8, enable_torch_compile=False)
+    return QuantizationModifier(**options)
+
+
+def compress(model: Any, method: str, setting: str, batches: list[dict[str, torch.Tensor]], folder: Path) -> None:
+    """Quantize a loaded student in place and save it to `folder`; batches: calibration rows without labels."""
+    patterns = family_of(model).quantization_ignore()
+    recipe, processor = recipe_of(method, {"config_groups": groups_of(setting), "ignore": patterns}), pair.processor()
+    calibration: dict[str, Any] = {}
+    if method != "rtn":
+        loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        calibration = {"dataset": loader, "num_calibration_samples": len(batches)}
+        if method == "gptq":
+            calibration["pipeline"] = "basic"
+    oneshot(model=model, recipe=recipe, processor=processor, **calibration)
+    model.save_pretrained(str(folder), save_compressed=True)
+    rewrite_ignore(folder, model, patterns)
+    processor.save_pretrained(folder)

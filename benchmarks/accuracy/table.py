@@ -1,0 +1,175 @@
+"""The tables and the picture of the rows that are there: results/accuracy/table.md, accuracy.svg, and the README's section.
+
+Everything printed is read from the rows; a row that failed is listed with its error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.plot import picture
+from benchmarks.accuracy.rows import Store
+from benchmarks.accuracy.statistics import Group, collect, compare
+
+__all__ = ["write_table"]
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- accuracy: made by python -m benchmarks.accuracy --table -->", "<!-- accuracy: end -->"
+SHOWN = {
+    "bf16": "BF16", "w8g128": "8 bits, group 128", "w4g128": "4 bits, group 128", "w4row": "4 bits, per row",
+    "w3g128": "3 bits, group 128", "w2g128": "2 bits, group 128", "w2g32": "2 bits, group 32", "w2row": "2 bits, per row",
+}  # fmt: skip
+NAMES = {
+    "student": "student BF16", "teacher": "teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
+    "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE",
+}  # fmt: skip
+ORDER = ("rtn", "gptq", "awq", "autoround", "ce", "kl", "grace")
+Groups = dict[tuple[str, str], Group]
+
+
+def name_of(setting: str, method: str) -> str:
+    """What a method is called in a setting."""
+    if method == "ce":
+        return "fine-tuned" if setting == "bf16" else "QAT alone"
+    told = NAMES.get(method, method)
+    return told if setting in ("bf16", "pair") or method not in ("kl", "grace") else f"QAT + {told}"
+
+
+def _spread(group: Group) -> str:
+    return f"{group.mean:.2f}" + (f" ± {group.deviation:.2f}" if group.deviation is not None else "")
+
+
+def _line(group: Group, against: Group | None) -> str:
+    types = " | ".join(f"{value:.1f}" for value in group.by_type().values())
+    apart = against is None or against is group or (group.method != "teacher" and not {*group.seeds} & {*against.seeds})
+    difference = "" if apart or against is None else str(compare(against, group))
+    return (
+        f"| {name_of(group.setting, group.method)} | {_spread(group)} | {len(group.seeds)} | {difference} | {types} |"
+    )
+
+
+def main_table(groups: Groups) -> list[str]:
+    """One section for each setting that has a GRACE row or another main row."""
+    pair = [group for (setting, _), group in groups.items() if setting == "pair" and group.method != "tower"]
+    if not pair:
+        return []
+    types = " | ".join(pair[0].by_type())
+    head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {types} |", "|---|---|---|---|" + "---|" * 5]
+    lines = ["## The pair", "", *head, *(_line(group, None) for group in sorted(pair, key=lambda g: -g.mean))]
+    for setting, told in SHOWN.items():
+        found = [groups[setting, method] for method in ORDER if (setting, method) in groups]
+        if len(found) > 1:
+            ours = groups.get((setting, "grace"))
+            beside = [group for group in pair if ours is not None]
+            lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*beside, *found))]
+    return lines
+
+
+def rounding_table(groups: Groups) -> list[str]:
+    """What round-to-nearest costs the student in each setting, on the seeds that were run."""
+    student, lines = groups.get(("pair", "student")), []
+    for setting, told in SHOWN.items():
+        group = groups.get((setting, "rtn"))
+        if group is not None and student is not None:
+            lines.append(f"| {told} | {_spread(group)} | {len(group.seeds)} | {compare(group, student)} |")
+    head = [
+        "",
+        "## Where rounding hurts",
+        "",
+        "| round-to-nearest | accuracy % ± sd | seeds | minus student BF16, points |",
+    ]
+    return [*head, "|---|---|---|---|", *lines] if lines else []
+
+
+def ablation_table(groups: Groups) -> list[str]:
+    """GRACE with a part changed, against GRACE as it is, on the seeds that both have."""
+    lines: list[str] = []
+    for (setting, method), group in sorted(groups.items()):
+        grace, changed = groups.get(("w2g128", "grace")), setting not in ("bf16", "w2g128", "w4g128", "w3g128", "pair")
+        if grace is None or (method in ORDER and not (changed and method == "grace")):
+            continue
+        if setting == "pair" or not set(group.seeds) & set(grace.seeds):
+            continue
+        label = method if setting == "w2g128" else f"{method}, {SHOWN.get(setting, setting)}"
+        bound = [record["controller"].get("share_at_bound") for record in group.records if record.get("controller")]
+        pinned = f"{100 * max(bound):.0f} %" if bound and None not in bound else ""
+        lines.append(f"| {label} | {_spread(group)} | {len(group.seeds)} | {compare(group, grace)} | {pinned} |")
+    head = ["", "## Ablations, 2 bits", "", "Rates are those found for GRACE (for `kl-*`, for plain KL).", ""]
+    head += [
+        "| | accuracy % ± sd | seeds | minus GRACE at group 128, points | steps at a bound |",
+        "|---|---|---|---|---|",
+    ]
+    return head + lines if lines else []
+
+
+def search_table(records: list[dict[str, Any]]) -> list[str]:
+    """Validation accuracy of every rate."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for record in records:
+        if record.get("part") == "validation" and "failed" not in record:
+            found.setdefault((record["setting"], record["method"]), {})[record["rate"]] = 100 * record["accuracy"]
+    if not found:
+        return []
+    rates = sorted({rate for several in found.values() for rate in several})
+    lines = ["", "## Search of the learning rate", "", "Seed 0, validation accuracy, percent.", ""]
+    lines += ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for (setting, method), several in sorted(found.items()):
+        cells = " | ".join(f"{several[rate]:.2f}" if rate in several else "" for rate in rates)
+        lines.append(f"| {SHOWN[setting]}: {name_of(setting, method)} | {cells} |")
+    return lines
+
+
+def failure_table(records: list[dict[str, Any]]) -> list[str]:
+    """Rows that failed, with the last line of their error."""
+    lines = [f"| {r['row']} | `{r['failed'].strip().splitlines()[-1][:160]}` |" for r in records if "failed" in r]
+    return ["", "## Failed", "", "| row | error |", "|---|---|", *lines] if lines else []
+
+
+def readme_section(groups: Groups) -> str:
+    """The short table: by setting, mean ± sd and GRACE's lead over each method."""
+    lines = [
+        "| | accuracy % ± sd over seeds | GRACE of the same bits minus the row, points (paired, 95 %) |",
+        "|---|---|---|",
+    ]
+    for method in ("teacher", "student"):
+        if ("pair", method) in groups:
+            lines.append(f"| {NAMES[method]} | {_spread(groups['pair', method])} | |")
+    for setting in ("bf16", "w4g128", "w2g128"):
+        ours = groups.get((setting, "grace"))
+        for method in ORDER:
+            group = groups.get((setting, method))
+            if group is not None and ours is not None:
+                difference = "" if group is ours else str(compare(ours, group))
+                lines.append(f"| {SHOWN[setting]}: {name_of(setting, method)} | {_spread(group)} | {difference} |")
+    return "\n".join(lines)
+
+
+def write_table(store: Store, results: Path, readme: bool) -> str:
+    """Write table.md and accuracy.svg below `results`, with `readme` the README's section too; returns the table."""
+    records = store.all()
+    groups = collect(records)
+    devices = sorted({record["environment"]["device"] for record in records})
+    revisions = sorted({record["revision"] for record in records})
+    hours = sum(record["seconds"] for record in records) / 3600
+    head = [
+        "# Accuracy study", "", f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
+        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over questions and seeds "
+        "(few seeds are drawn from, so the intervals are a little narrow).", "",
+    ]  # fmt: skip
+    parts = [
+        *head,
+        *main_table(groups),
+        *rounding_table(groups),
+        *ablation_table(groups),
+        *search_table(records),
+        *failure_table(records),
+    ]
+    text = "\n".join(parts) + "\n"
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "table.md").write_text(text)
+    (results / "accuracy.svg").write_text(picture(groups, name_of, SHOWN, ORDER))
+    if readme and README.is_file() and BEGIN in (old := README.read_text()):
+        before, _, rest = old.partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{readme_section(groups)}\n{END}{rest.partition(END)[2]}")
+    return text

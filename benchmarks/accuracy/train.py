@@ -1,0 +1,149 @@
+"""The two training loops: cross-entropy from scratch for the pair, and one loop for every trained method.
+
+The second loop is `grace_plugin.objective`'s protocol (prepare, window, loss, measure, step, finalize): methods differ in the
+objective's recipe and in whether scales are attached, in nothing else.
+
+Legend: B batch, n visual tokens (36).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+from benchmarks.accuracy.data import Text, batch_of
+from benchmarks.accuracy.divergence import PlainObjective
+from benchmarks.accuracy.pair import VISUAL, VOCABULARY
+from benchmarks.accuracy.scenes import Album, Rows
+from benchmarks.accuracy.study import SETTINGS, Method
+from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.objective import GraceObjective
+from grace_plugin.quantizer import PARAMETER, attach
+from grace_plugin.vlm import family_of, matches
+
+__all__ = ["from_scratch", "learn", "order_of"]
+
+NAMING = 0.5  # weight at the start of the loss that names the photograph under each visual token, in `from_scratch`
+SCALE_RATE = 10.0  # rate of the scales relative to the weights', the recipe's default
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Linear warm-up over 5 % of the run, then a cosine to 0, as a share of the peak."""
+    warm = max(1, steps // 20)
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def mixed(device: torch.device) -> Any:
+    """bfloat16 products on a GPU, float32 on a CPU (most have no fast bfloat16)."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def order_of(seed: int, rows: int, steps: int, batch: int) -> np.ndarray:
+    """Row numbers of every step, [steps, batch]: shuffled epochs one after another, from the seed."""
+    rng = np.random.default_rng(seed + 1000)
+    epochs = -(-steps * batch // rows)
+    return np.concatenate([rng.permutation(rows) for _ in range(epochs)])[: steps * batch].reshape(steps, batch)
+
+
+def _names(rows: Rows) -> Tensor:
+    """Of each visual token, the photograph under its centre: class, row and column in the scene's grid, int64 [B * n, 3]."""
+    side = math.isqrt(VISUAL)
+    line = (np.arange(side) * 2 + 1)[None] * rows.grid[:, None] // (2 * side)  # [B, side]
+    row, column = np.broadcast_arrays(line[:, :, None], line[:, None, :])
+    row, column = row.reshape(len(rows), -1), column.reshape(len(rows), -1)
+    classes = np.take_along_axis(rows.classes, row * rows.grid[:, None] + column, 1)
+    return torch.from_numpy(np.stack([classes, row, column], -1)).flatten(0, 1)
+
+
+def from_scratch(
+    model: Any, draw: Callable[[int], Rows], album: Album, text: Text, *, steps: int, rate: float, seed: int,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Train a member by cross-entropy on `draw(step)`, its visual tokens named beside at a weight that falls to 0."""
+    device = album.pixels.device
+    torch.manual_seed(seed)
+    naming = nn.Linear(model.config.text_config.hidden_size, 16).to(device)
+    chosen = [p for p in (*model.parameters(), *naming.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    model.train()
+    for step in range(steps):
+        rows = draw(step)
+        batch, host = batch_of(rows, text, album)
+        labels = host["labels"][:, 1:]
+        at = (labels != IGNORE_INDEX).nonzero()
+        targets = labels[at[:, 0], at[:, 1]].to(device)
+        share = rate_at(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        with mixed(device):
+            hidden = model.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).last_hidden_state
+            logits = model.lm_head(hidden[at[:, 0].to(device), at[:, 1].to(device)])
+            loss = cross_entropy(logits.float(), targets)
+            named = naming(hidden[:, 2 : 2 + VISUAL]).float().flatten(0, 1)
+            parts = zip(named.split([10, 3, 3], -1), _names(rows).to(device).unbind(-1), strict=True)
+            extra = torch.stack([cross_entropy(guess, true) for guess, true in parts]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        (loss + NAMING * (1 - step / steps) * extra).backward()
+        clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+        if step % 100 == 99:
+            log(f"step {step + 1} of {steps}: loss {loss.item():.4f}, naming {extra.item():.4f}")
+
+
+def learn(
+    model: Any, teacher: Any, method: Method, setting: str, rows: Rows, album: Album, text: Text, *, order: np.ndarray,
+    rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said.
+
+    order: row numbers of each step, [steps, B]. The model ends with `code * scale` in its weights where it was quantized, all
+    parameters in bfloat16.
+    """
+    device, steps = album.pixels.device, len(order)
+    family, form = family_of(model), SETTINGS[setting]
+    distill, relational, controller = method.blocks()
+    attached = ()
+    if form is not None:
+        ignored = family.quantization_ignore()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not matches(n, ignored)}
+        attached = (attach(layers, num_bits=form[0], group_size=form[1]),)
+    objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
+    objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=attached)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    weights, scales = ([p for n, p in named if n.endswith(PARAMETER) == wanted] for wanted in (False, True))
+    scale_rate = SCALE_RATE if method.learned_scales else 0.0
+    groups = [{"params": weights, "times": 1.0}, *([{"params": scales, "times": scale_rate}] if scales else [])]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+    model.train()
+    trace: list[dict[str, float]] = []
+    for step, numbers in enumerate(order):
+        share = rate_at(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share * group["times"]
+        batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
+        with mixed(device):
+            objective.window([batch], [host])
+            loss = objective.loss(model, batch)
+        loss.backward()
+        record = objective.measure()
+        for part in (weights, scales):
+            clip_grad_norm_(part, 1.0)
+        if record.finite:
+            optimizer.step()
+        beta = objective.beta
+        objective.step(progress=share, skipped=not record.finite)
+        optimizer.zero_grad(set_to_none=True)
+        if step % max(1, steps // 20) == 0 or step == steps - 1:
+            now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}
+            trace.append({"step": step, **{name: round(value, 5) for name, value in now.items()}})
+    said = {"trace": trace, "controller": objective.controller_logs(), "skipped": objective.nonfinite_steps}
+    objective.finalize(torch.bfloat16)
+    return said

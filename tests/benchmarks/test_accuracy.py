@@ -1,0 +1,190 @@
+"""The accuracy study: right questions, a kept teacher that is the teacher, plain KL as it says, rows that resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.accuracy import pair
+from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
+from benchmarks.accuracy.divergence import PlainObjective
+from benchmarks.accuracy.photos import CLASSES, Photos, load, pack
+from benchmarks.accuracy.rows import Store, answers_of, scored
+from benchmarks.accuracy.scenes import NUMBERS, PLURALS, TYPES, Album, compose, draw, sentences
+from benchmarks.accuracy.statistics import Group, compare
+from benchmarks.accuracy.study import METHODS, SIZES, Row, group_of_rows
+from benchmarks.accuracy.table import write_table
+from benchmarks.accuracy.work import Work, make_all
+from grace_plugin.objective import GraceObjective
+
+CPU = torch.device("cpu")
+QUESTIONS, ANSWERS = sentences()
+
+
+def coloured(count: int) -> Photos:
+    """Photographs whose first pixel is their class."""
+    labels = np.arange(count) % 10
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3)).astype(np.uint8)
+    pixels[:, 0, 0] = labels[:, None]
+    return pixels, labels
+
+
+def expected(question: str, cells: list[str], grid: int) -> str:
+    """The answer, read from the words."""
+    words = question.rstrip("?").replace(",", "").split()
+    if words[0] == "What":
+        return cells[(int(words[4]) - 1) * grid + int(words[6]) - 1]
+    if words[0] == "Where":
+        (at,) = [number for number, name in enumerate(cells) if name == words[3]]
+        return f"row {at // grid + 1}, column {at % grid + 1}"
+    if words[0] == "How":
+        return NUMBERS[cells.count(CLASSES[PLURALS.index(words[2])])]
+    if words[0] == "Are":
+        first, second = (cells.count(CLASSES[PLURALS.index(word)]) for word in (words[3], words[5]))
+        return "neither" if first == second else words[3] if first > second else words[5]
+    line, number = words[5], int(words[6]) - 1
+    return "yes" if words[3] in (cells[number * grid :][:grid] if line == "row" else cells[number::grid]) else "no"
+
+
+def test_every_question_has_its_answer() -> None:
+    rows = draw(3, 2000, coloured(500), augment=False)
+    for number in range(len(rows)):
+        grid = int(rows.grid[number])
+        cells = [CLASSES[c] for c in rows.classes[number][: grid * grid]]
+        assert ANSWERS[rows.answer[number]] == expected(QUESTIONS[rows.question[number]], cells, grid)
+    yes = rows.answer[rows.type == TYPES.index("existence")] == ANSWERS.index("yes")
+    assert 0.4 < yes.mean() < 0.6
+
+
+def test_scenes_show_the_photographs_in_their_cells() -> None:
+    photos = coloured(100)
+    rows = draw(4, 50, photos, augment=False)
+    pixels = compose(Album(photos, CPU), rows)
+    large = rows.grid == 3
+    first = ((pixels[:, 0, ::32, ::32] + 1) * 127.5).round().long().flatten(1)  # the first pixel of each of nine cells
+    assert torch.equal(first[large], torch.from_numpy(rows.classes[large]))
+    assert pixels.shape == (50, 3, 96, 96) and 0 < large.sum() < 50
+
+
+def test_the_processor_gives_the_ids_of_the_study() -> None:
+    text, processor = Text(), pair.processor()
+    for question, answer in ((0, 3), (12, 29), (150, 27)):
+        turns = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[question]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[answer]}]},
+        ]
+        prompt = processor.apply_chat_template(turns, tokenize=False).replace("<image>", "<image>" * pair.VISUAL)
+        ids = text.ids[question * len(ANSWERS) + answer]
+        assert processor.tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids[ids != pair.PAD].tolist()
+
+
+def small(seed: int) -> pair.LlavaForConditionalGeneration:
+    return pair.build(pair.Shape(128, 2, 128), seed)
+
+
+def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
+    photos, text = coloured(60), Text()
+    rows, album = draw(5, 12, photos, augment=True), Album(photos, CPU)
+    student, teacher, numbers = small(0), small(1).eval(), np.array([7, 2, 11])
+    batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
+    losses = []
+    for source in (teacher, KeptTeacher(teacher, rows, text, album)):
+        for kind in (GraceObjective, PlainObjective):
+            distill, relational, controller = METHODS["grace" if kind is GraceObjective else "kl"].blocks()
+            objective = kind(distill, relational, controller)
+            objective.prepare(student, source, vocabulary=pair.VOCABULARY, total_steps=10)
+            objective.window([batch], [host])
+            losses.append(objective.loss(student, batch).item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+    inputs = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
+    labels = batch["labels"][:, 1:]
+    logits, taught = (m(**inputs).logits[:, :-1][labels != -100].double() for m in (student, teacher))
+    p, q = (torch.log_softmax(part / 2, -1) for part in (taught, logits))
+    kl = (p.exp() * (p - q)).sum(-1).mean() * 4
+    ce = -torch.log_softmax(logits, -1).gather(1, labels[labels != -100][:, None]).mean()
+    assert losses[1] == pytest.approx(float(ce + kl), rel=1e-5)
+
+
+def test_scores_are_those_of_generated_answers() -> None:
+    photos, text, model = coloured(60), Text(), small(2).eval()
+    rows, album = draw(6, 20, photos, augment=False), Album(photos, CPU)
+    for parameter in model.model.vision_tower.parameters():  # an answer that does not depend on the picture
+        parameter.data.zero_()
+    batch, _ = batch_of(rows, text, album)
+    at = text.first[text.index(rows)]
+    found = score(model, rows, text, album, batch_size=7)
+    for number in range(len(rows)):
+        prompt = batch["input_ids"][number : number + 1, : at[number]]
+        wanted = [i for i in batch["input_ids"][number, at[number] :].tolist() if i != pair.PAD]
+        out = model.generate(
+            input_ids=prompt, pixel_values=batch["pixel_values"][number : number + 1], max_new_tokens=len(wanted),
+            do_sample=False, pad_token_id=pair.PAD, eos_token_id=pair.EOS,
+        )  # fmt: skip
+        assert found[number] == (out[0, at[number] :].tolist() == wanted)
+
+
+def group(right: np.ndarray, method: str) -> Group:
+    return Group("bf16", method, tuple(range(len(right))), right, ())
+
+
+def test_intervals_hold_questions_and_seeds() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random((5, 4000)) < 0.6
+    better = base | (rng.random(base.shape) < 0.05)
+    told = compare(group(better, "a"), group(base, "b"))
+    assert told.low < told.points < told.high and told.decided
+    assert told.points == pytest.approx(100 * (better.mean() - base.mean()))
+    apart = base.copy()
+    apart[0] |= rng.random(4000) < 0.9  # one seed alone makes the difference: seeds must widen the interval
+    assert not compare(group(apart, "a"), group(base, "b")).low > 0.5
+    assert str(compare(group(base, "a"), group(base, "b"))) == "+0.00 [+0.00, +0.00]"
+
+
+def test_names_of_rows_are_read_and_refused() -> None:
+    for row in (*group_of_rows("main", SIZES["gpu"]), *group_of_rows("post", SIZES["gpu"]), Row("bf16", "kl", 0, 6e-4)):
+        assert Row.parse(row.name) == row
+    for wrong in ("bf16/rtn/0", "w2g128/none/0", "student", "w5/ce/0"):
+        with pytest.raises(ValueError, match="no row"):
+            Row.parse(wrong)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in one sub-folder for each class."""
+    made = tmp_path_factory.mktemp("photos")
+    pixels, labels = coloured(900)
+    for number, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
+        file = made / CLASSES[label] / f"{number:04}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(file)
+    return made
+
+
+def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path: Path) -> None:
+    size, store, packed = SIZES["tiny"], Store(tmp_path / "rows"), tmp_path / "photos.npz"
+    pack(load(str(folder)), size.photos, packed)
+    arguments = (size, store, tmp_path, str(packed))
+    work = Work(*arguments)
+    asked = [Row.parse(n) for n in ("w2g128/grace/0", "bf16/kl/0", "w4g128/rtn/0", "w2row/gptq/0")]
+    for row in asked:
+        for wanted in (*(deep for need in row.needs(size) for deep in need.needs(size)), *row.needs(size), row):
+            if not store.done(wanted):
+                work.make(wanted)
+        record = store.read(row)
+        assert record is not None and "failed" not in record, record
+        assert answers_of(record).mean() == pytest.approx(record["accuracy"]) and record["questions"] == size.test_rows
+    before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
+    assert make_all(asked, arguments, workers=1, until=0.0) == []  # nothing is left, nothing is made again
+    assert before == {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
+    store.write(Row.parse("w2g128/awq/0"), failed="Traceback\nValueError: on purpose", seconds=0.0)
+    text = write_table(store, tmp_path, readme=False)
+    assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
+    grace = json.loads(store.file(asked[0]).read_text())
+    assert set(grace["search"]) == {"0.001", "0.002"} and re.fullmatch(r"[\w.-]+", grace["revision"])
+    assert grace["trace"][0]["gdkd"] > 0 and scored(answers_of(grace), work.rows["test"])["by_type"] == grace["by_type"]
