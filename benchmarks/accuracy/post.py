@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.artifact.layout import rewrite_ignore
-from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
+from grace_plugin.schemes import hand_over
+from grace_plugin.upstream import GPTQModifier, QuantizationMixin, QuantizationModifier, modify_save_pretrained, oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["compress"]
+__all__ = ["compress", "export"]
 
 
 def groups_of(setting: str) -> dict[str, Any]:
@@ -64,6 +65,21 @@ def compress(model: Any, method: str, setting: str, batches: list[dict[str, torc
         if method == "gptq":
             calibration["pipeline"] = "basic"
     oneshot(model=model, recipe=recipe, processor=processor, **calibration)
+    _write(model, patterns, folder)
+
+
+def export(model: Any, frozen: dict[str, tuple[torch.Tensor, torch.Tensor]], setting: str, folder: Path) -> None:
+    """Save a trained student, whose weights are `code * scale` already, as GraceModifier saves it; frozen: by layer."""
+    patterns = family_of(model).quantization_ignore()
+    schemes = QuantizationModifier(config_groups=groups_of(setting), ignore=patterns)
+    QuantizationMixin.initialize_quantization(schemes, model)
+    hand_over(model, frozen, torch.bfloat16)
+    QuantizationMixin.end_calibration(schemes, model)
+    modify_save_pretrained(model)
+    _write(model, patterns, folder)
+
+
+def _write(model: Any, patterns: list[str], folder: Path) -> None:
     model.save_pretrained(str(folder), save_compressed=True)
     rewrite_ignore(folder, model, patterns)
-    processor.save_pretrained(folder)
+    pair.processor().save_pretrained(folder)

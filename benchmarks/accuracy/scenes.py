@@ -152,10 +152,10 @@ _TYPE = {"identity": _identity, "place": _place, "count": _count, "comparison": 
 
 
 class Album:
-    """Photographs of one part on the device: uint8 [P, 32, 32, 3]."""
+    """Photographs of one part on the device: uint8 [P, 32, 32, 3]. whole: scenes in whole 8-bit steps, as a PNG holds them."""
 
-    def __init__(self, photos: Photos, device: torch.device) -> None:
-        self.pixels = torch.from_numpy(photos[0]).to(device)
+    def __init__(self, photos: Photos, device: torch.device, whole: bool = False) -> None:
+        self.pixels, self.whole = torch.from_numpy(photos[0]).to(device), whole
 
 
 def compose(album: Album, rows: Rows) -> Tensor:
@@ -173,4 +173,5 @@ def compose(album: Album, rows: Rows) -> Tensor:
     three = cells.unflatten(1, (3, 3)).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, CANVAS, CANVAS)
     large = torch.nn.functional.interpolate(cells[:, :4].flatten(0, 1), size=CANVAS // 2, mode="bilinear")
     two = large.unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, CANVAS, CANVAS)
-    return torch.where((grid == 2)[:, None, None, None], two, three)
+    scenes = torch.where((grid == 2)[:, None, None, None], two, three)
+    return ((scenes + 1) * 127.5).round() / 127.5 - 1 if album.whole else scenes

@@ -18,13 +18,16 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- accuracy: made by python -m benchmarks.accuracy --table -->", "<!-- accuracy: end -->"
 SHOWN = {
     "bf16": "BF16", "w8g128": "8 bits, group 128", "w4g128": "4 bits, group 128", "w4row": "4 bits, per row",
-    "w3g128": "3 bits, group 128", "w2g128": "2 bits, group 128", "w2g32": "2 bits, group 32", "w2row": "2 bits, per row",
+    "w3g128": "3 bits, group 128", "w3row": "3 bits, per row", "w2g128": "2 bits, group 128", "w2g32": "2 bits, group 32",
+    "w2g64": "2 bits, group 64", "w2row": "2 bits, per row",
 }  # fmt: skip
 NAMES = {
     "student": "student BF16", "teacher": "teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
-    "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE",
+    "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
+    "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
+    "grace+gptq": "BF16 + GRACE, then GPTQ",
 }  # fmt: skip
-ORDER = ("rtn", "gptq", "awq", "autoround", "ce", "kl", "grace")
+ORDER = ("rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "ce", "kl", "grace")
 Groups = dict[tuple[str, str], Group]
 
 

@@ -32,6 +32,7 @@ from grace_plugin.vlm import family_of, matches
 __all__ = ["from_scratch", "learn", "order_of"]
 
 NAMING = 0.5  # weight at the start of the loss that names the photograph under each visual token, in `from_scratch`
+Frozen = dict[str, tuple[Tensor, Tensor]]  # codes and scales by layer
 SCALE_RATE = 10.0  # rate of the scales relative to the weights', the recipe's default
 
 
@@ -101,8 +102,9 @@ def from_scratch(
 def learn(
     model: Any, teacher: Any, method: Method, setting: str, rows: Rows, album: Album, text: Text, *, order: np.ndarray,
     rate: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said.
+) -> tuple[dict[str, Any], Frozen]:  # fmt: skip
+    """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said, and
+    codes and scales by layer.
 
     order: row numbers of each step, [steps, B]. The model ends with `code * scale` in its weights where it was quantized, all
     parameters in bfloat16.
@@ -117,6 +119,9 @@ def learn(
         attached = (attach(layers, num_bits=form[0], group_size=form[1]),)
     objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
     objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=attached)
+    if not method.weights:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and (parameter.ndim == 1 or name.endswith(PARAMETER)))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     weights, scales = ([p for n, p in named if n.endswith(PARAMETER) == wanted] for wanted in (False, True))
     scale_rate = SCALE_RATE if method.learned_scales else 0.0
@@ -145,5 +150,4 @@ def learn(
             now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}
             trace.append({"step": step, **{name: round(value, 5) for name, value in now.items()}})
     said = {"trace": trace, "controller": objective.controller_logs(), "skipped": objective.nonfinite_steps}
-    objective.finalize(torch.bfloat16)
-    return said
+    return said, objective.finalize(torch.bfloat16)

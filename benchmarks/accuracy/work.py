@@ -158,20 +158,34 @@ class Work:
         size, method = self.size, METHODS[row.method]
         rate, search = self.rate(row)
         model = self.open(Row("pair", "student", row.seed)).float()
-        order = order_of(row.seed, size.rows, size.steps, size.batch)
+        steps = round(method.steps * size.steps)
+        order = order_of(row.seed, min(method.rows or size.rows, size.rows), steps, size.batch)
         begun = time.time()
         teacher, rows, album = self.teacher if method.taught else None, self.rows["student"], self.albums["student"]
-        said = learn(model, teacher, method, row.setting, rows, album, self.text, order=order, rate=rate)
-        said |= {"rate": rate, "search": search, "steps": size.steps, "photos": size.photos["student"]}
+        said, frozen = learn(model, teacher, method, row.setting, rows, album, self.text, order=order, rate=rate)
+        said |= {"rate": rate, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun
+        if row.kept:
+            model = self._keep(model.cpu(), row, frozen)
         return said | self.score(model, "test" if row.rate is None else "validation")
+
+    def _keep(self, model: Any, row: Row, frozen: Any) -> Any:
+        """Write a trained student as the checkpoint that ships and read it back: what is scored is what lies on disk."""
+        from benchmarks.accuracy.post import export
+
+        folder = self.checkpoint(row)
+        if frozen:
+            export(model, frozen, row.setting, folder)
+        else:
+            pair.save(model, folder)
+        return self._open(folder)
 
     def _compressed(self, row: Row) -> dict[str, Any]:
         from benchmarks.accuracy.post import compress
 
         folder = self.folder / "post" / row.name.replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        model = self.open(Row("pair", "student", row.seed)).to(torch.bfloat16)
+        model = self.open(row.base).to(torch.bfloat16)
         batches = []
         for start in range(0, self.size.calibration, 8):
             batch, _ = batch_of(
@@ -179,7 +193,7 @@ class Work:
             )
             batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
             batches.append({name: value for name, value in batch.items() if name not in ("labels", SAMPLE_KEY)})
-        compress(model, row.method, row.setting, batches, folder)
+        compress(model, row.method.rpartition("+")[2], row.setting, batches, folder)
         said = self.score(self._open(folder), "test")
         shutil.rmtree(folder)
         return said
@@ -204,7 +218,7 @@ def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers:
     left: list[Row] = []
 
     def there(row: Row) -> bool:
-        return store.done(row) and (row.setting != "pair" or (arguments[2] / row.name.replace("/", "-")).is_dir())
+        return store.done(row) and (not row.kept or (arguments[2] / row.name.replace("/", "-")).is_dir())
 
     def add(row: Row) -> None:
         for need in row.needs(size):

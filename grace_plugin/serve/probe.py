@@ -32,7 +32,7 @@ class ProbeError(RuntimeError):
 class Job:
     """Questions to one checkpoint: {"messages": [...], "images": [PIL, ...]} each. top: alternatives per token.
 
-    engine: further arguments of vLLM's `LLM`.
+    engine: arguments of vLLM's `LLM`, over those set here.
     A question may hold "videos" in place of images: (frames uint8 [T, H, W, 3], metadata) each, as vLLM takes them.
     """
 
@@ -115,11 +115,11 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     most = {kind: max((len(q[f"{kind}s"]) for q in job["questions"]), default=0) for kind in ("image", "video")}
-    engine = LLM(
-        model=job["checkpoint"], max_model_len=job["max_model_len"], max_num_seqs=8, enforce_eager=True,
-        limit_mm_per_prompt={kind: number for kind, number in most.items() if number or kind == "image"},
-        skip_mm_profiling=True, max_logprobs=max(job["top"], 1), **job["engine"],
-    )  # fmt: skip
+    defaults = {
+        "max_model_len": job["max_model_len"], "max_num_seqs": 8, "enforce_eager": True, "skip_mm_profiling": True,
+        "limit_mm_per_prompt": {kind: number for kind, number in most.items() if number or kind == "image"},
+    }  # fmt: skip
+    engine = LLM(model=job["checkpoint"], max_logprobs=max(job["top"], 1), **defaults | job["engine"])
     greedy = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], logprobs=job["top"])
     pictured = [question for question in job["questions"] if not question["videos"]]
     filmed = [_filmed(question, engine.get_tokenizer()) for question in job["questions"] if question["videos"]]

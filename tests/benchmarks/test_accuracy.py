@@ -17,10 +17,12 @@ from benchmarks.accuracy.divergence import PlainObjective
 from benchmarks.accuracy.photos import CLASSES, Photos, load, pack
 from benchmarks.accuracy.rows import Store, answers_of, scored
 from benchmarks.accuracy.scenes import NUMBERS, PLURALS, TYPES, Album, compose, draw, sentences
+from benchmarks.accuracy.served import questions_of
 from benchmarks.accuracy.statistics import Group, compare
 from benchmarks.accuracy.study import METHODS, SIZES, Row, group_of_rows
 from benchmarks.accuracy.table import write_table
 from benchmarks.accuracy.work import Work, make_all
+from grace_plugin.artifact.verify import load as load_checkpoint
 from grace_plugin.objective import GraceObjective
 
 CPU = torch.device("cpu")
@@ -70,6 +72,11 @@ def test_scenes_show_the_photographs_in_their_cells() -> None:
     first = ((pixels[:, 0, ::32, ::32] + 1) * 127.5).round().long().flatten(1)  # the first pixel of each of nine cells
     assert torch.equal(first[large], torch.from_numpy(rows.classes[large]))
     assert pixels.shape == (50, 3, 96, 96) and 0 < large.sum() < 50
+    whole = compose(Album(photos, CPU, whole=True), rows)
+    asked = questions_of(rows, Album(photos, CPU))
+    seen = torch.stack([torch.from_numpy(np.array(one["images"][0])) for one in asked]).permute(0, 3, 1, 2)
+    assert torch.equal(whole, seen / 127.5 - 1) and (whole - pixels).abs().max() <= 0.5 / 127.5 + 1e-6
+    assert asked[3]["messages"][0]["content"][1]["text"] == QUESTIONS[rows.question[3]]
 
 
 def test_the_processor_gives_the_ids_of_the_study() -> None:
@@ -147,9 +154,11 @@ def test_intervals_hold_questions_and_seeds() -> None:
 
 
 def test_names_of_rows_are_read_and_refused() -> None:
-    for row in (*group_of_rows("main", SIZES["gpu"]), *group_of_rows("post", SIZES["gpu"]), Row("bf16", "kl", 0, 6e-4)):
-        assert Row.parse(row.name) == row
-    for wrong in ("bf16/rtn/0", "w2g128/none/0", "student", "w5/ce/0"):
+    for group_name in ("main", "post", "ablation"):
+        for row in (*group_of_rows(group_name, SIZES["gpu"]), Row("bf16", "kl", 0, 6e-4)):
+            assert Row.parse(row.name) == row
+    assert Row.parse("w4g128/grace+gptq/3").base == Row("bf16", "grace", 3)
+    for wrong in ("bf16/rtn/0", "bf16/kl+rtn/0", "w2g128/none/0", "student", "w5/ce/0"):
         with pytest.raises(ValueError, match="no row"):
             Row.parse(wrong)
 
@@ -171,17 +180,28 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     pack(load(str(folder)), size.photos, packed)
     arguments = (size, store, tmp_path, str(packed))
     work = Work(*arguments)
-    asked = [Row.parse(n) for n in ("w2g128/grace/0", "bf16/kl/0", "w4g128/rtn/0", "w2row/gptq/0")]
+    asked = [Row.parse(n) for n in ("w2g128/grace/0", "bf16/kl/0", "w4g128/rtn/0", "w2row/gptq/0", "w4g128/grace/0")]
+
+    def make(row: Row) -> None:
+        for need in row.needs(size):
+            make(need)
+        if not store.done(row):
+            work.make(row)
+
     for row in asked:
-        for wanted in (*(deep for need in row.needs(size) for deep in need.needs(size)), *row.needs(size), row):
-            if not store.done(wanted):
-                work.make(wanted)
+        make(row)
         record = store.read(row)
         assert record is not None and "failed" not in record, record
         assert answers_of(record).mean() == pytest.approx(record["accuracy"]) and record["questions"] == size.test_rows
     before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
     assert make_all(asked, arguments, workers=1, until=0.0) == []  # nothing is left, nothing is made again
     assert before == {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
+    for name in ("w2g128/grace-scales/0", "w4g128/kl+rtn/0", "w2g128/grace-rows1024/0"):
+        make(Row.parse(name))
+        assert "failed" not in (store.read(Row.parse(name)) or {"failed"}), store.read(Row.parse(name))
+    shipped = load_checkpoint(work.checkpoint(asked[-1]))
+    layer = shipped.model.language_model.layers[0].self_attn.q_proj
+    assert layer.weight_packed.dtype == torch.int32 and layer.weight_scale.dtype == torch.bfloat16
     store.write(Row.parse("w2g128/awq/0"), failed="Traceback\nValueError: on purpose", seconds=0.0)
     text = write_table(store, tmp_path, readme=False)
     assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
