@@ -69,7 +69,9 @@ def compress(model: Any, method: str, setting: str, batches: list[dict[str, torc
 
 
 def export(model: Any, frozen: dict[str, tuple[torch.Tensor, torch.Tensor]], setting: str, folder: Path) -> None:
-    """Save a trained student, whose weights are `code * scale` already, as GraceModifier saves it; frozen: by layer."""
+    """Save a trained student, whose weights are `code * scale` already, as GraceModifier saves it; frozen: by layer, on the
+    student's device.
+    """
     patterns = family_of(model).quantization_ignore()
     schemes = QuantizationModifier(config_groups=groups_of(setting), ignore=patterns)
     QuantizationMixin.initialize_quantization(schemes, model)

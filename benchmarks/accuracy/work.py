@@ -166,7 +166,7 @@ class Work:
         said |= {"rate": rate, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun
         if row.kept:
-            model = self._keep(model.cpu(), row, frozen)
+            model = self._keep(model, row, frozen)
         return said | self.score(model, "test" if row.rate is None else "validation")
 
     def _keep(self, model: Any, row: Row, frozen: Any) -> Any:
