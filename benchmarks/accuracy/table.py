@@ -28,6 +28,17 @@ NAMES = {
     "grace+gptq": "BF16 + GRACE, then GPTQ",
 }  # fmt: skip
 ORDER = ("rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "ce", "kl", "grace")
+PARTS = {
+    "grace-beta": "beta fixed at", "grace-k": "gate sharpness", "grace-relation": "weight of the relation", "kl-w": "plain KL of weight",
+    "grace-max": "controller with beta up to", "grace-steps": "share of the steps:", "kl-steps": "plain KL, share of the steps:",
+    "ce-steps": "QAT alone, share of the steps:", "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:",
+    "ce-rows": "QAT alone, training rows:",
+}  # fmt: skip
+CHANGED = {
+    "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
+    "grace-frozen": "scales not learned", "grace-scales": "scales and norms alone learned", "relation": "relation alone",
+    "grace-calibration": "512 rows, a tenth of the steps, rate not searched for it", "grace": "GRACE",
+}  # fmt: skip
 Groups = dict[tuple[str, str], Group]
 
 
@@ -37,6 +48,23 @@ def name_of(setting: str, method: str) -> str:
         return "fine-tuned" if setting == "bf16" else "QAT alone"
     told = NAMES.get(method, method)
     return told if setting in ("bf16", "pair") or method not in ("kl", "grace") else f"QAT + {told}"
+
+
+def changed_part(method: str) -> str:
+    """What an ablation changes, in words."""
+    if method in CHANGED:
+        return CHANGED[method]
+    stem = max((part for part in PARTS if method.startswith(part)), key=len, default="")
+    return f"{PARTS[stem]} {method[len(stem) :]}" if stem else method
+
+
+def closed(groups: Groups, setting: str) -> str:
+    """How much of the way from the fine-tuned BF16 student to the teacher GRACE goes, as a sentence; empty where a row lacks."""
+    needed = [groups.get(key) for key in (("bf16", "ce"), (setting, "grace"), ("pair", "teacher"))]
+    if any(group is None for group in needed):
+        return ""
+    low, ours, top = (group.mean for group in needed if group is not None)
+    return f"GRACE closes {100 * (ours - low) / (top - low):.0f} % of the way from the fine-tuned BF16 student to the teacher."
 
 
 def _spread(group: Group) -> str:
@@ -66,6 +94,7 @@ def main_table(groups: Groups) -> list[str]:
             ours = groups.get((setting, "grace"))
             beside = [group for group in pair if ours is not None]
             lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*beside, *found))]
+            lines += ["", way] if (way := closed(groups, setting)) else []
     return lines
 
 
@@ -94,7 +123,7 @@ def ablation_table(groups: Groups) -> list[str]:
             continue
         if setting == "pair" or not set(group.seeds) & set(grace.seeds):
             continue
-        label = method if setting == "w2g128" else f"{method}, {SHOWN.get(setting, setting)}"
+        label = changed_part(method) + ("" if setting == "w2g128" else f", {SHOWN.get(setting, setting)}")
         bound = [record["controller"].get("share_at_bound") for record in group.records if record.get("controller")]
         pinned = f"{100 * max(bound):.0f} %" if bound and None not in bound else ""
         lines.append(f"| {label} | {_spread(group)} | {len(group.seeds)} | {compare(group, grace)} | {pinned} |")
@@ -145,7 +174,8 @@ def readme_section(groups: Groups) -> str:
             if group is not None and ours is not None:
                 difference = "" if group is ours else str(compare(ours, group))
                 lines.append(f"| {SHOWN[setting]}: {name_of(setting, method)} | {_spread(group)} | {difference} |")
-    return "\n".join(lines)
+    ways = [f"{SHOWN[setting]}: {way}" for setting in ("bf16", "w4g128", "w2g128") if (way := closed(groups, setting))]
+    return "\n".join([*lines, "", *(f"- {way}" for way in ways)])
 
 
 def write_table(store: Store, results: Path, readme: bool) -> str:
