@@ -29,10 +29,10 @@ NAMES = {
 }  # fmt: skip
 ORDER = ("rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "ce", "kl", "grace")
 PARTS = {
-    "grace-beta": "beta fixed at", "grace-k": "gate sharpness", "grace-relation": "weight of the relation", "kl-w": "plain KL of weight",
-    "grace-max": "controller with beta up to", "grace-steps": "share of the steps:", "kl-steps": "plain KL, share of the steps:",
-    "ce-steps": "QAT alone, share of the steps:", "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:",
-    "ce-rows": "QAT alone, training rows:",
+    "grace-beta": "beta fixed at", "grace-k": "gate sharpness", "grace-relation": "weight of the relation",
+    "kl-w": "plain KL of weight", "grace-max": "controller with beta up to", "grace-steps": "share of the steps:",
+    "kl-steps": "plain KL, share of the steps:", "ce-steps": "QAT alone, share of the steps:",
+    "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:", "ce-rows": "QAT alone, training rows:",
 }  # fmt: skip
 CHANGED = {
     "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
@@ -59,7 +59,7 @@ def changed_part(method: str) -> str:
 
 
 def closed(groups: Groups, setting: str) -> str:
-    """How much of the way from the fine-tuned BF16 student to the teacher GRACE goes, as a sentence; empty where a row lacks."""
+    """How much of the way from the fine-tuned BF16 student to the teacher GRACE goes, as a sentence."""
     needed = [groups.get(key) for key in (("bf16", "ce"), (setting, "grace"), ("pair", "teacher"))]
     if any(group is None for group in needed):
         return ""

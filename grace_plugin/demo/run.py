@@ -1,29 +1,33 @@
 """`grace demo`: train, verify, score and serve the bundled pair, and print one table.
 
-Rows are made and scored in worker processes; then the GRACE checkpoint is served by vLLM in its own environment and asked
-held-out questions over the OpenAI API. Everything printed is also in `summary.json`.
+Rows are made and scored in worker processes; as soon as the GRACE checkpoint is there, vLLM serves it beside them in its own
+environment and is asked held-out questions over the OpenAI API. Everything printed is also in `summary.json`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grace_plugin.demo.jobs import JOBS, Job, Result, prepare_worker, run_job
+from grace_plugin.demo.jobs import JOBS, Result, prepare_worker, run_job
 from grace_plugin.demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
 
 QUESTIONS, SERVED = 8000, 300
+SERVING = "vllm serve"
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo_llava_w4a16.yaml"
 
 
@@ -54,10 +58,9 @@ def demo(
         for folder in (output_dir / made, output_dir / f"{made}.run"):
             shutil.rmtree(folder, ignore_errors=True)
     (output_dir / "logs").mkdir(parents=True)
-    results = _run_jobs(output_dir, questions or QUESTIONS, recipe, console)
-    trained = time.monotonic()
-    served = _serve(output_dir, results["GRACE INT4"], Path(serve_python), console) if serve_python else None
-    seconds = {"rows": trained - start, "serving": time.monotonic() - trained, "total": time.monotonic() - start}
+    python = Path(serve_python) if serve_python is not None else None
+    results, served = _run_jobs(output_dir, questions or QUESTIONS, recipe, python, console)
+    seconds = {"serving": served["seconds"] if served else 0.0, "total": time.monotonic() - start}
     summary = summarise(results, served, seconds)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_summary(summary, console)
@@ -75,47 +78,75 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _run_jobs(output_dir: Path, questions: int, recipe: Path, console: Console) -> dict[str, Result]:
-    """All rows, by name; a job that fails ends the demo with its error."""
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables while the block runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _run_jobs(
+    output_dir: Path, questions: int, recipe: Path, python: Path | None, console: Console
+) -> tuple[dict[str, Result], dict[str, Any] | None]:
+    """All rows by name, and what vLLM said; a job that fails ends the demo with its error."""
     import torch
 
     workers = 1 if torch.cuda.is_available() else max(1, min(len(JOBS), os.cpu_count() or 1))
-    os.environ["OMP_NUM_THREADS"] = threads = str(max(1, (os.cpu_count() or 1) // workers))
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         board = manager.dict()
         setup = (str(output_dir / "logs"), questions, int(threads), board)
-        with ProcessPoolExecutor(workers, context, prepare_worker, setup) as pool, _bars(console) as bars:
-            futures = {job: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in JOBS}
+        with (
+            ProcessPoolExecutor(workers, context, prepare_worker, setup) as pool,
+            ThreadPoolExecutor(1) as beside,
+            _bars(console) as bars,
+        ):
+            with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here
+                futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in JOBS}
+            waited: dict[str, Future[Any]] = dict(futures)
+            if python is not None:
+                waited[SERVING] = beside.submit(_serve, output_dir, futures["GRACE INT4"], python, board)
             try:
-                _follow(futures, board, bars)
-                return {job.name: future.result() for job, future in futures.items()}
+                _follow(waited, board, bars)
+                results = {name: future.result() for name, future in futures.items()}
+                served = waited[SERVING].result() if python is not None else None
+                return results, served
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-def _follow(futures: dict[Job, Future[Result]], board: Any, bars: Progress) -> None:
-    """Show each job's progress until all are done or one has failed."""
+def _follow(futures: dict[str, Future[Any]], board: Any, bars: Progress) -> None:
+    """Show the progress of each by name until all are done or one has failed."""
     tasks: dict[str, Any] = {}
     while True:
         posted = dict(board)
-        for job, future in futures.items():
-            if job.name in posted and job.name not in tasks:
-                tasks[job.name] = bars.add_task(job.name, total=1.0)
-            if job.name in tasks:
-                done, total = posted[job.name]
-                bars.update(tasks[job.name], completed=1.0 if future.done() else min(0.99, done / total))
+        for name, future in futures.items():
+            if name in posted and name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            if name in tasks:
+                done, total = posted[name]
+                bars.update(tasks[name], completed=1.0 if future.done() else min(0.99, done / total))
                 if future.done():
-                    bars.stop_task(tasks[job.name])
+                    bars.stop_task(tasks[name])
         if all(f.done() for f in futures.values()) or any(f.done() and f.exception() for f in futures.values()):
             return
         time.sleep(0.2)
 
 
-def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> dict[str, Any]:
-    """Ask the served checkpoint the first SERVED held-out questions, and look at every answer that differs.
+def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> dict[str, Any]:
+    """Wait for the checkpoint, ask it the first SERVED held-out questions, and look at every answer that differs.
 
-    vLLM computes in the dtype that the rows were scored in: the stored one, or float32 where bfloat16 is slow.
+    board: progress is posted there. vLLM computes in the dtype that the rows were scored in: the stored one, or float32 where
+    bfloat16 is slow.
     """
     from grace_plugin.demo.methods import multiplies_bfloat16, scored_model
     from grace_plugin.demo.scenes import heldout_rows
@@ -123,18 +154,22 @@ def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> d
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
 
-    os.environ.pop("OMP_NUM_THREADS", None)
+    grace = made.result()
+    board[SERVING] = (0, 1)
+    begun = time.monotonic()
     rows = list(heldout_rows(min(SERVED, len(grace.answers))))
     checkpoint = output_dir / grace.job.name.replace(" ", "-")
     asked = [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
     dtype = "auto" if multiplies_bfloat16() else "float32"
-    with (
-        console.status("starting vllm serve"),
-        serve(checkpoint, python, log=output_dir / "logs" / "vllm.log", arguments=("--dtype", dtype)) as server,
-    ):
-        begun = time.monotonic()
-        answers = ask_all(server.url, server.model, asked, max_tokens=LONGEST_ANSWER, workers=16)
-        seconds = time.monotonic() - begun
+    answered = itertools.count(1)
+
+    def on_answer() -> None:
+        board[SERVING] = (next(answered) + len(asked), 2 * len(asked))  # the start takes about as long as the answers
+
+    with serve(checkpoint, python, log=output_dir / "logs" / "vllm.log", arguments=("--dtype", dtype)) as server:
+        started = time.monotonic()
+        answers = ask_all(server.url, server.model, asked, max_tokens=LONGEST_ANSWER, workers=16, on_answer=on_answer)
+        seconds = time.monotonic() - started
     texts = [answer.text.strip() for answer in answers]
     differing = [i for i, text in enumerate(texts) if text != grace.answers[i]]
     margins: list[float] = []
@@ -154,6 +189,7 @@ def _serve(output_dir: Path, grace: Result, python: Path, console: Console) -> d
         "dtype": dtype,
         "start_seconds": server.seconds,
         "ask_seconds": seconds,
+        "seconds": time.monotonic() - begun,
         "differing": [
             {"id": rows[i]["id"], "vllm": texts[i], "transformers": grace.answers[i], "margin_nats": margin}
             for i, margin in zip(differing, margins, strict=True)
