@@ -81,10 +81,16 @@ def multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (not x86 or torch.cpu._is_avx512_bf16_supported())
 
 
-def scored_model(folder: Path, encoded: Encoded) -> Any:
-    """`load_model` to score many questions with, in float32 where bfloat16 is slow; `encoded`: some questions of the kind."""
+def scored_model(folder: Path, encoded: Encoded, wide: bool | None = None) -> Any:
+    """`load_model` to score questions with; wide: in float32 (default: where bfloat16 is slow); `encoded`: some of the kind."""
     model = load_model(folder)
-    return model if multiplies_bfloat16() else widened(model, encoded)
+    wide = not multiplies_bfloat16() if wide is None else wide
+    return widened(model, encoded) if wide else model
+
+
+def serving_dtype() -> str:
+    """`--dtype` of vLLM here: the stored one where it has a kernel for INT4 weights, float32 where they are made dense."""
+    return "auto" if torch.cuda.is_available() or torch.cpu._is_avx512_supported() else "float32"
 
 
 @torch.no_grad()

@@ -145,12 +145,13 @@ def _follow(futures: dict[str, Future[Any]], board: Any, bars: Progress) -> None
 def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> dict[str, Any]:
     """Wait for the checkpoint, ask it the first SERVED held-out questions, and look at every answer that differs.
 
-    board: progress is posted there. vLLM computes in the dtype that the rows were scored in: the stored one, or float32 where
-    bfloat16 is slow.
+    transformers answers them too, in the dtype that vLLM computes in. board: progress is posted there.
     """
-    from grace_plugin.demo.methods import multiplies_bfloat16, scored_model
+    from transformers import AutoProcessor
+
+    from grace_plugin.demo.methods import scored_model, serving_dtype
     from grace_plugin.demo.scenes import heldout_rows
-    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, is_right
+    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
 
@@ -160,7 +161,7 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
     rows = list(heldout_rows(min(SERVED, len(grace.answers))))
     checkpoint = output_dir / grace.job.name.replace(" ", "-")
     asked = [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
-    dtype = "auto" if multiplies_bfloat16() else "float32"
+    dtype = serving_dtype()
     answered = itertools.count(1)
 
     def on_answer() -> None:
@@ -171,27 +172,24 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
         answers = ask_all(server.url, server.model, asked, max_tokens=LONGEST_ANSWER, workers=16, on_answer=on_answer)
         seconds = time.monotonic() - started
     texts = [answer.text.strip() for answer in answers]
-    differing = [i for i, text in enumerate(texts) if text != grace.answers[i]]
-    margins: list[float] = []
-    if differing:
-        from transformers import AutoProcessor
-
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        encoded = [encode_questions(processor, [rows[number]])[0] for number in differing]
-        model = scored_model(checkpoint, encoded[0])
-        margins = [answer_margins(model, one.inputs)[0] for one in encoded]
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    encoded = encode_questions(processor, rows)
+    model = scored_model(checkpoint, encoded[0], wide=dtype == "float32")
+    mine = greedy_answers(model, processor, encoded)
+    differing = [i for i, text in enumerate(texts) if text != mine[i]]
+    margins = [answer_margins(model, encode_questions(processor, [rows[i]])[0].inputs)[0] for i in differing]
     return {
         "asked": len(rows),
         "equal": len(rows) - len(differing),
         "correct": sum(is_right(row, text) for row, text in zip(rows, texts, strict=True)),
-        "correct_transformers": sum(grace.right[: len(rows)]),
+        "correct_transformers": sum(is_right(row, text) for row, text in zip(rows, mine, strict=True)),
         "kernel": server.kernel,
         "dtype": dtype,
         "start_seconds": server.seconds,
         "ask_seconds": seconds,
         "seconds": time.monotonic() - begun,
         "differing": [
-            {"id": rows[i]["id"], "vllm": texts[i], "transformers": grace.answers[i], "margin_nats": margin}
+            {"id": rows[i]["id"], "vllm": texts[i], "transformers": mine[i], "margin_nats": margin}
             for i, margin in zip(differing, margins, strict=True)
         ],
     }
