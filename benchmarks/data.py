@@ -38,11 +38,11 @@ from grace_plugin.artifact.layout import environment
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
 from grace_plugin.data import load_rows
-from grace_plugin.demo.methods import STUDENT, TEACHER, Budget
+from grace_plugin.demo.methods import STUDENT, TEACHER, Budget, read_modifier
 from grace_plugin.demo.pictures import SIZE
+from grace_plugin.demo.run import RECIPE
 from grace_plugin.demo.scenes import training_rows
 from grace_plugin.run.trainer import GraceTrainer
-from tests.pairs import recipe_text
 
 RESULTS = Path(__file__).parent / "results" / "data"
 LIMIT_SECONDS, LEAST_SHARE = 120.0, 0.9
@@ -157,7 +157,7 @@ def load(folder: Path, steps: int, workers: int, beforehand: bool = False) -> di
     used = processor_seconds()
     try:
         train(
-            str(STUDENT), recipe=recipe_text(TEACHER), dataset=load_rows(str(folder / "scenes.jsonl")),
+            str(STUDENT), recipe=read_modifier(RECIPE, 4), teacher=TEACHER, dataset=load_rows(str(folder / "scenes.jsonl")),
             output_dir=folder / "out", max_steps=steps, per_device_train_batch_size=Budget.batch_size,
             learning_rate=Budget.learning_rate, dataloader_num_workers=workers, use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
