@@ -103,7 +103,7 @@ class GraceModifier(Modifier, QuantizationMixin):
 
     @property
     def frozen(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes (int8) and scales (stored dtype) of the last training forward by layer name; empty before finalize."""
+        """Codes (int8) and scales (stored dtype) of the forward pass with the final weights; empty before finalize."""
         return self._frozen
 
     @property

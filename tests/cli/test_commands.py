@@ -89,7 +89,7 @@ def test_the_group_alone_prints_its_commands() -> None:
 def test_verify_passes_with_status_0(finished: Finished, tmp_path: Path) -> None:
     done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
-    assert '"codes_differing": 0' in done.stdout
+    assert '"layers_with_other_codes": 0' in done.stdout
 
 
 def test_verify_of_a_changed_checkpoint_ends_with_status_1_and_a_sentence(finished: Finished, tmp_path: Path) -> None:
