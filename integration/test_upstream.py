@@ -36,11 +36,6 @@ def test_the_factory_keeps_our_name_through_a_refresh() -> None:
     assert type(modifier).__name__ == "GraceModifier"
 
 
-def test_unknown_recipe_keys_are_upstreams_errors() -> None:
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        upstream.Recipe.create_instance(recipe_text("t", nonsense=1))
-
-
 def test_a_plugins_pipeline_is_not_inferred_from_its_modifier() -> None:
     """Why on_finalize refuses a session that trained nothing."""
     from tests.pairs import modifier_of

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -59,8 +59,7 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
     modify_save_pretrained(model)
     compressed_save: Callable[..., None] = model.save_pretrained
     if hasattr(compressed_save, "_grace"):
-        publish: Callable[..., dict[str, Any]] = compressed_save._grace
-        return publish
+        return cast(Callable[..., dict[str, Any]], compressed_save._grace)
 
     def write(folder: Path, **kwargs: Any) -> None:
         probe, device = modifier.objective.probe, next(model.parameters()).device.type
