@@ -59,7 +59,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dic
         "demo",
         "--output_dir",
         str(out),
-        "--serve-python",
+        "--serve_python",
         str(serve_python),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)

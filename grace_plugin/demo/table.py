@@ -86,7 +86,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             console.print(f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
                           f"margin {one['margin_nats']:.3f} nats")  # fmt: skip
     else:
-        console.print("vLLM: not asked (no --serve-python)")
+        console.print("vLLM: not asked (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
 
 
