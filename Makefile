@@ -27,7 +27,7 @@ $(SERVE_BUILT): $(BUILDER) integration/env/serve.txt integration/env/dense_int4.
 	@$(PYTHON) integration/env/build.py serve $(SERVE) && touch $@
 
 demo: env
-	@$(TRAIN)/bin/grace demo --serve-python $(SERVE)/bin/python
+	@$(TRAIN)/bin/grace demo --serve_python $(SERVE)/bin/python
 
 test: unit integration
 

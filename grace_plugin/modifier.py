@@ -23,6 +23,7 @@ from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import Attached, attach
 from grace_plugin.quantizer.layers import Format, check_layers
 from grace_plugin.recipe import (
+    CheckedKeys,
     ControllerRecipe,
     DistillRecipe,
     OneshotRecipe,
@@ -41,14 +42,13 @@ from grace_plugin.vlm import family_of
 __all__ = ["GraceModifier"]
 
 
-class GraceModifier(Modifier, QuantizationMixin):
+class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     """Gated relational distillation inside quantization-aware training with learned scales.
 
     min L_CE + beta * L_GDKD + omega * L_RCKA, beta by dual ascent on L_GDKD <= tau (arXiv 2601.22709).
 
-    Fields of `QuantizationModifier` (targets, ignore, scheme, config_groups) say what is quantized; the blocks teacher,
-    distill, relational, controller, scales, training and oneshot are documented in `grace_plugin.recipe`. With
-    `quantize: false` the same objective trains an unquantized student.
+    Fields of `QuantizationModifier` (targets, ignore, scheme, config_groups) say what is quantized; `grace_plugin.recipe`
+    documents the blocks. With `quantize: false` the same objective trains an unquantized student.
 
         grace_stage:
           grace_modifiers:
@@ -103,7 +103,7 @@ class GraceModifier(Modifier, QuantizationMixin):
 
     @property
     def frozen(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes (int8) and scales (stored dtype) of the last training forward by layer name; empty before finalize."""
+        """Codes (int8) and scales (stored dtype) of the forward pass with the final weights; empty before finalize."""
         return self._frozen
 
     @property
@@ -129,6 +129,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         model: Any = state.model
         family = family_of(model)
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
+        self.scales = self.scales.model_copy(update={"stored_dtype": str(self._dtype).removeprefix("torch.")})
         self._student = model
         if self.quantize:
             family.open_experts(model)
@@ -208,8 +209,8 @@ class GraceModifier(Modifier, QuantizationMixin):
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
         objective = GraceObjective(self.distill, self.relational, self.controller, self.training)
-        run: dict[str, Any] = {"vocabulary": self._vocabulary, "total_steps": total_steps, "attached": self._attached}
-        objective.prepare(self._student, self._teacher, **run)
+        sizes = {"vocabulary": self._vocabulary, "total_steps": total_steps}
+        objective.prepare(self._student, self._teacher, attached=self._attached, **sizes)
         self._objective = objective
         return objective
 
@@ -217,7 +218,7 @@ class GraceModifier(Modifier, QuantizationMixin):
         """Bake the codes, hand the scales to upstream's parameters, mark the layers frozen.
 
         Raises:
-            RuntimeError: the session ends without a single training step.
+            RuntimeError: the session ends without a single training step, or the forward pass multiplies by other weights.
         """
         if self._objective is None or self._objective.steps == 0:
             self.release()
@@ -225,11 +226,10 @@ class GraceModifier(Modifier, QuantizationMixin):
                 "the session ends but GRACE trained nothing; call oneshot(..., pipeline='grace') with a dataset, or "
                 "grace_plugin.train(...)"
             )
-        model: Any = state.model
         self._frozen = self._objective.finalize(self._dtype)
-        hand_over(model, self._frozen, self._dtype)
+        hand_over(state.model, self._frozen, self._dtype)
         if self._frozen:
-            QuantizationMixin.end_calibration(self, model)
+            QuantizationMixin.end_calibration(self, state.model)
         self._teacher = None
         return True
 

@@ -9,19 +9,18 @@ recipe can be read and checked in a process without a GPU.
       scheme: W4A16
       teacher: {model: path/or/hub-id, kind: resident}
       distill: {temperature: 2.0, alpha: 1.0, beta: 4.0}
-      relational: {weight: 3.0}
-      controller: {tau: auto}
-      scales: {learning_rate_multiplier: 10.0}
-      oneshot: {epochs: 1, learning_rate: 1.0e-5}
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "CheckedKeys",
     "ControllerRecipe",
     "DistillRecipe",
     "LoraRecipe",
@@ -43,6 +42,26 @@ class Block(BaseModel):
     """A block of the recipe: immutable, and an unknown key is an error that names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_keys(given: Mapping[str, Any], model: type[BaseModel], where: str, inside: str = "") -> None:
+    known = [name for name in model.model_fields if not name.endswith("_")]
+    for key, value in given.items():
+        if key not in model.model_fields:
+            near = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(str(key), known, 1))
+            raise ValueError(f"unknown key {key!r} in {where}; {near}known: {', '.join(known)}")
+        kind = model.model_fields[key].annotation
+        for block in (kind, *get_args(kind)):
+            if isinstance(value, Mapping) and isinstance(block, type) and issubclass(block, Block):
+                _check_keys(value, block, inside + key, f"{inside}{key}.")
+
+
+class CheckedKeys:
+    """Before a pydantic model's bases: unknown keys, also a block's, are a ValueError of one sentence with the nearest name."""
+
+    def __init__(self, **given: Any) -> None:
+        _check_keys(given, cast("type[BaseModel]", type(self)), type(self).__name__)
+        super().__init__(**given)
 
 
 class TeacherRecipe(Block):

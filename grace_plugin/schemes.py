@@ -1,8 +1,9 @@
 """Which quantization schemes GRACE learns, read from upstream's resolved config.
 
 Learned: integer weights of 2 to 8 bits, symmetric, one scale per group of input channels or per output channel, no activation
-quantization. Everything else is refused with the field that does not fit. vLLM's pack-quantized kernels take 4 and 8 bits;
-2, 3, 5, 6 and 7 bits train and verify, and are served by transformers only.
+quantization. Everything else is refused with the field that does not fit. 8 bits want `scales.stored_dtype: float16`: code *
+scale does not fit into bfloat16, the dtype of most students, and is refused there (`quantizer.scales.check_format`). vLLM's
+pack-quantized kernels take 4 and 8 bits; 2, 3, 5, 6 and 7 bits train and verify, and are served by transformers only.
 """
 
 from __future__ import annotations

@@ -36,7 +36,10 @@ def refused(pair: Pair, out: Path, message: str, error: type[Exception] = ValueE
 
 
 def test_an_unknown_recipe_key(llava: Pair, tmp_path: Path) -> None:
-    refused(llava, tmp_path / "o/out", "temperture", recipe=recipe_text(llava.teacher, distill={"temperture": 2.0}))
+    message = "^unknown key 'temperture' in distill; did you mean 'temperature'\\? known: enabled, temperature, alpha"
+    refused(llava, tmp_path / "o/out", message, recipe=recipe_text(llava.teacher, distill={"temperture": 2.0}))
+    refused(llava, tmp_path / "o/out", "^unknown key 'qantize' in GraceModifier; did you mean 'quantize'\\? known: ",
+            recipe=recipe_text(llava.teacher, qantize=False))  # fmt: skip
 
 
 def test_a_scheme_that_is_not_learned(llava: Pair, tmp_path: Path) -> None:

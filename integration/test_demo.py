@@ -40,7 +40,11 @@ def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = grace_plugin.verify(out, source=ROOT / "grace_plugin" / "demo" / "assets" / "student")
-    assert (found["codes_differing"], found["scales_differing"], found["weights_differing"]) == (0, 0, 0)
+    assert (found["layers_with_other_codes"], found["layers_with_other_scales"], found["weights_differing"]) == (
+        0,
+        0,
+        0,
+    )
     assert found["logits_equal"]
     assert found["layers"] == found["layers_stored"] > 0
     assert found["processor_files"] > 0 and found["processor_files_changed"] == []
@@ -55,7 +59,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dic
         "demo",
         "--output_dir",
         str(out),
-        "--serve-python",
+        "--serve_python",
         str(serve_python),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)

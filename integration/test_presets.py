@@ -59,7 +59,7 @@ def test_a_run_learns_and_ships_what_it_trained(
     assert result.verification["verified"] and result.verification["logits_equal"]
     assert (result.verification["layers"], result.verification["codes_differing"]) == (21, 0)
     again = grace_plugin.verify(result.checkpoint)
-    assert (again["verified"], again["codes_differing"], again["scales_differing"]) == (True, 0, 0)
+    assert (again["verified"], again["layers_with_other_codes"], again["layers_with_other_scales"]) == (True, 0, 0)
     losses = [log["loss"] for log in result.history if "loss" in log]
     assert sum(losses[-2:]) < 0.98 * sum(losses[:2])
     source, stored = tensors(pairs[family].student), tensors(result.checkpoint)

@@ -122,6 +122,6 @@ def test_one_rank_writes_and_the_checkpoint_verifies(two: Any, folder: Path) -> 
     assert two[0]["verification"]["verified"]
     assert two[1]["verification"] == two[0]["verification"]
     trained = folder / "two" / "trained"
-    assert grace_plugin.verify(trained)["codes_differing"] == 0
+    assert grace_plugin.verify(trained)["layers_with_other_codes"] == 0
     assert not trained.with_name(".trained.partial").exists()
     assert (trained.with_name("trained.run") / "checkpoint-2" / "grace_state.json").is_file()

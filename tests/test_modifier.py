@@ -180,3 +180,13 @@ def test_no_teacher_is_loaded_where_no_term_reads_it(llava: Pair) -> None:
     objective = modifier.begin(1)
     assert objective.teacher is None
     assert objective.vocabulary == student.lm_head.weight.shape[0]
+
+
+def test_eight_bits_of_a_bfloat16_student_name_the_way_out(llava: Pair) -> None:
+    student = student_of(llava)
+    with pytest.raises(ValueError, match=r"8-bit codes do not survive.*scales\.stored_dtype: float16 in a recipe"):
+        start(modifier_of(recipe_text(llava.teacher, scheme="W8A16")), student)
+    assert not any(hasattr(module, "weight_log_scale") for module in student.modules())
+    modifier = modifier_of(recipe_text(llava.teacher, scheme="W8A16", scales={"stored_dtype": "float16"}))
+    start(modifier, student)
+    assert modifier.saved_dtype == torch.float16

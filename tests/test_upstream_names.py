@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import grace_plugin
 from grace_plugin import upstream
+from grace_plugin.contract import TESTED
 
 PACKAGE = Path(grace_plugin.__file__).parent
 
@@ -17,7 +22,85 @@ def test_every_exported_name_stands_in_the_contract() -> None:
     listed = {part for row in upstream.CONTRACT for part in re.split(r"[.:]", row.path)}
     renamed = {"upstream_oneshot": "oneshot"}
     exported = {renamed.get(name, name) for name in upstream.__all__}
-    assert exported - {"CONTRACT", "Contract", "keep_processor_files"} <= listed
+    assert exported - {"CONTRACT", "Contract", "keep_processor_files", "running_output_dir"} <= listed
+
+
+def attributes(path: Path) -> set[str]:
+    """`Name.attr` of every attribute that a file takes of a class or enum imported from the border."""
+    tree = ast.parse(path.read_text())
+    names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "grace_plugin.upstream"
+        for alias in node.names
+    }
+    return {
+        f"{names[node.value.id]}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names
+    }
+
+
+def missing(used: set[str]) -> set[str]:
+    """What no row of the contract names."""
+    listed = {row.path.partition(":")[2] for row in upstream.CONTRACT}
+    return {name for name in used if not any(f"{path}.".startswith(f"{name}.") for path in listed)}
+
+
+def test_every_attribute_of_an_exported_name_stands_in_the_contract(tmp_path: Path) -> None:
+    used = {name for path in PACKAGE.rglob("*.py") for name in attributes(path)}
+    assert {"CalibrationPipeline.register_value", "QuantizationStrategy.CHANNEL"} <= used
+    assert missing(used) == set()
+    (tmp_path / "new.py").write_text(
+        "from grace_plugin.upstream import State as S, Recipe\nS.model\nS.optimizer\nRecipe.yaml('x')\n"
+    )
+    assert missing(attributes(tmp_path / "new.py")) == {"State.optimizer", "Recipe.yaml"}
+
+
+MIXED_IN = ("resolved_config", "_resolved_config", "resolved_targets", "finalized_", "initialized_", "lifecycle")
+
+
+@pytest.mark.parametrize("name", MIXED_IN)
+def test_what_is_taken_of_instances_stands_in_the_contract(name: str) -> None:
+    """Attributes that the package reads of upstream's objects rather than of their classes."""
+    assert any(f".{name}" in path.read_text() for path in PACKAGE.rglob("*.py"))
+    (row,) = [row for row in upstream.CONTRACT if row.path.endswith(f".{name}")]
+    assert row.resolve() is not None
+
+
+def python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "reason"),
+    [
+        ("llmcompressor.core", "create_session", "train() runs in a session of its own"),
+        ("compressed_tensors.utils", "match_named_modules", "targets and ignore are matched by upstream's rules"),
+    ],
+)
+def test_importing_the_package_without_an_upstream_name_says_which(module: str, name: str, reason: str) -> None:
+    done = python(f"import llmcompressor, {module}\ndel {module}.{name}\nimport grace_plugin")
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"ImportError: upstream no longer offers {module}:{name} (known since ")
+    assert f"we need it because {reason}" in said
+    assert f"llmcompressor {TESTED['llmcompressor']} tested, " in said
+    assert said.endswith("Install the tested versions, or a grace-plugin made for yours")
+
+
+def test_the_contracts_tests_give_their_verdicts_without_an_upstream_name() -> None:
+    done = python(
+        "import pytest, llmcompressor.core\ndel llmcompressor.core.create_session\n"
+        "raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '--no-header', 'integration/test_contract.py']))"
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert f"1 failed, {len(upstream.CONTRACT) - 1} passed" in done.stdout
+    assert "upstream no longer offers llmcompressor.core:create_session" in done.stdout
+
+
+def test_the_versions_named_are_those_that_are_tested() -> None:
+    assert {name: version(name) for name in TESTED} == TESTED
 
 
 def test_rows_are_unique_and_say_why() -> None:

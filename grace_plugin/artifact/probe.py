@@ -1,4 +1,4 @@
-"""Logits of a model on the run's probe: the first training batch that held an image, or in a run of text the first."""
+"""Logits of a model on the run's probe: the first training batch with a supervised token and an image, or what came nearest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSITIONS = 16
 def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     """Logits [<= POSITIONS, V] of a model, in its own dtype, at the probe's first positions that predict a label.
 
-    A probe without labels is read at its last positions.
+    A probe without labels, or of which nothing is learned, is read at its last positions.
     """
     device = next(p.device for p in model.parameters())
     was_training = model.training
@@ -27,11 +27,10 @@ def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     inputs = {k: v.to(device) for k, v in probe.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits
     model.train(was_training)
+    picked = torch.arange(logits.shape[0] * logits.shape[1])[-POSITIONS:]
     if "labels" in probe:
         supervised = torch.nn.functional.pad(probe["labels"][:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
-        picked = supervised[:POSITIONS]
-    else:
-        picked = torch.arange(logits.shape[0] * logits.shape[1])[-POSITIONS:]
+        picked = supervised[:POSITIONS] if supervised.numel() else picked
     return logits.flatten(0, 1)[picked.to(device)].cpu()
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -49,38 +49,46 @@ def check_destination(output_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def install_save(model: Any, modifier: GraceModifier) -> None:
-    """Make `model.save_pretrained` write a GRACE checkpoint through llm-compressor's wrapper.
+def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str, Any]]:
+    """Make `model.save_pretrained` write a verified GRACE checkpoint, or nothing, and return the function behind it.
 
-    Called before the session ends. It copies the source's processor files as well; their hashes are recorded by
-    `save_checkpoint` alone, so that somebody who saves a processor of his own behind it still has a checkpoint that verifies.
+    Called before the session ends, for upstream's own `oneshot(output_dir=...)` and for users who save the model themselves.
+    The source's processor files are copied; their hashes are recorded by `save_checkpoint` alone, so that somebody who saves a
+    processor of his own behind it still has a checkpoint that verifies.
     """
     modify_save_pretrained(model)
     compressed_save: Callable[..., None] = model.save_pretrained
-    if getattr(compressed_save, "_grace", False):
-        return
-    patterns = family_of(model).quantization_ignore()
+    if hasattr(compressed_save, "_grace"):
+        return cast(Callable[..., dict[str, Any]], compressed_save._grace)
 
-    def save_pretrained(save_directory: str | Path, **kwargs: Any) -> None:
-        folder = Path(save_directory)
+    def write(folder: Path, **kwargs: Any) -> None:
         probe, device = modifier.objective.probe, next(model.parameters()).device.type
         logits = probe_logits(model, probe) if probe is not None else None
         compressed_save(str(folder), **kwargs)
         if not is_writer():
             return
-        rewrite_ignore(folder, model, patterns)
+        rewrite_ignore(folder, model, family_of(model).quantization_ignore())
         if probe is not None and logits is not None:
             write_probe(folder / PROBE, probe, logits)
         write_record(folder, model, modifier, device)
         copy_processor(source_folder(getattr(model, "name_or_path", "")), folder)
 
+    def publish(save_directory: str | os.PathLike[str], *, own_processor: bool = True, **kwargs: Any) -> dict[str, Any]:
+        return _publish(model, modifier, save_directory, write, own_processor=own_processor, **kwargs)
+
+    def save_pretrained(save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        publish(save_directory, **kwargs)
+
     save_pretrained._overridden = True  # type: ignore[attr-defined]  # upstream's mark: do not wrap again
-    save_pretrained._grace = True  # type: ignore[attr-defined]
+    save_pretrained._grace = publish  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
+    return publish
 
 
 def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device: str) -> None:
-    """Write what the run knows of its last training forward: hashes of codes and scales per layer, and of all other weights.
+    """Write what the run knows of its final weights: hashes of codes and scales per layer, and of all other weights.
+
+    `forward` counts the weights that were compared with those that the forward pass multiplies by.
 
     device: "cpu" or "cuda", where the probe's logits were computed.
     """
@@ -90,6 +98,7 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
         "environment": environment(),
         "logits_device": device,
         "run": modifier.objective.state_dict(),
+        "forward": modifier.objective.forward_proof,
         "layers": {
             name: {"codes": digest(codes), "scales": digest(scales)}
             for name, (codes, scales) in modifier.frozen.items()
@@ -117,34 +126,45 @@ def record_processor(source: Path, folder: Path) -> None:
 def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes, all read it back.
 
+    After a failure it can be called again, with another destination.
+
     Raises:
         FileExistsError: the destination is not empty.
         VerificationError: a proof failed; nothing is left at the destination.
     """
+    return install_save(model, modifier)(output_dir, own_processor=False)
+
+
+def _publish(
+    model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str], write: Callable[..., None], *,
+    own_processor: bool, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write to a temporary folder beside the destination, verify it there, and rename it."""
+    if not kwargs.get("save_compressed", True):
+        raise ValueError("a GRACE checkpoint is written packed; call save_pretrained without save_compressed=False")
     device = next(model.parameters()).device
     destination = together(lambda: check_destination(output_dir), device)
     partial = destination.with_name(f".{destination.name}.partial")
     source = source_folder(getattr(model, "name_or_path", ""))
-    install_save(model, modifier)
 
-    def write() -> None:
+    def write_partial() -> None:
         if is_writer():
             shutil.rmtree(partial, ignore_errors=True)
             partial.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(partial)  # type: ignore[operator]
-        if is_writer():
+        write(partial, **kwargs)
+        if is_writer() and not own_processor:
             record_processor(source, partial)
 
-    def publish() -> None:
+    def rename() -> None:
         if is_writer():
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)
 
     try:
-        together(write, device)
+        together(write_partial, device)
         verification = together(lambda: check_against_run(partial, modifier.frozen, source), device)
-        together(publish, device)
+        together(rename, device)
         return verification
     except BaseException:
         if is_writer():

@@ -1,10 +1,14 @@
 """Prove that a checkpoint on disk is what was trained, bit for bit.
 
-Five proofs: the packed codes and the scales on disk are those of the last training forward (by hash, or counted element by
-element at the end of a run); the weights that the loaded model computes with are `code * scale` in the stored dtype; every
-other weight is the trained one (by hash); the loaded model's logits on a training batch, with an image
-if the run saw one, are the trained model's; tokenizer and processor files are the source's (reported only, where upstream or a
-user called `save_pretrained`). A failed proof raises, and at the end of a run nothing is left at the destination.
+Five proofs: the packed codes and the scales on disk are those of the forward pass with the final weights (at the end of a run
+counted element by element, `codes_differing`; later by hash, `layers_with_other_codes`); the weights that the loaded model
+computes with are `code * scale` in the stored dtype; every other weight is the trained one (by hash); the loaded model's logits
+on a training batch, with an image if the run saw one, are the trained model's (a checkpoint without that batch fails);
+tokenizer and processor files are the source's (reported only, where upstream or a user called `save_pretrained`). A failed
+proof raises, and at the end of a run nothing is left at the destination.
+
+That the forward pass multiplies by those codes and scales was compared before they were baked (`objective.freeze`);
+`forward_weights_differing` repeats what the run recorded.
 
 Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
 reported and does not decide, because kernels differ between machines.
@@ -118,8 +122,8 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
         "layers": len(record["layers"]),
         "layers_stored": len(stored),
         "codes": sum(codes.numel() for codes, _ in stored.values()),
-        "codes_differing": len(differing["codes"]) + len(missing),
-        "scales_differing": len(differing["scales"]) + len(missing),
+        "layers_with_other_codes": len(differing["codes"]) + len(missing),
+        "layers_with_other_scales": len(differing["scales"]) + len(missing),
         "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
     }
     here = environment() == record["environment"]
@@ -147,6 +151,32 @@ def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, 
     return ["processor_files_changed"] if changed and "processor_files" in record else []
 
 
+def _compare_logits(
+    folder: Path, record: dict[str, Any], model: Any, result: dict[str, Any], *, recorded_here: bool
+) -> list[str]:
+    """Run the model on the probe; the name of the proof if it failed. The first forward turns packed layers into dense ones."""
+    if torch.cuda.is_available():  # kernels of another device would round otherwise
+        model.to(record.get("logits_device", "cpu"))
+    if not (folder / PROBE).is_file():
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+        result["logits_compared"] = 0
+        result["logits_note"] = f"{PROBE}, which every run writes, is missing: there are no logits to compare"
+        return ["logits_compared"]
+    probe, expected = read_probe(folder / PROBE)
+    logits = probe_logits(model, probe)
+    result["logits_compared"] = logits.numel()
+    result["logits_supervised"] = "labels" not in probe or bool((probe["labels"][:, 1:] != -100).any())
+    result["logits_equal"] = torch.equal(logits, expected)
+    if result["logits_equal"]:
+        return []
+    result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
+    if recorded_here:
+        return ["logits_equal"]
+    result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
+    return []
+
+
 def _conclude(
     folder: Path,
     result: dict[str, Any],
@@ -157,8 +187,10 @@ def _conclude(
     recorded_here: bool,
 ) -> dict[str, Any]:
     """Logits, dense weights and processor files; then the verdict, written and raised."""
-    failed = [key for key in ("codes_differing", "scales_differing") if result[key]]
+    counts = ("codes_differing", "scales_differing", "layers_with_other_codes", "layers_with_other_scales")
+    failed = [key for key in counts if result.get(key)]
     record = json.loads((folder / RECORD).read_text())
+    result["forward_weights_differing"] = record.get("forward", {}).get("weights_differing")
     found = dense_digests(model, set(stored))
     result["dense"] = len(record["dense"])
     result["dense_differing"] = sorted(
@@ -167,25 +199,11 @@ def _conclude(
     failed += ["dense_differing"] if result["dense_differing"] else []
     if result["layers"] != result["layers_stored"]:
         failed.append("layers_stored")
-    if (folder / PROBE).is_file():
-        probe, expected = read_probe(folder / PROBE)
-        if torch.cuda.is_available():  # kernels of another device would round otherwise
-            model.to(record.get("logits_device", "cpu"))
-        logits = probe_logits(model, probe)  # the first forward turns packed layers into dense ones
-        result["logits_compared"] = logits.numel()
-        result["logits_equal"] = torch.equal(logits, expected)
-        if not result["logits_equal"]:
-            result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
-            if recorded_here:
-                failed.append("logits_equal")
-            else:
-                result["logits_note"] = (
-                    "recorded in another environment; the difference is reported and does not decide"
-                )
-        modules = dict(model.named_modules())
-        dense = [(modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items()]
-        result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
-        failed += ["weights_differing"] if result["weights_differing"] else []
+    failed += _compare_logits(folder, record, model, result, recorded_here=recorded_here)
+    modules = dict(model.named_modules())  # dense by now
+    dense = ((modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items())
+    result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
+    failed += ["weights_differing"] if result["weights_differing"] else []
     failed += _check_processor(folder, record, source, result)
     result["failed"] = failed
     result["verified"] = not failed

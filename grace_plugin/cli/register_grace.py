@@ -112,7 +112,10 @@ def _report(parser: ArgumentParser) -> None:
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="build/demo", help="where everything goes (default build/demo)")
     parser.add_argument(
-        "--serve-python", dest="serve_python", help="interpreter of the serving environment (with vLLM)"
+        "--serve_python",
+        "--serve-python",
+        dest="serve_python",
+        help="interpreter of the serving environment (with vLLM)",
     )
     parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
 

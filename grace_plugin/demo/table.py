@@ -72,8 +72,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     proof = summary["verification"]
     console.print(
         f"verified: {proof['codes_differing']} of {proof['codes']} codes and {proof['scales_differing']} scales differ from "
-        f"the last training forward; {proof['weights_differing']} weights and the logits of the reloaded model differ: "
-        f"{not proof['logits_equal']}; processor files changed: {len(proof['processor_files_changed'])}"
+        f"the forward pass with the final weights; {proof['weights_differing']} weights and the logits of the reloaded model "
+        f"differ: {not proof['logits_equal']}; processor files changed: {len(proof['processor_files_changed'])}"
     )
     if "vllm" in summary:
         served = summary["vllm"]
@@ -86,7 +86,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             console.print(f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
                           f"margin {one['margin_nats']:.3f} nats")  # fmt: skip
     else:
-        console.print("vLLM: not asked (no --serve-python)")
+        console.print("vLLM: not asked (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
 
 

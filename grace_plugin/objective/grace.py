@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grace_plugin import controller as dual
+from grace_plugin.objective.freeze import freeze
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.probe import choose_probe
 from grace_plugin.objective.terms import head_term, visual_term
@@ -235,12 +236,11 @@ class GraceObjective:
     def finalize(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
         """End the run: bake `code * scale` into the weights, cast every parameter to the stored dtype, detach the scales.
 
-        Returns codes (int8 [out, in]) and scales ([out, groups], stored dtype) of the last training forward, by layer name.
-        Parameters are cast one by one; buffers such as rotary frequencies keep float32.
+        Returns codes (int8 [out, in]) and scales ([out, groups], stored dtype) by layer name; they are those of a forward pass
+        with the final weights, or `freeze` raises. Parameters are cast one by one; buffers as rotary frequencies keep float32.
         """
-        frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        frozen, self.forward_proof = freeze(self.attached)
         for attached in self.attached:
-            frozen |= attached.freeze()
             attached.bake()
             attached.detach()
         release_masters(self.student)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective.window import MicroBatch
 from grace_plugin.vlm import Family
 
@@ -16,13 +17,17 @@ __all__ = ["choose_probe"]
 def choose_probe(
     kept: dict[str, Tensor] | None, batch: Mapping[str, Any], item: MicroBatch, family: Family
 ) -> dict[str, Tensor] | None:
-    """The batch a checkpoint will be verified on: the run's first with a supervised token and an image, text until then.
+    """The batch a checkpoint will be verified on: the run's first with a supervised token and an image.
+
+    Until there is one: the first with a supervised token, else the first with an image, else the first.
 
     Args:
         kept: the choice so far; None before the first.
         batch: the micro-batch just looked at, and `item` what was found in it.
     """
-    pictured = kept is not None and any(key in kept for key in family.pixel_keys.values())
-    if pictured or not item.positions.numel() or (kept is not None and not item.visual.sizes):
-        return kept
+    if kept is not None:
+        labels, pictured = kept.get("labels"), any(key in kept for key in family.pixel_keys.values())
+        supervised = labels is None or bool((labels[:, 1:] != IGNORE_INDEX).any())
+        if (bool(item.positions.numel()), bool(item.visual.sizes)) <= (supervised, pictured):
+            return kept
     return {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}

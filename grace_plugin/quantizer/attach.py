@@ -35,10 +35,11 @@ class _LayerState:
     defer: bool = False  # leave the backward to `Attached.settle`
     pending: bool = False  # a deferred gradient may be there
     scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
+    computed_in: torch.dtype | None = None  # by the latest forward pass
 
 
-def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """Forward of an attached layer: the fake-quantized weight in place of the weight."""
+def _forward_weight(self: nn.Linear) -> Tensor:
+    """The fake-quantized weight that an attached layer multiplies by."""
     state: _LayerState = self.__dict__[STATE]
     theta, how = getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
     if state.scaling is None:
@@ -47,7 +48,13 @@ def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
         weight = fake_quantize(self.weight, theta, defer=defer, **how)
     else:
         weight = fake_quantize_merged(self.weight, *factors(self), theta, scaling=state.scaling, **how)
-    return nn.functional.linear(input, weight, self.bias)
+    state.computed_in = weight.dtype
+    return weight
+
+
+def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """Forward of an attached layer: the fake-quantized weight in place of the weight."""
+    return nn.functional.linear(input, _forward_weight(self), self.bias)
 
 
 class Attached:
@@ -119,6 +126,29 @@ class Attached:
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Codes int8 [out, in] and scales [out, groups] in the stored dtype, of every layer as it stands now."""
         return {name: (integers, scale) for name, integers, scale in self._codes()}
+
+    @torch.no_grad()
+    def forward_differing(self, frozen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
+        """How many of the weights that a forward pass multiplies by are not ``code * scale``, by layers that have some.
+
+        Each weight is taken as the layer's forward takes it, from what it keeps where that is still held to be valid, in the
+        dtype of its latest forward pass; what was kept is then dropped, so that one layer exists at a time.
+
+        Args:
+            frozen: what :meth:`freeze` gave.
+        """
+        found = {}
+        for name, linear in self._linears.items():
+            state, device = self._state(linear), linear.weight.device.type
+            dtype = state.computed_in or linear.weight.dtype
+            with torch.autocast(device, dtype=dtype, enabled=dtype != linear.weight.dtype):
+                weight = _forward_weight(linear)
+            differing = int((weight != dequantize(*frozen[name]).to(weight.dtype)).sum())
+            if differing:
+                found[name] = differing
+            if state.cache is not None:
+                state.cache.drop()
+        return found
 
     @torch.no_grad()
     def bake(self) -> None:

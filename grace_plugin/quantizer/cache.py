@@ -79,6 +79,10 @@ class WeightCache:
         value, scale = self._kept[1]
         return value.detach(), scale
 
+    def drop(self) -> None:
+        """Free what is kept; the next call computes it."""
+        self._kept = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         """A copied layer starts with an empty cache that listens to the same counter."""
         return WeightCache(self._counter)

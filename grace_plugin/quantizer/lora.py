@@ -6,7 +6,7 @@ What it does (LoRA, arXiv 2106.09685). A layer's weight W stands still, A [rank,
     forward   the fake-quantized w, as `quantizer.fake_quant` defines it
     backward  dL/dB = alpha / rank * dL/dw A^T     dL/dA = alpha / rank * B^T dL/dw     dL/dtheta as there
 
-`merged` is the sum that the forward pass quantizes, so codes taken from it at the end are those of the last forward. A starts
+`merged` is the sum that the forward pass quantizes, so codes taken from it at the end are those of a forward pass. A starts
 uniform within 1 / sqrt(in), B at zero: the first forward pass is that of W alone.
 
 What it refuses. A compute dtype that would round what is shipped.
@@ -75,7 +75,7 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scaling: float) -> Tensor:
     """W + scaling * B A [out, in] in float32 (float64 for a float64 weight), bit for bit what the forward pass quantizes."""
     found = torch.empty(weight.shape, dtype=compute_dtype(weight), device=weight.device)
-    for rows in row_blocks(*weight.shape):
+    for rows in _blocks(weight):  # as the forward pass cuts it: a product's rounding may follow its shape
         found[rows] = _sum(weight[rows], lora_a, lora_b[rows], scaling)
     return found
 

@@ -53,7 +53,7 @@ def check_format(num_bits: int, stored_dtype: torch.dtype) -> None:
     if num_bits == 8 and stored_dtype == torch.bfloat16:
         raise ValueError(
             "8-bit codes do not survive being saved as code * scale in bfloat16 (8 significant bits); "
-            "use float16 as the stored dtype, or at most 7 bits"
+            "use float16 as the stored dtype (scales.stored_dtype: float16 in a recipe), or at most 7 bits"
         )
 
 

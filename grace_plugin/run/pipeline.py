@@ -22,7 +22,14 @@ from grace_plugin.run.inputs import grace_modifier, load_processor, load_student
 from grace_plugin.run.train import TrainResult
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import check_cached_rows
-from grace_plugin.upstream import CalibrationPipeline, Modifier, Recipe, active_session, keep_processor_files
+from grace_plugin.upstream import (
+    CalibrationPipeline,
+    Modifier,
+    Recipe,
+    active_session,
+    keep_processor_files,
+    running_output_dir,
+)
 from grace_plugin.upstream import oneshot as upstream_oneshot
 
 __all__ = ["GracePipeline", "oneshot", "register_pipeline"]
@@ -37,13 +44,17 @@ class GracePipeline(CalibrationPipeline):
 
         Raises:
             ValueError: no calibration data, or a recipe without exactly one GraceModifier.
+            FileExistsError: upstream's `oneshot` would save where something lies.
         """
         recipe = active_session().lifecycle.recipe
         grace = grace_modifier(recipe)
-        if dataloader is None:
-            raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
         modifiers = list(recipe.modifiers)
         try:
+            if dataloader is None:
+                raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
+            destination = running_output_dir()
+            if destination is not None:
+                check_destination(destination)
             for modifier in modifiers:
                 recipe.modifiers = [modifier]
                 if isinstance(modifier, GraceModifier):
@@ -103,8 +114,8 @@ def oneshot(
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
-    Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator and the
-    verification.
+    Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
+    rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files.
 
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.

@@ -20,7 +20,8 @@ from typing import Any
 from torch import nn
 
 from grace_plugin.artifact.layout import source_folder
-from grace_plugin.artifact.save import save_checkpoint
+from grace_plugin.artifact.ranks import together
+from grace_plugin.artifact.save import check_destination, save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.layers import PARAMETER
@@ -38,6 +39,7 @@ class GraceSession:
     modifier: GraceModifier
     objective: GraceObjective
     _session: Any
+    _ended: bool = False
 
     def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Two optimizer groups: weights, and scales at `scales.learning_rate_multiplier` times the rate without decay."""
@@ -55,12 +57,17 @@ class GraceSession:
     def save(self, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """End the run and write a verified checkpoint; returns the verification.
 
+        After a failure it can be called again: nothing that was trained is lost, and a run is ended once.
+
         Raises:
-            RuntimeError: no optimizer step was made.
-            FileExistsError: the destination is not empty.
+            RuntimeError: no optimizer step was made, or the forward pass multiplies by other weights than those to be saved.
+            FileExistsError: the destination is not empty; the run goes on.
             VerificationError: a proof failed; nothing is left at the destination.
         """
-        self._session.finalize()
+        together(lambda: check_destination(output_dir), next(self.student.parameters()).device)
+        if not self._ended:
+            self._session.finalize()
+            self._ended = True
         return save_checkpoint(self.student, self.modifier, output_dir)
 
 

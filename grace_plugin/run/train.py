@@ -1,8 +1,8 @@
 """`train`: one call from a student, a teacher, a recipe and a dataset to a verified checkpoint.
 
-Everything that can be refused is refused before the first step: the destination, the recipe, the pair, the layers, the first
-rows of the data. Trainer's own files (checkpoints to resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only
-when the checkpoint in it is complete and verified.
+The destination, the recipe, the pair, the layers and the rows of files and lists are checked before the first step; a decoder
+frozen as a whole, a label outside the shared vocabulary and a stream's rows show in a step. Trainer's own files (checkpoints to
+resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only when the checkpoint in it is complete and verified.
 """
 
 from __future__ import annotations

@@ -6,22 +6,32 @@
 Training needs compressed-tensors 0.19, vLLM needs 0.17: hence two environments that only share files on disk. Without
 CUDA both are pinned to the last package (train.txt and serve.txt; 1.6 and 2.4 GB, one to two minutes each); with CUDA
 pip resolves the ranges of pyproject.toml and vLLM 0.26 to 0.32. Only the standard library is used. An existing folder
-is completed, not rebuilt. A step that fails ends the build with a message naming it and exit code 1.
+is completed, not rebuilt. A line every four seconds says what is being done. A step that fails ends the build with a message
+naming it and exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PIP = "-m pip --disable-pip-version-check install -qq --no-input --progress-bar off --no-compile".split()
+PIP = "-m pip --disable-pip-version-check install --no-input --progress-bar off --no-compile".split()
+AT = re.compile(r"^(Collecting [\w.-]+|Building wheel for [\w.-]+|Installing collected packages)", re.MULTILINE)
+PROGRESS = re.compile(
+    r"WARNING|Looking in|Collecting|Obtaining|Using cached|Downloading|Requirement already|\s+(Using|Downloading)"
+)
+BEAT = 4.0
+"""Seconds between two lines of a step that is still running."""
+
 CUDA_SERVE = ["vllm>=0.26,<0.33"]
 CPU_TORCH = (
     "Without CUDA, pip must find torch 2.13.0+cpu for your Python. If your index only has CUDA builds, name one with CPU"
@@ -42,12 +52,35 @@ def has_cuda() -> bool:
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True, check=False).returncode == 0
 
 
-def run(step: str, command: list[str], hint: str = "") -> None:
-    """Run one command quietly; on failure raise StepError with the last lines of its output."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
+def _at(output: Path) -> str:
+    """What pip's output says last that it is at, after a comma; never where a package comes from."""
+    with output.open("rb") as written:
+        written.seek(max(0, output.stat().st_size - 8192))
+        found = AT.findall(written.read().decode(errors="replace"))
+    return f", {found[-1][0].lower()}{found[-1][1:]}" if found else ""
+
+
+def run(step: str, command: list[str], hint: str = "", beat: float = BEAT) -> None:
+    """Run one command and say what is being done: at once, and then every `beat` seconds.
+
+    Its own output is kept; on failure StepError has the last lines of it, without pip's progress.
+    """
+    start = time.monotonic()
+    print(f"  {step}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        with output.open("wb") as written:
+            process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
+            while True:
+                try:
+                    status = process.wait(beat)
+                    break
+                except subprocess.TimeoutExpired:
+                    print(f"  {step}: {time.monotonic() - start:.0f} s{_at(output)}", flush=True)
+        said = output.read_text(errors="replace")
+    if status:
         tried = " ".join(command[:6])
-        lines = [line for line in done.stdout.splitlines() if not line.startswith("WARNING")]
+        lines = [line for line in said.splitlines() if not PROGRESS.match(line)]
         raise StepError("\n".join([f"{step} failed ({tried} ...):", *lines[-15:], hint]))
 
 

@@ -20,7 +20,7 @@ from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, digest, pr
 from grace_plugin.artifact.probe import POSITIONS, probe_logits, read_probe
 from grace_plugin.data import ConversationCollator
 from tests.conftest import Finished
-from tests.pairs import recipe_text, run
+from tests.pairs import Pair, loaded, recipe_text, run
 from tests.report.checkpoints import change, stored_name
 from tests.tiny import FAMILIES, build, rows
 
@@ -44,16 +44,14 @@ def failed(folder: Path) -> list[str]:
 def test_an_untouched_checkpoint_verifies(copy: Path) -> None:
     found = grace_plugin.verify(copy)
     assert found["verified"] and found["failed"] == []
-    assert (found["layers"], found["layers_stored"], found["codes_differing"], found["scales_differing"]) == (
-        21,
-        21,
-        0,
-        0,
-    )
+    assert (found["layers"], found["layers_stored"]) == (21, 21)
+    assert (found["layers_with_other_codes"], found["layers_with_other_scales"]) == (0, 0)
+    assert "codes_differing" not in found and "scales_differing" not in found  # hashes count no codes
+    assert found["forward_weights_differing"] == 0
     model, _ = build("llava")
     decoder = [m.weight.numel() for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
     assert found["codes"] == sum(decoder)
-    assert found["logits_equal"] and found["logits_compared"] > 0
+    assert found["logits_equal"] and found["logits_compared"] > 0 and found["logits_supervised"]
     assert found["weights_differing"] == 0
     assert found["processor_files"] == 4 and found["processor_files_changed"] == []
     assert json.loads((copy / VERIFICATION).read_text()) == found
@@ -66,8 +64,8 @@ def flip_last_bit(tensor: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("ending", "expected"),
     [
-        ("layers.1.self_attn.q_proj.weight_packed", "codes_differing"),
-        ("layers.1.self_attn.q_proj.weight_scale", "scales_differing"),
+        ("layers.1.self_attn.q_proj.weight_packed", "layers_with_other_codes"),
+        ("layers.1.self_attn.q_proj.weight_scale", "layers_with_other_scales"),
         ("layers.2.input_layernorm.weight", "dense_differing"),
         ("multi_modal_projector.linear_1.bias", "dense_differing"),
         ("lm_head.weight", "dense_differing"),
@@ -81,7 +79,37 @@ def test_one_changed_bit_is_found(copy: Path, ending: str, expected: str) -> Non
 def test_the_changed_layer_is_named(copy: Path) -> None:
     change(copy, "layers.1.self_attn.q_proj.weight_packed", flip_last_bit)
     failed(copy)
-    assert json.loads((copy / VERIFICATION).read_text())["layers_differing"] == [LAYER]
+    found = json.loads((copy / VERIFICATION).read_text())
+    assert found["layers_differing"] == [LAYER]
+    assert (found["layers_with_other_codes"], found["layers_with_other_scales"]) == (1, 0)
+
+
+def test_a_missing_probe_is_named_and_the_weights_are_compared_without_it(copy: Path) -> None:
+    (copy / PROBE).unlink()
+    assert failed(copy) == ["logits_compared"]
+    found = json.loads((copy / VERIFICATION).read_text())
+    assert (found["logits_compared"], found["weights_differing"]) == (0, 0)
+    assert found["logits_note"].startswith("grace/probe.safetensors, which every run writes, is missing")
+
+
+def test_a_run_without_a_supervised_token_is_verified_on_what_it_saw(llava: Pair, tmp_path: Path) -> None:
+    """Three windows: text, pictures, pictures, nothing of them learned. The first with pictures is kept; the result says so."""
+    student = loaded(llava).train()
+    collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
+    batches = [collator(rows(2, seed=seed, images=images)) for seed, images in ((1, 0), (2, 1), (3, 1))]
+    with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=3) as grace:
+        for batch in batches:
+            batch["labels"].fill_(-100)
+            grace.objective.window([batch])
+            grace.objective.loss(student, batch).backward()
+            grace.objective.measure()
+            grace.objective.step(1.0)
+        found = grace.save(tmp_path / "out")
+    probe, logits = read_probe(tmp_path / "out" / PROBE)
+    assert torch.equal(probe["input_ids"], batches[1]["input_ids"]) and len(logits) == POSITIONS
+    for result in (found, grace_plugin.verify(tmp_path / "out")):
+        assert (result["verified"], result["logits_equal"], result["logits_supervised"]) == (True, True, False)
+        assert result["logits_compared"] > 0
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -140,7 +168,7 @@ def test_a_layer_the_record_does_not_know_is_found(copy: Path) -> None:
     record = json.loads((copy / RECORD).read_text())
     record["layers"]["model.no_such_layer"] = record["layers"].pop(LAYER)
     (copy / RECORD).write_text(json.dumps(record))
-    assert {"codes_differing", "scales_differing"} <= set(failed(copy))
+    assert {"layers_with_other_codes", "layers_with_other_scales"} <= set(failed(copy))
 
 
 def test_a_folder_without_a_record_is_named(copy: Path) -> None:

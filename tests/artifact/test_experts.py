@@ -12,7 +12,7 @@ def test_experts_are_stored_one_by_one_and_verify(tmp_path: Path) -> None:
     done = run(pair("qwen3_vl_moe", tmp_path), tmp_path / "out")
     found = grace_plugin.verify(done.checkpoint)
     assert found["verified"] and found["logits_equal"]
-    assert found["codes_differing"] == found["scales_differing"] == 0
+    assert found["layers_with_other_codes"] == found["layers_with_other_scales"] == 0
     assert (
         found["layers"] == found["layers_stored"] == 3 * (4 + 4 * 3)
     )  # per layer: attention, four experts of three linears

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_group_alone_prints_its_commands() -> None:
 def test_verify_passes_with_status_0(finished: Finished, tmp_path: Path) -> None:
     done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
-    assert '"codes_differing": 0' in done.stdout
+    assert '"layers_with_other_codes": 0' in done.stdout
 
 
 def test_verify_of_a_changed_checkpoint_ends_with_status_1_and_a_sentence(finished: Finished, tmp_path: Path) -> None:
@@ -150,6 +151,10 @@ def test_a_run_through_the_command(
         ({"--set": "learning_rte=1"}, "learning_rte"),
         ({"--max_length": "12"}, "max_length is 12"),
         ({"--output_dir": "full"}, "full exists and is not empty"),
+        (
+            {"recipe": "typo.yaml"},
+            "grace train: unknown key 'temperture' in distill; did you mean 'temperature'? known: ",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -160,6 +165,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     recipe, data = written(llava, tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("x")
+    (tmp_path / "typo.yaml").write_text(recipe_text(llava.teacher, distill={"temperture": 2.0}))
     given = {
         "recipe": str(recipe),
         "--model": str(llava.student),
@@ -169,8 +175,10 @@ def test_bad_input_is_one_sentence_and_status_2(
     options = [part for name, value in given.items() if name != "recipe" for part in (name, value)]
     before = {path.name for path in tmp_path.iterdir()}
     assert in_process(monkeypatch, "train", given["recipe"], *options) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grace train:")]
+    said = capsys.readouterr().err
+    error = [line for line in said.splitlines() if line.startswith("grace train:")]
     assert len(error) == 1 and sentence in error[0]
+    assert "typo" not in given["recipe"] or said.endswith(error[0] + "\n"), "nothing behind the sentence"
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -179,6 +187,14 @@ def test_settings_are_read_as_yaml_and_numbers_with_an_exponent_as_numbers() -> 
     assert commands._settings(given) == {
         "learning_rate": 2e-5, "max_steps": 3, "bf16": False, "output": "a=b", "run_name": "else", "seed": 15.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["--serve_python", "--serve-python"])
+def test_the_demos_interpreter_is_named_like_every_option(spelling: str) -> None:
+    parser = ArgumentParser()
+    (arguments,) = [add for name, _, add in COMMANDS if name == "demo"]
+    arguments(parser)
+    assert parser.parse_args([spelling, "python"]).serve_python == "python"
 
 
 def test_an_unknown_command_is_refused() -> None:

@@ -90,6 +90,7 @@ def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS):
     [
         (4, 3, (1.5, 0.7), False, IDS), (4, 3, (1.5, 0.7), True, IDS),
         (2, 8, (None, None), False, IDS), (2, 8, (None, None), True, IDS), (2, 8, (1.5, 0.7), True, LONG),
+        (2, 8, (None, None), False, LONG),  # teacher's logits whole: a buffer of more than one slice
     ],
 )  # fmt: skip
 def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import gradcheck
 
 from grace_plugin.quantizer import (
     LORA_A,
@@ -294,3 +295,35 @@ def test_a_copy_of_the_model_is_independent():
     assert not torch.equal(model(batch()), twin(batch()))
     fresh, _ = adapted()
     assert torch.equal(twin(batch()), fresh(batch()))
+
+
+def test_gradcheck_where_the_estimator_is_the_true_derivative():
+    """Where the whole sum lies beyond the range the value is q * s exactly; gradcheck applies to all four tensors."""
+    _, lora_a, lora_b, _ = draw(rows=2, columns=8, dtype=torch.float64)
+    lora_a = lora_a[:, :4].clone()
+    weight = torch.tensor([[90.0, -95.0, 80.0, -85.0], [-99.0, 96.0, -88.0, 97.0]], dtype=torch.float64)
+    theta = torch.tensor([[0.1, -0.2], [0.3, 0.0]], dtype=torch.float64)
+    given = [t.requires_grad_() for t in (weight, lora_a, lora_b, theta)]
+
+    def run(weight, lora_a, lora_b, theta):
+        how = {"group_size": 2, "num_bits": 4, "stored_dtype": torch.float64}
+        return fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **how)
+
+    assert gradcheck(run, given)
+
+
+def test_gradcheck_of_the_factors_where_the_rounding_is_passed_through():
+    """Inside the range: the hand-written products against the difference quotients of the sum that is quantized."""
+    weight, lora_a, lora_b, _ = draw(rows=3, columns=8, dtype=torch.float64)
+    theta = torch.full((3, 2), 3.0, dtype=torch.float64)  # wide enough that nothing is clipped
+    upstream = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    given = [t.requires_grad_() for t in (weight, lora_a, lora_b)]
+    how = {"group_size": 4, "num_bits": 8, "stored_dtype": torch.float64}
+    found = torch.autograd.grad(fake_quantize_merged(*given, theta, scaling=SCALING, **how), given, upstream)
+
+    def surrogate(weight, lora_a, lora_b):
+        return weight + SCALING * lora_b @ lora_a
+
+    assert gradcheck(surrogate, given)
+    for one, other in zip(found, torch.autograd.grad(surrogate(*given), given, upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
+from grace_plugin.artifact import VerificationError
 from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import active_session, keep_processor_files
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text, structure
+from tests.report.checkpoints import change
 from tests.tiny import rows
 
 ONESHOT = {"epochs": 0.5, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 2}
@@ -41,7 +43,7 @@ def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(ll
         output_dir=str(out),
     )  # fmt: skip
     found = grace_plugin.verify(out, source=llava.student)
-    assert (found["verified"], found["layers"], found["codes_differing"]) == (True, 21, 0)
+    assert (found["verified"], found["layers"], found["layers_with_other_codes"]) == (True, 21, 0)
     assert found["logits_equal"]
     assert found["processor_files"] > 2 and found["processor_files_changed"] == []
     assert {path.name for path in out.iterdir()} - {path.name for path in llava.student.iterdir()} == {
@@ -86,6 +88,86 @@ def test_a_oneshot_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, 
     assert structure(student) == before
     assert any(not torch.equal(p, start[n]) for n, p in student.named_parameters())
     assert not (tmp_path / "out").exists()
+
+
+def upstream_run(pair: Pair, out: Path, student: Any = None) -> None:
+    """Upstream's own entry point, saving by itself."""
+    upstream_oneshot(
+        model=loaded(pair) if student is None else student, recipe=recipe_text(pair.teacher, oneshot=ONESHOT),
+        dataset=loader(pair), pipeline="grace", output_dir=str(out),
+    )  # fmt: skip
+
+
+def test_upstreams_oneshot_refuses_a_full_folder_before_it_trains(llava: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes").write_text("mine")
+    student = loaded(llava)
+    start = {n: p.clone() for n, p in student.named_parameters()}
+    with pytest.raises(FileExistsError, match=r"out exists and is not empty; choose another output_dir"):
+        upstream_run(llava, out, student)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes"]
+    assert start.keys() == dict(student.named_parameters()).keys()
+    assert all(torch.equal(p, start[n]) for n, p in student.named_parameters())
+
+
+def test_upstreams_oneshot_takes_an_empty_folder_and_proves_what_it_wrote(llava: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    upstream_run(llava, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    found = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert (found["verified"], found["codes_differing"], found["forward_weights_differing"]) == (True, 0, 0)
+
+
+class Failing:
+    """Mixed into a student whose save path is broken: `fault` is called with the folder when it is written."""
+
+    fault: Any = None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            fault(Path(save_directory))
+        return out
+
+
+def failing(pair: Pair, fault: Any) -> Any:
+    """A student that cannot be saved the first time."""
+    student = loaded(pair)
+    student.__class__ = type("Failing", (Failing, type(student)), {})
+    student.fault = fault
+    return student
+
+
+def wrong_code(folder: Path) -> None:
+    change(folder, "layers.0.mlp.up_proj.weight_packed", lambda packed: packed.view(-1)[3:4].bitwise_xor_(1))
+
+
+def full_disk(folder: Path) -> None:
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
+def test_upstreams_oneshot_leaves_nothing_where_the_save_is_broken(
+    llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
+) -> None:
+    student = failing(llava, fault)
+    with pytest.raises(error, match=r"codes_differing|no space left"):
+        upstream_run(llava, tmp_path / "out", student)
+    assert list(tmp_path.iterdir()) == []
+    student.save_pretrained(str(tmp_path / "again"))  # what was trained is not lost
+    assert grace_plugin.verify(tmp_path / "again")["verified"]
+
+
+def test_a_checkpoint_is_not_saved_unpacked(llava: Pair, tmp_path: Path) -> None:
+    student = loaded(llava)
+    grace_plugin.oneshot(
+        student, recipe=recipe_text(llava.teacher, oneshot=ONESHOT), dataset=loader(llava), output_dir=tmp_path / "out"
+    )
+    with pytest.raises(ValueError, match="call save_pretrained without save_compressed=False"):
+        student.save_pretrained(str(tmp_path / "dense"), save_compressed=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def fail_inside(student: Any, recipe: str) -> None:
@@ -192,8 +274,60 @@ def test_a_session_in_ones_own_loop(llava: Pair, tmp_path: Path) -> None:
             optimizer.zero_grad()
         found = grace.save(tmp_path / "out")
     assert found["verified"] and found["layers"] == 21
-    assert grace_plugin.verify(tmp_path / "out")["codes_differing"] == 0
+    assert grace_plugin.verify(tmp_path / "out")["layers_with_other_codes"] == 0
     assert active_session() is before
+
+
+def one_step(grace: Any, student: Any, pair: Pair) -> None:
+    """One optimizer step of a session."""
+    batch = ConversationCollator(AutoProcessor.from_pretrained(pair.student))(rows(2, seed=51))
+    optimizer = torch.optim.SGD(grace.parameter_groups(1e-3))
+    grace.objective.window([batch])
+    grace.objective.loss(student.train(), batch).backward()
+    grace.objective.measure()
+    optimizer.step()
+    grace.objective.step(1.0)
+
+
+@pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
+def test_a_session_is_saved_after_a_save_that_failed(
+    llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
+) -> None:
+    """A full folder is refused while the run still goes on; a save that breaks can be repeated elsewhere."""
+    student = failing(llava, fault)
+    with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=2) as grace:
+        one_step(grace, student, llava)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes").write_text("mine")
+        with pytest.raises(FileExistsError, match="full exists and is not empty"):
+            grace.save(tmp_path / "full")
+        one_step(grace, student, llava)
+        with pytest.raises(error, match=r"codes_differing|no space left"):
+            grace.save(tmp_path / "broken")
+        assert [path.name for path in tmp_path.iterdir()] == ["full"]
+        found = grace.save(tmp_path / "out")
+    assert found["verified"] and found["codes_differing"] == 0
+    assert grace_plugin.verify(tmp_path / "out")["verified"]
+    assert json.loads((tmp_path / "out/grace/record.json").read_text())["run"]["steps"] == 2
+
+
+def test_weights_that_the_forward_pass_did_not_see_are_refused_and_named(llava: Pair, tmp_path: Path) -> None:
+    """A write through .data is counted by nothing: the next forward pass multiplies by what was kept."""
+    student = loaded(llava)
+    with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
+        one_step(grace, student, llava)
+        batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(rows(1, images=0))
+        student(**{k: v for k, v in batch.items() if k != "labels"})
+        student.model.language_model.layers[1].mlp.up_proj.weight.data.neg_()
+        message = (
+            r"in 1 of 21 layers the forward pass multiplies by weights that are not code .*layers\.1\.mlp\.up_proj: "
+        )
+        with pytest.raises(RuntimeError, match=message):
+            grace.save(tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+        found = grace.save(tmp_path / "out")
+    assert (found["verified"], found["forward_weights_differing"]) == (True, 0)
+    assert json.loads((tmp_path / "out/grace/record.json").read_text())["forward"]["weights"] == found["codes"]
 
 
 def test_saving_a_session_that_trained_nothing_is_refused(llava: Pair, tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
         "nonfinite_steps", "learning_rate", "grad_norm",
     }  # fmt: skip
     assert wanted <= logs[0].keys()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert {name for name in {*wanted, "tau", "eta"} if f"`{name}`" not in readme} == set()
+    assert "An image without any visual token is not counted but refused" in readme  # tests/vlm has the refusal
+    assert {log["images_skipped"] for log in logs} == {0}
     assert {"tau", "eta"} <= logs[-1].keys()
     assert all(0.0 < log["clip_share"] < 0.5 and 0.1 <= log["beta"] <= 1.0 for log in logs)
     assert sum(log["images"] for log in logs) == 2 * sum(len(row["images"]) for row in finished.dataset)

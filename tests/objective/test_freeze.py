@@ -1,0 +1,56 @@
+"""The end of a run's quantizer: what is saved is what a forward pass multiplies by, layer by layer, in the run's dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from grace_plugin.objective.freeze import freeze
+from grace_plugin.quantizer import attach
+from grace_plugin.quantizer.fake_quant import dequantize
+from grace_plugin.quantizer.layers import STATE
+
+
+def layers(lora: bool) -> tuple[dict[str, nn.Linear], object]:
+    """Two layers with scales, and low-rank updates that are not zero."""
+    torch.manual_seed(0)
+    linears = {name: nn.Linear(128, 8) for name in ("a", "b")}
+    attached = attach(linears, group_size=32)
+    if lora:
+        attached.add_lora(["a", "b"], rank=2, alpha=4.0)
+        for linear in linears.values():
+            linear.lora_B.data.normal_(std=0.1)
+        attached.invalidate()
+    return linears, attached
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_forward_pass_multiplies_by_what_is_saved(lora: bool, autocast: bool) -> None:
+    linears, attached = layers(lora)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
+        seen = {name: linear(torch.eye(128)) for name, linear in linears.items()}
+    frozen, counted = freeze([attached])
+    assert counted == {"weights": 2 * 128 * 8, "weights_differing": 0}
+    for name, linear in linears.items():
+        expected = nn.functional.linear(torch.eye(128), dequantize(*frozen[name]).float(), linear.bias)
+        assert torch.allclose(seen[name].float(), expected, atol=0.0 if not autocast else 0.01, rtol=0.0)
+        assert linear.__dict__[STATE].computed_in == (torch.bfloat16 if autocast else torch.float32)
+        assert linear.__dict__[STATE].cache._kept is None, "one layer at a time"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_difference_is_counted_by_layer_and_nothing_is_changed(lora: bool, autocast: bool) -> None:
+    linears, attached = layers(lora)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
+        for linear in linears.values():
+            linear(torch.ones(1, 128))
+    before = linears["b"].weight.detach().clone()
+    linears["b"].weight.data[0, :5] += 100.0
+    after = linears["b"].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"in 1 of 2 layers .*\(b: 5\).*Call invalidate\(\)"):
+        freeze([attached])
+    assert torch.equal(linears["b"].weight, after) and not torch.equal(before, after)
+    assert freeze([attached])[1]["weights_differing"] == 0

@@ -1,0 +1,54 @@
+"""Building an environment says what it is doing while it does it, and why it stopped."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BUILD = runpy.run_path(str(Path(__file__).parents[1] / "integration/env/build.py"))
+
+PIP = """
+import sys, time
+def say(line):
+    print(line, flush=True)
+say("Looking in indexes: https://name:secret@index.example/simple")
+say("Collecting torch==2.13.0 (from -r train.txt (line 3))")
+say("  Downloading https://index.example/torch-2.13.0.whl (190.2 MB)")
+time.sleep(1.0)
+say("Installing collected packages: torch, numpy")
+time.sleep(1.0)
+if len(sys.argv) > 1:
+    say("WARNING: you should upgrade")
+    say("ERROR: no space left")
+    sys.exit(1)
+"""
+
+
+def script(folder: Path) -> str:
+    (folder / "pip.py").write_text(PIP)
+    return str(folder / "pip.py")
+
+
+def test_a_long_step_says_every_few_seconds_what_it_is_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert BUILD["BEAT"] <= 5.0
+    started = time.monotonic()
+    BUILD["run"]("installing the packages", [sys.executable, script(tmp_path)], beat=0.3)
+    took = time.monotonic() - started
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "  installing the packages" and 4 <= len(said) <= took / 0.3 + 2
+    assert any(line.endswith(" s, collecting torch") for line in said)
+    assert said[-1].endswith(" s, installing collected packages")
+    assert not any("example" in line or "http" in line for line in said)
+
+
+def test_a_step_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    with pytest.raises(BUILD["StepError"]) as failed:
+        BUILD["run"]("installing", [sys.executable, script(tmp_path), "fail"], "try another index", beat=5.0)
+    lines = str(failed.value).splitlines()
+    assert lines[0].startswith("installing failed (") and lines[-1] == "try another index"
+    assert "ERROR: no space left" in lines
+    assert not any(word in str(failed.value) for word in ("WARNING", "index.example", "Looking in"))
