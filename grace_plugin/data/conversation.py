@@ -12,6 +12,7 @@ roles, turns out of order, empty turns, text that is not valid Unicode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,17 @@ def _attached(row: Mapping[str, Any], kind: str, messages: list[dict[str, Any]],
     return attached
 
 
+def _fps(value: Any, name: str) -> float:
+    """Frames a second, 2 where the row says nothing."""
+    try:
+        fps = 2.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        fps = math.nan
+    if not (math.isfinite(fps) and fps > 0):
+        raise RowError("malformed", f"{name}: fps is {value!r}; give frames a second above 0, or leave it out")
+    return fps
+
+
 def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     """Normalise a row without opening its images.
 
@@ -137,20 +149,20 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     if is_llava(row):
         row = from_llava(row, name)
     messages = row.get("messages")
+    if messages is not None and (isinstance(messages, (str, Mapping)) or not hasattr(messages, "__len__")):
+        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     if messages is None or len(messages) == 0:
         raise RowError(
             "empty_conversation",
             f"{name} has no messages; expected the messages format ({sorted(map(str, row))} found)",
         )
-    if isinstance(messages, (str, Mapping)):
-        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     normal = []
     for message in messages:
         parts = _parts(message, name)
         normal.append({"role": message["role"], "content": parts})
     _check_order(normal, name)
     images, videos = (_attached(row, kind, normal, name) for kind in ("image", "video"))
-    return Row(name, tuple(normal), images, videos, float(row.get("fps") or 2.0))
+    return Row(name, tuple(normal), images, videos, _fps(row.get("fps"), name))
 
 
 def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Row:

@@ -20,6 +20,7 @@ from grace_plugin.data.conversation import Row, check_row, read_row, row_name
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.media import decode_image, image_size
+from grace_plugin.data.video import DecoderMissingError
 
 __all__ = ["Entry", "Measure"]
 
@@ -57,7 +58,7 @@ def _digest(value: Any) -> str:
 
 @dataclass
 class Measure:
-    """Callable (row, number) -> Entry for one collator; never raises for a row.
+    """Callable (row, number) -> Entry for one collator; never raises for a row, only where no video can be decoded at all.
 
     decode: decode every image; False reads headers only, and a truncated file is found when it is used.
     """
@@ -82,6 +83,14 @@ class Measure:
             text = str(fault)
             return Entry(
                 reason=fault.reason, message=text if text.startswith(name) else f"row {number}: {text}", mark=mark
+            )
+        except DecoderMissingError:  # a fault of the environment, not of the row
+            raise
+        except Exception as error:  # fields of types that nobody thought of; one row never ends the look at all of them
+            return Entry(
+                reason="malformed",
+                message=f"{name} cannot be read: {type(error).__name__}: {error}; mend or drop it",
+                mark=mark,
             )
 
     def _count(self, row: Row) -> Entry:

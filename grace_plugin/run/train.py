@@ -20,6 +20,7 @@ from torch import nn
 
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import TrainingRows, training_rows
@@ -121,6 +122,7 @@ def train(
     processor: Any = None,
     teacher_processor: Any = None,
     max_length: int | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
     max_bad_rows: float = 0.05,
     packing: bool = False,
     resume_from_checkpoint: bool | str = False,
@@ -140,6 +142,7 @@ def train(
         processor: the student's; read from its checkpoint by default.
         teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
         max_length: longest row in tokens; a longer one is not used, nothing is cut.
+        max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
         max_bad_rows: largest share of rows that cannot be used before the run refuses to start; they are listed in
             `<output_dir>.run`.
         packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
@@ -165,8 +168,9 @@ def train(
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
-    reads = processor or load_processor(student)
-    collator = ConversationCollator(reads, max_length, keys=store is not None, packed=packing)
+    collator = ConversationCollator(
+        processor or load_processor(student), max_length, max_pixels, keys=store is not None, packed=packing
+    )
     rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
