@@ -184,7 +184,8 @@ def prepare(
     report = {
         "rows": len(rows), "usable": len(used), "usable_share": round(len(used) / len(rows), 6),
         "rejected": dict(Counter(entry.reason for entry in entries if entry.reason).most_common()),
-        "repeated_ids": len(repeated), "repeated": _listed(repeated, rows), "rows_without_images": sum(entry.pictures == 0 for entry in used),
+        "repeated_ids": len(repeated), "repeated": _listed(repeated, rows),
+        "rows_without_images": sum(entry.pictures == 0 for entry in used),
         "images_and_videos": sum(entry.pictures for entry in used), "rows_per_epoch": len(taken),
         "sets": {
             f"{s}:{name}" if names.count(name) > 1 else name: {

@@ -112,6 +112,11 @@ def _rows(
     return rows
 
 
+def _say_pinned(pinned: bool) -> None:
+    if pinned:
+        logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+
+
 def train(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -168,9 +173,8 @@ def train(
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
-    collator = ConversationCollator(
-        processor or load_processor(student), max_length, max_pixels, keys=store is not None, packed=packing
-    )
+    reads = processor or load_processor(student)
+    collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
     rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
@@ -187,7 +191,6 @@ def train(
         if arguments.process_index == 0:
             rows.begin(run_folder(output_dir))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-        if session.objective.controller_pinned():
-            logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+        _say_pinned(session.objective.controller_pinned())
         verification = session.save(output_dir)
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())
