@@ -14,7 +14,8 @@ from collections.abc import Callable
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 DATASET = (
-    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or hub-id[:split]"
+    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or "
+    "hub-id[:[config:]split]"
 )
 IMAGES = "folder that image and video paths are relative to (default: the dataset file's)"
 

@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
     mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
-    ("" for none). film: visual tokens of each of its videos, 0 for a row without.
+    ("" for none). film: frames of its longest video, 0 for a row without.
     """
 
     tokens: int = 0
@@ -129,5 +129,5 @@ class Measure:
         ids = batch["input_ids"][0]
         visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
         learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
-        film = visual.get(self.layout.video_id or -1, 0) // max(1, len(row.videos))
+        film = max((len(video.frames) for video in row.videos), default=0)
         return Entry(len(ids), sum(visual.values()), learned, len(row.images) + len(row.videos), film=film)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def load_rows(source: str, images: str | None = None) -> Rows:
 
     Args:
         source: `rows.json`, `rows.jsonl`, `rows.parquet`, a folder of such files, a folder written by
-            `datasets.save_to_disk`, a mix (`mix.yaml`, see `grace_plugin.data.mix`), or `hub-id[:split]`.
-        images: folder that image and video paths are relative to; by default the file's own.
+            `datasets.save_to_disk`, a mix (`mix.yaml`, see `grace_plugin.data.mix`), or a dataset of the hub, or one in a
+            folder laid out as on the hub, as `name`, `name:split` or `name:config:split` (split "train" by default).
+        images: folder that image and video paths are relative to; by default the file's own, or the dataset's folder.
 
     Raises:
         ValueError: nothing readable there.
@@ -46,37 +47,70 @@ def load_rows(source: str, images: str | None = None) -> Rows:
         if not path.is_file():
             raise ValueError(f"no dataset file at {path}")
         return Rows([_file(path, images)])
-    if path.is_dir() and not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+    if path.is_dir() and not _saved(path):
         files = sorted(file for file in path.iterdir() if file.suffix in FILES)
         if files:
             return Rows(_file(file, images) for file in files)
     dataset = _dataset(source)
     fingerprint = getattr(dataset, "_fingerprint", None)
-    return Rows([RowSet(path.name, _undecoded(dataset), fingerprint=fingerprint, folder=_folder(images))])
+    folder = _folder(images) or _local(_parts_of(source)[0])
+    return Rows([RowSet(path.name, _undecoded(dataset), fingerprint=fingerprint, folder=folder)])
 
 
 def stream_rows(source: str, images: str | None = None) -> Any:
-    """The rows of a JSONL or parquet file, a folder of them or a hub dataset as a `datasets.IterableDataset`.
+    """The rows of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a `datasets.IterableDataset`.
+
+    JSON and JSONL are read by this file's own readers, so that rows need not have the same types and a broken line is a fault
+    in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
 
     Raises:
-        ValueError: nothing readable there.
+        ValueError: nothing readable there, or a mix.
     """
     import datasets
 
-    path, name, split = Path(source), *_split_of(source)
-    kind, files = _streamable(path)
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{source} is a mix, and the weights and caps of a mix need all of its rows; leave streaming out, or stream one of "
+            "its sets"
+        )
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FILES) if path.is_dir() else []
+    )
+    if path.suffix in FILES and not files:
+        raise ValueError(f"no dataset file at {path}")
+    kinds = {file.suffix == ".parquet" for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{path} holds JSON and parquet files; stream one kind, or leave streaming out")
+    name, config, split = _parts_of(source)
     try:
-        if kind:
-            found = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        if not files:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+        elif kinds == {True}:
+            found = datasets.load_dataset(
+                "parquet", data_files=[str(file) for file in files], split="train", streaming=True
+            )
         else:
-            found = datasets.load_dataset(name, split=split, streaming=True)
+            found = datasets.IterableDataset.from_generator(_read_json, gen_kwargs={"files": files})
     except (FileNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"cannot stream {source!r}: {error}. {_WAYS_OUT}") from error
-    folder = _folder(images) or (path.parent if path.is_file() else path if path.is_dir() else None)
+        raise ValueError(f"cannot stream {source!r}: {error}. {_STREAMED}") from error
+    folder = _folder(images) or (path.parent if path.is_file() else path if files else _local(name))
     return _undecoded(found).map(_Resolve(folder)) if folder else _undecoded(found)
 
 
-_WAYS_OUT = "Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or hub-id[:split]"
+_NAMED = "hub-id[:[config:]split]"
+_WAYS_OUT = f"Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or {_NAMED}"
+_STREAMED = f"Give a .json, .jsonl or .parquet file, a folder of one of these kinds, or {_NAMED}"
+
+
+def _read_json(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON and JSONL files, each file opened when it is reached."""
+    for file in files:
+        if file.suffix == ".json":
+            yield from _json(file)
+            continue
+        with file.open("rb") as lines:
+            yield from (_line(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.strip())
 
 
 class _Resolve:
@@ -87,24 +121,28 @@ class _Resolve:
         return resolve(row, self.folder)
 
 
-def _streamable(path: Path) -> tuple[str | None, list[str]]:
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    for suffix, kind in ((".jsonl", "json"), (".json", "json"), (".parquet", "parquet")):
-        found = [str(file) for file in files if file.suffix == suffix]
-        if found:
-            return kind, found
-    return None, []
-
-
 def _folder(images: str | None) -> Path | None:
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"no image folder at {images}")
     return Path(images) if images is not None else None
 
 
-def _split_of(source: str) -> tuple[str, str]:
-    name, _, split = source.partition(":")
-    return name, split or "train"
+def _parts_of(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of `name`, `name:split` or `name:config:split`."""
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise ValueError(f"{source!r} has more than two colons; give {_NAMED}")
+    return name, rest[0] or None if len(rest) == 2 else None, (rest[-1] if rest else "") or "train"
+
+
+def _local(name: str) -> Path | None:
+    """The folder of a dataset that lies on disk in files of its own; None for the hub and for saved datasets."""
+    return Path(name) if Path(name).is_dir() and not _saved(Path(name)) else None
+
+
+def _saved(path: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote it."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _file(path: Path, images: str | None) -> RowSet:
@@ -129,11 +167,11 @@ def _dataset(source: str) -> Any:
 
     path = Path(source)
     try:
-        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        if path.is_dir() and _saved(path):
             found = datasets.load_from_disk(str(path))
             return found["train"] if isinstance(found, datasets.DatasetDict) else found
-        name, split = _split_of(source)
-        return datasets.load_dataset(name, split=split)
+        name, config, split = _parts_of(source)
+        return datasets.load_dataset(name, config, split=split)
     except (FileNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"cannot read a dataset from {source!r}: {error}. {_WAYS_OUT}") from error
 
@@ -176,13 +214,17 @@ class JsonLines(Sequence[dict[str, Any]]):
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[index]))
             line = file.readline()
-        where = f"{self.path}, line {self.numbers[index]}"
-        try:
-            return _object(json.loads(line.decode("utf-8")), where)
-        except UnicodeDecodeError as error:
-            return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
-        except (json.JSONDecodeError, RecursionError) as error:
-            return unreadable("not_json", f"{where} is not JSON: {error}")
+        return _line(line, f"{self.path}, line {self.numbers[index]}")
+
+
+def _line(line: bytes, where: str) -> dict[str, Any]:
+    """The row of a JSONL line, or a fault in its place."""
+    try:
+        return _object(json.loads(line.decode("utf-8")), where)
+    except UnicodeDecodeError as error:
+        return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return unreadable("not_json", f"{where} is not JSON: {error}")
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Families of vision-language models: one small file each, and a registry."""
 
-from grace_plugin.vlm.base import Capture, Family, VisualTokens, capture, matches
+from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, matches
 from grace_plugin.vlm.pair import (
     check_image_processors,
     check_pixels,
@@ -12,6 +12,7 @@ from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
 
 __all__ = [
     "FAMILIES",
+    "VISUAL_RUNS",
     "Capture",
     "Family",
     "VisualTokens",

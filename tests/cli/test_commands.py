@@ -139,6 +139,20 @@ def test_a_run_through_the_command(
     assert in_process(monkeypatch, "verify", str(tmp_path / "out"), "--source", str(llava.student)) == 0
 
 
+def test_a_stream_through_the_command(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = written(llava, tmp_path)
+    given = [str(recipe), "--model", str(llava.student), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    given += ["--streaming", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+    assert in_process(monkeypatch, "train", *given) == 2
+    assert "the dataset has no length; pass max_steps=" in capsys.readouterr().err
+    assert in_process(monkeypatch, "train", *given, "--set", "max_steps=1") == 0
+    assert f"verified checkpoint: {tmp_path / 'out'}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.run/data_report.json").read_text())
+    assert report["stream"] and report["usable"] == report["rows"] > 0
+
+
 @pytest.mark.parametrize("limits", [("--max_pixels", "99"), ("--max_pixels", "99", "--max_bad_rows", "1.0")])
 @pytest.mark.parametrize("name", ["train", "oneshot", "teacher cache", "data check"])
 def test_limits_of_rows_are_taken_from_the_command(
