@@ -93,6 +93,14 @@ def test_another_patch_geometry(llava: Pair, tmp_path: Path) -> None:
     refused(llava, tmp_path / "o/out", "see images differently.*'default' / 'full'", recipe=recipe_text(tmp_path / "t"))
 
 
+def test_another_image_size_beside_the_teacher(llava: Pair, tmp_path: Path) -> None:
+    model, processor = build("llava", seed=1)
+    processor.image_processor.size = {"shortest_edge": 112}
+    save(model, processor, tmp_path / "t")
+    message = r"different image settings .*size: \{'shortest_edge': 56\} / \{'shortest_edge': 112\}"
+    refused(llava, tmp_path / "o/out", message, recipe=recipe_text(tmp_path / "t"))
+
+
 def test_no_teacher(llava: Pair, tmp_path: Path) -> None:
     refused(llava, tmp_path / "o/out", "none was given: set teacher.model in the recipe", recipe=recipe_text(None))
 

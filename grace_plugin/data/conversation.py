@@ -5,7 +5,8 @@
      "images": [PIL.Image | path | {"bytes": ..., "path": ...}], "videos": [[frame, ...] | path | {"bytes": ...}], "fps": 2.0}
 
 Content may also be a plain string, and a row in the LLaVA format (`conversations`) is translated first. The k-th image
-placeholder of the conversation takes the k-th image, and so for videos. Only assistant turns are learned from. Refused with
+placeholder of the conversation takes the k-th image, and so for videos. Where every message is a plain string there is no
+place for a placeholder, and the row's images stand at the beginning of the first user turn, as TRL puts them. Only assistant turns are learned from. Refused with
 the row named and the reason to count it by (`faults.REASONS`): placeholders and images that do not match in number, unknown
 roles, turns out of order, empty turns, text that is not valid Unicode.
 """
@@ -125,6 +126,16 @@ def _attached(row: Mapping[str, Any], kind: str, messages: list[dict[str, Any]],
     return attached
 
 
+def _with_images(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Put a placeholder for each image before the text of the first user turn, where all messages are plain strings."""
+    given = row.get("images") if row.get("images") is not None else [row.get("image")]
+    if not isinstance(given, (list, tuple)) or not all(isinstance(m["content"], str) for m in row["messages"]):
+        return
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if first is not None:
+        first["content"] = [{"type": "image"} for image in given if image is not None] + first["content"]
+
+
 def _fps(value: Any, name: str) -> float:
     """Frames a second, 2 where the row says nothing."""
     try:
@@ -161,6 +172,7 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
         parts = _parts(message, name)
         normal.append({"role": message["role"], "content": parts})
     _check_order(normal, name)
+    _with_images(row, normal)
     images, videos = (_attached(row, kind, normal, name) for kind in ("image", "video"))
     return Row(name, tuple(normal), images, videos, _fps(row.get("fps"), name))
 

@@ -6,6 +6,7 @@ from grace_plugin.vlm.pair import (
     check_pixels,
     load_image_processor,
     load_tokenizer,
+    load_video_processor,
     shared_vocabulary,
 )
 from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
@@ -22,6 +23,7 @@ __all__ = [
     "family_of",
     "load_image_processor",
     "load_tokenizer",
+    "load_video_processor",
     "matches",
     "register_family",
     "shared_vocabulary",
