@@ -6,9 +6,9 @@
 
 Content may also be a plain string, and a row in the LLaVA format (`conversations`) is translated first. The k-th image
 placeholder of the conversation takes the k-th image, and so for videos. Where every message is a plain string there is no
-place for a placeholder, and the row's images stand at the beginning of the first user turn, as TRL puts them. Only assistant turns are learned from. Refused with
-the row named and the reason to count it by (`faults.REASONS`): placeholders and images that do not match in number, unknown
-roles, turns out of order, empty turns, text that is not valid Unicode.
+place for a placeholder, and the row's images stand at the beginning of the first user turn, as TRL puts them. Only assistant
+turns are learned from. Refused with the row named and the reason to count it by (`faults.REASONS`): placeholders and images
+that do not match in number, unknown roles, turns out of order, empty turns, text that is not valid Unicode.
 """
 
 from __future__ import annotations

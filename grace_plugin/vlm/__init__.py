@@ -1,4 +1,4 @@
-"""Families of vision-language models: one small file each, and a registry."""
+"""Families of vision-language models: one small file for each arrangement of visual tokens, and a registry."""
 
 from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, matches
 from grace_plugin.vlm.pair import (
