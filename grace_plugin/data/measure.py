@@ -118,11 +118,11 @@ class Measure:
         limit, collator.max_length = collator.max_length, None
         try:
             batch = collator.encode([row])
-        except ValueError as error:
-            if isinstance(error, RowError):
-                raise
+        except RowError:
+            raise
+        except Exception as error:  # processors raise what they like, here of a video that was decoded
             raise RowError(
-                "unreadable_video", f"{row.name}: the model's processor refuses its video: {error}"
+                "video_unsupported", f"{row.name}: the model's processor refuses its video: {error}; drop the row"
             ) from error
         finally:
             collator.max_length = limit

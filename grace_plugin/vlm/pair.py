@@ -141,7 +141,7 @@ def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> N
     settings = []
     for processor in (student, teacher):
         whole = hasattr(processor, "tokenizer")
-        part = getattr(processor, f"{kind}_processor", None) if whole else processor
+        part: Any = getattr(processor, f"{kind}_processor", None) if whole else processor
         if not hasattr(part, "image_mean"):
             return
         known = part.to_dict()

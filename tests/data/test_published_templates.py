@@ -67,13 +67,29 @@ def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, 
     assert all(torch.equal(other[key], batch[key]) for key in ("input_ids", "labels"))
 
 
+def test_a_decoded_video_that_the_processor_refuses_is_not_called_a_broken_file() -> None:
+    """A template that writes videos, of a processor that takes no decoded frames beside the text."""
+    template = plain(PUBLISHED["smolvlm"]).replace(
+        "{{ '<image>' }}", "{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}"
+    )
+    collator = ConversationCollator(processor_of("smolvlm", template))
+    assert collator.segmenter.placeholders["video"] == "<video>"
+    found = prepare([film()], collator, max_bad_rows=1.0, allow_empty=True).entries[0]
+    assert found.reason == "video_unsupported"
+    assert "row 0: the model's processor refuses its video: " in found.message
+
+
+def film() -> dict[str, Any]:
+    """A row with a video of four frames."""
+    frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
+    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "q"}]}
+    return {"messages": [asked, {"role": "assistant", "content": "red"}], "videos": [frames]}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_videos_are_used_or_unsupported_never_unreadable(name: str) -> None:
     """SmolVLM's processor swaps the template for one that writes videos; that row must not be called a broken file."""
-    frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
-    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "q"}]}
-    row = {"messages": [asked, {"role": "assistant", "content": "red"}], "videos": [frames]}
     collator = ConversationCollator(processor_of(name, plain(PUBLISHED[name])))
-    found = prepare([row], collator, max_bad_rows=1.0, allow_empty=True)
+    found = prepare([film()], collator, max_bad_rows=1.0, allow_empty=True)
     takes = name.startswith(("qwen", "internvl"))
     assert found.entries[0].reason == ("" if takes else "video_unsupported")
