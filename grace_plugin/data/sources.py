@@ -9,14 +9,10 @@ not matter.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grace_plugin.data.faults import unreadable
+from grace_plugin.data.json_rows import JsonLines, json_list, read_json
 from grace_plugin.data.mix import Rows, RowSet, read_mix
 
 __all__ = ["load_rows", "stream_rows"]
@@ -60,7 +56,7 @@ def load_rows(source: str, images: str | None = None) -> Rows:
 def stream_rows(source: str, images: str | None = None) -> Any:
     """The rows of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a `datasets.IterableDataset`.
 
-    JSON and JSONL are read by this file's own readers, so that rows need not have the same types and a broken line is a fault
+    JSON and JSONL are read by the plugin's own readers, so that rows need not have the same types and a broken line is a fault
     in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
 
     Raises:
@@ -91,7 +87,7 @@ def stream_rows(source: str, images: str | None = None) -> Any:
                 "parquet", data_files=[str(file) for file in files], split="train", streaming=True
             )
         else:
-            found = datasets.IterableDataset.from_generator(_read_json, gen_kwargs={"files": files})
+            found = datasets.IterableDataset.from_generator(read_json, gen_kwargs={"files": files})
     except (FileNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"cannot stream {source!r}: {error}. {_STREAMED}") from error
     folder = _folder(images) or (path.parent if path.is_file() else path if files else _local(name))
@@ -101,16 +97,6 @@ def stream_rows(source: str, images: str | None = None) -> Any:
 _NAMED = "hub-id[:[config:]split]"
 _WAYS_OUT = f"Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or {_NAMED}"
 _STREAMED = f"Give a .json, .jsonl or .parquet file, a folder of one of these kinds, or {_NAMED}"
-
-
-def _read_json(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of JSON and JSONL files, each file opened when it is reached."""
-    for file in files:
-        if file.suffix == ".json":
-            yield from _json(file)
-            continue
-        with file.open("rb") as lines:
-            yield from (_line(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.strip())
 
 
 class _Resolve:
@@ -158,7 +144,7 @@ def _file(path: Path, images: str | None) -> RowSet:
         except Exception as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from error
     else:
-        rows = JsonLines(path) if path.suffix == ".jsonl" else _json(path)
+        rows = JsonLines(path) if path.suffix == ".jsonl" else json_list(path)
     return RowSet(path.name, rows, fingerprint=mark, folder=folder)
 
 
@@ -187,59 +173,6 @@ def _undecoded(dataset: Any) -> Any:
             elif isinstance(getattr(feature, "feature", None), kind):
                 dataset = dataset.cast_column(column, datasets.List(kind(decode=False)))
     return dataset
-
-
-class JsonLines(Sequence[dict[str, Any]]):
-    """Rows of a JSONL file, read when used; blank lines do not count.
-
-    A line that is no JSON object or no valid UTF-8 is a fault in its place, named by its line number.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        offsets, numbers, place = [], [], 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    offsets.append(place)
-                    numbers.append(number)
-                place += len(line)
-        self.offsets, self.numbers = np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.readline()
-        return _line(line, f"{self.path}, line {self.numbers[index]}")
-
-
-def _line(line: bytes, where: str) -> dict[str, Any]:
-    """The row of a JSONL line, or a fault in its place."""
-    try:
-        return _object(json.loads(line.decode("utf-8")), where)
-    except UnicodeDecodeError as error:
-        return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return unreadable("not_json", f"{where} is not JSON: {error}")
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    return row if isinstance(row, dict) else unreadable("not_json", f"{where} is a {type(row).__name__}, not an object")
-
-
-def _json(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_row` to find in their row."""
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8", errors="surrogateescape"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}, not a list of rows")
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows)]
 
 
 def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
