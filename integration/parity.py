@@ -82,9 +82,22 @@ def judge(
         batch = dict(processor(text=[text], **pictures(question), return_tensors="pt"))
         if causal and "token_type_ids" in batch:
             batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
-        parity.prompts_differing += batch["input_ids"][0].tolist() != answer.prompt_ids
+        parity.prompts_differing += batch["input_ids"][0].tolist() != _as_written(answer.prompt_ids, processor, model)
         _compare(parity, model, batch, answer)
     return parity
+
+
+def _as_written(prompt: list[int], processor: Any, model: Any) -> list[int]:
+    """vLLM's prompt with the tokens that transformers writes.
+
+    Where a model has no token id for videos, transformers writes their frames with the image's, and vLLM with that of the
+    processor's video token; both put the same states there.
+    """
+    token = getattr(processor, "video_token", None)
+    if token is None or getattr(processor, "video_token_id", None) is not None:
+        return list(prompt)
+    video = processor.tokenizer.convert_tokens_to_ids(token)
+    return [model.config.image_token_id if i == video else i for i in prompt]
 
 
 def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer: Any) -> None:

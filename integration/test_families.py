@@ -6,10 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from integration.families import Row, show, table
+from integration.families import Row, served, show, table
 from tests.tiny import EVERY
 
-pytestmark = pytest.mark.vllm
+GOOD = {"prompts_differing": 0, "tokens": 100, "mean": 0.001, "most": 0.01, "grey": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"tokens_differing": 0}, "tokens equal"), ({"tokens_differing": 2, "margin": 0.01}, "2 near-ties"),
+     ({"tokens_differing": 3, "margin": 0.01}, "failed"), ({"tokens_differing": 1, "margin": 0.2}, "failed")],
+)  # fmt: skip
+def test_tokens_are_called_equal_only_where_none_differs(change: dict[str, float], said: str) -> None:
+    assert served(Row("llava", **(GOOD | change))) == said
+
+
+def test_the_table_says_what_a_family_was_judged_against() -> None:
+    head, row = show([Row("gemma3", against="causal picture tokens (two-way: mean 0.03)")]).splitlines()
+    assert "against" in head and "causal picture tokens (two-way: mean 0.03)" in row
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +34,12 @@ def found(serve_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {row.family: row for row in rows}
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("name", EVERY)
 def test_a_family_passes(found: dict[str, Row], name: str) -> None:
     row = found[name]
     assert row.passed, row
+    assert (row.against == "the model") == (row.two_way is None)
     if (
         row.two_way is not None
     ):  # the day vLLM's CPU attention lets picture tokens see each other, this fails: judge them so

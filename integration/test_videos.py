@@ -14,7 +14,7 @@ from tests.films import films, write_film
 from tests.pairs import pair, run
 from tests.tiny import EVERY, build, rows
 
-TAKES_VIDEOS = tuple(name for name in EVERY if "video" in family_of(model := build(name)[0]).token_ids(model.config))
+TAKES_VIDEOS = tuple(name for name in EVERY if family_of(model := build(name)[0]).takes_videos(model.config))
 FILMS, PICTURES, TEXTS, CLIPS = 6, 3, 3, 4
 ANSWER = {"role": "assistant", "content": "a red square"}
 
@@ -38,7 +38,7 @@ def written(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-STACKED = ("llava_onevision",)
+STACKED = ("llava_onevision", "internvl")
 """Families whose processor takes videos of one length in a batch."""
 
 

@@ -34,6 +34,9 @@ LEAST = {  # what the small rooms may import from outside the standard library
     "upstream": {"llmcompressor", "compressed_tensors", "torch", "transformers"},
 }
 BORDER = {"llmcompressor", "compressed_tensors"}
+FAMILIES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma", "mistral", "pixtral")
+ROW_FORMAT = ("llava_format", "from_llava", "is_llava", "LLaVA format")  # of rows; any family trains on them
+BUILDS_A_FAMILY = {"demo"}  # makes its own small pair of one family, from config
 FILE_LINES, TEST_LINES, FUNCTION_LINES = 250, 500, 50
 
 
@@ -177,6 +180,36 @@ def test_no_test_replaces_what_it_tests(path: Path) -> None:
         and [ast.unparse(argument) for argument in call.args[:2]] != ["sys", "'argv'"]
     ]
     assert set(replaced) <= {"setenv", "delenv", "chdir", "syspath_prepend"}
+
+
+def words(path: Path) -> Iterator[str]:
+    """Names and strings of a file's code; comments and docstrings may speak of anything."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    explained = {id(n.body[0].value) for n in ast.walk(tree(path)) if isinstance(n, owners) and ast.get_docstring(n)}  # type: ignore[attr-defined]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in explained:
+            yield node.value
+        for field in ("id", "attr", "name", "asname", "arg", "module"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield value
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) not in {"vlm"} | BUILDS_A_FAMILY], ids=identity)
+def test_nothing_outside_vlm_names_a_family(path: Path) -> None:
+    named = []
+    for word in words(path):
+        rest = re.sub("|".join(ROW_FORMAT), "", word)
+        named += re.findall("|".join(FAMILIES), rest, re.IGNORECASE)
+    assert not named, "what is special about a family belongs into grace_plugin/vlm/"
+
+
+def test_the_names_looked_for_are_those_of_the_registry() -> None:
+    from grace_plugin.vlm import FAMILIES as REGISTRY
+
+    assert all(name.startswith(FAMILIES) for name in REGISTRY)
+    found = [word for path in sources() if room_of(path) == "vlm" for word in words(path)]
+    assert any(re.search("|".join(FAMILIES), word) for word in found)
+    assert any("llava" in word for path in sources() if room_of(path) == "demo" for word in words(path))
 
 
 def test_importing_the_package_does_nothing_else() -> None:

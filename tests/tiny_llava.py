@@ -131,7 +131,8 @@ def internvl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
     per_tile = (SIDE // PATCH // 2) ** 2
     processor = InternVLProcessor(
         GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=3), tokenizer,
-        InternVLVideoProcessor(size=square), image_seq_length=per_tile, chat_template=chat_template("<IMG_CONTEXT>\n"),
+        InternVLVideoProcessor(size=square), image_seq_length=per_tile,
+        chat_template=chat_template("<IMG_CONTEXT>\n", "<video>\n"),
     )  # fmt: skip
     config = InternVLConfig(
         vision_config=TOWER | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "attention_bias": True},

@@ -60,7 +60,7 @@ def _train(args: Namespace) -> None:
     dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
     result = grace_plugin.train(
         args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
-        max_length=args.max_length, max_bad_rows=args.max_bad_rows, packing=args.packing,
+        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows, packing=args.packing,
         resume_from_checkpoint=args.resume_from_checkpoint,
         **_settings(args.settings),
     )  # fmt: skip
@@ -75,7 +75,7 @@ def _oneshot(args: Namespace) -> None:
     result = grace_plugin.oneshot(
         args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
-        max_length=args.max_length,
+        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows,
     )  # fmt: skip
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")

@@ -32,7 +32,12 @@ def _tables(report: dict[str, Any], console: Console) -> None:
     if not report["images_and_videos"]:
         console.print("no usable row has an image or a video: the relational term would be absent")
     if report["repeated_ids"]:
-        console.print(f"{report['repeated_ids']:,} rows repeat an earlier id with other content; they are used")
+        shown = ", ".join(f"{one['id']!r} (row {one['number']})" for one in report["repeated"][:5])
+        console.print(
+            f"{report['repeated_ids']:,} rows repeat an earlier id with other content; they are used: {shown}"
+            f"{', ...' if report['repeated_ids'] > 5 else ''}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     if report["rejected"]:
         reasons = Table("reason", "rows", title="rows that cannot be used")
         for reason, count in report["rejected"].items():

@@ -14,9 +14,16 @@ from collections.abc import Callable
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 DATASET = (
-    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or hub-id[:split]"
+    ".json, .jsonl or .parquet in messages or LLaVA format, a folder, a saved dataset, a mix.yaml, or "
+    "hub-id[:[config:]split]"
 )
 IMAGES = "folder that image and video paths are relative to (default: the dataset file's)"
+
+
+def _max_pixels(parser: ArgumentParser, then: str = "rows with a larger one are not used") -> None:
+    parser.add_argument(
+        "--max_pixels", type=int, default=64_000_000, help=f"largest image in pixels; {then} (default 64 million)"
+    )
 
 
 def _train(parser: ArgumentParser) -> None:
@@ -27,6 +34,7 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    _max_pixels(parser)
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
     parser.add_argument("--packing", action="store_true",
@@ -45,10 +53,13 @@ def _oneshot(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument(
-        "--num_calibration_samples", type=int, default=512, help="rows of the dataset used (default 512)"
+        "--num_calibration_samples", type=int, default=512, help="rows drawn from the dataset (default 512)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; a longer one is refused, never cut")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    _max_pixels(parser)
+    parser.add_argument("--max_bad_rows", type=float, default=0.05,
+                        help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
 
 
 def _data_check(parser: ArgumentParser) -> None:
@@ -61,9 +72,7 @@ def _data_check(parser: ArgumentParser) -> None:
         "--output_dir", default="data-check", help="where page.html and the report go (default data-check)"
     )
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones count as not usable")
-    parser.add_argument(
-        "--max_pixels", type=int, default=64_000_000, help="largest image in pixels (default 64 million)"
-    )
+    _max_pixels(parser, "rows with a larger one count as not usable")
     parser.add_argument("--max_bad_rows", type=float, default=1.0, help="exit with 2 above this share (default: never)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--headers_only", action="store_true", help="read image headers only; truncated files pass")
@@ -81,6 +90,7 @@ def _teacher_cache(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    _max_pixels(parser)
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which nothing is written (default 0.05)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="rows the teacher runs at a time (default 8)")

@@ -28,8 +28,10 @@ from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.data.runs import visual_runs
 from grace_plugin.data.segments import Segmenter
 from grace_plugin.data.video import Video
+from grace_plugin.vlm import VISUAL_RUNS
 
 __all__ = ["ConversationCollator", "Piece"]
 
@@ -87,20 +89,22 @@ class ConversationCollator:
         Raises:
             ValueError: a row that cannot be used, named.
         """
-        batch: dict[str, Any] = dict(self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows]))
+        batch = self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows])
         if self.keys:
             batch[SAMPLE_KEY] = [sample_key(row) for row in rows]
         return batch
 
-    def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def encode(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
         text = [self.pieces(number, row) for number, row in enumerate(rows)]
         waiting = [piece for own in text for piece in own if not piece.ids]
         pictured = [piece for piece in waiting if piece.images or piece.videos]
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
-        batch: dict[str, Tensor] = {}
+        batch: dict[str, Any] = {}
         if pictured:
             batch = self._tokenise(pictured, self.processor, **self._pixels(pictured))
+            if any(piece.videos for piece in pictured) and "pixel_values_videos" not in batch:  # frames stand as images
+                batch[VISUAL_RUNS] = visual_runs(pictured, self.segmenter.placeholders)
         if plain:
             self._tokenise(plain, self.processor.tokenizer)
         for own, row in zip(text, rows, strict=True):
@@ -182,7 +186,7 @@ class ConversationCollator:
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 
-    def _tokenise(self, pieces: list[Piece], tokenizer: Any, **pixels: Any) -> dict[str, Tensor]:
+    def _tokenise(self, pieces: list[Piece], tokenizer: Any, **pixels: Any) -> dict[str, Any]:
         """Fill the pieces' ids (padding and anchors taken off again); returns what belongs to the pixels."""
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(

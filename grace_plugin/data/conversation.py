@@ -5,13 +5,15 @@
      "images": [PIL.Image | path | {"bytes": ..., "path": ...}], "videos": [[frame, ...] | path | {"bytes": ...}], "fps": 2.0}
 
 Content may also be a plain string, and a row in the LLaVA format (`conversations`) is translated first. The k-th image
-placeholder of the conversation takes the k-th image, and so for videos. Only assistant turns are learned from. Refused with
-the row named and the reason to count it by (`faults.REASONS`): placeholders and images that do not match in number, unknown
-roles, turns out of order, empty turns, text that is not valid Unicode.
+placeholder of the conversation takes the k-th image, and so for videos. Where every message is a plain string there is no
+place for a placeholder, and the row's images stand at the beginning of the first user turn, as TRL puts them. Only assistant
+turns are learned from. Refused with the row named and the reason to count it by (`faults.REASONS`): placeholders and images
+that do not match in number, unknown roles, turns out of order, empty turns, text that is not valid Unicode.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +126,27 @@ def _attached(row: Mapping[str, Any], kind: str, messages: list[dict[str, Any]],
     return attached
 
 
+def _with_images(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Put a placeholder for each image before the text of the first user turn, where all messages are plain strings."""
+    given = row.get("images") if row.get("images") is not None else [row.get("image")]
+    if not isinstance(given, (list, tuple)) or not all(isinstance(m["content"], str) for m in row["messages"]):
+        return
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if first is not None:
+        first["content"] = [{"type": "image"} for image in given if image is not None] + first["content"]
+
+
+def _fps(value: Any, name: str) -> float:
+    """Frames a second, 2 where the row says nothing."""
+    try:
+        fps = 2.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        fps = math.nan
+    if not (math.isfinite(fps) and fps > 0):
+        raise RowError("malformed", f"{name}: fps is {value!r}; give frames a second above 0, or leave it out")
+    return fps
+
+
 def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     """Normalise a row without opening its images.
 
@@ -137,20 +160,21 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     if is_llava(row):
         row = from_llava(row, name)
     messages = row.get("messages")
+    if messages is not None and (isinstance(messages, (str, Mapping)) or not hasattr(messages, "__len__")):
+        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     if messages is None or len(messages) == 0:
         raise RowError(
             "empty_conversation",
             f"{name} has no messages; expected the messages format ({sorted(map(str, row))} found)",
         )
-    if isinstance(messages, (str, Mapping)):
-        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     normal = []
     for message in messages:
         parts = _parts(message, name)
         normal.append({"role": message["role"], "content": parts})
     _check_order(normal, name)
+    _with_images(row, normal)
     images, videos = (_attached(row, kind, normal, name) for kind in ("image", "video"))
-    return Row(name, tuple(normal), images, videos, float(row.get("fps") or 2.0))
+    return Row(name, tuple(normal), images, videos, _fps(row.get("fps"), name))
 
 
 def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Row:

@@ -26,7 +26,7 @@ REASONS: dict[str, str] = {
     "image_too_large": "an image or a video frame of more pixels than the limit, or a video of many such frames",
     "image_shape": "an image whose shape the model's processor refuses",
     "unreadable_video": "a video that cannot be decoded, or ends early, or has no picture",
-    "video_unsupported": "a video for a model without a video processor",
+    "video_unsupported": "a video for a model that takes none, or one that was decoded and that its processor refuses",
     "template": "a conversation the model's chat template cannot render, or renders without its images",
     "too_long": "more tokens than max_length",
     "no_supervised_tokens": "nothing of the row is learned",

@@ -20,13 +20,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from grace_plugin.data.collate import ConversationCollator
+from grace_plugin.data.key import processor_settings
 from grace_plugin.data.measure import Entry, Measure
+from grace_plugin.data.mix import Rows
 from grace_plugin.data.video import DecoderMissingError
 
-__all__ = ["cache_folder", "index_file", "scan"]
+__all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
 _CHUNK = 64
-_VERSION = 2
+_VERSION = 3
 
 
 def cache_folder() -> Path:
@@ -38,26 +40,18 @@ def cache_folder() -> Path:
 
 def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, folder: Path | None = None) -> Path:
     """The index of a dataset for a processor."""
-    processor = collator.processor
-    parts: list[Any] = [_VERSION, fingerprint, decode, collator.max_pixels, collator.segmenter.template]
-    for name in ("image_processor", "video_processor"):
-        part = getattr(processor, name, None)
-        parts.append(part.to_dict() if part is not None else None)
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # padding and truncation are settings of the last call, not of the tokenizer
-        parts.append({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")})
-    else:
-        parts.append(sorted(processor.tokenizer.get_vocab().items()))
+    settings = processor_settings(collator.processor)
+    parts: list[Any] = [_VERSION, fingerprint, decode, collator.max_pixels, collator.segmenter.template, settings]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return (folder or cache_folder()) / f"{key}.jsonl"
 
 
 def _files(value: Any) -> Iterator[str]:
-    """Paths of files in an image or video field, at any depth."""
+    """Paths of files in an image or video field, at any depth; what is no path is left for `check_row` to refuse."""
     if isinstance(value, (str, os.PathLike)):
         yield os.fspath(value)
     elif isinstance(value, Mapping):
-        if value.get("bytes") is None and value.get("path"):
+        if value.get("bytes") is None and isinstance(value.get("path"), (str, os.PathLike)):
             yield os.fspath(value["path"])
     elif isinstance(value, (list, tuple)):
         for part in value:
@@ -98,7 +92,14 @@ class _Chunks(Dataset[list[Entry]]):
             return known
         row = self.rows[i]
         mark = stamp(row)
-        return known if known is not None and known.stamp == mark else self.measure(row, i)._replace(stamp=mark)
+        if known is not None and known.stamp == mark:
+            return known
+        return self.measure(row, number_of(self.rows, i))._replace(stamp=mark)
+
+
+def number_of(rows: Sequence[Any], index: int) -> int:
+    """The number by which reports and messages speak of a row."""
+    return rows.number(index) if isinstance(rows, Rows) else index
 
 
 def _quiet_worker(_worker: int) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from grace_plugin.data.conversation import check_row
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.media import PUT_IT
 from grace_plugin.data.video import Video
 
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
@@ -40,7 +41,7 @@ def _media(item: Any, name: str) -> Any:
             with Path(item).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise RowError("missing_file", f"{name}: cannot read {str(item)!r}: {error}") from error
+            raise RowError("missing_file", f"{name}: cannot read {str(item)!r}: {error}; {PUT_IT}") from error
     if isinstance(item, bytes):
         return _digest(item)
     if isinstance(item, Image.Image):

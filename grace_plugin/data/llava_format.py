@@ -70,7 +70,8 @@ def from_llava(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
             raise RowError("malformed", f"{name}: a turn of conversations is no object with from and a text value")
-        role = ROLES.get(turn.get("from", ""))
+        said = turn.get("from")
+        role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
             raise RowError("unknown_role", f"{name}: from {turn.get('from')!r} is not one of {tuple(ROLES)}")
         messages.append({"role": role, "content": _parts(turn["value"], kinds if role == "user" else ())})

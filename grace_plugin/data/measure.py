@@ -20,6 +20,7 @@ from grace_plugin.data.conversation import Row, check_row, read_row, row_name
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.media import decode_image, image_size
+from grace_plugin.data.video import DecoderMissingError
 
 __all__ = ["Entry", "Measure"]
 
@@ -28,7 +29,7 @@ class Entry(NamedTuple):
     """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
     mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
-    ("" for none). film: visual tokens of each of its videos, 0 for a row without.
+    ("" for none). film: frames of its longest video, 0 for a row without.
     """
 
     tokens: int = 0
@@ -57,7 +58,7 @@ def _digest(value: Any) -> str:
 
 @dataclass
 class Measure:
-    """Callable (row, number) -> Entry for one collator; never raises for a row.
+    """Callable (row, number) -> Entry for one collator; never raises for a row, only where no video can be decoded at all.
 
     decode: decode every image; False reads headers only, and a truncated file is found when it is used.
     """
@@ -82,6 +83,14 @@ class Measure:
             text = str(fault)
             return Entry(
                 reason=fault.reason, message=text if text.startswith(name) else f"row {number}: {text}", mark=mark
+            )
+        except DecoderMissingError:  # a fault of the environment, not of the row
+            raise
+        except Exception as error:  # fields of types that nobody thought of; one row never ends the look at all of them
+            return Entry(
+                reason="malformed",
+                message=f"{name} cannot be read: {type(error).__name__}: {error}; mend or drop it",
+                mark=mark,
             )
 
     def _count(self, row: Row) -> Entry:
@@ -109,16 +118,16 @@ class Measure:
         limit, collator.max_length = collator.max_length, None
         try:
             batch = collator.encode([row])
-        except ValueError as error:
-            if isinstance(error, RowError):
-                raise
+        except RowError:
+            raise
+        except Exception as error:  # processors raise what they like, here of a video that was decoded
             raise RowError(
-                "unreadable_video", f"{row.name}: the model's processor refuses its video: {error}"
+                "video_unsupported", f"{row.name}: the model's processor refuses its video: {error}; drop the row"
             ) from error
         finally:
             collator.max_length = limit
         ids = batch["input_ids"][0]
         visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
         learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
-        film = visual.get(self.layout.video_id or -1, 0) // max(1, len(row.videos))
+        film = max((len(video.frames) for video in row.videos), default=0)
         return Entry(len(ids), sum(visual.values()), learned, len(row.images) + len(row.videos), film=film)

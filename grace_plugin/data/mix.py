@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grace_plugin.data.order import shuffled
 
-__all__ = ["MixEntry", "RowSet", "Rows", "read_mix"]
+__all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
 
 
 class MixEntry(BaseModel):
@@ -116,16 +116,43 @@ class Rows(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        index = range(len(self))[index]
-        number = self.set_of(index)
-        return self.sets[number].row(index - (self._ends[number - 1] if number else 0))
+        place = self.number(range(len(self))[index])
+        owner = bisect_right(self._ends, place)
+        return self.sets[owner].row(place - (self._ends[owner - 1] if owner else 0))
 
     def set_of(self, index: int) -> int:
         """Number of the set a row belongs to."""
-        return bisect_right(self._ends, index)
+        return bisect_right(self._ends, self.number(index))
+
+    def number(self, index: int) -> int:
+        """The number by which reports and messages speak of a row."""
+        return index
 
     @property
     def fingerprint(self) -> str | None:
         """Changes with the content of any set; None when one is not known."""
         marks = [one.fingerprint for one in self.sets]
         return None if None in marks else hashlib.sha256("\n".join(map(str, marks)).encode()).hexdigest()
+
+
+class DrawnRows(Rows):
+    """Some rows of a dataset, in its order and under its numbers and sets; numbers: int64 [n], ascending."""
+
+    def __init__(self, rows: Sequence[Any], numbers: np.ndarray) -> None:
+        super().__init__(rows.sets if isinstance(rows, Rows) else [RowSet("rows", rows)])
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def number(self, index: int) -> int:
+        return int(self.numbers[index])
+
+    @property
+    def fingerprint(self) -> str | None:
+        return None
+
+
+def draw_rows(rows: Sequence[Any], count: int, seed: int) -> DrawnRows:
+    """`count` rows drawn by `seed` from all sets, or all there are."""
+    return DrawnRows(rows, np.sort(shuffled(len(rows), seed)[:count]))

@@ -1,9 +1,9 @@
 """From a dataset to what a run trains on: every row accounted for, the unusable ones listed, too many of them refused.
 
 `prepare` looks at every row (see `index.py`), drops what cannot be used, writes `data_report.json` (counts by reason,
-lengths in tokens) and `data_rejected.jsonl` (one line per dropped row: number, set, reason, sentence), and stops the run
-when more than a stated share was dropped. A stream cannot be looked at ahead: its first rows decide, and later ones are
-dropped and counted as they come.
+lengths in tokens, the first 100 rows that repeat an id with other content) and `data_rejected.jsonl` (one line per dropped
+row: number, set, reason, sentence), and stops the run when more than a stated share was dropped. A stream cannot be looked
+at ahead: its first rows decide, and later ones are dropped and counted as they come.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.index import index_file, scan
+from grace_plugin.data.index import index_file, number_of, scan
 from grace_plugin.data.measure import Entry
 from grace_plugin.data.mix import Rows
 from grace_plugin.data.order import shuffled
@@ -26,6 +26,7 @@ from grace_plugin.data.order import shuffled
 __all__ = ["BadRowsError", "Prepared", "is_scannable", "prepare"]
 
 _SHOWN = 20  # refused rows that an error names without writing a file
+_REPEATED = 100  # rows with a repeated id that a report lists
 REPORT, REJECTED = "data_report.json", "data_rejected.jsonl"
 
 
@@ -73,22 +74,36 @@ def is_scannable(dataset: Any) -> bool:
     return isinstance(dataset, datasets.Dataset)
 
 
-def _duplicates(entries: list[Entry], rows: Sequence[Any]) -> tuple[list[Entry], int]:
-    """Entries with later rows of the same id and content marked as duplicates, and rows that repeat an id otherwise."""
+def _duplicates(entries: list[Entry], rows: Sequence[Any]) -> tuple[list[Entry], list[tuple[int, int]]]:
+    """Entries with later rows of the same id and content marked as duplicates, and rows that repeat an id otherwise.
+
+    The second is (row, the first row of its id), places in `rows`.
+    """
     first: dict[tuple[str, str], int] = {}
-    marks: set[str] = set()
-    repeated, found = 0, []
+    marks: dict[str, int] = {}
+    repeated, found = [], []
     for number, entry in enumerate(entries):
         if entry.mark and not entry.reason:
             earlier = first.setdefault((entry.mark, entry.digest), number)
             if earlier != number:
-                message = f"row {rows[number]['id']!r} (number {number}) repeats row number {earlier}; drop one of them"
+                places = number_of(rows, number), number_of(rows, earlier)
+                message = (
+                    f"row {rows[number]['id']!r} (number {places[0]}) repeats row number {places[1]}; drop one of them"
+                )
                 entry = entry._replace(reason="duplicate", message=message)
-            else:
-                repeated += entry.mark in marks
-            marks.add(entry.mark)
+            elif entry.mark in marks:
+                repeated.append((number, marks[entry.mark]))
+            marks.setdefault(entry.mark, number)
         found.append(entry)
     return found, repeated
+
+
+def _listed(repeated: list[tuple[int, int]], rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first rows that repeat an id, for the report."""
+    return [
+        {"id": rows[number]["id"], "number": number_of(rows, number), "first": number_of(rows, earlier)}
+        for number, earlier in repeated[:_REPEATED]
+    ]
 
 
 def _too_long(entry: Entry, number: int, collator: ConversationCollator) -> Entry:
@@ -158,7 +173,7 @@ def prepare(
     mark = getattr(rows, "fingerprint", None) if isinstance(rows, Rows) else getattr(rows, "_fingerprint", None)
     file = index_file(mark, collator, decode, cache) if mark is not None else None
     entries = scan(rows, collator, workers=workers, decode=decode, file=file, write=write, progress=progress)
-    entries = [e if e.reason else _too_long(e, number, collator) for number, e in enumerate(entries)]
+    entries = [e if e.reason else _too_long(e, number_of(rows, number), collator) for number, e in enumerate(entries)]
     entries, repeated = _duplicates(entries, rows)
     names, set_of, weights, seeds = _set_names(rows)
     owner = np.array([set_of(number) for number in range(len(rows))])
@@ -169,7 +184,8 @@ def prepare(
     report = {
         "rows": len(rows), "usable": len(used), "usable_share": round(len(used) / len(rows), 6),
         "rejected": dict(Counter(entry.reason for entry in entries if entry.reason).most_common()),
-        "repeated_ids": repeated, "rows_without_images": sum(entry.pictures == 0 for entry in used),
+        "repeated_ids": len(repeated), "repeated": _listed(repeated, rows),
+        "rows_without_images": sum(entry.pictures == 0 for entry in used),
         "images_and_videos": sum(entry.pictures for entry in used), "rows_per_epoch": len(taken),
         "sets": {
             f"{s}:{name}" if names.count(name) > 1 else name: {
@@ -183,7 +199,7 @@ def prepare(
         "index": str(file) if file is not None else None,
     }  # fmt: skip
     rejected = [
-        {"number": n, "set": names[owner[n]], "reason": e.reason, "message": e.message}
+        {"number": number_of(rows, n), "set": names[owner[n]], "reason": e.reason, "message": e.message}
         for n, e in enumerate(entries)
         if e.reason
     ]

@@ -78,21 +78,33 @@ class Segmenter:
 
     @cached_property
     def placeholders(self) -> dict[str, str]:
-        """What the template writes for an image and for a video ("" when it writes nothing)."""
+        """What the template writes for an image and for a video ("" when it writes nothing).
+
+        Some processors render a conversation with a video by a template of their own (SmolVLM's). What that one writes does not
+        count: the model was not given it for training, and the rest of the row would be rendered otherwise than others.
+        """
         found = {}
         for kind in KINDS:
             text = {"type": "text", "text": "\ufdd2"}
+            asked = [[{"role": "user", "content": [text, *part, text]}] for part in ([], [{"type": kind}])]
             try:
-                bare = self._render([{"role": "user", "content": [text, text]}])
-                full = self._render([{"role": "user", "content": [text, {"type": kind}, text]}])
+                written, own = (_difference(*map(render, asked)) for render in (self._render, self._by_template))
             except Exception:  # a template that knows no videos may raise anything
-                found[kind] = ""
-                continue
-            written = _difference(bare, full)
-            found[kind] = (
-                "" if "\ufdd2" in written else written
-            )  # another template, as SmolVLM's processor takes for videos
+                written = own = ""
+            found[kind] = written if written == own and "\ufdd2" not in written else ""
         return found
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """Special tokens by name, as templates ask for them."""
+        return {k: v for k, v in self.processor.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+
+    def _by_template(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The conversation as the processor's own template renders it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(conversations=[list(messages)], chat_template=self.template, **self._named)
+        return str(rendered[0])
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
@@ -136,9 +148,8 @@ class Segmenter:
         """Cut at the template's own marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        named = {k: v for k, v in self.processor.tokenizer.special_tokens_map.items() if isinstance(v, str)}
         rendered, spans = render_jinja_template(
-            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True, **named
+            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True, **self._named
         )
         text, done, cut = rendered[0], 0, []
         for start, end in spans[0]:

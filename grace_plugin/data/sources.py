@@ -9,14 +9,10 @@ not matter.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grace_plugin.data.faults import unreadable
+from grace_plugin.data.json_rows import JsonLines, json_list, read_json
 from grace_plugin.data.mix import Rows, RowSet, read_mix
 
 __all__ = ["load_rows", "stream_rows"]
@@ -29,8 +25,9 @@ def load_rows(source: str, images: str | None = None) -> Rows:
 
     Args:
         source: `rows.json`, `rows.jsonl`, `rows.parquet`, a folder of such files, a folder written by
-            `datasets.save_to_disk`, a mix (`mix.yaml`, see `grace_plugin.data.mix`), or `hub-id[:split]`.
-        images: folder that image and video paths are relative to; by default the file's own.
+            `datasets.save_to_disk`, a mix (`mix.yaml`, see `grace_plugin.data.mix`), or a dataset of the hub, or one in a
+            folder laid out as on the hub, as `name`, `name:split` or `name:config:split` (split "train" by default).
+        images: folder that image and video paths are relative to; by default the file's own, or the dataset's folder.
 
     Raises:
         ValueError: nothing readable there.
@@ -46,37 +43,60 @@ def load_rows(source: str, images: str | None = None) -> Rows:
         if not path.is_file():
             raise ValueError(f"no dataset file at {path}")
         return Rows([_file(path, images)])
-    if path.is_dir() and not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+    if path.is_dir() and not _saved(path):
         files = sorted(file for file in path.iterdir() if file.suffix in FILES)
         if files:
             return Rows(_file(file, images) for file in files)
     dataset = _dataset(source)
     fingerprint = getattr(dataset, "_fingerprint", None)
-    return Rows([RowSet(path.name, _undecoded(dataset), fingerprint=fingerprint, folder=_folder(images))])
+    folder = _folder(images) or _local(_parts_of(source)[0])
+    return Rows([RowSet(path.name, _undecoded(dataset), fingerprint=fingerprint, folder=folder)])
 
 
 def stream_rows(source: str, images: str | None = None) -> Any:
-    """The rows of a JSONL or parquet file, a folder of them or a hub dataset as a `datasets.IterableDataset`.
+    """The rows of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a `datasets.IterableDataset`.
+
+    JSON and JSONL are read by the plugin's own readers, so that rows need not have the same types and a broken line is a fault
+    in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
 
     Raises:
-        ValueError: nothing readable there.
+        ValueError: nothing readable there, or a mix.
     """
     import datasets
 
-    path, name, split = Path(source), *_split_of(source)
-    kind, files = _streamable(path)
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{source} is a mix, and the weights and caps of a mix need all of its rows; leave streaming out, or stream one of "
+            "its sets"
+        )
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FILES) if path.is_dir() else []
+    )
+    if path.suffix in FILES and not files:
+        raise ValueError(f"no dataset file at {path}")
+    kinds = {file.suffix == ".parquet" for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{path} holds JSON and parquet files; stream one kind, or leave streaming out")
+    name, config, split = _parts_of(source)
     try:
-        if kind:
-            found = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        if not files:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+        elif kinds == {True}:
+            found = datasets.load_dataset(
+                "parquet", data_files=[str(file) for file in files], split="train", streaming=True
+            )
         else:
-            found = datasets.load_dataset(name, split=split, streaming=True)
+            found = datasets.IterableDataset.from_generator(read_json, gen_kwargs={"files": files})
     except (FileNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"cannot stream {source!r}: {error}. {_WAYS_OUT}") from error
-    folder = _folder(images) or (path.parent if path.is_file() else path if path.is_dir() else None)
+        raise ValueError(f"cannot stream {source!r}: {error}. {_STREAMED}") from error
+    folder = _folder(images) or (path.parent if path.is_file() else path if files else _local(name))
     return _undecoded(found).map(_Resolve(folder)) if folder else _undecoded(found)
 
 
-_WAYS_OUT = "Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or hub-id[:split]"
+_NAMED = "hub-id[:[config:]split]"
+_WAYS_OUT = f"Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or {_NAMED}"
+_STREAMED = f"Give a .json, .jsonl or .parquet file, a folder of one of these kinds, or {_NAMED}"
 
 
 class _Resolve:
@@ -87,24 +107,28 @@ class _Resolve:
         return resolve(row, self.folder)
 
 
-def _streamable(path: Path) -> tuple[str | None, list[str]]:
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    for suffix, kind in ((".jsonl", "json"), (".json", "json"), (".parquet", "parquet")):
-        found = [str(file) for file in files if file.suffix == suffix]
-        if found:
-            return kind, found
-    return None, []
-
-
 def _folder(images: str | None) -> Path | None:
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"no image folder at {images}")
     return Path(images) if images is not None else None
 
 
-def _split_of(source: str) -> tuple[str, str]:
-    name, _, split = source.partition(":")
-    return name, split or "train"
+def _parts_of(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of `name`, `name:split` or `name:config:split`."""
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise ValueError(f"{source!r} has more than two colons; give {_NAMED}")
+    return name, rest[0] or None if len(rest) == 2 else None, (rest[-1] if rest else "") or "train"
+
+
+def _local(name: str) -> Path | None:
+    """The folder of a dataset that lies on disk in files of its own; None for the hub and for saved datasets."""
+    return Path(name) if Path(name).is_dir() and not _saved(Path(name)) else None
+
+
+def _saved(path: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote it."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _file(path: Path, images: str | None) -> RowSet:
@@ -120,7 +144,7 @@ def _file(path: Path, images: str | None) -> RowSet:
         except Exception as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from error
     else:
-        rows = JsonLines(path) if path.suffix == ".jsonl" else _json(path)
+        rows = JsonLines(path) if path.suffix == ".jsonl" else json_list(path)
     return RowSet(path.name, rows, fingerprint=mark, folder=folder)
 
 
@@ -129,11 +153,11 @@ def _dataset(source: str) -> Any:
 
     path = Path(source)
     try:
-        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        if path.is_dir() and _saved(path):
             found = datasets.load_from_disk(str(path))
             return found["train"] if isinstance(found, datasets.DatasetDict) else found
-        name, split = _split_of(source)
-        return datasets.load_dataset(name, split=split)
+        name, config, split = _parts_of(source)
+        return datasets.load_dataset(name, config, split=split)
     except (FileNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"cannot read a dataset from {source!r}: {error}. {_WAYS_OUT}") from error
 
@@ -149,55 +173,6 @@ def _undecoded(dataset: Any) -> Any:
             elif isinstance(getattr(feature, "feature", None), kind):
                 dataset = dataset.cast_column(column, datasets.List(kind(decode=False)))
     return dataset
-
-
-class JsonLines(Sequence[dict[str, Any]]):
-    """Rows of a JSONL file, read when used; blank lines do not count.
-
-    A line that is no JSON object or no valid UTF-8 is a fault in its place, named by its line number.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        offsets, numbers, place = [], [], 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    offsets.append(place)
-                    numbers.append(number)
-                place += len(line)
-        self.offsets, self.numbers = np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.readline()
-        where = f"{self.path}, line {self.numbers[index]}"
-        try:
-            return _object(json.loads(line.decode("utf-8")), where)
-        except UnicodeDecodeError as error:
-            return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
-        except (json.JSONDecodeError, RecursionError) as error:
-            return unreadable("not_json", f"{where} is not JSON: {error}")
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    return row if isinstance(row, dict) else unreadable("not_json", f"{where} is a {type(row).__name__}, not an object")
-
-
-def _json(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_row` to find in their row."""
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8", errors="surrogateescape"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}, not a list of rows")
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows)]
 
 
 def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:

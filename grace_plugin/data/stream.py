@@ -53,6 +53,9 @@ class StreamedRows(IterableDataset[Any]):
         first: rows that are looked at before the run, the same ones on every rank.
         rank, world_size: whose rows these are, of how many.
 
+    Attributes:
+        looked, pictured: how many rows were looked at before the run, and how many of them have an image or a video.
+
     Raises:
         BadRowsError (a ValueError): too many of the first rows cannot be used.
         ValueError: no rows at all.
@@ -68,7 +71,9 @@ class StreamedRows(IterableDataset[Any]):
         head = list(itertools.islice(iter(rows), first))
         if not head:
             raise ValueError("the dataset has no rows")
-        faults = [entry for entry in map(Measure(collator), head, range(len(head))) if entry.reason]
+        entries = list(map(Measure(collator), head, range(len(head))))
+        faults = [entry for entry in entries if entry.reason]
+        self.looked, self.pictured = len(head), sum(entry.pictures > 0 for entry in entries if not entry.reason)
         if len(faults) > max_bad_rows * len(head):
             raise BadRowsError(
                 f"{len(faults)} of the stream's first {len(head)} rows cannot be used, above max_bad_rows = "

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from grace_plugin.data.faults import RowError
-from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS, PUT_IT, decode_image
 
 __all__ = ["DecoderMissingError", "Video", "decode_video"]
 
@@ -79,6 +79,11 @@ def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         content = video.get("bytes")
         source = io.BytesIO(content) if content is not None else Path(str(video.get("path")))
         return _from_file(source, shown, name, max_pixels, fps)
+    if not hasattr(video, "__iter__") or isinstance(video, bytes):
+        raise RowError(
+            "malformed",
+            f"{name}: a video is a {type(video).__name__}; give a path, {{bytes, path}} or a list of frames",
+        )
     frames = list(video)
     if not frames:
         raise RowError("unreadable_video", f"{name}: a video has no frames")
@@ -101,7 +106,7 @@ def _pyav(shown: str, name: str) -> Any:
 
 def _from_file(source: Path | io.BytesIO, shown: str, name: str, max_pixels: int | None, fps: float) -> Video:
     if isinstance(source, Path) and not source.is_file():
-        raise RowError("missing_file", f"{name}: cannot read video {shown}: no such file")
+        raise RowError("missing_file", f"{name}: cannot read video {shown}: no such file; {PUT_IT}")
     if not (math.isfinite(fps) and fps > 0):
         raise RowError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
     av = _pyav(shown, name)
@@ -142,7 +147,7 @@ class _Reader:
                 "image_too_large",
                 f"{self.name}: video {self.shown} has frames of {width} x {height} = {width * height:,} pixels, {frames} of "
                 f"them kept; the limit is {limit:,} for one and {_FILM * limit:,} together. Scale it down, give the row a "
-                "lower fps, or raise max_pixels",
+                "lower fps, or raise max_pixels (--max_pixels)",
             )
 
     def frames(self) -> Iterator[tuple[float, Any]]:

@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
-from grace_plugin.data import ConversationCollator, check_rows
+from grace_plugin.data import ConversationCollator
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
-from grace_plugin.run.train import TrainResult
+from grace_plugin.run.rows import calibration_rows
+from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import check_cached_rows
 from grace_plugin.upstream import (
@@ -109,28 +111,38 @@ def oneshot(
     teacher: str | os.PathLike[str] | nn.Module | None = None,
     processor: Any = None,
     max_length: int | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    max_bad_rows: float = 0.05,
     num_calibration_samples: int = 512,
     batch_size: int = 8,
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
-    Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
-    rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files.
+    <<<<<<< HEAD
+        Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
+        rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files.
+    =======
+        Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator and the
+        verification. The rows drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's
+        `data` and in `<output_dir>.run`.
+    >>>>>>> i3
 
-    Args:
-        model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
-        recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
-        dataset: rows in the messages format, or a ready DataLoader of batches.
-        output_dir: where the checkpoint appears; must not hold anything.
-        teacher: replaces the recipe's `teacher.model`.
-        processor: the student's; read from its checkpoint by default.
-        max_length: longest row in tokens; a longer one is refused.
-        num_calibration_samples: rows taken from the start of the dataset.
-        batch_size: rows of a micro-batch.
+        Args:
+            model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
+            recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
+            dataset: rows as for `train`, not a stream, or a ready DataLoader of batches.
+            output_dir: where the checkpoint appears; must not hold anything.
+            teacher: replaces the recipe's `teacher.model`.
+            processor: the student's; read from its checkpoint by default.
+            max_length: longest row in tokens; a longer one is not used, nothing is cut.
+            max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
+            max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
+            num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
+            batch_size: rows of a micro-batch.
 
-    Raises:
-        ValueError, FileExistsError: something asked for cannot be done; nothing was written.
-        VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
+        Raises:
+            ValueError, FileExistsError: something asked for cannot be done; nothing was written.
+            VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     check_destination(output_dir)
     read = read_recipe(recipe)
@@ -139,13 +151,16 @@ def oneshot(
     store = open_cache(modifier, model, processor)
     student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
+    folder, rows = run_folder(output_dir), None
     if not isinstance(dataset, DataLoader):
-        rows = [dataset[i] for i in range(min(len(dataset), num_calibration_samples))]
-        check_rows(rows)
-        collator = ConversationCollator(processor, max_length, keys=store is not None)
+        collator = ConversationCollator(processor, max_length, max_pixels, keys=store is not None)
+        rows = calibration_rows(
+            dataset, collator, folder, count=num_calibration_samples, batch_size=batch_size, share=max_bad_rows,
+            seed=modifier.oneshot.seed,
+        )  # fmt: skip
         if store is not None:
-            check_cached_rows(store, rows)
-        dataset = DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
+            check_cached_rows(store, rows.dataset)
+        dataset = DataLoader(rows.dataset, batch_size=batch_size, sampler=rows.sampler, collate_fn=collator)
     save_as_before = vars(student).get("save_pretrained")
     try:
         upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
@@ -155,5 +170,7 @@ def oneshot(
         if save_as_before is not None:
             student.save_pretrained = save_as_before
         raise
+    if rows is not None:
+        rows.begin(folder)
     verification = save_checkpoint(student, modifier, output_dir)
-    return TrainResult(Path(output_dir), student, verification)
+    return TrainResult(Path(output_dir), student, verification, data=rows.finish() if rows is not None else {})

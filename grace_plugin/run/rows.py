@@ -13,12 +13,13 @@ from grace_plugin.data import (
     RowSampler,
     StreamedRows,
     check_rows,
+    draw_rows,
     is_scannable,
     prepare,
 )
 from grace_plugin.run.stream_loader import StreamLoader
 
-__all__ = ["TrainingRows", "training_rows"]
+__all__ = ["TrainingRows", "calibration_rows", "training_rows"]
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # first rows of a dataset that makes its rows when asked for
@@ -47,7 +48,7 @@ class TrainingRows:
         return self.stream.write_report() if self.stream is not None else self.report
 
 
-def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: int) -> None:
+def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: int, batch_of_one: str) -> None:
     """Refuse batches of videos that the model's processor cannot put side by side.
 
     Raises:
@@ -63,8 +64,46 @@ def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: in
         names, said = " and ".join(str(films[place][1]) for place in (0, -1)), str(error).partition("\n")[0]
         raise ValueError(
             f"the model's processor cannot put videos of different length into one batch (rows number {names}: {said}); set "
-            "per_device_train_batch_size=1 and gradient_accumulation_steps instead, or give every video the same frames"
+            f"{batch_of_one} instead, or give every video the same frames"
         ) from error
+
+
+def _warn(kept: Prepared, folder: Path) -> None:
+    """Say which rows are left out, and that the relational term is absent where nothing is seen."""
+    report = kept.report
+    if report["rejected"]:
+        logger.warning("%d of %d rows are not used; see %s", report["rows"] - report["usable"], report["rows"], folder)
+    if not report["images_and_videos"]:
+        logger.warning("no row has an image or a video: the relational term is absent from this run")
+
+
+def calibration_rows(
+    dataset: Any, collator: ConversationCollator, folder: Path, *, count: int, batch_size: int, share: float, seed: int
+) -> TrainingRows:
+    """Draw `count` rows of a dataset by `seed`, look at each as before a training, and order them as a training does.
+
+    Args:
+        dataset: rows as for `training_rows`, not a stream.
+        folder: where unusable rows are listed.
+        share: largest share of the drawn rows that cannot be used.
+
+    Raises:
+        BadRowsError (a ValueError): more than `share` of the drawn rows cannot be used.
+        ValueError: a stream, no rows, or a count or batch size below 1.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "oneshot draws its rows and a stream cannot be drawn from; take rows of it first, for instance "
+            "list(itertools.islice(stream, 512)), or use train"
+        )
+    if min(count, batch_size) < 1:
+        raise ValueError(f"num_calibration_samples and batch_size are at least 1, got {count} and {batch_size}")
+    drawn = draw_rows(dataset, count, seed)
+    kept = prepare(drawn if is_scannable(dataset) else drawn[:], collator, folder=folder, max_bad_rows=share)
+    _check_videos(kept, collator, batch_size, "batch_size=1")
+    _warn(kept, folder)
+    sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=batch_size)
+    return TrainingRows(kept, len(kept), sampler, report=kept.report)
 
 
 def training_rows(
@@ -88,6 +127,11 @@ def training_rows(
             rank=arguments.process_index,
             world_size=arguments.world_size,
         )
+        if not rows.pictured:
+            logger.warning(
+                "none of the stream's first %d rows has an image or a video: the relational term is absent until one comes",
+                rows.looked,
+            )
         return TrainingRows(rows, None, stream=StreamLoader(rows, collator, arguments))
     if not is_scannable(dataset):
         check_rows(dataset[i] for i in range(min(len(dataset), CHECKED)))
@@ -97,13 +141,10 @@ def training_rows(
             dataset, collator, folder=folder, max_bad_rows=share, workers=arguments.dataloader_num_workers,
             write=arguments.process_index == 0,
         )  # fmt: skip
-    _check_videos(kept, collator, arguments.train_batch_size)
-    if kept.report["rejected"]:
-        logger.warning(
-            "%d of %d rows are not used; see %s", kept.report["rows"] - kept.report["usable"], len(dataset), folder
-        )
-    if not kept.report["images_and_videos"]:
-        logger.warning("no row has an image or a video: the relational term is absent from this run")
+    _check_videos(
+        kept, collator, arguments.train_batch_size, "per_device_train_batch_size=1 and gradient_accumulation_steps"
+    )
+    _warn(kept, folder)
     seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
     sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=arguments.train_batch_size)
     return TrainingRows(kept, len(kept), sampler, report=kept.report)

@@ -20,6 +20,7 @@ from torch import nn
 
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import TrainingRows, training_rows
@@ -111,6 +112,11 @@ def _rows(
     return rows
 
 
+def _say_pinned(pinned: bool) -> None:
+    if pinned:
+        logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+
+
 def train(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -121,6 +127,7 @@ def train(
     processor: Any = None,
     teacher_processor: Any = None,
     max_length: int | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
     max_bad_rows: float = 0.05,
     packing: bool = False,
     resume_from_checkpoint: bool | str = False,
@@ -140,6 +147,7 @@ def train(
         processor: the student's; read from its checkpoint by default.
         teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
         max_length: longest row in tokens; a longer one is not used, nothing is cut.
+        max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
         max_bad_rows: largest share of rows that cannot be used before the run refuses to start; they are listed in
             `<output_dir>.run`.
         packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
@@ -166,7 +174,7 @@ def train(
     if packing:
         family_of(student).check_packing()
     reads = processor or load_processor(student)
-    collator = ConversationCollator(reads, max_length, keys=store is not None, packed=packing)
+    collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
     rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
@@ -183,7 +191,6 @@ def train(
         if arguments.process_index == 0:
             rows.begin(run_folder(output_dir))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-        if session.objective.controller_pinned():
-            logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+        _say_pinned(session.objective.controller_pinned())
         verification = session.save(output_dir)
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())

@@ -29,6 +29,7 @@ from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.stream_loader import StreamLoader
+from grace_plugin.vlm import VISUAL_RUNS
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
@@ -133,7 +134,7 @@ class GraceTrainer(Trainer):
     ) -> Any:
         """The objective's loss in training; the model's own cross-entropy in evaluation."""
         if not model.training:
-            inputs = {key: value for key, value in inputs.items() if key != SAMPLE_KEY}
+            inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_KEY, VISUAL_RUNS)}
             return super().compute_loss(model, inputs, return_outputs, None)
         return self.objective.loss(offloaded(model) if self.activation_offloading else model, inputs)
 

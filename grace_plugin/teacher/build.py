@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grace_plugin.data import SAMPLE_KEY, ConversationCollator, is_scannable, prepare, processor_settings
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
 from grace_plugin.teacher.cached import teacher_identity
@@ -46,7 +47,8 @@ TIMED = 4  # batches that say how long the rest will take
 
 def build_cache(
     model: str | os.PathLike[str], *, teacher: TeacherRecipe, dataset: Any, output_dir: str | os.PathLike[str],
-    processor: Any = None, max_length: int | None = None, max_bad_rows: float = 0.05, batch_size: int = 8, workers: int = 0,
+    processor: Any = None, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    max_bad_rows: float = 0.05, batch_size: int = 8, workers: int = 0,
     visual: bool = True, shard_bytes: int = 2**29, device: str | torch.device | None = None,
     announce: Callable[[CachePlan], None] | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> CachePlan:  # fmt: skip
@@ -57,7 +59,7 @@ def build_cache(
         teacher: the recipe's block; `model`, `revision` and `dtype` are read.
         dataset: rows as for `grace_plugin.train`, not a stream.
         processor: the student's; read from its checkpoint by default.
-        max_length, max_bad_rows: as for `grace_plugin.train`.
+        max_length, max_pixels, max_bad_rows: as for `grace_plugin.train`.
         batch_size: rows the teacher runs at a time. workers: processes that look at rows and decode.
         visual: keep the states of visual tokens, which the relational term reads.
         shard_bytes: states in a file; a stopped build loses at most so much.
@@ -79,7 +81,7 @@ def build_cache(
         raise ValueError(f"batch_size and shard_bytes are at least 1, got {batch_size} and {shard_bytes}")
     student = open_checkpoint(os.fspath(model), role="student")
     source = open_checkpoint(teacher.model, teacher.revision)
-    collator = ConversationCollator(processor or _processor(student), max_length, keys=True)
+    collator = ConversationCollator(processor or _processor(student), max_length, max_pixels, keys=True)
     check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
     settings = processor_settings(collator.processor)
     identity = {"teacher": teacher_identity(source, teacher.dtype), "processor": settings, "visual": visual}

@@ -18,6 +18,7 @@ from grace_plugin.vlm import (
     family_of,
     load_image_processor,
     load_tokenizer,
+    load_video_processor,
     shared_vocabulary,
 )
 
@@ -64,7 +65,8 @@ def check_pair(student: Any, teacher: Any, processors: tuple[Any, Any], *, stude
     own, theirs = processors
     check_pixels(family_of(student), student.config, family_of(teacher), teacher.config)
     if not isinstance(teacher, SelfTeacher):
-        check_image_processors(own or load_image_processor(student), theirs or load_image_processor(teacher))
+        for kind, load in (("image", load_image_processor), ("video", load_video_processor)):
+            check_image_processors(own or load(student), theirs or load(teacher), kind)
     return shared_vocabulary(
         own or load_tokenizer(student, "student"),
         theirs or load_tokenizer(teacher, "teacher"),

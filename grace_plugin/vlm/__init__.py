@@ -1,17 +1,19 @@
-"""Families of vision-language models: one small file each, and a registry."""
+"""Families of vision-language models: one small file for each arrangement of visual tokens, and a registry."""
 
-from grace_plugin.vlm.base import Capture, Family, VisualTokens, capture, matches
+from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, matches
 from grace_plugin.vlm.pair import (
     check_image_processors,
     check_pixels,
     load_image_processor,
     load_tokenizer,
+    load_video_processor,
     shared_vocabulary,
 )
 from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
 
 __all__ = [
     "FAMILIES",
+    "VISUAL_RUNS",
     "Capture",
     "Family",
     "VisualTokens",
@@ -21,6 +23,7 @@ __all__ = [
     "family_of",
     "load_image_processor",
     "load_tokenizer",
+    "load_video_processor",
     "matches",
     "register_family",
     "shared_vocabulary",

@@ -22,9 +22,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Capture", "Family", "VisualTokens", "capture", "matches", "runs"]
+__all__ = ["VISUAL_RUNS", "Capture", "Family", "VisualTokens", "capture", "matches", "runs"]
 
 Batch = Mapping[str, Any]
+VISUAL_RUNS = "visual_runs"
+"""The batch entry of families that write a video's frames as images: for each image and video, of how many unbroken runs of
+the image's token it is made (a list of numbers, which no model takes); without it each run is an image of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Family(ABC):
     @abstractmethod
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         """Placeholders of each image (or video) of the batch, in order; `total` tokens of that kind were found."""
+
+    def takes_videos(self, config: Any) -> bool:
+        """Whether rows with videos are trained and served; by default, whether they have a token of their own."""
+        return "video" in self.token_ids(config)
 
     def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]] | None:
         """Per image, which of its placeholders are visual tokens; None when all of them are."""

@@ -7,11 +7,19 @@ two must agree in content, not in name. Image geometry must agree as well, or th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import IntEnum
 from typing import Any
 
 from grace_plugin.vlm.base import Family
 
-__all__ = ["check_image_processors", "check_pixels", "load_image_processor", "load_tokenizer", "shared_vocabulary"]
+__all__ = [
+    "check_image_processors",
+    "check_pixels",
+    "load_image_processor",
+    "load_tokenizer",
+    "load_video_processor",
+    "shared_vocabulary",
+]
 
 _SAMPLE = (
     "What stands left of the apple? 3 dogs, naïve café, 日本語のテキスト, Привет мир, 12,345.67 €\n"
@@ -89,11 +97,12 @@ def check_pixels(student: Family, student_config: Any, teacher: Family, teacher_
         raise ValueError(f"teacher and student see images differently (student / teacher): {differing}")
 
 
-#: what an image processor may be told that changes the pixels or the number of visual tokens
+#: what an image or video processor may be told that changes the pixels or the number of visual tokens
 _RESOLUTION = (
-    "size", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size", "image_mean",
-    "image_std", "rescale_factor", "do_resize", "do_center_crop", "do_normalize", "do_pad", "image_grid_pinpoints",
-    "max_image_size", "do_image_splitting", "crop_to_patches", "min_patches", "max_patches", "do_pan_and_scan",
+    "size", "resample", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size",
+    "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop", "do_normalize", "do_pad",
+    "image_grid_pinpoints", "max_image_size", "do_image_splitting", "crop_to_patches", "min_patches", "max_patches",
+    "do_pan_and_scan",
 )  # fmt: skip
 
 
@@ -108,26 +117,39 @@ def load_image_processor(model: Any) -> Any:
         return None
 
 
-def check_image_processors(student: Any, teacher: Any) -> None:
+def load_video_processor(model: Any) -> Any:
+    """The video processor beside a model's checkpoint, or None where there is none to read."""
+    from transformers import AutoVideoProcessor
+
+    source = getattr(model, "name_or_path", "")
+    try:
+        return AutoVideoProcessor.from_pretrained(source) if source else None
+    except (OSError, ValueError):
+        return None
+
+
+def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> None:
     """Refuse a teacher whose own image settings differ from those its pixels are made with, the student's.
 
     Args:
-        student, teacher: processors or image processors; what holds none (a tokenizer, None) is not compared.
+        student, teacher: processors, or image (or video) processors; what holds none (a tokenizer, None) is not compared.
+        kind: "image" or "video"; which part of a processor is compared. How frames are sampled is not: videos come as frames.
 
     Raises:
         ValueError: names every setting that differs, with both values.
     """
     settings = []
     for processor in (student, teacher):
-        images = getattr(processor, "image_processor", processor)
-        if not hasattr(images, "image_mean"):
+        whole = hasattr(processor, "tokenizer")
+        part: Any = getattr(processor, f"{kind}_processor", None) if whole else processor
+        if not hasattr(part, "image_mean"):
             return
-        known = images.to_dict()
+        known = part.to_dict()
         settings.append({key: _plain(known[key]) for key in _RESOLUTION if known.get(key) is not None})
     differing = _differing(*settings)
     if differing:
         raise ValueError(
-            f"teacher and student have different image settings (student / teacher): {differing}; the student's processor "
+            f"teacher and student have different {kind} settings (student / teacher): {differing}; the student's processor "
             "makes the pixels of both. Give both the same settings; if the teacher is meant to see the student's, pass its own "
             "processor with the student's values as teacher_processor="
         )
@@ -136,6 +158,8 @@ def check_image_processors(student: Any, teacher: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: part for key, part in sorted(value.items()) if part is not None}
+    if isinstance(value, IntEnum):
+        return int(value)
     return list(value) if isinstance(value, (list, tuple)) else value
 
 

@@ -32,7 +32,8 @@ def family_of(model: Any) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model family '{model_type}' ({type(model).__name__}) is not known to grace_plugin; known: {sorted(FAMILIES)}. "
-            f"Add grace_plugin/vlm/{model_type}.py with a subclass of Family, or call register_family with your own"
+            f"Add a subclass of Family to the file of families laid out alike, or in a new grace_plugin/vlm/{model_type}.py, "
+            "and to registry.py; or call register_family with your own"
         )
     return FAMILIES[model_type]
 

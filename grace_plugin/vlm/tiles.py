@@ -1,16 +1,19 @@
 """InternVL3, SmolVLM, Idefics3 and Gemma 3: an image as tiles of one size, each of a fixed number of visual tokens.
 
-The batch does not say how many tiles an image has; the text does. In InternVL an image is one unbroken run of its token (a
-frame of a video is a run of its own, and counts as an image). In SmolVLM and Idefics3 each tile is a run behind a tag, and the
-whole-image view comes last: its tag, which the config does not name, is the one before the batch's last run. In Gemma 3 the
-image and each pan-and-scan crop have begin and end tokens around them and count one by one.
+The batch does not say how many tiles an image has; the text does. In InternVL an image is one unbroken run of its token, and
+a video one run for each frame, under the image's token; `VISUAL_RUNS`, which the collator puts into batches with videos, says
+how many runs a video has, so that it is one unit of the relation, as in the families with a video token. In SmolVLM and
+Idefics3 each tile is a run behind a tag, and the whole-image view comes last: its tag, which the config does not name, is the
+one before the batch's last run. In Gemma 3 the image and each pan-and-scan crop have begin and end tokens around them and
+count one by one.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, ClassVar
 
-from grace_plugin.vlm.base import Batch, Family, runs
+from grace_plugin.vlm.base import VISUAL_RUNS, Batch, Family, runs
 
 __all__ = ["Gemma3", "Idefics3", "InternVL", "SmolVLM"]
 
@@ -26,6 +29,9 @@ class InternVL(Family):
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id}
 
+    def takes_videos(self, config: Any) -> bool:
+        return True
+
     def tokens_per_tile(self, config: Any) -> int:
         """Visual tokens of one tile."""
         vision = config.vision_config
@@ -33,7 +39,12 @@ class InternVL(Family):
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         per_tile, tiles = self.tokens_per_tile(config), batch["pixel_values"].shape[0]
-        return runs(batch, config.image_token_id)[0] if total == per_tile * tiles else [per_tile] * tiles
+        if total != per_tile * tiles:
+            return [per_tile] * tiles
+        lengths = runs(batch, config.image_token_id)[0]
+        counts = batch.get(VISUAL_RUNS) or [1] * len(lengths)
+        found = iter(lengths)
+        return [sum(islice(found, count)) for count in counts]
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config

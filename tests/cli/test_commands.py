@@ -140,6 +140,43 @@ def test_a_run_through_the_command(
     assert in_process(monkeypatch, "verify", str(tmp_path / "out"), "--source", str(llava.student)) == 0
 
 
+def test_a_stream_through_the_command(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = written(llava, tmp_path)
+    given = [str(recipe), "--model", str(llava.student), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    given += ["--streaming", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+    assert in_process(monkeypatch, "train", *given) == 2
+    assert "the dataset has no length; pass max_steps=" in capsys.readouterr().err
+    assert in_process(monkeypatch, "train", *given, "--set", "max_steps=1") == 0
+    assert f"verified checkpoint: {tmp_path / 'out'}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.run/data_report.json").read_text())
+    assert report["stream"] and report["usable"] == report["rows"] > 0
+
+
+@pytest.mark.parametrize("limits", [("--max_pixels", "99"), ("--max_pixels", "99", "--max_bad_rows", "1.0")])
+@pytest.mark.parametrize("name", ["train", "oneshot", "teacher cache", "data check"])
+def test_limits_of_rows_are_taken_from_the_command(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str,
+    limits: tuple[str, ...],
+) -> None:  # fmt: skip
+    """No picture has so few pixels: every row is too large, and with every row allowed to be, none is left."""
+    monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "index"))
+    recipe, data = written(llava, tmp_path)
+    given = [str(data)] if name == "data check" else [str(recipe), "--dataset", str(data)]
+    given += ["--model", str(llava.student), "--output_dir", str(tmp_path / "out"), *limits]
+    status = in_process(monkeypatch, *name.split(), *given)
+    said = capsys.readouterr()
+    if name == "data check":
+        assert status == 0 and "0 of 4 rows can be used" in said.out and "image_too_large" in said.out
+        return
+    assert status == 2
+    above = f"above max_bad_rows = {'100.0' if len(limits) > 2 else '5.0'}%"
+    assert f"4 of 4 rows cannot be used, 100.0%, {above} (4 image_too_large)" in said.err
+    assert "the limit is 99; scale it down, or raise max_pixels (--max_pixels)" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

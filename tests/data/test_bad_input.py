@@ -73,13 +73,25 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "messages as text": ({"messages": "hello"}, "malformed"),
     "images as text": ({"messages": talk(images=1), "images": "a.png"}, "malformed"),
     "an image that is a number": ({"messages": talk(images=1), "images": [7]}, "malformed"),
+    "a path that is a number": ({"messages": talk(images=1), "images": [{"path": 5}]}, "malformed"),
+    "a video that is a number": (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": [5]}, "malformed"),
+    "messages as a number": ({"messages": 5}, "malformed"),
+    "a speaker in a list": (
+        {"conversations": [{"from": ["human"], "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
+    "a rate in words": ({"messages": talk(), "fps": "fast"}, "malformed"),
+    "a rate of nothing": ({"messages": talk(), "fps": 0}, "malformed"),
+    "keys of two kinds": ({"id": 1, 5: "x", "messages": talk()}, "malformed"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_counted_under_its_reason(name: str) -> None:
     row, reason = BAD_ROWS[name]
-    assert reason_of(row) == reason
+    found = prepare([*rows(1), row], ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.5)
+    assert (found.numbers.tolist(), found.entries[1].reason) == ([0], reason)
+    named = repr(row["id"]) if "id" in row else "1"
+    assert found.rejected[0]["message"].startswith(f"row {named}")
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -103,11 +115,37 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
     )  # a twentieth of its lines: decoded, it would be unreadable
     path = png(tmp_path / "big.png", 20000, 20000, data)
     with pytest.raises(
-        RowError, match=rf"row 'r': image '{path}' (has 20000 x 20000 = 400,000,000|is above the limit)"
-    ) as caught:
+        RowError, match=rf"row 'r': image '{path}' has 20000 x 20000 = 400,000,000 pixels and the limit is 64,000,000; "
+        r"scale it down, or raise max_pixels \(--max_pixels\)",
+    ) as caught:  # fmt: skip
         read_row(pictured(str(path)))
     assert caught.value.reason == "image_too_large"
     assert reason_of(pictured(str(path))) == "image_too_large"
+    before = Image.MAX_IMAGE_PIXELS
+    for raised in (
+        400_000_000,
+        500_000_000,
+        None,
+    ):  # the way out is one: Pillow's own limit, 179 million, does not stand
+        assert image_size(str(path), "r", raised) == (20000, 20000)
+    with pytest.raises(RowError, match="has 20000 x 20000"):
+        image_size(str(path), "r", 399_999_999)
+    assert Image.MAX_IMAGE_PIXELS == before
+
+
+def test_a_picture_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> None:
+    """An icon whose directory says 16 x 16 and whose picture has 64 x 64 pixels."""
+    path = tmp_path / "a.ico"
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(path, sizes=[(64, 64)])
+    content = bytearray(path.read_bytes())
+    content[6:8] = (16, 16)
+    path.write_bytes(content)
+    assert decode_image(str(path), "r", 4096).size == (64, 64)
+    with pytest.raises(
+        RowError, match=r"holds a picture above the limit of 4,095 pixels; .*raise max_pixels"
+    ) as caught:
+        decode_image(str(path), "r", 4095)
+    assert caught.value.reason == "image_too_large"
 
 
 def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
@@ -170,6 +208,10 @@ def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
     found = np.asarray(decode_image(str(tmp_path / "deep.png"), "r"))
     assert np.abs(found[..., 0].astype(float) - ramp / 257).max() <= 1.0
+    dark = Image.fromarray(np.full((8, 8), 200, np.uint16))  # 200 of 65,535 is black
+    for name in ("dark.png", "dark.tif"):
+        dark.save(tmp_path / name)
+        assert np.asarray(decode_image(str(tmp_path / name), "r")).max() == 1
     colours = Image.new("RGB", (16, 16), (200, 40, 30))
     colours.convert("CMYK").save(tmp_path / "c.jpg", quality=100)
     colours.quantize(4).save(tmp_path / "p.png")
@@ -299,3 +341,10 @@ def test_a_dataset_without_any_images_says_so() -> None:
     assert found.report["images_and_videos"] == 0
     assert found.report["rows_without_images"] == 4
     assert found.report["visual_tokens"]["sum"] == 0
+
+
+def test_a_missing_file_comes_with_its_way_out() -> None:
+    for row in (pictured("/nowhere.png"), {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]],
+                                           "videos": ["/nowhere.mp4"]}):  # fmt: skip
+        with pytest.raises(RowError, match=r"no such file; put the file there, or pass images= \(--images\)"):
+            read_row(row)

@@ -90,6 +90,20 @@ def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixe
     assert len({file, *others}) == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [("llava", "patch_size", 28), ("llava", "num_additional_image_tokens", 0), ("gemma3", "image_seq_length", 64),
+     ("internvl", "image_seq_length", 16), ("llava_onevision", "num_image_tokens", 4)],
+)  # fmt: skip
+def test_the_processors_own_fields_are_of_the_indexs_name(name: str, field: str, value: int, tmp_path: Path) -> None:
+    """They decide tokens and lie neither in the image processor nor in the tokenizer."""
+    processor = build(name)[1]
+    before = index_file("rows", ConversationCollator(processor), True, tmp_path)
+    assert getattr(processor, field) != value
+    setattr(processor, field, value)
+    assert index_file("rows", ConversationCollator(processor), True, tmp_path) != before
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
     """A picture put in place, one replaced, one removed: each row is judged anew, and no other row."""
@@ -221,6 +235,7 @@ def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
     assert found.numbers.tolist() == [0, 1, 3, 4]
     assert found.report["rejected"] == {"duplicate": 1}
     assert found.report["repeated_ids"] == 1
+    assert found.report["repeated"] == [{"id": "a", "number": 1, "first": 0}]
     listed = json.loads((tmp_path / "data_rejected.jsonl").read_text())
     assert listed["message"] == "row 'a' (number 2) repeats row number 0; drop one of them"
 

@@ -61,6 +61,24 @@ def test_plain_strings_are_text_parts_and_the_input_is_left_alone() -> None:
     assert json.dumps(row) == before
 
 
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_images_of_plain_messages_stand_before_the_first_users_text(column: str) -> None:
+    """What TRL's SFT and DPO trainers make of a row whose messages are strings and that has an images column."""
+    talked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}, ANSWER,
+              {"role": "user", "content": "and?"}, ANSWER]  # fmt: skip
+    given = ["a.png", "b.png"] if column == "images" else "a.png"
+    found = check_row({"messages": talked, column: given})
+    assert found.images == (("a.png", "b.png") if column == "images" else ("a.png",))
+    text = [[part["type"] for part in message["content"]] for message in found.messages]
+    assert text == [["text"], ["image"] * len(found.images) + ["text"], ["text"], ["text"], ["text"]]
+    assert check_row({"messages": talked, "images": []}).messages[1]["content"] == [{"type": "text", "text": "q"}]
+    for other in ({"messages": [*talked[:3], user("and?"), ANSWER], "images": ["a.png"]},
+                  {"messages": talked, "videos": ["a.mp4"]}):  # fmt: skip
+        with pytest.raises(RowError) as caught:
+            check_row(other)
+        assert caught.value.reason == "placeholder_mismatch"
+
+
 def test_a_row_without_name_or_number_is_quoted() -> None:
     with pytest.raises(ValueError, match=r"where is the dog"):
         check_row({"messages": [user("where is the dog"), ANSWER], "images": ["x"]})

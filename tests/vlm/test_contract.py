@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.data import ConversationCollator
+from grace_plugin.data import ConversationCollator, RowError
 from grace_plugin.losses.relational import relational_loss
+from grace_plugin.teacher.base import model_inputs
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import Family, capture, check_pixels, family_of, matches
-from tests.films import films, pictures
+from tests.films import films
 from tests.tiny import EVERY, build, rows
 
 Built = Callable[[str], tuple[Any, Any]]
@@ -48,11 +49,16 @@ def collated(processor: Any, chosen: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def film(frames: int, seed: int = 0) -> dict[str, Any]:
+    """A row with one video."""
+    asked = films(seed + 1, frames)[seed]
+    answer = {"role": "assistant", "content": "a red square"}
+    return {"messages": [*asked["messages"], answer], "videos": [list(asked["videos"][0][0])]}
+
+
 def filmed(processor: Any, frames: int = 4) -> dict[str, Tensor]:
-    """A batch of one video, made by the processor."""
-    [question] = films(1, frames)
-    text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
-    return dict(processor(text=[text], **pictures(question), return_tensors="pt"))
+    """A batch of one video."""
+    return collated(processor, [film(frames)])
 
 
 def seen(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -64,7 +70,7 @@ def seen(model: Any, batch: dict[str, Tensor]) -> Tensor:
         .register_forward_pre_hook(lambda _m, _a, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True)
     )
     with torch.no_grad():
-        model(**batch)
+        model(**model_inputs(batch))
         words = model.get_input_embeddings()(batch["input_ids"])
     hook.remove()
     other = (given[0] != words).any(-1)
@@ -73,7 +79,7 @@ def seen(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def takes_video(model: Any) -> bool:
-    return "video" in family_of(model).token_ids(model.config)
+    return family_of(model).takes_videos(model.config)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -117,9 +123,12 @@ def test_a_batch_of_text_has_no_visual_token(built: Built, name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_videos_where_the_family_takes_them(built: Built, name: str) -> None:
+    """A video is one unit of the relation, however its frames are written."""
     model, processor = built(name)
     if not takes_video(model):
-        assert not hasattr(model.config, "video_token_id")
+        with pytest.raises(RowError) as caught:
+            filmed(processor)
+        assert caught.value.reason == "video_unsupported"
         return
     for frames in (2, 6):
         batch = filmed(processor, frames)
@@ -128,6 +137,39 @@ def test_videos_where_the_family_takes_them(built: Built, name: str) -> None:
         assert found.index.tolist() == expected
         assert found.sizes == (len(expected),)
     assert len(expected) > 4
+
+
+STACKED = ("llava_onevision", "internvl")
+"""Families whose processor takes videos of one length in a batch; `training_rows` refuses others."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_each_video_of_a_batch_owns_what_it_owns_alone(built: Built, name: str) -> None:
+    """Two videos of different length, a picture between them and one beside the second; two of one length where stacked."""
+    model, processor = built(name)
+    if not takes_video(model):
+        return
+    family, lengths = family_of(model), (4, 4) if name in STACKED else (2, 10)
+    short, long = (film(frames, seed) for seed, frames in enumerate(lengths))
+    picture = rows(1, seed=4)[0]
+    both = {**long, "images": picture["images"]}
+    both["messages"] = [
+        {"role": "user", "content": [*long["messages"][0]["content"], {"type": "image"}]}, long["messages"][1],
+    ]  # fmt: skip
+    batch = collated(processor, [short, picture, both])
+    found = family.visual_tokens(model.config, batch)
+    alone = [int(seen(model, collated(processor, [row])).sum()) for row in (short, long, picture)]
+    expected = seen(model, batch)
+    assert sorted(found.index.tolist()) == expected.flatten().nonzero().squeeze(1).tolist()
+    assert len(set(alone[:2])) == (1 if name in STACKED else 2)
+    rows_of = [index // expected.shape[1] for index in found.index.tolist()]  # each unit lies in one row
+    units = [set(rows_of[sum(found.sizes[:n]) : sum(found.sizes[: n + 1])]) for n in range(len(found.sizes))]
+    owned = sorted((*unit, size) for unit, size in zip(units, found.sizes, strict=True))
+    assert owned == sorted([(0, alone[0]), (1, alone[2]), (2, alone[1]), (2, alone[2])])
+    if name not in STACKED:
+        return
+    with pytest.raises(Exception):  # noqa: B017, PT011 - processors raise what they like
+        collated(processor, [film(2), film(6)])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -209,9 +251,9 @@ def relation(model: Any, teacher: Any, batch: dict[str, Tensor]) -> Any:
     family = family_of(model)
     visual = family.visual_tokens(model.config, batch)
     with torch.no_grad(), capture(family.text_model(teacher)) as theirs:
-        teacher(**batch)
+        teacher(**model_inputs(batch))
     with capture(family.text_model(model)) as ours:
-        model(**batch)
+        model(**model_inputs(batch))
     assert ours.penultimate is not None and theirs.penultimate is not None
     rows_s, rows_t = (state.flatten(0, 1)[visual.index] for state in (ours.penultimate, theirs.penultimate))
     return relational_loss(rows_s, rows_t, visual.sizes)

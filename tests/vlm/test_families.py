@@ -135,7 +135,10 @@ def test_a_cut_picture_is_refused(built: Any, family: str) -> None:
 def test_an_unknown_family_is_named_with_the_file_to_add() -> None:
     model, _ = build("llava")
     model.config.model_type = "idefics9"
-    with pytest.raises(ValueError, match=r"'idefics9' \(LlavaFor.*known: \['gemma3', .*'smolvlm'\].*vlm/idefics9\.py"):
+    with pytest.raises(
+        ValueError,
+        match=r"'idefics9' \(LlavaFor.*known: \['gemma3', .*'smolvlm'\].*laid out alike, .*vlm/idefics9\.py, and to registry",
+    ):
         family_of(model)
     with pytest.raises(ValueError, match=r"model family 'None' .Linear."):
         family_of(nn.Linear(1, 1))

@@ -95,6 +95,7 @@ def test_a_model_without_a_readable_folder_is_named(role: str, tmp_path) -> None
         ("internvl", "max_patches", 6, "max_patches: 3 / 6"),
         ("smolvlm", "do_image_splitting", False, "do_image_splitting: True / False"),
         ("gemma3", "do_pan_and_scan", True, "do_pan_and_scan: .* / True"),
+        ("qwen2_vl", "resample", 2, "resample: 3 / 2"),
     ],
 )
 def test_other_image_settings_are_refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
@@ -103,6 +104,25 @@ def test_other_image_settings_are_refused_with_both_values(name: str, field: str
     setattr(theirs.image_processor, field, value)
     with pytest.raises(ValueError, match=rf"different image settings \(student / teacher\): .*{shown}"):
         check_image_processors(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "shown"),
+    [
+        ("qwen2_5_vl", "size", {"shortest_edge": 3136, "longest_edge": 50176}, "size: .*12544.* / .*50176"),
+        ("qwen3_vl", "image_std", [0.1, 0.2, 0.3], r"image_std: \[0.5, 0.5, 0.5\] / \[0.1, 0.2, 0.3\]"),
+        ("internvl", "resample", 2, "resample: 3 / 2"),
+        ("llava_onevision", "do_normalize", False, "do_normalize: True / False"),
+    ],
+)
+def test_other_video_settings_are_refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
+    (_, ours), (_, theirs) = build(name), build(name)
+    theirs.video_processor.max_frames = 5  # how many frames there are does not depend on it
+    check_image_processors(ours, theirs, "video")
+    setattr(theirs.video_processor, field, value)
+    check_image_processors(ours, theirs)
+    with pytest.raises(ValueError, match=rf"different video settings \(student / teacher\): .*{shown}"):
+        check_image_processors(ours, theirs, "video")
 
 
 def test_settings_that_are_nowhere_are_not_compared(tmp_path) -> None:

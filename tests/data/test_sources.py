@@ -1,0 +1,122 @@
+"""Where rows come from: image folders, streams of files whose rows differ in type, datasets laid out as on the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grace_plugin.data import ConversationCollator, StreamedRows, load_rows, prepare, read_row, stream_rows
+from tests.tiny import build, rows
+
+ANSWER = {"from": "gpt", "value": "red"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "cache"))
+
+
+def pictures(folder: Path, count: int = 3) -> Path:
+    folder.mkdir(parents=True)
+    for number, row in enumerate(rows(count, seed=5)):
+        row["images"][0].save(folder / f"{number}.png")
+    return folder
+
+
+def mixed_types() -> list[dict[str, Any]]:
+    """A picture, two pictures, none; ids as text and as numbers: what Arrow cannot hold in one column."""
+    one = {"id": "x1", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nq"}, ANSWER]}
+    two = {
+        "id": "x2",
+        "image": ["1.png", "2.png"],
+        "conversations": [{"from": "human", "value": "<image><image>q"}, ANSWER],
+    }
+    none = {"id": 3, "conversations": [{"from": "human", "value": "q"}, ANSWER]}
+    return [one, two, none, {**one, "id": "x4", "fps": 1}]
+
+
+def write(path: Path, given: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps(given) if path.suffix == ".json" else "\n".join(map(json.dumps, given)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_stream_of_rows_with_one_and_several_pictures_rejects_none(tmp_path: Path, suffix: str) -> None:
+    given = mixed_types()
+    path = write(pictures(tmp_path / "set") / f"rows{suffix}", given)
+    for source in (path, path.parent):
+        stream = StreamedRows(stream_rows(str(source)), ConversationCollator(build("llava")[1]), max_bad_rows=0.0)
+        found = list(stream)
+        assert [row["id"] for row in found] == [repr(row["id"]) for row in given]
+        assert [len(row["images"]) for row in found] == [1, 2, 0, 1]
+        assert stream.report()["rejected"] == {}
+    assert list(stream_rows(str(path))) == [load_rows(str(path))[n] for n in range(4)]
+
+
+def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> None:
+    path = write(pictures(tmp_path / "set") / "rows.jsonl", mixed_types())
+    path.write_text(path.read_text() + "\n{torn")
+    stream = StreamedRows(stream_rows(str(path)), ConversationCollator(build("llava")[1]), max_bad_rows=0.2)
+    assert len(list(stream)) == 4
+    assert stream.report()["rejected"] == {"not_json": 1}
+
+
+def test_the_images_folder_is_where_paths_begin(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "elsewhere")
+    path = write(tmp_path / "rows.jsonl", mixed_types())
+    collator = ConversationCollator(build("llava")[1])
+    assert prepare(load_rows(str(path)), collator, max_bad_rows=1.0).report["rejected"] == {"missing_file": 3}
+    found = prepare(load_rows(str(path), images=str(folder)), collator)
+    assert (found.report["usable"], found.report["images_and_videos"]) == (4, 4)
+    assert [len(read_row(row).images) for row in stream_rows(str(path), images=str(folder))] == [1, 2, 0, 1]
+    (tmp_path / "mix.yaml").write_text("sets: [{path: rows.jsonl, images: elsewhere}]")
+    assert prepare(load_rows(str(tmp_path / "mix.yaml")), collator).report["images_and_videos"] == 4
+
+
+def test_what_cannot_be_streamed_says_what_can(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("sets: [{path: rows.jsonl}]")
+    with pytest.raises(ValueError, match=r"mix\.yaml is a mix, .*leave streaming out, or stream one of its sets"):
+        stream_rows(str(tmp_path / "mix.yaml"))
+    with pytest.raises(ValueError, match=r"cannot stream .*nowhere") as caught:
+        stream_rows(str(tmp_path / "nowhere"))
+    assert "mix" not in str(caught.value).partition("Give a")[2]
+    with pytest.raises(ValueError, match=r"no dataset file at .*none\.jsonl"):
+        stream_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/a.jsonl").touch()
+    (tmp_path / "both/b.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds JSON and parquet files; stream one kind"):
+        stream_rows(str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_configuration_and_a_split_of_a_dataset_laid_out_as_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.chdir("/")
+    folder = pictures(tmp_path / "hub" / "pictures").parent
+    lines = [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+                           {"role": "assistant", "content": [{"type": "text", "text": name}]}],
+              "images": ["pictures/0.png"]} for name in ("plain", "train", "test")]  # fmt: skip
+    for line, place in zip(lines, ("plain/train", "other/train", "other/test"), strict=True):
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / f"{place}.jsonl").write_text(json.dumps(line))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: plain\n  default: true\n  data_files: plain/*.jsonl\n"
+        "- config_name: other\n  data_files:\n  - {split: train, path: other/train.jsonl}\n"
+        "  - {split: test, path: other/test.jsonl}\n---\n"
+    )
+
+    def said(source: str) -> str:
+        [row] = stream_rows(source) if stream else load_rows(source)
+        assert len(read_row(row).images) == 1
+        return str(row["messages"][1]["content"][0]["text"])
+
+    found = [said(f"{folder}{part}") for part in ("", ":train", ":other:test", ":other:", "::train")]
+    assert found == ["plain", "plain", "test", "train", "plain"]
+    for part, message in (("none:train", "none"), ("other:none", "none"), ("a:b:c", "more than two colons")):
+        with pytest.raises(ValueError, match=message):
+            said(f"{folder}:{part}")

@@ -1,0 +1,64 @@
+"""Real pairs, opened as a run opens them: settings beside both checkpoints, and a teacher of another generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForImageTextToText
+
+import grace_plugin
+from tests.pairs import Pair, recipe_text, run
+from tests.tiny import build, rows, save
+
+BIGGER: dict[str, Any] = {"seed": 1, "hidden": 512, "layers": 4, "vocab_rows": 400}
+
+
+def opened(student: Path, teacher: Path) -> None:
+    """A session of the two, which looks at the pair and is left."""
+    model = AutoModelForImageTextToText.from_pretrained(student)
+    with grace_plugin.grace_session(model, recipe_text(teacher), total_steps=1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "size", "shown"),
+    [
+        ("llava", "image", {"shortest_edge": 112}, r"image settings .*size: .*_edge': 56\} / \{'shortest_edge': 112\}"),
+        ("qwen2_vl", "image", {"shortest_edge": 3136, "longest_edge": 50176}, r"image settings .*12544.* / .*50176"),
+        ("qwen2_vl", "video", {"shortest_edge": 3136, "longest_edge": 50176}, r"video settings .*12544.* / .*50176"),
+    ],
+)  # fmt: skip
+def test_a_teacher_beside_other_settings_is_refused(
+    pair_of: Callable[[str], Pair], tmp_path: Path, family: str, part: str, size: dict[str, int], shown: str
+) -> None:
+    made = pair_of(family)
+    model, processor = build(family, **BIGGER)
+    getattr(processor, f"{part}_processor").size = size
+    save(model, processor, tmp_path / "teacher")
+    opened(made.student, made.teacher)
+    with pytest.raises(ValueError, match=f"teacher and student have different {shown}"):
+        opened(made.student, tmp_path / "teacher")
+
+
+def test_a_teacher_of_another_generation_trains_a_student_when_tokenizers_agree(
+    pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    student = pair_of("qwen2_vl").student
+    save(*build("qwen2_5_vl", **BIGGER), tmp_path / "teacher")
+    made = Pair("qwen2_vl", student, tmp_path / "teacher")
+    done = run(made, tmp_path / "out", rows(4), logging_steps=1)
+    assert done.verification["verified"]
+    logs = [log for log in done.history if "loss_gdkd" in log]
+    assert len(logs) == 2 and all(log["loss_gdkd"] > 0 and log["loss_rcka"] > 0 for log in logs)
+
+
+def test_a_teacher_of_another_generation_with_another_tokenizer_is_refused(
+    pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    save(*build("qwen2_5_vl", words="other", **BIGGER), tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"tokenizers differ on \d+ of .*same tokenizer generation"):
+        run(Pair("qwen2_vl", pair_of("qwen2_vl").student, tmp_path / "teacher"), tmp_path / "out", rows(4))
+    assert not (tmp_path / "out").exists()
