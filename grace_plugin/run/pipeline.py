@@ -118,31 +118,27 @@ def oneshot(
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
-    <<<<<<< HEAD
-        Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
-        rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files.
-    =======
-        Upstream's own `llmcompressor.oneshot(..., pipeline="grace")` runs the same; this adds the rows' collator and the
-        verification. The rows drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's
-        `data` and in `<output_dir>.run`.
-    >>>>>>> i3
+    Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
+    rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files. The rows
+    drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's `data` and in
+    `<output_dir>.run`.
 
-        Args:
-            model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
-            recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
-            dataset: rows as for `train`, not a stream, or a ready DataLoader of batches.
-            output_dir: where the checkpoint appears; must not hold anything.
-            teacher: replaces the recipe's `teacher.model`.
-            processor: the student's; read from its checkpoint by default.
-            max_length: longest row in tokens; a longer one is not used, nothing is cut.
-            max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
-            max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
-            num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
-            batch_size: rows of a micro-batch.
+    Args:
+        model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
+        recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
+        dataset: rows as for `train`, not a stream, or a ready DataLoader of batches.
+        output_dir: where the checkpoint appears; must not hold anything.
+        teacher: replaces the recipe's `teacher.model`.
+        processor: the student's; read from its checkpoint by default.
+        max_length: longest row in tokens; a longer one is not used, nothing is cut.
+        max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
+        max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
+        num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
+        batch_size: rows of a micro-batch.
 
-        Raises:
-            ValueError, FileExistsError: something asked for cannot be done; nothing was written.
-            VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
+    Raises:
+        ValueError, FileExistsError: something asked for cannot be done; nothing was written.
+        VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     check_destination(output_dir)
     read = read_recipe(recipe)
