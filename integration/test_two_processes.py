@@ -1,7 +1,7 @@
-"""Two processes (gloo, CPU) are one: loss, gradient and controller equal the single-process run of the same global batch.
+"""Two processes are one: loss, gradient and controller equal the single-process run of the same global batch.
 
 Scenarios of integration/two_workers.py, all in one launch of torchrun, which must end: a collective that one rank does not
-take part in would hang, and the time limit fails the test.
+take part in would hang, and the time limit fails the test. On the CPU with gloo; with RANKS_ON=cuda on two GPUs with NCCL.
 """
 
 from __future__ import annotations

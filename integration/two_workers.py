@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 -m integration.two_workers PAIR_FOLDER OUT_FOLDER
 
-With no torchrun around it, the same function gives the single-process run of the same global batch.
+With no torchrun around it, the same function gives the single-process run of the same global batch. RANKS_ON=cuda in the
+environment gives every rank a GPU of its own, with NCCL between them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
 from tests.tiny import rows
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-TOGETHER: dict[str, Any] = {"ddp_backend": "gloo", "ddp_timeout": 60} if WORLD > 1 else {}
+CUDA = os.environ.get("RANKS_ON") == "cuda"
+PLACE: dict[str, Any] = {"use_cpu": not CUDA, "bf16": False, "tf32": False if CUDA else None}
+TOGETHER: dict[str, Any] = {"ddp_backend": "nccl" if CUDA else "gloo", "ddp_timeout": 60} if WORLD > 1 else {}
 PICTURES, TEXTS = rows(4, seed=31), rows(4, seed=32, images=0)
 
 
@@ -98,7 +101,7 @@ def scenario(pair: Pair, name: str, folder: Path) -> list[dict[str, Any]]:
     arguments = TrainingArguments(
         output_dir=str(folder / name), **({"max_steps": 1} | options), per_device_train_batch_size=4 // WORLD,
         gradient_accumulation_steps=2, train_sampling_strategy="sequential", max_grad_norm=0.0, learning_rate=1e-3,
-        use_cpu=True, **TOGETHER, report_to="none", save_strategy="no", disable_tqdm=True,
+        **PLACE, **TOGETHER, report_to="none", save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], logging_nan_inf_filter=False, logging_strategy="no",
         gradient_checkpointing_kwargs={"use_reentrant": False}, lr_scheduler_type="constant",
     )  # fmt: skip
@@ -127,7 +130,7 @@ def main(pair_folder: str, out: str) -> None:
     seen = {name: scenario(pair, name, folder) for name in SCENARIOS}
     result = run(
         pair, folder / "trained", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
-        **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=2,
+        **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=2,
     )  # fmt: skip
     torch.save(
         {"scenarios": seen, "verification": result.verification, "history": result.history}, folder / f"{rank}.pt"

@@ -1,7 +1,7 @@
 """`python -m benchmarks.accuracy ROW... [--size gpu|cpu] [--photos npm] [--workers N]`: make rows, then the table.
 
-ROW is a row (`w2g128/grace/0`), or main, post, ablation, subset. Rows that are there are skipped; `--table` makes only the
-table.
+ROW is a row (`w2g128/grace/0`), or main, post, others, ablation, subset. Rows that are there are skipped; `--table` makes only
+the table.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.accuracy.photos import load, pack
+from benchmarks.accuracy.pool import make_all
 from benchmarks.accuracy.rows import RESULTS, Store
 from benchmarks.accuracy.study import SIZES, Row, Size, group_of_rows
 from benchmarks.accuracy.table import write_table
-from benchmarks.accuracy.work import make_all
 
 BUILD = Path(__file__).parents[2] / "build" / "accuracy"
 
@@ -61,7 +61,7 @@ def clear(rows: list[Row], size: Size, store: Store, recorded: Store) -> None:
     for row in rows:
         store.file(row).unlink(missing_ok=True)
         for need in row.needs(size):
-            if need.rate is not None and recorded.done(need):
+            if need.searching and recorded.done(need):
                 store.file(need).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(recorded.file(need), store.file(need))
 

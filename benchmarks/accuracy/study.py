@@ -1,110 +1,45 @@
-"""What is compared: sizes of the study, settings, methods, and the rows they make.
+"""What is compared: sizes of the study, settings, and the rows that settings and methods make.
 
 A row is `SETTING/METHOD/SEED`, for instance `w2g128/grace/0`; `tower`, `teacher` and `student/0` are the pair.
-`w2g128/grace@0.0006/0` is a row of the learning-rate search: scored on validation questions, seed 0.
-`w4g128/grace+gptq/0` is the BF16 student trained by GRACE (`bf16/grace/0`), then GPTQ.
-Every trained method has the same students to start from, the same questions in the same order, the same number of steps and
-the same rates to search.
+`w2g128/grace@0.0006/0` and `w2g128/grace@w10/0` are rows of the search (a learning rate at the default weight, a weight at the
+best rate): scored on validation questions, seed 0. `w4g128/grace+gptq/0` is the BF16 student trained by GRACE
+(`bf16/grace/0`), then GPTQ. Every trained method has the same students to start from, the same questions in the same order, the
+same number of steps and the same search.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
+from benchmarks.accuracy.methods import AFTER, METHODS, POST
 from benchmarks.accuracy.pair import Shape
-from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe
 
-__all__ = ["AFTER", "METHODS", "POST", "SETTINGS", "SIZES", "Method", "Row", "Size", "group_of_rows"]
+__all__ = ["SETTINGS", "SIZES", "Row", "Size", "group_of_rows"]
 
 #: bits and group size of each setting; None is one scale per output channel
 SETTINGS: dict[str, tuple[int, int | None] | None] = {
     "bf16": None, "w8g128": (8, 128), "w4g128": (4, 128), "w4row": (4, None), "w3g128": (3, 128), "w2g128": (2, 128),
     "w2g32": (2, 32), "w2g64": (2, 64), "w2row": (2, None), "w3row": (3, None),
 }  # fmt: skip
-POST = ("rtn", "gptq", "awq", "autoround")
-#: BF16 students trained first and rounded after, the way to a quantized student without quantization-aware training
-AFTER = tuple(f"{base}+{post}" for base in ("kl", "grace") for post in ("rtn", "gptq"))
-OFF: dict[str, Any] = {"enabled": False}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A trained method: the blocks of its recipe, and what is not in a recipe.
-
-    plain: KL in place of the decoupled divergence. searched: the method whose search gives the learning rate. weights: whether
-    weights are trained (else scales and norms alone). steps: share of the study's steps. rows: of the training set, from its
-    start; None is all.
-    """
-
-    distill: dict[str, Any] = field(default_factory=dict)
-    relational: dict[str, Any] = field(default_factory=dict)
-    controller: dict[str, Any] = field(default_factory=dict)
-    plain: bool = False
-    learned_scales: bool = True
-    weights: bool = True
-    steps: float = 1.0
-    rows: int | None = None
-    searched: str = ""
-
-    @property
-    def taught(self) -> bool:
-        """Whether it reads the teacher."""
-        return self.distill != OFF or self.relational != OFF
-
-    def blocks(self) -> tuple[DistillRecipe, RelationalRecipe, ControllerRecipe]:
-        """The recipe's blocks."""
-        return DistillRecipe(**self.distill), RelationalRecipe(**self.relational), ControllerRecipe(**self.controller)
-
-
-def _fixed(beta: float) -> dict[str, Any]:
-    return {"enabled": False, "beta_min": 0.0, "beta_max": 100.0, "beta_start": beta}
-
-
-def _kl(weight: float, searched: str = "kl") -> Method:
-    return Method({"gate_sharpness": 0.0}, OFF, _fixed(weight), plain=True, searched=searched)
-
-
-METHODS: dict[str, Method] = {
-    "ce": Method(OFF, OFF, OFF, searched="ce"),  # fine-tuning in bf16, QAT alone in the others
-    "kl": _kl(1.0),
-    "grace": Method(searched="grace"),
-    "kl-w0.3": _kl(0.3), "kl-w3": _kl(3.0), "kl-w10": _kl(10.0),
-    "grace-nogate": Method({"gate_sharpness": 0.0}, searched="grace"),
-    "grace-k2": Method({"gate_sharpness": 2.0}, searched="grace"),
-    "grace-k5": Method({"gate_sharpness": 5.0}, searched="grace"),
-    "grace-kl": Method(plain=True, searched="grace"),
-    "grace-norelation": Method({}, OFF, searched="grace"),
-    "grace-relation10": Method({}, {"weight": 10.0}, searched="grace"),
-    "relation": Method(OFF, {}, OFF, searched="grace"),
-    "grace-frozen": Method(learned_scales=False, searched="grace"),
-    **{f"grace-beta{beta}": Method({}, {}, _fixed(beta), searched="grace") for beta in (0.1, 0.3, 0.55, 1.0, 2.0, 4.0)},
-    "grace-max4": Method({}, {}, {"beta_max": 4.0}, searched="grace"),
-    "grace-scales": Method(weights=False, searched="grace"),
-    **{f"grace-steps{share:g}": Method(steps=share, searched="grace") for share in (0.1, 0.4)},
-    "kl-steps0.4": replace(_kl(1.0), steps=0.4), "ce-steps0.4": Method(OFF, OFF, OFF, steps=0.4, searched="ce"),
-    **{f"grace-rows{rows}": Method(rows=rows, searched="grace") for rows in (1024, 4096)},
-    "kl-rows4096": replace(_kl(1.0), rows=4096), "ce-rows4096": Method(OFF, OFF, OFF, rows=4096, searched="ce"),
-    "grace-calibration": Method(steps=0.1, rows=512, searched="grace"),  # what `oneshot` is given
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """setting/method/seed; rate is given in a row of the search alone."""
+    """setting/method/seed; a rate or a weight is given in a row of the search alone."""
 
     setting: str
     method: str
     seed: int
     rate: float | None = None
+    weight: float | None = None
 
     @property
     def name(self) -> str:
         """How the row is asked for, and its file's path below rows/."""
         if self.setting == "pair":
             return f"student/{self.seed}" if self.method == "student" else self.method
-        rate = "" if self.rate is None else f"@{self.rate:g}"
-        return f"{self.setting}/{self.method}{rate}/{self.seed}"
+        tried = f"@{self.rate:g}" if self.rate is not None else f"@w{self.weight:g}" if self.weight is not None else ""
+        return f"{self.setting}/{self.method}{tried}/{self.seed}"
 
     @classmethod
     def parse(cls, name: str) -> Row:
@@ -119,9 +54,10 @@ class Row:
         if len(parts) == 2 and parts[0] == "student" and parts[1].isdigit():
             return cls("pair", "student", int(parts[1]))
         if len(parts) == 3 and parts[2].isdigit() and parts[0] in SETTINGS:
-            method, _, rate = parts[1].partition("@")
+            method, _, tried = parts[1].partition("@")
+            rate, weight = (None, float(tried[1:])) if tried[:1] == "w" else (float(tried) if tried else None, None)
             if method in METHODS or (method in (*POST, *AFTER) and parts[0] != "bf16"):
-                return cls(parts[0], method, int(parts[2]), float(rate) if rate else None)
+                return cls(parts[0], method, int(parts[2]), rate, weight)
         raise ValueError(
             f"no row {name!r}: teacher, student/SEED, or SETTING/METHOD/SEED with a setting of {sorted(SETTINGS)} and a method "
             f"of {[*METHODS, *POST, *AFTER]}"
@@ -138,10 +74,24 @@ class Row:
             found.append(self.base)
         if self.method in METHODS:
             found += [Row("pair", "teacher", 0)] if METHODS[self.method].taught else []
-            if self.rate is None:
-                searched = METHODS[self.method].searched
-                found += [Row(self.search_setting, searched, 0, rate) for rate in size.rates]
+            found += [] if self.rate is not None else self.rates(size)
+            found += [] if self.searching else self.weights(size)
         return found
+
+    @property
+    def searching(self) -> bool:
+        """Whether it is a row of the search."""
+        return self.rate is not None or self.weight is not None
+
+    def rates(self, size: Size) -> list[Row]:
+        """The search of the learning rate that it relies on."""
+        return [Row(self.search_setting, METHODS[self.method].searched, 0, rate) for rate in size.rates]
+
+    def weights(self, size: Size) -> list[Row]:
+        """The search of the weight that it relies on, at the best rate."""
+        searched = METHODS[self.method].searched
+        tried = METHODS[searched].weights[-size.weights :] if size.weights else ()
+        return [Row(self.search_setting, searched, 0, weight=weight) for weight in tried]
 
     @property
     def base(self) -> Row:
@@ -154,17 +104,19 @@ class Row:
     def kept(self) -> bool:
         """Whether its checkpoint stays on disk: the pair, what is rounded after, and GRACE's rows that ship."""
         trained = (self.setting, self.method) in (("bf16", "kl"), ("bf16", "grace"), ("w4g128", "grace"))
-        return self.setting == "pair" or (trained and self.rate is None)
+        return self.setting == "pair" or (trained and not self.searching)
 
     @property
     def search_setting(self) -> str:
-        """Setting in which the rate is searched: bf16 for itself and 4 bits or more, w2g128 for the others."""
-        return "bf16" if self.setting[:2] in ("bf", "w4", "w8") else "w2g128"
+        """Setting in which rate and weight are searched: bf16, w4g128 for 4 bits or more, w2g128 for the others."""
+        return "bf16" if self.setting == "bf16" else "w4g128" if self.setting[:2] in ("w4", "w8") else "w2g128"
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the study. photos: used of each part; rows: of the one training set; rates: searched."""
+    """A size of the study. photos: used of each part; rows: of the one training set; rates: searched; weights: how many of a
+    method's weights are searched, the last ones.
+    """
 
     teacher: Shape
     student: Shape
@@ -183,6 +135,7 @@ class Size:
     batch: int
     rates: tuple[float, ...]
     seeds: int
+    weights: int = 0
     calibration: int = 512
 
 
@@ -191,7 +144,7 @@ SIZES: dict[str, Size] = {
         Shape(640, 8, 1792), Shape(256, 4, 640), {"teacher": 20000, "student": 2048, "validation": 1024, "test": 3200},
         tower_steps=600, teacher_steps=1600, teacher_batch=256, teacher_rate=6e-4,
         student_steps=1000, student_batch=256, student_rate=1.5e-3, rows=16384, test_rows=15000, validation_rows=5000,
-        steps=1000, batch=256, rates=(6e-4, 1.8e-3, 5.4e-3), seeds=5,
+        steps=1000, batch=256, rates=(2e-4, 6e-4, 1.8e-3, 3.1e-3, 5.4e-3, 9.4e-3), seeds=5, weights=3,
     ),
     "cpu": Size(
         Shape(128, 3, 256), Shape(128, 2, 128), {"teacher": 2000, "student": 512, "validation": 256, "test": 512},
@@ -203,7 +156,7 @@ SIZES: dict[str, Size] = {
         Shape(128, 2, 128), Shape(128, 2, 128), {"teacher": 200, "student": 100, "validation": 60, "test": 200},
         tower_steps=2, teacher_steps=3, teacher_batch=8, teacher_rate=1e-3,
         student_steps=3, student_batch=8, student_rate=1e-3, rows=32, test_rows=40, validation_rows=20,
-        steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, calibration=8,
+        steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, weights=1, calibration=8,
     ),
 }  # fmt: skip
 
@@ -211,8 +164,7 @@ _PAIR = [Row("pair", "tower", 0), Row("pair", "teacher", 0)]
 _MAIN = ("w2g128", "bf16", "w4g128")
 _ABLATED = (
     "grace-kl", "grace-norelation", "grace-nogate", "grace-frozen", "relation", "grace-beta1.0", "grace-beta0.3",
-    "grace-scales", "grace-relation10", "grace-k2", "grace-k5", "grace-beta2.0", "grace-beta0.1", "kl-w3", "kl-w10",
-    "grace-calibration",
+    "grace-default", "grace-minmax", "grace-k2", "grace-k5", "grace-scales", "grace-beta2.0", "grace-beta0.1", "grace-k10",
     "grace-steps0.4", "kl-steps0.4", "ce-steps0.4", "grace-rows4096", "kl-rows4096", "ce-rows4096", "grace-max4",
     "grace-beta4.0", "grace-rows1024", "grace-steps0.1",
 )  # fmt: skip
@@ -223,12 +175,15 @@ _SIZED = (
 
 
 def group_of_rows(name: str, size: Size) -> list[Row]:
-    """The rows that a word stands for ("main", "post", "ablation", "subset"), or the one row of that name."""
+    """The rows that a word stands for ("main", "post", "others", "ablation", "subset"), or the one row of that name."""
     seeds = range(size.seeds)
     if name == "main":
         pair = [*_PAIR, *(Row("pair", "student", seed) for seed in seeds)]
         trained = [Row(s, m, seed) for s in _MAIN for seed in seeds for m in ("grace", "kl", "ce")]
         return [*pair, *trained]
+    if name == "others":
+        others = ("grace-calibration", "torchao", "modelopt")
+        return [Row(s, m, seed) for m in others for s in ("w4g128", "w2g128") for seed in seeds]
     if name == "post":
         two = range(min(2, size.seeds))
         rounded = [Row(s, "rtn", seed) for s in ("w3g128", "w3row", "w4row", "w2row", "w8g128") for seed in two]

@@ -25,19 +25,23 @@ NAMES = {
     "student": "student BF16", "teacher": "teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
     "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
     "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
-    "grace+gptq": "BF16 + GRACE, then GPTQ",
+    "grace+gptq": "BF16 + GRACE, then GPTQ", "torchao": "torchao QAT", "modelopt": "ModelOpt QAT + plain KL",
+    "grace-calibration": "GRACE on 512 rows, a tenth of the steps",
 }  # fmt: skip
-ORDER = ("rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "ce", "kl", "grace")
+ORDER = (
+    "rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "torchao", "modelopt", "ce", "kl",
+    "grace-calibration", "grace",
+)  # fmt: skip
 PARTS = {
-    "grace-beta": "beta fixed at", "grace-k": "gate sharpness", "grace-relation": "weight of the relation",
-    "kl-w": "plain KL of weight", "grace-max": "controller with beta up to", "grace-steps": "share of the steps:",
+    "grace-beta": "beta fixed at", "grace-k": "gate sharpness",
+    "grace-max": "controller with beta up to", "grace-steps": "share of the steps:",
     "kl-steps": "plain KL, share of the steps:", "ce-steps": "QAT alone, share of the steps:",
     "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:", "ce-rows": "QAT alone, training rows:",
 }  # fmt: skip
 CHANGED = {
     "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
     "grace-frozen": "scales not learned", "grace-scales": "scales and norms alone learned", "relation": "relation alone",
-    "grace-calibration": "512 rows, a tenth of the steps, rate not searched for it", "grace": "GRACE",
+    "grace-default": "relation at its default weight", "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
 }  # fmt: skip
 Groups = dict[tuple[str, str], Group]
 
@@ -127,7 +131,8 @@ def ablation_table(groups: Groups) -> list[str]:
         bound = [record["controller"].get("share_at_bound") for record in group.records if record.get("controller")]
         pinned = f"{100 * max(bound):.0f} %" if bound and None not in bound else ""
         lines.append(f"| {label} | {_spread(group)} | {len(group.seeds)} | {compare(group, grace)} | {pinned} |")
-    head = ["", "## Ablations, 2 bits", "", "Rates are those found for GRACE (for `kl-*`, for plain KL).", ""]
+    told = "Rate and weight are those found for GRACE (plain KL and QAT alone have their own)."
+    head = ["", "## Ablations, 2 bits", "", told, ""]
     head += [
         "| | accuracy % ± sd | seeds | minus GRACE at group 128, points | steps at a bound |",
         "|---|---|---|---|---|",
@@ -136,18 +141,23 @@ def ablation_table(groups: Groups) -> list[str]:
 
 
 def search_table(records: list[dict[str, Any]]) -> list[str]:
-    """Validation accuracy of every rate."""
-    found: dict[tuple[str, str], dict[float, float]] = {}
+    """Validation accuracy of every rate, and of every weight at the best rate."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    columns: dict[str, tuple[bool, float]] = {}
     for record in records:
         if record.get("part") == "validation" and "failed" not in record:
-            found.setdefault((record["setting"], record["method"]), {})[record["rate"]] = 100 * record["accuracy"]
+            rate, weight = record["rate"], record.get("weight")
+            tried = f"{rate:g}" if weight is None else f"weight {weight:g}"
+            columns[tried] = (weight is not None, rate if weight is None else weight)
+            found.setdefault((record["setting"], record["method"]), {})[tried] = 100 * record["accuracy"]
     if not found:
         return []
-    rates = sorted({rate for several in found.values() for rate in several})
-    lines = ["", "## Search of the learning rate", "", "Seed 0, validation accuracy, percent.", ""]
-    lines += ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    order = sorted(columns, key=lambda tried: columns[tried])
+    told = "Seed 0, validation accuracy, percent: rates at the default weight, then weights at the best rate (of the relation; "
+    lines = ["", "## Search", "", told + "of KL for the methods without one)."]
+    lines += ["", "| | " + " | ".join(order) + " |", "|---|" + "---|" * len(order)]
     for (setting, method), several in sorted(found.items()):
-        cells = " | ".join(f"{several[rate]:.2f}" if rate in several else "" for rate in rates)
+        cells = " | ".join(f"{several[tried]:.2f}" if tried in several else "" for tried in order)
         lines.append(f"| {SHOWN[setting]}: {name_of(setting, method)} | {cells} |")
     return lines
 

@@ -21,12 +21,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.divergence import PlainObjective
+from benchmarks.accuracy.methods import Method
+from benchmarks.accuracy.others import prepare
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
 from benchmarks.accuracy.scenes import Album, Rows
-from benchmarks.accuracy.study import SETTINGS, Method
+from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer import PARAMETER, attach
+from grace_plugin.quantizer import PARAMETER, Attached, attach
 from grace_plugin.vlm import family_of, matches
 
 __all__ = ["from_scratch", "learn", "order_of"]
@@ -99,6 +101,21 @@ def from_scratch(
             log(f"step {step + 1} of {steps}: loss {loss.item():.4f}, naming {extra.item():.4f}")
 
 
+def _quantize(
+    model: Any, method: Method, setting: str, stored: torch.dtype
+) -> tuple[tuple[Attached, ...], Callable[[], None]]:
+    """Fake quantization on the decoder's linears: GRACE's scales, or another library's and what bakes it in the end."""
+    form = SETTINGS[setting]
+    if form is None:
+        return (), lambda: None
+    ignored = family_of(model).quantization_ignore()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not matches(n, ignored)}
+    if method.quantizer != "grace":
+        return (), prepare(method.quantizer, model, layers, *form)
+    start: Any = {} if method.start == "search" else {"candidates": 1, "low": 1.0, "high": 1.0}
+    return (attach(layers, num_bits=form[0], group_size=form[1], stored_dtype=stored, **start),), lambda: None
+
+
 def learn(
     model: Any, teacher: Any, method: Method, setting: str, rows: Rows, album: Album, text: Text, *, order: np.ndarray,
     rate: float,
@@ -107,19 +124,15 @@ def learn(
     codes and scales by layer.
 
     order: row numbers of each step, [steps, B]. The model ends with `code * scale` in its weights where it was quantized, all
-    parameters in bfloat16.
+    parameters in bfloat16 (float16 at 8 bits, whose products bfloat16 does not hold).
     """
     device, steps = album.pixels.device, len(order)
-    family, form = family_of(model), SETTINGS[setting]
     distill, relational, controller = method.blocks()
-    attached = ()
-    if form is not None:
-        ignored = family.quantization_ignore()
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not matches(n, ignored)}
-        attached = (attach(layers, num_bits=form[0], group_size=form[1]),)
+    stored = torch.float16 if (SETTINGS[setting] or (0,))[0] == 8 else torch.bfloat16
+    attached, bake = _quantize(model, method, setting, stored)
     objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
     objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=attached)
-    if not method.weights:
+    if method.scales_alone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and (parameter.ndim == 1 or name.endswith(PARAMETER)))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -150,4 +163,5 @@ def learn(
             now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}
             trace.append({"step": step, **{name: round(value, 5) for name, value in now.items()}})
     said = {"trace": trace, "controller": objective.controller_logs(), "skipped": objective.nonfinite_steps}
-    return said, objective.finalize(torch.bfloat16)
+    bake()
+    return said, objective.finalize(stored)

@@ -1,17 +1,11 @@
-"""Making a row: what a process needs for it, and the queue that gives rows to processes.
-
-Small models leave a GPU idle between kernels, so many processes share it; each keeps photographs, questions and the teacher's
-states on the device. Rows wait for what they need (the pair, the search of their rate) and are made in the order asked.
-"""
+"""Making a row: what a process keeps between rows, and how each kind of row is made."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +15,15 @@ import torch
 
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
+from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.photos import Photos, load
 from benchmarks.accuracy.rows import Store, scored
 from benchmarks.accuracy.scenes import Album, Rows, draw
-from benchmarks.accuracy.study import METHODS, Row, Size
+from benchmarks.accuracy.study import Row, Size
 from benchmarks.accuracy.train import from_scratch, learn, order_of
 from grace_plugin.data import SAMPLE_KEY
 
-__all__ = ["Work", "make_all"]
+__all__ = ["Work"]
 
 TRAIN_SEED, TEST_SEED, VALIDATION_SEED, TEACHER_SEED = 101, 202, 303, 404
 
@@ -87,8 +82,11 @@ class Work:
         return self.computing(model)
 
     def computing(self, model: Any) -> Any:
-        """The model on the device in the type it computes in."""
-        return model.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        """The model on the device in the type it computes in: that of its weights on a GPU, float32 ones in bfloat16."""
+        dtype = next(model.parameters()).dtype
+        if self.device.type != "cuda":
+            return model.to(self.device, torch.float32)
+        return model.to(self.device, torch.bfloat16 if dtype == torch.float32 else dtype)
 
     def score(self, model: Any, part: str) -> dict[str, Any]:
         """Entries of a record for the part's questions."""
@@ -143,31 +141,45 @@ class Work:
         seen = score(model, own, self.text, self.albums["student"])
         return entries | {"training_rows_accuracy": float(seen.mean())} | self.score(model, "test")
 
-    def rate(self, row: Row) -> tuple[float, dict[str, float]]:
-        """The rate of a row: its own in a search, else the one with the best validation accuracy in its method's search."""
+    def found(self, row: Row) -> tuple[float, float | None, dict[str, float]]:
+        """Rate and weight of a row (None: the method's default) and the search they come from, accuracy by what was tried.
+
+        A row of the search has its own; any other has the rate, then the weight, of the best validation accuracy.
+        """
         if row.rate is not None:
-            return row.rate, {}
-        found: dict[float, float] = {}
-        for rate in self.size.rates:
-            record = self.store.read(Row(row.search_setting, METHODS[row.method].searched, 0, rate))
-            if record is not None and "failed" not in record:
-                found[rate] = record["accuracy"]
-        return max(found, key=lambda rate: found[rate]), {f"{rate:g}": value for rate, value in found.items()}
+            return row.rate, None, {}
+        rates, weights = (
+            {
+                one: record["accuracy"]
+                for one in rows
+                if "failed" not in (record := self.store.read(one) or {"failed": ""})
+            }
+            for rows in (row.rates(self.size), row.weights(self.size))
+        )
+        best = max(rates, key=lambda one: rates[one])
+        assert best.rate is not None
+        said = {f"{one.rate:g}": value for one, value in rates.items()}
+        if row.weight is not None:
+            return best.rate, row.weight, said
+        better = max(weights, key=lambda one: weights[one], default=None)
+        weight = better.weight if better is not None and weights[better] > rates[best] else None
+        return best.rate, weight, said | {f"w{one.weight:g}": value for one, value in weights.items()}
 
     def _trained(self, row: Row) -> dict[str, Any]:
-        size, method = self.size, METHODS[row.method]
-        rate, search = self.rate(row)
+        size = self.size
+        rate, weight, search = self.found(row)
+        method = METHODS[row.method].weighed(weight)
         model = self.open(Row("pair", "student", row.seed)).float()
         steps = round(method.steps * size.steps)
         order = order_of(row.seed, min(method.rows or size.rows, size.rows), steps, size.batch)
         begun = time.time()
         teacher, rows, album = self.teacher if method.taught else None, self.rows["student"], self.albums["student"]
         said, frozen = learn(model, teacher, method, row.setting, rows, album, self.text, order=order, rate=rate)
-        said |= {"rate": rate, "search": search, "steps": steps, "photos": size.photos["student"]}
+        said |= {"rate": rate, "weight": weight, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun
         if row.kept:
             model = self._keep(model, row, frozen)
-        return said | self.score(model, "test" if row.rate is None else "validation")
+        return said | self.score(model, "validation" if row.searching else "test")
 
     def _keep(self, model: Any, row: Row, frozen: Any) -> Any:
         """Write a trained student as the checkpoint that ships and read it back: what is scored is what lies on disk."""
@@ -197,53 +209,3 @@ class Work:
         said = self.score(self._open(folder), "test")
         shutil.rmtree(folder)
         return said
-
-
-_WORK: list[Work] = []
-
-
-def _begin(*arguments: Any) -> None:
-    torch.set_num_threads(1)
-    _WORK.append(Work(*arguments))
-
-
-def _make(row: Row) -> Row:
-    _WORK[0].make(row)
-    return row
-
-
-def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers: int, until: float) -> list[Row]:
-    """Make rows and what they need, in `workers` processes; none is begun after the time `until`. Returns what is left."""
-    size, store = arguments[:2]
-    left: list[Row] = []
-
-    def there(row: Row) -> bool:
-        return store.done(row) and (not row.kept or (arguments[2] / row.name.replace("/", "-")).is_dir())
-
-    def add(row: Row) -> None:
-        for need in row.needs(size):
-            if not there(need):
-                add(need)
-        if row not in left:
-            left.append(row)
-
-    for row in rows:
-        if not store.done(row):
-            add(row)
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[Row], Row] = {}
-    with ProcessPoolExecutor(workers, context, _begin, arguments) as pool:
-        while left or running:
-            ready = [row for row in left if all(there(need) for need in row.needs(size))]
-            for row in ready[: workers - len(running)] if time.time() < until else []:
-                left.remove(row)
-                running[pool.submit(_make, row)] = row
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                row = running.pop(future)
-                future.result()
-                record = store.read(row) or {}
-                shown = record["failed"].splitlines()[-1] if "failed" in record else f"{100 * record['accuracy']:.2f} %"
-                print(f"{row.name}: {shown}, {record['seconds']:.0f} s", flush=True)
-    return left

@@ -21,6 +21,7 @@ from torch import nn
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import TrainingRows, training_rows
@@ -80,7 +81,7 @@ def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[s
     except TypeError as error:
         raise ValueError(f"not an argument of train() or of transformers.TrainingArguments: {error}") from error
     check_optimizer(arguments)
-    return arguments
+    return one_gpu(arguments)
 
 
 def _total_steps(arguments: Any, rows: int | None) -> int:

@@ -27,6 +27,7 @@ from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.host import Reading, moved
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
+from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.stream_loader import StreamLoader
 from grace_plugin.vlm import VISUAL_RUNS
@@ -71,6 +72,8 @@ class GraceTrainer(Trainer):
             asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
         if asked is not None and stream is not None:
             asked.ignore_data_skip = True  # a stream finds its place itself
+        if asked is not None:
+            one_gpu(asked)
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True

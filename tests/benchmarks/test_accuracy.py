@@ -14,14 +14,16 @@ from PIL import Image
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
 from benchmarks.accuracy.divergence import PlainObjective
+from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.photos import CLASSES, Photos, load, pack
+from benchmarks.accuracy.pool import make_all
 from benchmarks.accuracy.rows import Store, answers_of, scored
 from benchmarks.accuracy.scenes import NUMBERS, PLURALS, TYPES, Album, compose, draw, sentences
 from benchmarks.accuracy.served import questions_of
 from benchmarks.accuracy.statistics import Group, compare
-from benchmarks.accuracy.study import METHODS, SIZES, Row, group_of_rows
+from benchmarks.accuracy.study import SIZES, Row, group_of_rows
 from benchmarks.accuracy.table import write_table
-from benchmarks.accuracy.work import Work, make_all
+from benchmarks.accuracy.work import Work
 from grace_plugin.artifact.verify import load as load_checkpoint
 from grace_plugin.objective import GraceObjective
 
@@ -196,7 +198,8 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
     assert make_all(asked, arguments, workers=1, until=0.0) == []  # nothing is left, nothing is made again
     assert before == {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
-    for name in ("w2g128/grace-scales/0", "w4g128/kl+rtn/0", "w2g128/grace-rows1024/0"):
+    further = ("grace-scales", "grace-rows1024", "grace-minmax", "torchao", "modelopt")
+    for name in ("w4g128/kl+rtn/0", "w8g128/grace/0", *(f"w2g128/{method}/0" for method in further)):
         make(Row.parse(name))
         assert "failed" not in (store.read(Row.parse(name)) or {"failed"}), store.read(Row.parse(name))
     shipped = load_checkpoint(work.checkpoint(asked[-1]))
@@ -206,5 +209,5 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     text = write_table(store, tmp_path, readme=False)
     assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
     grace = json.loads(store.file(asked[0]).read_text())
-    assert set(grace["search"]) == {"0.001", "0.002"} and re.fullmatch(r"[\w.-]+", grace["revision"])
+    assert set(grace["search"]) == {"0.001", "0.002", "w30"} and re.fullmatch(r"[\w.-]+", grace["revision"])
     assert grace["trace"][0]["gdkd"] > 0 and scored(answers_of(grace), work.rows["test"])["by_type"] == grace["by_type"]

@@ -1,0 +1,98 @@
+"""The methods that are compared: what each changes of GRACE's recipe, and the search it is given.
+
+Every trained method is searched alike: six learning rates at the weight its recipe has by default, then, for those that have
+a term with a weight, three other weights at the best rate; seed 0, validation questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe
+
+__all__ = ["AFTER", "METHODS", "OFF", "POST", "Method"]
+
+POST = ("rtn", "gptq", "awq", "autoround")
+#: BF16 students trained first and rounded after, the way to a quantized student without quantization-aware training
+AFTER = tuple(f"{base}+{post}" for base in ("kl", "grace") for post in ("rtn", "gptq"))
+OFF: dict[str, Any] = {"enabled": False}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trained method: the blocks of its recipe, and what is not in a recipe.
+
+    plain: KL in place of the decoupled divergence. quantizer: whose fake quantization, "grace", "torchao" or "modelopt".
+    learned_scales: else they stay at their start. start: of the scales, "search" (least squared error) or "minmax".
+    scales_alone: weights are not trained. steps: share of the study's steps. rows: of the training set, from its start; None is
+    all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is none), searched
+    beside the default. tuned: take the weight that was found, else the default.
+    """
+
+    distill: dict[str, Any] = field(default_factory=dict)
+    relational: dict[str, Any] = field(default_factory=dict)
+    controller: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    quantizer: str = "grace"
+    learned_scales: bool = True
+    start: str = "search"
+    scales_alone: bool = False
+    steps: float = 1.0
+    rows: int | None = None
+    searched: str = ""
+    weights: tuple[float, ...] = ()
+    tuned: bool = True
+
+    @property
+    def taught(self) -> bool:
+        """Whether it reads the teacher."""
+        return self.distill != OFF or self.relational != OFF
+
+    def weighed(self, weight: float | None) -> Method:
+        """The method with another weight of its relation, or of its KL where it has no relation; None leaves it."""
+        if weight is None or not self.tuned:
+            return self
+        if self.relational != OFF:
+            return replace(self, relational={**self.relational, "weight": weight})
+        return replace(self, controller=_fixed(weight)) if self.searched in _OF_KL else self
+
+    def blocks(self) -> tuple[DistillRecipe, RelationalRecipe, ControllerRecipe]:
+        """The recipe's blocks."""
+        return DistillRecipe(**self.distill), RelationalRecipe(**self.relational), ControllerRecipe(**self.controller)
+
+
+def _fixed(beta: float) -> dict[str, Any]:
+    return {"enabled": False, "beta_min": 0.0, "beta_max": 100.0, "beta_start": beta}
+
+
+_OF_KL, _KL_WEIGHTS, _RELATION_WEIGHTS = ("kl", "modelopt"), (0.3, 3.0, 10.0), (1.0, 10.0, 30.0)
+_CE = Method(OFF, OFF, OFF, searched="ce")
+_KL = Method({"gate_sharpness": 0.0}, OFF, _fixed(1.0), plain=True, searched="kl", weights=_KL_WEIGHTS)
+_GRACE = Method(searched="grace", weights=_RELATION_WEIGHTS)
+
+METHODS: dict[str, Method] = {
+    "ce": _CE,  # fine-tuning in bf16, QAT alone in the others
+    "kl": _KL,
+    "grace": _GRACE,
+    "torchao": replace(_CE, quantizer="torchao", searched="torchao"),
+    "modelopt": replace(_KL, quantizer="modelopt", searched="modelopt"),
+    "grace-calibration": replace(_GRACE, steps=0.1, rows=512, searched="grace-calibration"),  # what `oneshot` is given
+    "grace-default": replace(_GRACE, tuned=False),
+    "grace-nogate": replace(_GRACE, distill={"gate_sharpness": 0.0}),
+    "grace-k2": replace(_GRACE, distill={"gate_sharpness": 2.0}),
+    "grace-k5": replace(_GRACE, distill={"gate_sharpness": 5.0}),
+    "grace-k10": replace(_GRACE, distill={"gate_sharpness": 10.0}),
+    "grace-kl": replace(_GRACE, plain=True),
+    "grace-norelation": replace(_GRACE, relational=OFF),
+    "relation": replace(_GRACE, distill=OFF),
+    "grace-frozen": replace(_GRACE, learned_scales=False),
+    "grace-minmax": replace(_GRACE, start="minmax"),
+    **{f"grace-beta{beta}": replace(_GRACE, controller=_fixed(beta)) for beta in (0.1, 0.3, 0.55, 1.0, 2.0, 4.0)},
+    "grace-max4": replace(_GRACE, controller={"beta_max": 4.0}),
+    "grace-scales": replace(_GRACE, scales_alone=True),
+    **{f"grace-steps{share:g}": replace(_GRACE, steps=share) for share in (0.1, 0.4)},
+    "kl-steps0.4": replace(_KL, steps=0.4), "ce-steps0.4": replace(_CE, steps=0.4),
+    **{f"grace-rows{rows}": replace(_GRACE, rows=rows) for rows in (1024, 4096)},
+    "kl-rows4096": replace(_KL, rows=4096), "ce-rows4096": replace(_CE, rows=4096),
+}  # fmt: skip
