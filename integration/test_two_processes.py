@@ -20,6 +20,7 @@ from tests.pairs import Pair, pair
 
 LIMIT_SECONDS = 300
 ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 ONE_STEP = [name for name in two_workers.SCENARIOS if name not in ("not_finite_on_rank_1", "no_image_and_no_label")]
 
 
@@ -39,7 +40,7 @@ def two(llava: Pair, folder: Path) -> list[dict[str, Any]]:
     out = folder / "two"
     out.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, "-m", "integration.two_workers", str(folder / "pair"), str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,

@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import cycle
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,20 @@ __all__ = ["make_all"]
 _WORK: list[Work] = []
 
 
-def _begin(counter: Any, devices: int, *arguments: Any) -> None:
-    """Start a process: one thread, one of the GPUs in turn, before CUDA is first touched."""
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
-    if devices > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+class _InTurn(SpawnContext):
+    """Processes that see one GPU each, in turn. It is in the environment they start with: imports alone may look for GPUs."""
+
+    def __init__(self, devices: int) -> None:
+        super().__init__()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        self.names = cycle(named if len(named) == devices else map(str, range(devices)))
+
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802 - the name that ProcessPoolExecutor calls
+        os.environ["CUDA_VISIBLE_DEVICES"] = next(self.names)
+        return super().Process(*args, **kwargs)
+
+
+def _begin(*arguments: Any) -> None:
     torch.set_num_threads(1)
     _WORK.append(Work(*arguments))
 
@@ -61,10 +71,10 @@ def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers:
     for row in rows:
         if not store.done(row):
             add(row)
-    context = multiprocessing.get_context("spawn")
+    devices = torch.cuda.device_count()
+    context = _InTurn(devices) if devices > 1 else multiprocessing.get_context("spawn")
     running: dict[Future[Row], Row] = {}
-    started = (context.Value("i", 0), torch.cuda.device_count(), *arguments)
-    with ProcessPoolExecutor(workers, context, _begin, started) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, arguments) as pool:
         while left or running:
             ready = [row for row in left if all(there(need) or given_up(need) for need in row.needs(size))]
             for row in ready[: workers - len(running)] if time.time() < until else []:
