@@ -111,6 +111,7 @@ def scenario(pair: Pair, name: str, folder: Path) -> list[dict[str, Any]]:
     with create_session() as session:
         session.initialize(recipe=modifier, model=student, copy_data=False, processors=(processor, None))
         watch = Watch()
+        modifier.teacher_to(arguments.device)
         objective = modifier.begin(arguments.max_steps)
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=data, data_collator=Collator(processor), objective=objective,

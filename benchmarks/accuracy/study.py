@@ -169,7 +169,7 @@ _ABLATED = (
     "grace-beta4.0", "grace-rows1024", "grace-steps0.1",
 )  # fmt: skip
 _SIZED = (
-    *((s, "grace") for s in ("w2g32", "w2row", "w8g128")), *(("w3row", m) for m in ("grace", "kl", "ce")),
+    *((s, "grace") for s in ("w2g32", "w2row")), *(("w3row", m) for m in ("grace", "kl", "ce")),
     ("w2row", "grace-frozen"), ("w2g64", "grace"),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import nn
 
 from grace_plugin.artifact.layout import (
@@ -64,6 +65,8 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
     def write(folder: Path, **kwargs: Any) -> None:
         probe, device = modifier.objective.probe, next(model.parameters()).device.type
         logits = probe_logits(model, probe) if probe is not None else None
+        if device != "cpu" and dist.is_available() and dist.is_initialized():
+            model.to("cpu")  # upstream gives every rank rank 0's GPU afterwards, and NCCL would wait for ever
         compressed_save(str(folder), **kwargs)
         if not is_writer():
             return
