@@ -24,7 +24,8 @@ class Method:
     """A trained method: the blocks of its recipe, and what is not in a recipe.
 
     plain: KL in place of the decoupled divergence. quantizer: whose fake quantization, "grace", "torchao" or "modelopt".
-    learned_scales: else they stay at their start. start: of the scales, "search" (least squared error) or "minmax".
+    scale_rate: of the scales relative to the weights'; 0 leaves them at their start. start: "search" (least squared error) or
+    "minmax".
     scales_alone: weights are not trained. steps: share of the study's steps. rows: of the training set, from its start; None is
     all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is none), searched
     beside the default. tuned: take the weight that was found, else the default.
@@ -35,7 +36,7 @@ class Method:
     controller: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
     quantizer: str = "grace"
-    learned_scales: bool = True
+    scale_rate: float = 10.0
     start: str = "search"
     scales_alone: bool = False
     steps: float = 1.0
@@ -86,7 +87,9 @@ METHODS: dict[str, Method] = {
     "grace-kl": replace(_GRACE, plain=True),
     "grace-norelation": replace(_GRACE, relational=OFF),
     "relation": replace(_GRACE, distill=OFF),
-    "grace-frozen": replace(_GRACE, learned_scales=False),
+    **{f"{name}-frozen": replace(method, scale_rate=0.0) for name, method in (("grace", _GRACE), ("kl", _KL))},
+    **{f"grace-scalerate{times:g}": replace(_GRACE, scale_rate=times) for times in (1.0, 3.0)},
+    "kl-scalerate1": replace(_KL, scale_rate=1.0),
     "grace-minmax": replace(_GRACE, start="minmax"),
     **{f"grace-beta{beta}": replace(_GRACE, controller=_fixed(beta)) for beta in (0.1, 0.3, 0.55, 1.0, 2.0, 4.0)},
     "grace-max4": replace(_GRACE, controller={"beta_max": 4.0}),

@@ -166,7 +166,7 @@ _ABLATED = (
     "grace-kl", "grace-norelation", "grace-nogate", "grace-frozen", "relation", "grace-beta1.0", "grace-beta0.3",
     "grace-default", "grace-minmax", "grace-k2", "grace-k5", "grace-scales", "grace-beta2.0", "grace-beta0.1", "grace-k10",
     "grace-steps0.4", "kl-steps0.4", "ce-steps0.4", "grace-rows4096", "kl-rows4096", "ce-rows4096", "grace-max4",
-    "grace-beta4.0", "grace-rows1024", "grace-steps0.1",
+    "grace-beta4.0", "grace-rows1024", "grace-steps0.1", "grace-scalerate1", "grace-scalerate3", "kl-frozen", "kl-scalerate1",
 )  # fmt: skip
 _SIZED = (
     *((s, "grace") for s in ("w2g32", "w2row")), *(("w3row", m) for m in ("grace", "kl", "ce")),

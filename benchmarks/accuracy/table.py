@@ -34,13 +34,16 @@ ORDER = (
 )  # fmt: skip
 PARTS = {
     "grace-beta": "beta fixed at", "grace-k": "gate sharpness",
-    "grace-max": "controller with beta up to", "grace-steps": "share of the steps:",
+    "grace-scalerate": "rate of the scales over the weights' (10 by default):",
+    "kl-scalerate": "plain KL, rate of the scales over the weights':", "grace-max": "controller with beta up to",
+    "grace-steps": "share of the steps:",
     "kl-steps": "plain KL, share of the steps:", "ce-steps": "QAT alone, share of the steps:",
     "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:", "ce-rows": "QAT alone, training rows:",
 }  # fmt: skip
 CHANGED = {
     "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
-    "grace-frozen": "scales not learned", "grace-scales": "scales and norms alone learned", "relation": "relation alone",
+    "grace-frozen": "scales not learned", "kl-frozen": "plain KL, scales not learned",
+    "grace-scales": "scales and norms alone learned", "relation": "relation alone",
     "grace-default": "relation at its default weight", "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
 }  # fmt: skip
 Groups = dict[tuple[str, str], Group]

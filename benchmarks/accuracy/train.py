@@ -35,7 +35,6 @@ __all__ = ["from_scratch", "learn", "order_of"]
 
 NAMING = 0.5  # weight at the start of the loss that names the photograph under each visual token, in `from_scratch`
 Frozen = dict[str, tuple[Tensor, Tensor]]  # codes and scales by layer
-SCALE_RATE = 10.0  # rate of the scales relative to the weights', the recipe's default
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -137,8 +136,7 @@ def learn(
             parameter.requires_grad_(parameter.requires_grad and (parameter.ndim == 1 or name.endswith(PARAMETER)))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     weights, scales = ([p for n, p in named if n.endswith(PARAMETER) == wanted] for wanted in (False, True))
-    scale_rate = SCALE_RATE if method.learned_scales else 0.0
-    groups = [{"params": weights, "times": 1.0}, *([{"params": scales, "times": scale_rate}] if scales else [])]
+    groups = [{"params": weights, "times": 1.0}, *([{"params": scales, "times": method.scale_rate}] if scales else [])]
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
     model.train()
     trace: list[dict[str, float]] = []
