@@ -5,7 +5,8 @@ the tokens they have when served, whatever the chat template, no token id stands
 and its answer can merge away. Nothing is truncated silently: a row longer than `max_length` is an error that says what
 would be cut.
 
-Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is.
+Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is. Conversations and texts that repeat are
+rendered and tokenised once (`recent.py`), so the processor must not be changed once a collator was made of it.
 
 Packed, the rows of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each row and
 there is no attention mask, from which transformers keeps the rows apart (a block-diagonal mask for SDPA and eager, variable
@@ -17,7 +18,6 @@ Legend: B batch, S longest row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,41 +28,23 @@ from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.data.recent import Recent
 from grace_plugin.data.runs import visual_runs
-from grace_plugin.data.segments import Segmenter
-from grace_plugin.data.video import Video
+from grace_plugin.data.segments import Segment, Segmenter
+from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Tokens
 from grace_plugin.vlm import VISUAL_RUNS
 
-__all__ = ["ConversationCollator", "Piece"]
+__all__ = ["IGNORE_INDEX", "ConversationCollator", "Piece"]
 
-IGNORE_INDEX = -100
-_ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
-
-
-@dataclass
-class Piece:
-    """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
-
-    row: int
-    text: str
-    learned: bool
-    images: list[Any] = field(default_factory=list)
-    videos: list[Video] = field(default_factory=list)
-    before: str = ""
-    prefix: list[int] = field(default_factory=list)
-    ids: dict[str, Tensor] = field(default_factory=dict)
-
-    def labels(self) -> Tensor:
-        """int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
-        ids = self.ids["input_ids"]
-        return ids if self.learned else torch.full_like(ids, IGNORE_INDEX)
+TOGETHER = 2**21
+"""Pixels of a batch up to which its images of one size are processed as one tensor: faster as long as they fit a cache."""
 
 
 class ConversationCollator:
     """Callable that turns rows into a right-padded batch.
 
     Args:
-        processor: a transformers processor with a chat template.
+        processor: a transformers processor with a chat template; not to be changed from then on.
         max_length: longest row in tokens, visual tokens included; None for no limit.
         max_pixels: largest image in pixels; None for no limit.
         keys: put each row's `sample_key` into the batch, a list of strings that no model takes.
@@ -78,6 +60,8 @@ class ConversationCollator:
         self.processor = processor
         self.max_length, self.max_pixels, self.keys, self.packed = max_length, max_pixels, keys, packed
         self.segmenter = Segmenter(processor)
+        self._tokens = Tokens(self.segmenter)
+        self._recent: Recent[list[Segment]] = Recent()
         pad = processor.tokenizer.pad_token_id
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
@@ -102,11 +86,11 @@ class ConversationCollator:
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
         batch: dict[str, Any] = {}
         if pictured:
-            batch = self._tokenise(pictured, self.processor, **self._pixels(pictured))
+            batch |= self._tokens.pictured(pictured, self._pixels(pictured))
             if any(piece.videos for piece in pictured) and "pixel_values_videos" not in batch:  # frames stand as images
                 batch[VISUAL_RUNS] = visual_runs(pictured, self.segmenter.placeholders)
         if plain:
-            self._tokenise(plain, self.processor.tokenizer)
+            self._tokens.plain(plain)
         for own, row in zip(text, rows, strict=True):
             self.check_length(row.name, sum(len(piece.ids["input_ids"]) for piece in own))
         keys = [
@@ -154,7 +138,7 @@ class ConversationCollator:
                 piece.text = parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
         waiting = [piece for piece in pieces if not piece.ids]
         if waiting:
-            self._tokenise(waiting, self.processor.tokenizer)
+            self._tokens.plain(waiting)
         return [len(piece.ids["input_ids"]) for piece in pieces]
 
     def _join(self, rows: list[list[Tensor]], key: str) -> Tensor:
@@ -171,6 +155,8 @@ class ConversationCollator:
         if videos:
             images = [image for own in images for image in own]
         given: dict[str, Any] = {"images": images} if any(piece.images for piece in pieces) else {}
+        if sum(image.width * image.height for piece in pieces for image in piece.images) <= TOGETHER:
+            given["disable_grouping"] = False
         if videos:
             given["videos"] = [video.frames for video in videos]
             given["do_sample_frames"] = False
@@ -179,55 +165,26 @@ class ConversationCollator:
             ]
         return given
 
+    def _segments(self, row: Row) -> list[Segment]:
+        """The row's segments, remembered by what the row says."""
+        said = repr((row.messages, len(row.images), len(row.videos)))
+        found = self._recent.get(said)
+        if found is None:
+            found = self.segmenter.segments(row)
+            self._recent.put(said, found, len(said))
+        return found
+
     @cached_property
-    def _prefixes_space(self) -> bool:
-        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a row."""
-        tokenizer = self.processor.tokenizer
-        tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-        return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
-
-    def _tokenise(self, pieces: list[Piece], tokenizer: Any, **pixels: Any) -> dict[str, Any]:
-        """Fill the pieces' ids (padding and anchors taken off again); returns what belongs to the pixels."""
-        anchors = [self._anchor(piece) for piece in pieces]
-        out = dict(
-            tokenizer(
-                text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)], padding=True,
-                padding_side="right", add_special_tokens=False, return_tensors="pt", **pixels,
-            )
-        )  # fmt: skip
-        lengths = out.pop("attention_mask").sum(dim=1).tolist()
-        along = {key: out.pop(key) for key in _ALONG_SEQUENCE if key in out}
-        for number, (piece, length, anchor) in enumerate(zip(pieces, lengths, anchors, strict=True)):
-            skip = len(self._ids(anchor)) if anchor else 0
-            piece.ids = {key: value[number, skip:length] for key, value in along.items()}
-            if piece.prefix:
-                piece.ids = {
-                    key: torch.cat([torch.tensor(piece.prefix) * (key == "input_ids"), value])
-                    for key, value in piece.ids.items()
-                }
-        return {key: value for key, value in out.items() if isinstance(value, Tensor)}
-
-    def _ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _anchor(self, piece: Piece) -> str:
-        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
-
-        Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
-        """
-        if not piece.before or not self._prefixes_space:
-            return ""
-        ends = [token for token in self.segmenter.protected if piece.before.endswith(token)]
-        anchor = max(ends, key=len) if ends else piece.before[-1]
-        alone = self._ids(anchor)
-        return anchor if self._ids(anchor + piece.text)[: len(alone)] == alone else ""
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        return list(self.processor.tokenizer("")["input_ids"])
 
     def pieces(self, number: int, row: Row) -> list[Piece]:
         """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
-        tokenizer, images, videos = self.processor.tokenizer, list(row.images), list(row.videos)
+        images, videos = list(row.images), list(row.videos)
         pieces: list[Piece] = []
         before = ""
-        for segment in self.segmenter.segments(row):
+        for segment in self._segments(row):
             piece = Piece(number, segment.text, segment.learned, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
@@ -239,9 +196,9 @@ class ConversationCollator:
             # what a literal spells is cut to words; a special token at its end is none
             before = segment.text[-1:] if segment.literal else segment.text
             pieces.append(piece)
-        if not (tokenizer.bos_token and pieces[0].text.startswith(tokenizer.bos_token)):
-            start = list(tokenizer("")["input_ids"])
-            pieces[0].prefix = start
-            if start and pieces[0].ids:
-                pieces.insert(0, Piece(number, "", False, ids={"input_ids": torch.tensor(start)}))
+        opening = self.processor.tokenizer.bos_token
+        if not (opening and pieces[0].text.startswith(opening)):
+            pieces[0].prefix = self._start
+            if self._start and pieces[0].ids:
+                pieces.insert(0, Piece(number, "", False, ids={"input_ids": torch.tensor(self._start)}))
         return pieces

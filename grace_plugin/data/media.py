@@ -29,6 +29,7 @@ WAY_OUT = "scale it down, or raise max_pixels (--max_pixels)"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 _LAZY = ("PNG", "JPEG", "TIFF", "BMP", "PPM")  # formats of which opening decodes nothing
+_SINGLE = ("PNG", "JPEG")  # formats whose file is closed once it is decoded, unless it is animated
 _LIMIT = threading.RLock()  # Pillow's limit is one for the process
 _BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError)
 
@@ -47,24 +48,24 @@ def _pillow_limit(max_pixels: int | None) -> Iterator[None]:
 
 
 def _opened(image: Any, name: str, max_pixels: int | None) -> Image.Image:
-    """An image opened; not decoded, but by formats that decode when opened, within the limit."""
+    """An image opened; not decoded, but by formats that decode when opened. To be called within the limit."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path")):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    if isinstance(image, (str, Path)):
-        if not Path(image).is_file():
-            raise RowError("missing_file", f"{name}: cannot read image {str(image)!r}: no such file; {PUT_IT}")
-    elif not isinstance(image, io.BytesIO):
+    if not isinstance(image, (str, Path, io.BytesIO)):
         raise RowError("malformed", f"{name}: an image is a {type(image).__name__}; give a path or a PIL image")
     try:
-        with _pillow_limit(max_pixels):
-            return Image.open(image)
+        return Image.open(image)
     except Image.DecompressionBombError:
         if isinstance(image, io.BytesIO):
             image.seek(0)
         with _pillow_limit(None), Image.open(image, formats=_LAZY) as whole:  # our own message needs its size
             return whole
+    except (OSError, ValueError):
+        if isinstance(image, io.BytesIO) or Path(image).is_file():
+            raise
+        raise RowError("missing_file", f"{name}: cannot read image {str(image)!r}: no such file; {PUT_IT}") from None
 
 
 def _shown(image: Any) -> str:
@@ -100,7 +101,8 @@ def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXEL
         RowError: missing, not an image, or above the limit.
     """
     try:
-        opened = _opened(image, name, max_pixels)
+        with _pillow_limit(max_pixels):
+            opened = _opened(image, name, max_pixels)
         width, height = opened.size
         _check_pixels(width, height, image, name, max_pixels)
         turned = opened.getexif().get(_ORIENTATION) in _TRANSPOSED
@@ -118,13 +120,16 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         RowError: missing, unreadable, truncated, or above the limit; names the row and the file.
     """
     try:
-        opened = _opened(image, name, max_pixels)
-        _check_pixels(*opened.size, image, name, max_pixels)
-        if opened.mode == "RGB" and isinstance(image, Image.Image) and not opened.getexif().get(_ORIENTATION):
-            return opened
         with _pillow_limit(max_pixels):
+            opened = _opened(image, name, max_pixels)
+            _check_pixels(*opened.size, image, name, max_pixels)
+            if opened.mode == "RGB" and opened is image and not opened.getexif().get(_ORIENTATION):
+                return opened
             opened.load()
-        return _rgb(ImageOps.exif_transpose(opened))
+        turned = opened.getexif().get(_ORIENTATION, 1) != 1
+        animated = getattr(opened, "is_animated", False)
+        alone = opened.format in _SINGLE and not animated  # of others a copy lets go of the file
+        return _rgb(opened if alone and not turned else ImageOps.exif_transpose(opened))
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise _faulty(error, image, name, max_pixels) from error
 

@@ -1,0 +1,122 @@
+"""Pieces of rows to token ids, each tokenised apart from the others.
+
+Pieces with pictures go through the processor in one call, for what it writes in their place depends on them. The others go
+through the tokenizer in one call, and only those not tokenised lately: answers are few and repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_plugin.data.recent import Recent
+from grace_plugin.data.segments import Segmenter
+from grace_plugin.data.video import Video
+
+__all__ = ["IGNORE_INDEX", "Piece", "Tokens"]
+
+IGNORE_INDEX = -100
+_ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass
+class Piece:
+    """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
+
+    row: int
+    text: str
+    learned: bool
+    images: list[Any] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
+    before: str = ""
+    prefix: list[int] = field(default_factory=list)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+
+    def labels(self) -> Tensor:
+        """int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
+        ids = self.ids["input_ids"]
+        return ids if self.learned else torch.full_like(ids, IGNORE_INDEX)
+
+    def fill(self, ids: Mapping[str, Tensor]) -> None:
+        """Take over the ids of the text, behind those of the prefix."""
+        self.ids = dict(ids)
+        if self.prefix:
+            start = torch.tensor(self.prefix)
+            self.ids = {key: torch.cat([start * (key == "input_ids"), value]) for key, value in ids.items()}
+
+
+@dataclass
+class Tokens:
+    """Ids of pieces for the segmenter's processor, which is not to change from then on."""
+
+    segmenter: Segmenter
+    recent: Recent[dict[str, Tensor]] = field(default_factory=Recent)
+
+    def plain(self, pieces: Sequence[Piece]) -> None:
+        """Fill the ids of pieces without images and videos."""
+        asked = {(self._before(piece), piece.text): piece for piece in pieces}
+        found = {key: ids for key in asked if (ids := self.recent.get(key)) is not None}
+        new = [key for key in asked if key not in found]
+        if new:
+            anchors = [self._anchor(piece) for key, piece in asked.items() if key not in found]
+            texts = [anchor + text for anchor, (_, text) in zip(anchors, new, strict=True)]
+            out = self.segmenter.processor.tokenizer(text=texts, add_special_tokens=False)
+            for number, (key, anchor) in enumerate(zip(new, anchors, strict=True)):
+                skip = len(self.ids(anchor)) if anchor else 0
+                found[key] = {
+                    name: torch.tensor(out[name][number][skip:], dtype=torch.int64)
+                    for name in _ALONG_SEQUENCE
+                    if name in out
+                }
+                self.recent.put(key, found[key], len(key[1]))
+        for piece in pieces:
+            piece.fill(found[self._before(piece), piece.text])
+
+    def pictured(self, pieces: Sequence[Piece], pixels: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Fill the ids of pieces with images and videos (padding and anchors taken off again); what belongs to the pixels."""
+        anchors = [self._anchor(piece) for piece in pieces]
+        out = dict(
+            self.segmenter.processor(
+                text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)], padding=True,
+                padding_side="right", add_special_tokens=False, return_tensors="pt", **pixels,
+            )
+        )  # fmt: skip
+        lengths = out.pop("attention_mask").sum(dim=1).tolist()
+        along = {key: out.pop(key) for key in _ALONG_SEQUENCE if key in out}
+        for number, (piece, length, anchor) in enumerate(zip(pieces, lengths, anchors, strict=True)):
+            skip = len(self.ids(anchor)) if anchor else 0
+            piece.fill({key: value[number, skip:length] for key, value in along.items()})
+        return {key: value for key, value in out.items() if isinstance(value, Tensor)}
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self.segmenter.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _prefixes_space(self) -> bool:
+        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a row."""
+        tokens = self.segmenter.processor.tokenizer.convert_ids_to_tokens(self.ids("a"))
+        return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
+
+    def _before(self, piece: Piece) -> str:
+        """What of the text in front of a piece could be its anchor: a special token, or a character."""
+        if not piece.before or not self._prefixes_space:
+            return ""
+        ends = [token for token in self.segmenter.protected if piece.before.endswith(token)]
+        return max(ends, key=len) if ends else piece.before[-1]
+
+    def _anchor(self, piece: Piece) -> str:
+        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
+
+        Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
+        """
+        anchor = self._before(piece)
+        if not anchor:
+            return ""
+        alone = self.ids(anchor)
+        return anchor if self.ids(anchor + piece.text)[: len(alone)] == alone else ""
