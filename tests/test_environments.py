@@ -52,3 +52,18 @@ def test_a_step_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
     assert lines[0].startswith("installing failed (") and lines[-1] == "try another index"
     assert "ERROR: no space left" in lines
     assert not any(word in str(failed.value) for word in ("WARNING", "index.example", "Looking in"))
+
+
+def test_what_is_installed_is_compiled_even_where_python_writes_no_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    for name, text in (
+        ("package/good.py", "one = 1"),
+        ("package/template.py", "{{ no python }}"),
+        ("package/tests/t.py", ""),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    BUILD["byte_compile"](Path(sys.executable), str(tmp_path))
+    assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
