@@ -2,7 +2,7 @@
 
     python -m integration.families [FAMILY ...] [--serve-python PYTHON] [--json build/families.json] [--work FOLDER]
 
-For each family a tiny student and a wider, deeper teacher are built from config; GRACE trains 30 steps on rows with one, two
+For each family a tiny student and a wider, deeper teacher are built from config; GRACE trains 40 steps on rows with one, two
 and no pictures (and a video, where the family takes one); `train` saves and verifies (codes, scales, weights and logits bit for
 bit); `verify` reads the checkpoint again from disk; vLLM answers the same rows' questions; transformers, reloaded from disk,
 judges each token. The questions are the trained ones, so that the answers are learned: an untrained answer of a tiny random
@@ -37,7 +37,7 @@ from tests.pairs import pair, recipe_text, run
 from tests.tiny import EVERY, build, rows
 
 MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a third of these, other pictures ten times
-STEPS, RATE = 30, 5e-3
+STEPS, RATE = 40, 5e-3
 CAUSAL_ON_CPU = ("gemma3",)
 """Families whose picture tokens see each other, which the CPU attention of vLLM 0.32 leaves out: it masks them causally."""
 KERNEL = re.compile(r"Using (\w+) for CompressedTensorsWNA16|Using (dense INT4 experts|'?\w+'? WNA16 MoE backend)")
