@@ -58,6 +58,6 @@ def test_a_family_passes(found: dict[str, Row], name: str) -> None:
     if (
         row.two_way is not None
     ):  # the day vLLM's CPU attention lets picture tokens see each other, this fails: judge them so
-        assert row.two_way > 2 * row.mean, row
+        assert row.one_way is not None and row.two_way > 2 * row.one_way, row
     assert row.codes > 0
     assert row.tokens >= 22
