@@ -2,23 +2,22 @@
 
     python -m integration.families [FAMILY ...] [--serve-python PYTHON] [--json build/families.json] [--work FOLDER]
 
-For each family a tiny student and a wider, deeper teacher are built from config; GRACE trains 20 steps on rows with one, two
-and no pictures; `train` saves and verifies (codes, scales, weights and logits bit for bit); `verify` reads the checkpoint again
-from disk; vLLM answers questions with one, two or no pictures (and a video, where the family takes one); transformers,
-reloaded from disk, judges each token. A family passes when every proof holds, every prompt has the same tokens on both sides,
-and every token is the one transformers would take, but for near-ties.
+For each family a tiny student and a wider, deeper teacher are built from config; GRACE trains 40 steps on rows with one, two
+and no pictures (and a video, where the family takes one); `train` saves and verifies (codes, scales, weights and logits bit for
+bit); `verify` reads the checkpoint again from disk; vLLM answers the same rows' questions; transformers, reloaded from disk,
+judges each token. The questions are the trained ones, so that the answers are learned: an untrained answer of a tiny random
+model has no margin between its first two tokens, and the engines' rounding would choose. A family passes when every proof
+holds, every prompt has the same tokens on both sides, and every token is the one transformers would take, but for near-ties.
 
 vLLM's log says which kernels multiplied by INT4 weights; the table ends with their names. On a CPU for which vLLM has none,
 they are those of the serving environment's plugin (`integration/env/dense_int4.py`), and everything else is vLLM's own.
-
-Cost on two cores: about 15 s of training and 8 s of vLLM for each family.
+Cost on two cores: about 20 s of training and 8 s of vLLM for each family.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import re
 import tempfile
 import time
@@ -37,24 +36,26 @@ from tests.pairs import pair, recipe_text, run
 from tests.tiny import EVERY, build, rows
 
 MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a third of these, other pictures ten times
-STEPS = 20
+STEPS, RATE = 40, 5e-3
 CAUSAL_ON_CPU = ("gemma3",)
 """Families whose picture tokens see each other, which the CPU attention of vLLM 0.32 leaves out: it masks them causally."""
 KERNEL = re.compile(r"Using (\w+) for CompressedTensorsWNA16|Using (dense INT4 experts|'?\w+'? WNA16 MoE backend)")
 SERVE_PYTHON = Path(__file__).parents[1] / ".venv/serve/bin/python"
 COLUMNS = (
     "family", "train", "rcka", "codes_differing", "verified", "prompts_differing", "tokens", "tokens_differing",
-    "mean", "most", "grey", "video", "against", "served", "passed",
+    "least_margin", "mean", "most", "grey", "video", "against", "served", "passed",
 )  # fmt: skip
 
 
 @dataclass
 class Row:
     """One family. train: seconds. rcka: 1 - CKA of the last logged step. mean, most: nats between the two engines; grey:
-    the mean over questions with pictures, when transformers is shown them in grey, which the comparison must notice; two_way:
-    the mean when picture tokens see each other as the model asks, where vLLM's CPU attention masks them causally.
+    the mean over questions with pictures, when transformers is shown them in grey, which the comparison must notice; one_way,
+    two_way: where vLLM's CPU attention masks picture tokens causally, the mean over `greyed` questions when transformers does
+    too, and when they see each other as the model asks.
 
     tokens_differing: tokens transformers would not have taken; margin: how far ahead its own choice was at most, nats.
+    least_margin: nats from transformers' first choice to its second, the smallest of all served tokens.
     video: questions with a video asked, None for a family without. error: why a stage did not end.
     against: how transformers ran where it judged: "the model", or with what it was made to leave out, as vLLM does.
     served: "tokens equal" where every token is the one transformers would take, "N near-ties" where N of them are not but
@@ -71,9 +72,11 @@ class Row:
     tokens: int = 0
     tokens_differing: int | None = None
     margin: float = 0.0
+    least_margin: float | None = None
     mean: float | None = None
     most: float | None = None
     grey: float | None = None
+    one_way: float | None = None
     two_way: float | None = None
     video: int | None = None
     against: str = "the model"
@@ -83,23 +86,40 @@ class Row:
     error: str = ""
 
 
-def questions(name: str) -> list[dict[str, Any]]:
-    """Pictures training never saw: six single, three pairs, two questions without, and two videos where they are known."""
-    model, _ = build(name)
-    family = family_of(model)
+def lessons(name: str) -> list[dict[str, Any]]:
+    """Rows to train on and to ask: six single, three pairs (single where pairs cannot be served), two without, two videos."""
+    family = family_of(model := build(name)[0])
     several = rows(3, seed=22, images=2) if family.served_images is None else rows(3, seed=24)
-    asked = prompts(rows(6, seed=21) + several + rows(2, seed=23, images=0))
-    return asked + (films(2) if family.takes_videos(model.config) else [])
+    given = rows(6, seed=21) + several + rows(2, seed=23, images=0)
+    if family.takes_videos(model.config):
+        answers = [rows(1, seed=60 + number)[0]["messages"][-1] for number in range(2)]  # of a film's first picture
+        given += [{**film, "messages": [*film["messages"], said]} for film, said in zip(films(2), answers, strict=True)]
+    return given
+
+
+def questions(name: str) -> list[dict[str, Any]]:
+    """The rows of `lessons` without their answers."""
+    return prompts(lessons(name))
+
+
+def greyed(name: str) -> list[dict[str, Any]]:
+    """Trained questions with their pictures in grey: of these answers a model is unsure, and a mask shows in probabilities."""
+    return without_colour(prompts(rows(6, seed=21))) if name in CAUSAL_ON_CPU and not torch.cuda.is_available() else []
+
+
+def taught(name: str) -> list[dict[str, Any]]:
+    """The rows of `lessons` as `train` takes them, videos as their frames; and pairs, also where they are not asked."""
+    given = [{**row, "videos": [frames for frames, _ in row.get("videos", [])]} for row in lessons(name)]
+    return given if any(len(row["images"]) > 1 for row in given) else given + rows(3, seed=22, images=2)
 
 
 def train(row: Row, folder: Path) -> Path:
     """Train, save, verify twice (in memory, and from disk alone); fills the row and returns the checkpoint."""
     started = time.monotonic()
     made = pair(row.family, folder)
-    dataset = rows(16, seed=1) + rows(8, seed=2, images=2) + rows(8, seed=3, images=0)
-    random.Random(0).shuffle(dataset)
-    options = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
-    done = run(made, folder / "out", dataset, recipe=recipe_text(made.teacher), **options)
+    dataset = taught(row.family)
+    options = {"max_steps": STEPS, "learning_rate": RATE, "logging_steps": 1, "recipe": recipe_text(made.teacher)}
+    done = run(made, folder / "out", dataset, per_device_train_batch_size=len(dataset), **options)
     row.train = round(time.monotonic() - started, 1)
     row.rcka = round([log["loss_rcka"] for log in done.history if log.get("images")][-1], 3)
     row.codes = done.verification["codes"]
@@ -128,22 +148,22 @@ def serve(python: Path, jobs: dict[str, Job], kernels: set[str]) -> dict[str, li
 
 def compare(row: Row, checkpoint: Path, asked: list[dict[str, Any]], answers: list[Probed]) -> None:
     """Judge vLLM's tokens by transformers, reloaded from disk; fills the row."""
-    causal = row.family in CAUSAL_ON_CPU and not torch.cuda.is_available()
+    more = greyed(row.family)
+    causal, answers, unsure = bool(more), answers[: len(asked)], answers[len(asked) :]
     parity = judge(checkpoint, asked, answers, causal=causal)
-    row.two_way = round(judge(checkpoint, asked, answers).mean, 4) if causal else None
-    row.prompts_differing, row.tokens, row.tokens_differing = (
-        parity.prompts_differing,
-        parity.tokens,
-        len(parity.margins),
-    )
+    if causal:
+        row.one_way, row.two_way = (round(judge(checkpoint, more, unsure, causal=c).mean, 4) for c in (True, False))
+    row.prompts_differing, row.tokens = parity.prompts_differing, parity.tokens
+    row.tokens_differing = len(parity.margins)
     row.mean, row.most = round(parity.mean, 4), round(max(parity.differences, default=0.0), 4)
-    row.margin = round(max(parity.margins, default=0.0), 4)
-    seen = [number for number, question in enumerate(asked) if question["images"] or question.get("videos")]
+    row.margin, row.least_margin = round(max(parity.margins, default=0.0), 4), round(min(parity.leads), 4)
+    seen = [i for i, question in enumerate(asked) if question["images"] or question.get("videos")]
     blind = judge(checkpoint, without_colour([asked[i] for i in seen]), [answers[i] for i in seen], causal=causal)
     row.grey = round(blind.mean, 4)
     row.video = sum(bool(question.get("videos")) for question in asked) or None
     row.passed = proved(row) and equal(row)
-    row.against = f"causal picture tokens (two-way: mean {row.two_way})" if causal else row.against
+    if causal:
+        row.against = f"causal picture tokens (grey pictures: mean {row.one_way}, two-way {row.two_way})"
     row.served = served(row)
 
 
@@ -182,7 +202,8 @@ def table(names: list[str], python: Path, work: Path) -> tuple[list[Row], list[s
         print(f"{name}: trained in {row.train} s {row.error[:200]}", flush=True)
     started = time.monotonic()
     kernels: set[str] = set()
-    said = serve(python, {name: Job(path, asked[name], max_tokens=12) for name, path in checkpoints.items()}, kernels)
+    jobs = {name: Job(path, asked[name] + greyed(name), max_tokens=12) for name, path in checkpoints.items()}
+    said = serve(python, jobs, kernels)
     shared = (time.monotonic() - started) / max(len(said), 1)
     for name, answers in said.items():
         row, started = found[name], time.monotonic()
@@ -218,10 +239,8 @@ def main() -> int:
     print(show(found))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - started, 1)
-    given.json.write_text(
-        json.dumps({"seconds": seconds, "kernels": kernels, "families": [asdict(row) for row in found]}, indent=1)
-        + "\n"
-    )
+    written = {"seconds": seconds, "kernels": kernels, "families": [asdict(row) for row in found]}
+    given.json.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{sum(row.passed for row in found)} of {len(found)} families passed in {seconds} s; {given.json}")
     print(f"vLLM multiplied by INT4 weights with: {', '.join(kernels) or 'no kernel it named'}")
     return 0 if all(row.passed for row in found) else 1

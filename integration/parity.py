@@ -28,13 +28,14 @@ INT4_KERNEL = "CPUWNA16LinearKernel" if torch.cpu._is_avx512_supported() else "D
 @dataclass
 class Parity:
     """Sums over questions. differences: nats per token. margins: nats, of tokens that transformers would not have
-    taken.
+    taken. leads: nats per token from transformers' first choice to its second.
     """
 
     prompts_differing: int = 0
     tokens: int = 0
     differences: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -51,7 +52,7 @@ class Parity:
 
 def prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without their last, the assistant's, turn."""
-    return [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
+    return [{**row, "messages": row["messages"][:-1]} for row in rows]
 
 
 def without_colour(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,4 +118,6 @@ def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer:
     chosen = logp.gather(1, said[0][:, None])[:, 0]
     parity.tokens += len(answer.token_ids)
     parity.differences += (chosen - torch.tensor(answer.logprobs)).abs().tolist()
-    parity.margins += [margin for margin in (logp.max(-1).values - chosen).tolist() if margin > 0]
+    first, second = logp.topk(2).values.unbind(-1)
+    parity.leads += (first - second).tolist()
+    parity.margins += [margin for margin in (first - chosen).tolist() if margin > 0]

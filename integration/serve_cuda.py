@@ -3,8 +3,9 @@
     python -m integration.serve_cuda make FOLDER [FAMILY ...]                    # training environment, CPU or GPU
     python -m integration.serve_cuda serve FOLDER --serve-python PYTHON [--serve-path SITE] --json OUT.json
 
-`make` trains each family with GRACE for 20 steps, keeps the verified checkpoint (some megabytes), the questions (PNG and NPY
-files) and what transformers says to them in BF16: its greedy tokens, their log-probabilities and the 20 best at each step.
+`make` trains each family with GRACE as the family table does, keeps the verified checkpoint (some megabytes), the questions
+(PNG and NPY files) and what transformers says to them in BF16: its greedy tokens, their log-probabilities and the 20 best at
+each step.
 `serve` runs in the training environment too and starts the serving interpreter once for each family (`--serve-path` is put on
 its PYTHONPATH), so that a crash of one leaves the others. Compared are the prompts' ids, and the tokens up to and including the
 first at which the engines part (behind it they read different text): |log p_vLLM - log p_transformers| of vLLM's tokens, and

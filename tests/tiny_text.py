@@ -28,12 +28,12 @@ LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                 "<|video_pad|>"]  # fmt: skip
 MARKS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+GRID = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
 CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 TILES = {
     "fake": "<fake_token_around_image>",
     "image_token": "<image>",
     "global": "<global-img>",
-    "end": "<end_of_utterance>",
 }
 #: further families: tokens of the tokenizer itself, and those it names for the processor
 SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
@@ -43,7 +43,8 @@ SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>", "start": "<|im_start|>",
     }),
-    "idefics3": (CHAT, TILES | {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}),
+    # the turn's end is the end of text, so that an answer ends where learning it ended
+    "idefics3": (CHAT | {"eos_token": "<end_of_utterance>"}, TILES | GRID),
     # line breaks are tokens of Gemma's own vocabulary, and vLLM looks them up
     "gemma3": ({"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, {
         "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
