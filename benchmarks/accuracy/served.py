@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def main() -> None:
     found = compare_engines(given.checkpoint or work.checkpoint(row), rows, work, given.serve_python, given.engine)
     device = environment()["device"]
     entry = {"row": row.name, **found, "environment": environment(), "revision": revision(),
-             "command": "python -m benchmarks.accuracy.served " + " ".join(sys.argv[1:])}  # fmt: skip
+             "command": f"python -m benchmarks.accuracy.served {row.name} --serve-python PYTHON"}  # fmt: skip
     file = RESULTS / "served.json"
     kept = json.loads(file.read_text()) if file.is_file() else []
     kept = [one for one in kept if (one["row"], one["environment"]["device"]) != (row.name, device)]

@@ -96,7 +96,7 @@ def _report(args: Namespace) -> None:
 def _demo(args: Namespace) -> None:
     from grace_plugin.demo.run import demo
 
-    demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions)
+    demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions, low_bits=args.low_bits)
 
 
 def _data_check(args: Namespace) -> None:

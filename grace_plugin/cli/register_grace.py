@@ -128,6 +128,17 @@ def _demo(parser: ArgumentParser) -> None:
         help="interpreter of the serving environment (with vLLM)",
     )
     parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
+    told = "widths to make beside 4 bits, by GRACE and by rounding (default 2; none: the option alone)"
+    parser.add_argument(
+        "--low_bits",
+        "--low-bits",
+        dest="low_bits",
+        type=int,
+        nargs="*",
+        choices=(2, 3, 5, 6, 7),
+        default=[2],
+        help=told,
+    )
 
 
 #: name, one line of help, arguments

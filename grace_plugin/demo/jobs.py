@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JOBS", "Job", "Result", "prepare_worker", "run_job"]
+__all__ = ["Job", "Result", "jobs_of", "prepare_worker", "run_job"]
 
 _WORKER: dict[str, Any] = {}
 
@@ -42,19 +42,20 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-#: longest first, so that the workers end together
-JOBS: tuple[Job, ...] = (
-    Job("GRACE INT4", "grace", 4, "recipe"),
-    Job("GRACE 2-bit", "grace", 2),
-    Job("GRACE 3-bit", "grace", 3),
-    Job("BF16 fine-tuned", "fine_tune", 16),
-    Job("teacher BF16", "bundled", 16, "teacher"),
-    Job("GPTQ INT4", "gptq", 4),
-    Job("round-to-nearest INT4", "rtn", 4),
-    Job("round-to-nearest 3-bit", "rtn", 3),
-    Job("round-to-nearest 2-bit", "rtn", 2),
-    Job("student BF16", "bundled", 16, "student"),
-)
+def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
+    """The rows of the table, with GRACE and round-to-nearest at `low_bits` beside those at 4; longest first, so that the
+    workers end together.
+    """
+    return (
+        Job("GRACE INT4", "grace", 4, "recipe"),
+        *(Job(f"GRACE {bits}-bit", "grace", bits) for bits in low_bits),
+        Job("BF16 fine-tuned", "fine_tune", 16),
+        Job("teacher BF16", "bundled", 16, "teacher"),
+        Job("GPTQ INT4", "gptq", 4),
+        Job("round-to-nearest INT4", "rtn", 4),
+        *(Job(f"round-to-nearest {bits}-bit", "rtn", bits) for bits in low_bits),
+        Job("student BF16", "bundled", 16, "student"),
+    )
 
 
 def prepare_worker(logs: str, questions: int, threads: int, board: MutableMapping[str, Any]) -> None:

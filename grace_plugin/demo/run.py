@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grace_plugin.demo.jobs import JOBS, Result, prepare_worker, run_job
+from grace_plugin.demo.jobs import Job, Result, jobs_of, prepare_worker, run_job
 from grace_plugin.demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
@@ -32,14 +32,16 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo_llava_w4a16.yam
 
 
 def demo(
-    output_dir: Path, *, serve_python: str | None = None, questions: int | None = None, recipe: Path = RECIPE
-) -> dict[str, Any]:
+    output_dir: Path, *, serve_python: str | None = None, questions: int | None = None, low_bits: Sequence[int] = (2,),
+    recipe: Path = RECIPE,
+) -> dict[str, Any]:  # fmt: skip
     """Run the demo and return its summary (also written to `output_dir/summary.json`).
 
     Args:
         output_dir: everything is written below it; an earlier demo there is replaced.
         serve_python: interpreter with vLLM; None leaves the serving part out and says so.
         questions: held-out questions to score (default QUESTIONS).
+        low_bits: widths at which GRACE and round-to-nearest are made beside those of 4 bits.
         recipe: the GRACE recipe of the run.
 
     Raises:
@@ -54,12 +56,13 @@ def demo(
     console = Console()
     if not console.is_terminal:  # a log file has no width; the table needs some
         console = Console(width=120)
-    for made in (*(job.name.replace(" ", "-") for job in JOBS), "logs"):
+    jobs = jobs_of(low_bits)
+    for made in (*(job.name.replace(" ", "-") for job in jobs), "logs"):
         for folder in (output_dir / made, output_dir / f"{made}.run"):
             shutil.rmtree(folder, ignore_errors=True)
     (output_dir / "logs").mkdir(parents=True)
     python = Path(serve_python) if serve_python is not None else None
-    results, served = _run_jobs(output_dir, questions or QUESTIONS, recipe, python, console)
+    results, served = _run_jobs(jobs, output_dir, questions or QUESTIONS, recipe, python, console)
     seconds = {"serving": served["seconds"] if served else 0.0, "total": time.monotonic() - start}
     summary = summarise(results, served, seconds)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -94,12 +97,12 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _run_jobs(
-    output_dir: Path, questions: int, recipe: Path, python: Path | None, console: Console
+    jobs: Sequence[Job], output_dir: Path, questions: int, recipe: Path, python: Path | None, console: Console
 ) -> tuple[dict[str, Result], dict[str, Any] | None]:
     """All rows by name, and what vLLM said; a job that fails ends the demo with its error."""
     import torch
 
-    workers = 1 if torch.cuda.is_available() else max(1, min(len(JOBS), os.cpu_count() or 1))
+    workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -111,7 +114,7 @@ def _run_jobs(
             _bars(console) as bars,
         ):
             with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here
-                futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in JOBS}
+                futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in jobs}
             waited: dict[str, Future[Any]] = dict(futures)
             if python is not None:
                 waited[SERVING] = beside.submit(_serve, output_dir, futures["GRACE INT4"], python, board)

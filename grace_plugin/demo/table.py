@@ -14,7 +14,6 @@ from grace_plugin.demo.score import interval, paired_difference
 __all__ = ["print_summary", "summarise"]
 
 ORDER = ("teacher BF16", "student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4", "GRACE INT4")
-LOW_BITS = ((3, "round-to-nearest 3-bit", "GRACE 3-bit"), (2, "round-to-nearest 2-bit", "GRACE 2-bit"))
 OURS, STUDENT = "GRACE INT4", "student BF16"
 
 
@@ -32,7 +31,10 @@ def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds
     paired = {name: list(paired_difference(ours.right, results[name].right)) for name in ORDER if name != OURS}
     base = methods[STUDENT]["accuracy"]
     recovered = {}
-    for bits, rounded, learned in LOW_BITS:
+    for bits in sorted(
+        (r.job.bits for r in results.values() if r.job.kind == "grace" and r.job.bits != 4), reverse=True
+    ):
+        rounded, learned = _names(bits)
         lost = base - methods[rounded]["accuracy"]
         gained = methods[learned]["accuracy"] - methods[rounded]["accuracy"]
         difference = list(paired_difference(results[learned].right, results[rounded].right))
@@ -61,10 +63,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         table.add_row(
             name, *_cells(methods[name]), _points(paired[name]) if name in paired else "", _kilobytes(methods[name])
         )
-    for bits, rounded, learned in LOW_BITS:
+    for bits in summary["low_bits"]:
+        rounded, learned = _names(bits.removesuffix("-bit"))
         table.add_section()
         table.add_row(rounded, *_cells(methods[rounded]), "", _kilobytes(methods[rounded]))
-        found = summary["low_bits"][f"{bits}-bit"]
+        found = summary["low_bits"][bits]
         share = "" if found["share"] is None else f" (regains {100 * found['share']:.0f} % of the loss)"
         note = f"{_points(found['difference'])} over rounding{share}"
         table.add_row(learned, *_cells(methods[learned]), note, _kilobytes(methods[learned]))
@@ -88,6 +91,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     else:
         console.print("vLLM: not asked (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
+
+
+def _names(bits: int | str) -> tuple[str, str]:
+    return f"round-to-nearest {bits}-bit", f"GRACE {bits}-bit"
 
 
 def _cells(method: dict[str, Any]) -> tuple[str, str]:
