@@ -33,8 +33,11 @@ def together(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
         value = work()
     except BaseException as caught:
         error = caught
+    several = dist.is_available() and dist.is_initialized()
+    if several and dist.get_backend() == "nccl":
+        device = "cuda"  # the model may have been moved to host memory by an earlier save
     failures = torch.tensor(float(error is not None), device=device)
-    if dist.is_available() and dist.is_initialized():
+    if several:
         dist.all_reduce(failures)
     if error is not None:
         raise error

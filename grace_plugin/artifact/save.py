@@ -55,7 +55,8 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
 
     Called before the session ends, for upstream's own `oneshot(output_dir=...)` and for users who save the model themselves.
     The source's processor files are copied; their hashes are recorded by `save_checkpoint` alone, so that somebody who saves a
-    processor of his own behind it still has a checkpoint that verifies.
+    processor of his own behind it still has a checkpoint that verifies. Where several ranks train on GPUs the model is in host
+    memory afterwards.
     """
     modify_save_pretrained(model)
     compressed_save: Callable[..., None] = model.save_pretrained
