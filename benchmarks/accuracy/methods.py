@@ -24,8 +24,12 @@ class Method:
     """A trained method: the blocks of its recipe, and what is not in a recipe.
 
     plain: KL in place of the decoupled divergence. quantizer: whose fake quantization, "grace", "torchao" or "modelopt".
-    scale_rate: of the scales relative to the weights'; 0 leaves them at their start. start: "search" (least squared error) or
-    "minmax".
+    scale_rate: of the scales relative to the weights'; 0 leaves them at their start. start: "search" (least squared error),
+    "minmax", or weights and scales of a post-training method ("gptq", "awq").
+    float_scales: scales are rounded to what is stored at the end alone. masked: a clipped weight has no gradient. mixed: the
+    measure by which layers get more or fewer bits, see `formats`.
+    teacher: whose states are read. layers: (student's, teacher's) that are related, instead of the penultimate ones; kinds: of
+    tokens that are, see `relation`.
     scales_alone: weights are not trained. steps: share of the study's steps. rows: of the training set, from its start; None is
     all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is none), searched
     beside the default. tuned: take the weight that was found, else the default.
@@ -38,6 +42,12 @@ class Method:
     quantizer: str = "grace"
     scale_rate: float = 10.0
     start: str = "search"
+    float_scales: bool = False
+    masked: bool = True
+    mixed: str = ""
+    teacher: str = "teacher"
+    layers: tuple[tuple[int, int], ...] = ()
+    kinds: tuple[str, ...] = ("visual",)
     scales_alone: bool = False
     steps: float = 1.0
     rows: int | None = None
@@ -91,6 +101,18 @@ METHODS: dict[str, Method] = {
     **{f"grace-scalerate{times:g}": replace(_GRACE, scale_rate=times) for times in (1.0, 3.0)},
     "kl-scalerate1": replace(_KL, scale_rate=1.0),
     "grace-minmax": replace(_GRACE, start="minmax"),
+    **{f"grace-{start}": replace(_GRACE, start=start) for start in ("gptq", "awq")},
+    "grace-unmasked": replace(_GRACE, masked=False), "grace-floatscales": replace(_GRACE, float_scales=True),
+    **{f"grace-mixed-{how}": replace(_GRACE, mixed=how) for how in ("damage", "error", "reverse")},
+    **{
+        f"{name}-{teacher}": replace(method, teacher=teacher)
+        for name, method in (("grace", _GRACE), ("kl", _KL)) for teacher in ("teacher-small", "teacher-large")
+    },
+    "grace-layer-last": replace(_GRACE, layers=((3, 7),)),
+    "grace-layers2": replace(_GRACE, layers=((1, 3), (2, 6))),
+    "grace-layers3": replace(_GRACE, layers=((0, 1), (1, 3), (2, 6))),
+    "grace-text": replace(_GRACE, layers=((2, 6),), kinds=("visual", "text")),
+    "grace-text-alone": replace(_GRACE, layers=((2, 6),), kinds=("text",)),
     **{f"grace-beta{beta}": replace(_GRACE, controller=_fixed(beta)) for beta in (0.1, 0.3, 0.55, 1.0, 2.0, 4.0)},
     "grace-max4": replace(_GRACE, controller={"beta_max": 4.0}),
     "grace-scales": replace(_GRACE, scales_alone=True),

@@ -23,6 +23,10 @@ SETTINGS: dict[str, tuple[int, int | None] | None] = {
 }  # fmt: skip
 
 
+#: teachers of other sizes than the study's, for one ablation
+OTHER_TEACHERS = ("teacher-small", "teacher-large")
+
+
 @dataclass(frozen=True)
 class Row:
     """setting/method/seed; a rate or a weight is given in a row of the search alone."""
@@ -49,7 +53,7 @@ class Row:
             ValueError: no such row.
         """
         parts = name.split("/")
-        if name in ("tower", "teacher"):
+        if name in ("tower", "teacher", *OTHER_TEACHERS):
             return cls("pair", name, 0)
         if len(parts) == 2 and parts[0] == "student" and parts[1].isdigit():
             return cls("pair", "student", int(parts[1]))
@@ -73,7 +77,7 @@ class Row:
         if self.method in AFTER:
             found.append(self.base)
         if self.method in METHODS:
-            found += [Row("pair", "teacher", 0)] if METHODS[self.method].taught else []
+            found += [Row("pair", METHODS[self.method].teacher, 0)] if METHODS[self.method].taught else []
             found += [] if self.rate is not None else self.rates(size)
             found += [] if self.searching else self.weights(size)
         return found
@@ -137,6 +141,12 @@ class Size:
     seeds: int
     weights: int = 0
     calibration: int = 512
+    other_teachers: tuple[Shape, ...] = ()
+
+    @property
+    def teachers(self) -> dict[str, Shape]:
+        """Shapes of the teacher and of OTHER_TEACHERS, by name."""
+        return {"teacher": self.teacher, **dict(zip(OTHER_TEACHERS, self.other_teachers, strict=False))}
 
 
 SIZES: dict[str, Size] = {
@@ -145,6 +155,7 @@ SIZES: dict[str, Size] = {
         tower_steps=600, teacher_steps=1600, teacher_batch=256, teacher_rate=6e-4,
         student_steps=1000, student_batch=256, student_rate=1.5e-3, rows=16384, test_rows=15000, validation_rows=5000,
         steps=1000, batch=256, rates=(2e-4, 6e-4, 1.8e-3, 3.1e-3, 5.4e-3, 9.4e-3), seeds=5, weights=3,
+        other_teachers=(Shape(384, 6, 1024), Shape(896, 10, 2560)),
     ),
     "cpu": Size(
         Shape(128, 3, 256), Shape(128, 2, 128), {"teacher": 2000, "student": 512, "validation": 256, "test": 512},
@@ -166,11 +177,17 @@ _ABLATED = (
     "grace-kl", "grace-norelation", "grace-nogate", "grace-frozen", "relation", "grace-beta1.0", "grace-beta0.3",
     "grace-default", "grace-minmax", "grace-k2", "grace-k5", "grace-scales", "grace-beta2.0", "grace-beta0.1", "grace-k10",
     "grace-steps0.4", "kl-steps0.4", "ce-steps0.4", "grace-rows4096", "kl-rows4096", "ce-rows4096", "grace-max4",
-    "grace-beta4.0", "grace-rows1024", "grace-steps0.1", "grace-scalerate1", "grace-scalerate3", "kl-frozen", "kl-scalerate1",
+    "grace-beta4.0", "grace-rows1024", "grace-steps0.1", "grace-unmasked", "grace-floatscales", "grace-layer-last",
+    "grace-layers2", "grace-layers3", "grace-text", "grace-text-alone", "grace-gptq", "grace-awq", "grace-scalerate1",
+    "grace-scalerate3", "kl-frozen", "kl-scalerate1", "grace-teacher-small", "kl-teacher-small", "grace-teacher-large",
+    "kl-teacher-large",
 )  # fmt: skip
+_CLOSE = ("grace-nogate", "grace-frozen", "grace-beta1.0")  # what two seeds could not tell from GRACE
 _SIZED = (
     *((s, "grace") for s in ("w2g32", "w2row")), *(("w3row", m) for m in ("grace", "kl", "ce")),
-    ("w2row", "grace-frozen"), ("w2g64", "grace"),
+    ("w2row", "grace-frozen"), ("w2g64", "grace"), *(("w3g128", m) for m in ("grace", "kl", "ce")),
+    *(("w3g128", f"grace-mixed-{how}") for how in ("damage", "error", "reverse")),
+    *(("w8g128", m) for m in ("grace", "kl", "ce")),
 )  # fmt: skip
 
 
@@ -193,6 +210,7 @@ def group_of_rows(name: str, size: Size) -> list[Row]:
         return [
             *(Row("w2g128", m, seed) for m in _ABLATED for seed in two),
             *(Row(s, m, seed) for s, m in _SIZED for seed in two),
+            *(Row("w2g128", m, seed) for m in _CLOSE for seed in seeds),
         ]
     if name == "subset":
         rows = [Row(s, m, 0) for s in ("bf16", "w2g128") for m in ("ce", "kl", "grace")]

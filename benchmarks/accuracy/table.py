@@ -44,7 +44,16 @@ CHANGED = {
     "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
     "grace-frozen": "scales not learned", "kl-frozen": "plain KL, scales not learned",
     "grace-scales": "scales and norms alone learned", "relation": "relation alone",
-    "grace-default": "relation at its default weight", "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
+    "grace-gptq": "weights and scales start at GPTQ's", "grace-awq": "weights and scales start at AWQ's",
+    "grace-unmasked": "clipped weights have a gradient", "grace-floatscales": "scales rounded to bfloat16 at the end alone",
+    "grace-mixed-damage": "half of the weights a bit more, half a bit fewer, by measured damage",
+    "grace-mixed-error": "the same by the weights' error", "grace-mixed-reverse": "the same, the least damaged with more bits",
+    "grace-teacher-small": "smaller teacher", "grace-teacher-large": "larger teacher",
+    "kl-teacher-small": "plain KL, smaller teacher", "kl-teacher-large": "plain KL, larger teacher",
+    "grace-layer-last": "relation after the last layer", "grace-layers2": "relation after two layers",
+    "grace-layers3": "relation after three layers", "grace-text": "relation on text tokens too",
+    "grace-text-alone": "relation on text tokens alone", "grace-default": "relation at its default weight",
+    "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
 }  # fmt: skip
 Groups = dict[tuple[str, str], Group]
 
@@ -122,10 +131,11 @@ def rounding_table(groups: Groups) -> list[str]:
 
 
 def ablation_table(groups: Groups) -> list[str]:
-    """GRACE with a part changed, against GRACE as it is, on the seeds that both have."""
+    """GRACE with a part changed, against GRACE as it is in that setting, on the seeds that both have."""
     lines: list[str] = []
     for (setting, method), group in sorted(groups.items()):
-        grace, changed = groups.get(("w2g128", "grace")), setting not in ("bf16", "w2g128", "w4g128", "w3g128", "pair")
+        changed = setting not in ("bf16", "w2g128", "w4g128", "w3g128", "w8g128", "pair")
+        grace = groups.get(("w2g128" if method == "grace" else setting, "grace"))
         if grace is None or (method in ORDER and not (changed and method == "grace")):
             continue
         if setting == "pair" or not set(group.seeds) & set(grace.seeds):
@@ -134,10 +144,13 @@ def ablation_table(groups: Groups) -> list[str]:
         bound = [record["controller"].get("share_at_bound") for record in group.records if record.get("controller")]
         pinned = f"{100 * max(bound):.0f} %" if bound and None not in bound else ""
         lines.append(f"| {label} | {_spread(group)} | {len(group.seeds)} | {compare(group, grace)} | {pinned} |")
-    told = "Rate and weight are those found for GRACE (plain KL and QAT alone have their own)."
-    head = ["", "## Ablations, 2 bits", "", told, ""]
+    told = (
+        "Rate and weight are those found for GRACE (plain KL and QAT alone have their own). A part is compared with GRACE in "
+        "its own setting, another group size with group 128 at 2 bits."
+    )
+    head = ["", "## Ablations", "", told, ""]
     head += [
-        "| | accuracy % ± sd | seeds | minus GRACE at group 128, points | steps at a bound |",
+        "| | accuracy % ± sd | seeds | minus GRACE, points | steps at a bound |",
         "|---|---|---|---|---|",
     ]
     return head + lines if lines else []

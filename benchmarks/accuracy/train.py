@@ -21,15 +21,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.divergence import PlainObjective
+from benchmarks.accuracy.formats import quantize, stored_dtype
 from benchmarks.accuracy.methods import Method
-from benchmarks.accuracy.others import prepare
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
+from benchmarks.accuracy.relation import RelationObjective
 from benchmarks.accuracy.scenes import Album, Rows
-from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer import PARAMETER, Attached, attach
-from grace_plugin.vlm import family_of, matches
+from grace_plugin.quantizer import PARAMETER, dequantize
 
 __all__ = ["from_scratch", "learn", "order_of"]
 
@@ -43,9 +42,10 @@ def rate_at(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def mixed(device: torch.device) -> Any:
-    """bfloat16 products on a GPU, float32 on a CPU (most have no fast bfloat16)."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def mixed(device: torch.device, stored: torch.dtype = torch.bfloat16) -> Any:
+    """bfloat16 products on a GPU where they hold what is stored; else float32 (few CPUs have fast bfloat16)."""
+    fast = device.type == "cuda" and stored == torch.bfloat16
+    return torch.autocast("cuda", torch.bfloat16) if fast else contextlib.nullcontext()
 
 
 def order_of(seed: int, rows: int, steps: int, batch: int) -> np.ndarray:
@@ -100,37 +100,27 @@ def from_scratch(
             log(f"step {step + 1} of {steps}: loss {loss.item():.4f}, naming {extra.item():.4f}")
 
 
-def _quantize(
-    model: Any, method: Method, setting: str, stored: torch.dtype
-) -> tuple[tuple[Attached, ...], Callable[[], None]]:
-    """Fake quantization on the decoder's linears: GRACE's scales, or another library's and what bakes it in the end."""
-    form = SETTINGS[setting]
-    if form is None:
-        return (), lambda: None
-    ignored = family_of(model).quantization_ignore()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not matches(n, ignored)}
-    if method.quantizer != "grace":
-        return (), prepare(method.quantizer, model, layers, *form)
-    start: Any = {} if method.start == "search" else {"candidates": 1, "low": 1.0, "high": 1.0}
-    return (attach(layers, num_bits=form[0], group_size=form[1], stored_dtype=stored, **start),), lambda: None
-
-
 def learn(
     model: Any, teacher: Any, method: Method, setting: str, rows: Rows, album: Album, text: Text, *, order: np.ndarray,
-    rate: float,
+    rate: float, scales: dict[str, Tensor] | None = None, deep: Tensor | None = None,
 ) -> tuple[dict[str, Any], Frozen]:  # fmt: skip
     """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said, and
     codes and scales by layer.
 
-    order: row numbers of each step, [steps, B]. The model ends with `code * scale` in its weights where it was quantized, all
-    parameters in bfloat16 (float16 at 8 bits, whose products bfloat16 does not hold).
+    order: row numbers of each step, [steps, B]. scales: where they start, by layer, for a method that starts from another one.
+    deep: the teacher's states, for a method that relates other places. The model ends with `code * scale` in its weights where
+    it was quantized, all parameters in bfloat16 (float16 at 8 bits, whose products bfloat16 does not hold).
     """
     device, steps = album.pixels.device, len(order)
     distill, relational, controller = method.blocks()
-    stored = torch.float16 if (SETTINGS[setting] or (0,))[0] == 8 else torch.bfloat16
-    attached, bake = _quantize(model, method, setting, stored)
+    stored = stored_dtype(setting)
+    probe, _ = batch_of(rows.take(order[0]), text, album)
+    quantized = quantize(model, method, setting, probe, scales)
     objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
-    objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=attached)
+    if deep is not None:
+        objective = RelationObjective(distill, relational, controller)
+        objective.layers, objective.kinds, objective.states = method.layers, method.kinds, deep
+    objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=quantized.attached)
     if method.scales_alone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and (parameter.ndim == 1 or name.endswith(PARAMETER)))
@@ -145,7 +135,7 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = rate * share * group["times"]
         batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
-        with mixed(device):
+        with mixed(device, stored):
             objective.window([batch], [host])
             loss = objective.loss(model, batch)
         loss.backward()
@@ -161,5 +151,16 @@ def learn(
             now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}
             trace.append({"step": step, **{name: round(value, 5) for name, value in now.items()}})
     said = {"trace": trace, "controller": objective.controller_logs(), "skipped": objective.nonfinite_steps}
-    bake()
-    return said, objective.finalize(stored)
+    quantized.bake()
+    if quantized.bits:
+        said["bits"] = quantized.bits
+    frozen = objective.finalize(stored)
+    return said, frozen if not method.float_scales else _rounded(model, frozen, stored)
+
+
+def _rounded(model: Any, frozen: Frozen, stored: torch.dtype) -> Frozen:
+    """Codes and scales, the scales rounded to what is stored after training, and the weights that they make."""
+    rounded = {name: (codes, scale.to(stored)) for name, (codes, scale) in frozen.items()}
+    for name, (codes, scale) in rounded.items():
+        model.get_submodule(name).weight.data = dequantize(codes, scale)
+    return rounded

@@ -6,6 +6,8 @@ import os
 import shutil
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import torch
 
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, POST, Method
 from benchmarks.accuracy.photos import Photos, load
+from benchmarks.accuracy.relation import deep_states
 from benchmarks.accuracy.rows import Store, scored
 from benchmarks.accuracy.scenes import Album, Rows, draw
 from benchmarks.accuracy.study import Row, Size
@@ -35,7 +38,8 @@ class Work:
         self.size, self.store, self.folder, self.source = size, store, folder, photos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.text = Text()
-        self.started = time.time()
+        self._teacher: dict[str, KeptTeacher] = {}
+        self._deep: dict[tuple[int, ...], torch.Tensor] = {}
 
     @cached_property
     def photos(self) -> dict[str, Photos]:
@@ -55,17 +59,26 @@ class Work:
             "test": draw(TEST_SEED, size.test_rows, self.photos["test"], augment=False),
         }
 
-    @cached_property
-    def teacher(self) -> KeptTeacher:
-        """The teacher's states: computed by the first process that needs them, read by the others."""
-        model, file = self.open(Row("pair", "teacher", 0)), self.folder / "teacher-states.pt"
-        states = torch.load(file, map_location=self.device) if file.is_file() else None
-        kept = KeptTeacher(model, self.rows["student"], self.text, self.albums["student"], states)
-        if states is None:
-            part = file.with_suffix(f".{os.getpid()}")
-            torch.save((kept.final, kept.visual), part)
-            part.replace(file)
-        return kept
+    def teacher(self, name: str) -> KeptTeacher:
+        """A teacher's states: computed by the first process that needs them, read by the others; the latest is kept."""
+        if name not in self._teacher:
+            model, file = self.open(Row("pair", name, 0)), self.folder / f"{name}-states.pt"
+            states = torch.load(file, map_location=self.device) if file.is_file() else None
+            kept = KeptTeacher(model, self.rows["student"], self.text, self.albums["student"], states)
+            if states is None:
+                part = file.with_suffix(f".{os.getpid()}")
+                torch.save((kept.final, kept.visual), part)
+                part.replace(file)
+            self._teacher = {name: kept}
+        return self._teacher[name]
+
+    def deep(self, method: Method) -> torch.Tensor | None:
+        """The teacher's states of a method that relates other places than GRACE; the latest layers' are kept."""
+        layers = tuple(theirs for _, theirs in method.layers)
+        if layers and layers not in self._deep:
+            model = self.open(Row("pair", method.teacher, 0))
+            self._deep = {layers: deep_states(model, layers, self.rows["student"], self.text, self.albums["student"])}
+        return self._deep.get(layers)
 
     def checkpoint(self, row: Row) -> Path:
         """Folder of a member of the pair."""
@@ -111,11 +124,10 @@ class Work:
     def _pair(self, row: Row) -> dict[str, Any]:
         size = self.size
         part = "student" if row.method == "student" else "teacher"
-        shape = size.teacher if row.method == "teacher" else size.student
-        steps = {"tower": size.tower_steps, "teacher": size.teacher_steps, "student": size.student_steps}[row.method]
-        batch, rate = size.teacher_batch, size.teacher_rate
-        if row.method != "teacher":
-            batch, rate = size.student_batch, size.student_rate
+        taught = row.method in ("student", "tower")
+        shape = size.student if taught else size.teachers[row.method]
+        steps = {"tower": size.tower_steps, "student": size.student_steps}.get(row.method, size.teacher_steps)
+        batch, rate = (size.student_batch, size.student_rate) if taught else (size.teacher_batch, size.teacher_rate)
         model = pair.build(shape, row.seed if part == "student" else TEACHER_SEED)
         if row.method != "tower":
             tower = self.open(Row("pair", "tower", 0)).model.vision_tower
@@ -169,12 +181,15 @@ class Work:
         size = self.size
         rate, weight, search = self.found(row)
         method = METHODS[row.method].weighed(weight)
-        model = self.open(Row("pair", "student", row.seed)).float()
+        model, scales = self._start(row, method.start)
         steps = round(method.steps * size.steps)
         order = order_of(row.seed, min(method.rows or size.rows, size.rows), steps, size.batch)
         begun = time.time()
-        teacher, rows, album = self.teacher if method.taught else None, self.rows["student"], self.albums["student"]
-        said, frozen = learn(model, teacher, method, row.setting, rows, album, self.text, order=order, rate=rate)
+        teacher = self.teacher(method.teacher) if method.taught else None
+        said, frozen = learn(
+            model, teacher, method, row.setting, self.rows["student"], self.albums["student"], self.text, order=order,
+            rate=rate, scales=scales, deep=self.deep(method),
+        )  # fmt: skip
         said |= {"rate": rate, "weight": weight, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun
         if row.kept:
@@ -192,20 +207,36 @@ class Work:
             pair.save(model, folder)
         return self._open(folder)
 
+    def _start(self, row: Row, start: str) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The student in float32 where training starts, and its scales by layer where a post-training method made them."""
+        model = self.open(Row("pair", "student", row.seed)).float()
+        if start not in POST:
+            return model, {}
+        with self._compress(Row("pair", "student", row.seed), start, row.setting) as loaded:
+            self.score(loaded, "validation")  # the first forward pass makes compressed layers dense
+        state = loaded.state_dict()
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        suffix = ".weight_scale"
+        return model, {name.removesuffix(suffix): value for name, value in state.items() if name.endswith(suffix)}
+
     def _compressed(self, row: Row) -> dict[str, Any]:
+        with self._compress(row.base, row.method.rpartition("+")[2], row.setting) as loaded:
+            return self.score(loaded, "test")
+
+    @contextmanager
+    def _compress(self, base: Row, method: str, setting: str) -> Iterator[Any]:
+        """A member of the pair after a post-training method, read back from the disk, where its files lie in between."""
         from benchmarks.accuracy.post import compress
 
-        folder = self.folder / "post" / row.name.replace("/", "-")
+        folder = self.folder / "post" / f"{base.name}-{method}-{setting}-{os.getpid()}".replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        model = self.open(row.base).to(torch.bfloat16)
-        batches = []
+        model, batches = self.open(base).to(torch.bfloat16), []
         for start in range(0, self.size.calibration, 8):
             batch, _ = batch_of(
                 self.rows["student"].take(np.arange(start, start + 8)), self.text, self.albums["student"]
             )
             batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
             batches.append({name: value for name, value in batch.items() if name not in ("labels", SAMPLE_KEY)})
-        compress(model, row.method.rpartition("+")[2], row.setting, batches, folder)
-        said = self.score(self._open(folder), "test")
+        compress(model, method, setting, batches, folder)
+        yield self._open(folder)
         shutil.rmtree(folder)
-        return said

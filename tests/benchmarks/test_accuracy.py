@@ -198,7 +198,7 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
     assert make_all(asked, arguments, workers=1, until=0.0) == []  # nothing is left, nothing is made again
     assert before == {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
-    further = ("grace-scales", "grace-rows1024", "grace-minmax", "torchao", "modelopt")
+    further = ("grace-scales", "grace-rows1024", "grace-mixed-damage", "grace-gptq", "torchao", "modelopt")
     for name in ("w4g128/kl+rtn/0", *(f"w2g128/{method}/0" for method in further)):
         make(Row.parse(name))
         assert "failed" not in (store.read(Row.parse(name)) or {"failed"}), store.read(Row.parse(name))

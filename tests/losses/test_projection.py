@@ -15,4 +15,6 @@ def test_a_part_of_a_head_is_the_head_of_those_ids(bias):
     assert torch.equal(part.weight, head.weight[1:3]) and part.cap == 1.5
     assert torch.equal(part.bias, head.bias[1:3]) if bias else part.bias is None
     hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(part.logits(hidden), head.logits(hidden)[:, 1:3], rtol=1e-14, atol=0)  # a product's order
+    torch.testing.assert_close(
+        part.logits(hidden), head.logits(hidden)[:, 1:3], rtol=1e-14, atol=0
+    )  # a product's order

@@ -1,0 +1,104 @@
+"""The relational term at other places than the penultimate layer's visual tokens: further layers, and the tokens of the text.
+
+A place is a pair of decoder layers (student's, teacher's) and a kind of token. The term is the mean over places of one kind,
+summed over kinds, with the recipe's weight; a row's text is its question and answer. Everything else is GRACE.
+
+Legend: R rows, L layers, S sequence, d_t teacher width, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.data import Text, batch_of
+from benchmarks.accuracy.pair import IMAGE, PAD
+from benchmarks.accuracy.scenes import Album, Rows
+from grace_plugin.data import SAMPLE_KEY
+from grace_plugin.losses.relational import relational_loss
+from grace_plugin.objective import GraceObjective
+from grace_plugin.objective.terms import head_term
+from grace_plugin.teacher import model_inputs
+from grace_plugin.vlm import capture
+
+__all__ = ["RelationObjective", "deep_states"]
+
+
+@contextmanager
+def outputs(decoder: Any, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Outputs [B, S, d] of some decoder layers in the forward pass run inside."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen.__setitem__(
+            number, output[0] if isinstance(output, tuple) else output
+        )
+
+    handles = [decoder.layers[number].register_forward_hook(keep(number)) for number in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def deep_states(
+    teacher: Any, layers: tuple[int, ...], rows: Rows, text: Text, album: Album, batch_size: int = 512
+) -> Tensor:
+    """The teacher's states after some layers at every position of the training rows, [R, L, S, d_t] in its dtype."""
+    found, dtype = [], next(teacher.parameters()).dtype
+    teacher.eval()
+    for start in range(0, len(rows), batch_size):
+        batch, _ = batch_of(rows.take(np.arange(start, min(len(rows), start + batch_size))), text, album)
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+        with outputs(teacher.model.language_model, layers) as seen:
+            teacher(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+        found.append(torch.stack([seen[number] for number in layers], 1))
+    return torch.cat(found)
+
+
+class RelationObjective(GraceObjective):
+    """GraceObjective whose relation stands at `layers` (student's, teacher's) on the tokens `kinds` ("visual", "text").
+
+    states: of the teacher after its layers, as `deep_states` gives them, for rows numbered as in the batch's sample keys.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    kinds: tuple[str, ...]
+    states: Tensor
+
+    def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        item = self._window.pending.pop(0)
+        with capture(self._text_model) as caught, outputs(self._text_model, tuple(s for s, _ in self.layers)) as seen:
+            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+        assert caught.final is not None
+        loss = head_term(
+            self._window, item, caught.final, self.student.get_output_embeddings(), self.teacher,  # type: ignore[operator]
+            asked=self.distill, vocabulary=self.vocabulary, beta=self.beta,
+        )  # fmt: skip
+        counts, sums = self._window.opened()
+        taught = self.states[batch[SAMPLE_KEY]]
+        for kind in self.kinds:
+            index, sizes = tokens_of(batch["input_ids"], kind)
+            for number, (layer, _) in enumerate(self.layers):
+                theirs = taught[:, number].flatten(0, 1).index_select(0, index)
+                out = relational_loss(seen[layer].flatten(0, 1).index_select(0, index), theirs, sizes)
+                share = out.loss_sum / len(self.layers)
+                sums[4] += share.detach()
+                loss = loss + self.omega * share / counts[2].clamp(min=1.0)
+        if not self._window.pending:
+            self._window.close()
+        return loss
+
+
+def tokens_of(ids: Tensor, kind: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Flat positions [M] of a kind of token in ids [B, S], and how many each row has; text is what follows the picture."""
+    picture = ids == IMAGE
+    chosen = picture if kind == "visual" else (picture.cumsum(1) > 0) & ~picture & (ids != PAD)
+    return chosen.flatten().nonzero().squeeze(1), tuple(chosen.sum(1).tolist())
