@@ -210,4 +210,5 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
     grace = json.loads(store.file(asked[0]).read_text())
     assert set(grace["search"]) == {"0.001", "0.002", "w30"} and re.fullmatch(r"[\w.-]+", grace["revision"])
-    assert grace["trace"][0]["gdkd"] > 0 and scored(answers_of(grace), work.rows["test"])["by_type"] == grace["by_type"]
+    types = work.rows["test"].type
+    assert grace["trace"][0]["gdkd"] > 0 and scored(answers_of(grace), types)["by_type"] == grace["by_type"]
