@@ -1,7 +1,8 @@
-"""`python -m benchmarks.accuracy ROW... [--size gpu|cpu] [--photos npm] [--workers N]`: make rows, then the table.
+"""`python -m benchmarks.accuracy ROW... [--set scenes|captions] [--size gpu|cpu] [--workers N]`: make rows, then the table.
 
-ROW is a row (`w2g128/grace/0`), or main, post, others, ablation, subset. Rows that are there are skipped; `--table` makes only
-the table.
+ROW is a row (`w2g128/grace/0`), or main, core, post, others, ablation, subset. Rows that are there are skipped; `--table` makes
+only the table. With `--set captions` the rows are those of the second data set, in folders of their own; the scene study's
+pair, which they start from, is made first where its checkpoints are not there.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.accuracy.caption_work import CAPTION_SIZES, TOLD, CaptionWork
+from benchmarks.accuracy.captions import load_pictures, pack_pictures
 from benchmarks.accuracy.photos import load, pack
 from benchmarks.accuracy.pool import make_all
 from benchmarks.accuracy.rows import RESULTS, Store
 from benchmarks.accuracy.study import SIZES, Row, Size, group_of_rows
 from benchmarks.accuracy.table import write_table
+from benchmarks.accuracy.work import Work
 
 BUILD = Path(__file__).parents[2] / "build" / "accuracy"
 
@@ -25,14 +30,16 @@ def read_arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--set", choices=("scenes", "captions"), default="scenes", help="the data")
     parser.add_argument("--size", choices=SIZES, default="gpu")
     parser.add_argument(
         "--photos", default="npm", help="npm, a folder, a packed file, or a Hugging Face id of CIFAR-10"
     )
+    parser.add_argument("--pictures", default="debian", help="of --set captions: debian, a folder, or a packed file")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after so many minutes")
     parser.add_argument(
-        "--results", type=Path, help="folder of rows and table (default: benchmarks/results/accuracy[-SIZE])"
+        "--results", type=Path, help="folder of rows and table (default: benchmarks/results/accuracy[-SIZE][/captions])"
     )
     parser.add_argument(
         "--work", type=Path, help="folder of photographs and checkpoints (default: build/accuracy[-SIZE])"
@@ -45,14 +52,13 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def packed(source: str, folder: Path, sizes: dict[str, int]) -> str:
-    """The file of photographs: the source is read once, for all processes and later runs."""
-    file = folder / "photos.npz"
+def packed(source: str, file: Path, make: Callable[[str, Path], None]) -> str:
+    """The file of pictures: the source is read once, for all processes and later runs."""
     if Path(source).is_file():
         return source
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        pack(load(source), sizes, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        make(source, file)
     return str(file)
 
 
@@ -66,27 +72,53 @@ def clear(rows: list[Row], size: Size, store: Store, recorded: Store) -> None:
                 shutil.copy(recorded.file(need), store.file(need))
 
 
+def photos_of(given: argparse.Namespace, folder: Path, size: Size) -> str:
+    """The packed file of the scene study's photographs."""
+    return packed(given.photos, folder / "photos.npz", lambda source, file: pack(load(source), size.photos, file))
+
+
+def make_scene_pair(rows: list[Row], given: argparse.Namespace, folder: Path, until: float) -> None:
+    """Make the scene study's members that rows of captions start from, where they are not in `folder`; its results stay."""
+    size, store = SIZES[given.size], Store(folder / "again" / "rows")
+    pair = [Row("pair", "teacher", 0), *(Row("pair", "student", seed) for seed in sorted({0, *(r.seed for r in rows)}))]
+    missing = [row for row in pair if not (folder / row.name.replace("/", "-")).is_dir()]
+    for row in missing:
+        store.file(row).unlink(missing_ok=True)
+    if missing:
+        make_all(missing, (size, store, folder, photos_of(given, folder, size)), given.workers, until)
+
+
 def main() -> None:
     """Make the rows, write the table."""
     given = read_arguments()
-    begun, suffix = time.time(), "" if given.size == "gpu" else f"-{given.size}"
+    until, suffix = time.time() + 60 * given.minutes, "" if given.size == "gpu" else f"-{given.size}"
     results = given.results or RESULTS.with_name(RESULTS.name + suffix)
     folder = given.work or BUILD.with_name(BUILD.name + suffix)
-    recorded = Store(results / "rows", f" --size {given.size}" * bool(suffix))
-    store = Store(folder / "again" / "rows", recorded.options) if given.again else recorded
-    size = SIZES[given.size]
-    if given.student_photos:
+    kind: type[Work] = Work
+    options, size = f" --size {given.size}" * bool(suffix), SIZES[given.size]
+    captions = given.set == "captions"
+    if captions:
+        results, folder, size, kind = results / "captions", folder / "captions", CAPTION_SIZES[given.size], CaptionWork
+        options = f" --set captions{options}"
+    elif given.student_photos:
         size = replace(size, photos={**size.photos, "student": given.student_photos})
+    recorded = Store(results / "rows", options)
+    store = Store(folder / "again" / "rows", options) if given.again else recorded
     rows = [row for name in given.rows for row in group_of_rows(name, size)]
     if not given.table:
         if given.again:
             clear(rows, size, store, recorded)
-        arguments = (size, store, folder, packed(given.photos, folder, size.photos))
-        left = make_all(rows, arguments, given.workers, begun + 60 * given.minutes)
+        if captions:
+            make_scene_pair(rows, given, folder.parent, until)
+            source = packed(given.pictures, folder / "captions.npz", lambda s, f: pack_pictures(load_pictures(s), f))
+        else:
+            source = photos_of(given, folder, size)
+        left = make_all(rows, (size, store, folder, source), given.workers, until, kind)
         if left:
             print(f"{len(left)} rows left, the first {left[0].name}; the same command goes on")
     if not given.again:
-        print(write_table(store, results, readme=given.size == "gpu" and given.results is None))
+        readme = given.size == "gpu" and given.results is None and not captions
+        print(write_table(store, results, readme=readme, told=(TOLD,) * captions))
         return
     for row in rows:
         now, before = (

@@ -5,6 +5,7 @@ Legend: R rows, B batch, S sequence, A longest answer with its end of turn, d_t 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,35 +13,36 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.pair import PAD, VISUAL, sequences
-from benchmarks.accuracy.scenes import Album, Rows, compose, sentences
+from benchmarks.accuracy.scenes import Album, Asked, sentences
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.teacher import ResidentTeacher, Teacher, TeacherStates, model_inputs
 from grace_plugin.vlm import VisualTokens, capture
 
-__all__ = ["KeptTeacher", "Text", "batch_of", "score"]
+__all__ = ["KeptTeacher", "Text", "batch_of", "predicting", "score"]
 
 Batch = dict[str, Any]
 
 
 class Text:
-    """Token ids and labels [Q * A, S] of every question with every answer, in host memory."""
+    """Token ids and labels [Q * A, S] of every question with every answer (None: those of scenes), in host memory."""
 
-    def __init__(self) -> None:
-        self.ids, self.first, self.longest = sequences()
+    def __init__(self, told: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
+        asked, answered = told or sentences()
+        self.ids, self.first, self.longest = sequences(asked, answered)
         after = torch.arange(self.ids.shape[1]) >= self.first[:, None]
         self.labels = torch.where(after & (self.ids != PAD), self.ids, IGNORE_INDEX)
-        self.answers = len(sentences()[1])
+        self.answers = len(answered)
 
-    def index(self, rows: Rows) -> Tensor:
+    def index(self, rows: Asked) -> Tensor:
         """Which text each row is, int64 [R]."""
         return torch.from_numpy(rows.question * self.answers + rows.answer)
 
 
-def batch_of(rows: Rows, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
+def batch_of(rows: Asked, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
     """The batch on the album's device, and the same for the host to look at. keys: row numbers for a `KeptTeacher`."""
     index, device = text.index(rows), album.pixels.device
-    pixels = compose(album, rows)
+    pixels = album.compose(rows)
     host: Batch = {"input_ids": text.ids[index], "labels": text.labels[index], "pixel_values": pixels}
     batch: Batch = {name: value.to(device, non_blocking=True) for name, value in host.items()}
     if keys is not None:
@@ -49,14 +51,27 @@ def batch_of(rows: Rows, text: Text, album: Album, keys: np.ndarray | None = Non
 
 
 @torch.no_grad()
-def score(model: Any, rows: Rows, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
+def score(model: Any, rows: Asked, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
     """bool [R]: whether greedy decoding gives the whole answer.
 
     The label's own tokens are fed; as each question has one right answer, all of them being the most probable is the same as
     generating them.
     """
+    right = torch.ones(len(rows), dtype=torch.bool)
+    for number, token, hidden in predicting(model, rows, text, album, batch_size):
+        right[number[model.lm_head(hidden).argmax(-1).cpu() != token]] = False
+    return right.numpy()
+
+
+@torch.no_grad()
+def predicting(
+    model: Any, rows: Asked, text: Text, album: Album, batch_size: int = 1000
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batch by batch, of each of N answer tokens: its row and id, int64 [N] on the host, and the final hidden state that
+    predicts it, [N, d] on the device.
+    """
     model.eval()
-    dtype, device, found = next(model.parameters()).dtype, album.pixels.device, []
+    dtype, device = next(model.parameters()).dtype, album.pixels.device
     for start in range(0, len(rows), batch_size):
         part = rows.take(np.arange(start, min(len(rows), start + batch_size)))
         batch, host = batch_of(part, text, album)
@@ -67,13 +82,7 @@ def score(model: Any, rows: Rows, text: Text, album: Album, batch_size: int = 10
             model.model.language_model
         ) as caught:  # of the whole model: its first call makes compressed layers dense
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
-        hidden = caught.final
-        best = model.lm_head(hidden[at[:, 0].to(device), at[:, 1].to(device)]).argmax(-1).cpu()
-        wrong = torch.zeros(len(part), dtype=torch.int64).index_add_(
-            0, at[:, 0], (best != labels[at[:, 0], at[:, 1]]).long()
-        )
-        found.append((wrong == 0).numpy())
-    return np.concatenate(found)
+        yield start + at[:, 0], labels[at[:, 0], at[:, 1]], caught.final[at[:, 0].to(device), at[:, 1].to(device)]
 
 
 class KeptTeacher(Teacher):
@@ -83,7 +92,7 @@ class KeptTeacher(Teacher):
     """
 
     def __init__(
-        self, model: Any, rows: Rows, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
+        self, model: Any, rows: Asked, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
     ) -> None:
         resident = ResidentTeacher(model)
         self.config, self.name_or_path = resident.config, resident.name_or_path
@@ -94,7 +103,7 @@ class KeptTeacher(Teacher):
 
     @torch.no_grad()
     def _compute(
-        self, resident: ResidentTeacher, rows: Rows, text: Text, album: Album, batch_size: int = 512
+        self, resident: ResidentTeacher, rows: Asked, text: Text, album: Album, batch_size: int = 512
     ) -> tuple[Tensor, Tensor]:
         device, dtype = album.pixels.device, next(resident.model.parameters()).dtype
         width = self.config.text_config.hidden_size

@@ -10,6 +10,7 @@ Prompts: `<s><user><image>...question<assistant>answer</s>`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,13 @@ def processor() -> LlavaProcessor:
     )  # fmt: skip
 
 
-def sequences() -> tuple[torch.Tensor, torch.Tensor, int]:
+def sequences(asked: Sequence[str], answered: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Token ids [Q * A, S] of every question with every answer, where the answer begins [Q * A], and its longest length.
 
     Row q * A + a is question q answered by a; rows are padded on the right to one length.
     """
     tokenizer = open_tokenizer()
-    questions, answers = ([t.ids for t in tokenizer.encode_batch(part)] for part in sentences())
+    questions, answers = ([t.ids for t in tokenizer.encode_batch(part)] for part in (asked, answered))
     head = [BOS, USER, *[IMAGE] * VISUAL]
     longest = max(map(len, questions)) + max(map(len, answers)) + 2 + len(head)
     ids, first = torch.full((len(questions) * len(answers), longest), PAD), []

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASSES", "PARTS", "load", "pack", "split"]
+__all__ = ["CLASSES", "PARTS", "from_webp", "load", "pack", "split", "to_webp"]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = 32
@@ -64,19 +64,35 @@ def pack(parts: dict[str, Photos], sizes: dict[str, int], file: Path) -> None:
     stored: dict[str, np.ndarray] = {}
     for part, (pictures, labels) in parts.items():
         count = min(sizes[part], len(labels))
-        blank = np.zeros((-count % MOSAIC, SIZE, SIZE, 3), np.uint8)
-        rows = (
-            np.concatenate([pictures[:count], blank])
-            .reshape(-1, MOSAIC, SIZE, SIZE, 3)
-            .transpose(0, 2, 1, 3, 4)
-            .reshape(-1, MOSAIC * SIZE, 3)
-        )
         stored[f"{part}_labels"] = labels[:count].astype(np.uint8)
-        for number, start in enumerate(range(0, len(rows), 16000)):
-            buffer = io.BytesIO()
-            Image.fromarray(rows[start : start + 16000]).save(buffer, "WEBP", lossless=True, quality=60, method=4)
-            stored[f"{part}_{number}"] = np.frombuffer(buffer.getvalue(), np.uint8)
+        stored |= {f"{part}_{number}": strip for number, strip in enumerate(to_webp(pictures[:count]))}
     np.savez(file, **stored)
+
+
+def to_webp(pictures: np.ndarray) -> list[np.ndarray]:
+    """Square pictures uint8 [N, side, side, 3] without loss, MOSAIC beside each other: the bytes of one WebP or several."""
+    count, side = pictures.shape[:2]
+    blank = np.zeros((-count % MOSAIC, side, side, 3), np.uint8)
+    rows = (
+        np.concatenate([pictures, blank])
+        .reshape(-1, MOSAIC, side, side, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(-1, MOSAIC * side, 3)
+    )
+    strips = []
+    for start in range(0, len(rows), 16000):
+        buffer = io.BytesIO()
+        Image.fromarray(rows[start : start + 16000]).save(buffer, "WEBP", lossless=True, quality=60, method=4)
+        strips.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    return strips
+
+
+def from_webp(strips: list[np.ndarray], count: int) -> np.ndarray:
+    """What `to_webp` was given."""
+    opened = [np.asarray(Image.open(io.BytesIO(strip.tobytes())).convert("RGB")) for strip in strips]
+    side = opened[0].shape[1] // MOSAIC
+    rows = np.concatenate(opened).reshape(-1, side, MOSAIC, side, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(rows.reshape(-1, side, side, 3)[:count])
 
 
 def _unpack(file: Path) -> dict[str, Photos]:
@@ -85,12 +101,9 @@ def _unpack(file: Path) -> dict[str, Photos]:
         for part in ("student", "validation", "teacher", "test"):
             strips = []
             while f"{part}_{len(strips)}" in stored:
-                strips.append(
-                    np.asarray(Image.open(io.BytesIO(stored[f"{part}_{len(strips)}"].tobytes())).convert("RGB"))
-                )
-            rows = np.concatenate(strips).reshape(-1, SIZE, MOSAIC, SIZE, 3).transpose(0, 2, 1, 3, 4)
+                strips.append(stored[f"{part}_{len(strips)}"])
             labels = stored[f"{part}_labels"].astype(np.int64)
-            parts[part] = (np.ascontiguousarray(rows.reshape(-1, SIZE, SIZE, 3)[: len(labels)]), labels)
+            parts[part] = (from_webp(strips, len(labels)), labels)
     return parts
 
 

@@ -39,9 +39,9 @@ class _InTurn(SpawnContext):
         return super().Process(*args, **kwargs)
 
 
-def _begin(*arguments: Any) -> None:
+def _begin(kind: type[Work], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    _WORK.append(Work(*arguments))
+    _WORK.append(kind(*arguments))
 
 
 def _make(row: Row) -> Row:
@@ -49,8 +49,13 @@ def _make(row: Row) -> Row:
     return row
 
 
-def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers: int, until: float) -> list[Row]:
-    """Make rows and what they need, in `workers` processes; none is begun after the time `until`. Returns what is left."""
+def make_all(
+    rows: list[Row], arguments: tuple[Size, Store, Path, str], workers: int, until: float, kind: type[Work] = Work
+) -> list[Row]:
+    """Make rows and what they need, in `workers` processes; none is begun after the time `until`. Returns what is left.
+
+    kind: of data, made of `arguments` in each process.
+    """
     size, store = arguments[:2]
     left: list[Row] = []
 
@@ -74,7 +79,7 @@ def make_all(rows: list[Row], arguments: tuple[Size, Store, Path, str], workers:
     devices = torch.cuda.device_count()
     context = _InTurn(devices) if devices > 1 else multiprocessing.get_context("spawn")
     running: dict[Future[Row], Row] = {}
-    with ProcessPoolExecutor(workers, context, _begin, arguments) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (kind, *arguments)) as pool:
         while left or running:
             ready = [row for row in left if all(there(need) or given_up(need) for need in row.needs(size))]
             for row in ready[: workers - len(running)] if time.time() < until else []:

@@ -9,17 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.accuracy import pair
+from benchmarks.accuracy.data import Text, batch_of
+from benchmarks.accuracy.scenes import Album, Asked
 from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.schemes import hand_over
 from grace_plugin.upstream import GPTQModifier, QuantizationMixin, QuantizationModifier, modify_save_pretrained, oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["compress", "export"]
+__all__ = ["calibration", "compress", "export"]
 
 
 def groups_of(setting: str) -> dict[str, Any]:
@@ -52,6 +55,16 @@ def recipe_of(method: str, options: dict[str, Any]) -> Any:
 
         return AutoRoundModifier(**options, iters=200, batch_size=8, enable_torch_compile=False)
     return QuantizationModifier(**options)
+
+
+def calibration(rows: Asked, text: Text, album: Album, batch_size: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Batches of training rows in bfloat16, without labels; a rest that fills no batch is left out."""
+    batches = []
+    for start in range(0, len(rows) - batch_size + 1, batch_size):
+        batch, _ = batch_of(rows.take(np.arange(start, start + batch_size)), text, album)
+        batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+        batches.append({name: value for name, value in batch.items() if name != "labels"})
+    return batches
 
 
 def compress(model: Any, method: str, setting: str, batches: list[dict[str, torch.Tensor]], folder: Path) -> None:

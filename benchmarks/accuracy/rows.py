@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.scenes import TYPES, Rows
+from benchmarks.accuracy.scenes import TYPES
 from benchmarks.accuracy.study import Row
 
 __all__ = ["RESULTS", "Store", "answers_of"]
@@ -76,9 +77,10 @@ class Store:
         part.replace(file)
 
 
-def scored(right: np.ndarray, rows: Rows) -> dict[str, Any]:
-    """Entries of a record for answers bool [R] to `rows`."""
-    by_type = {name: float(right[rows.type == number].mean()) for number, name in enumerate(TYPES)}
+def scored(right: np.ndarray, type_: np.ndarray, names: Sequence[str] = TYPES) -> dict[str, Any]:
+    """Entries of a record for answers bool [R] to questions of a type, int64 [R], index into `names`."""
+    parts = {name: right[type_ == number] for number, name in enumerate(names)}
+    by_type = {name: float(part.mean()) for name, part in parts.items() if len(part)}
     return {
         "questions": len(right), "accuracy": float(right.mean()), "by_type": by_type,
         "right": base64.b64encode(np.packbits(right).tobytes()).decode(),

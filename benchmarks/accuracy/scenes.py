@@ -10,6 +10,7 @@ Legend: R rows, B batch, n photographs of a scene at most (9), P photographs, S 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.photos import CLASSES, SIZE, Photos
 
-__all__ = ["CANVAS", "TYPES", "Album", "Rows", "compose", "draw", "sentences"]
+__all__ = ["CANVAS", "TYPES", "Album", "Asked", "Rows", "compose", "draw", "sentences"]
 
 TYPES = ("identity", "place", "count", "comparison", "existence")
 CANVAS, CELLS = 96, 9
@@ -26,8 +27,22 @@ PLURALS = tuple("deer" if name == "deer" else name + "s" for name in CLASSES)
 LARGEST_SHIFT = 2
 
 
+class Asked:
+    """Rows that are asked and answered, of whatever data: a dataclass of arrays [R, ...] that has these two."""
+
+    question: np.ndarray  # int64 [R], index into the questions of a `data.Text`
+    answer: np.ndarray  # int64 [R], index into its answers
+
+    def __len__(self) -> int:
+        return len(self.answer)
+
+    def take(self, index: np.ndarray) -> Self:
+        """The rows at `index`."""
+        return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class Rows:
+class Rows(Asked):
     """A set of questions about scenes. photos, flip, shift: by cell, row-major in the scene's own grid."""
 
     type: np.ndarray  # int64 [R], index into TYPES
@@ -38,13 +53,6 @@ class Rows:
     shift: np.ndarray  # int64 [R, 9, 2], pixels
     question: np.ndarray  # int64 [R], index into sentences()[0]
     answer: np.ndarray  # int64 [R], index into sentences()[1]
-
-    def __len__(self) -> int:
-        return len(self.type)
-
-    def take(self, index: np.ndarray) -> Rows:
-        """The rows at `index`."""
-        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 def sentences() -> tuple[list[str], list[str]]:
@@ -156,6 +164,11 @@ class Album:
 
     def __init__(self, photos: Photos, device: torch.device, whole: bool = False) -> None:
         self.pixels, self.whole = torch.from_numpy(photos[0]).to(device), whole
+
+    def compose(self, rows: Asked) -> Tensor:
+        """Pixels of the rows, float32 [B, 3, 96, 96] in [-1, 1]."""
+        assert isinstance(rows, Rows)
+        return compose(self, rows)
 
 
 def compose(album: Album, rows: Rows) -> Tensor:

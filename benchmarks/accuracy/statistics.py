@@ -1,8 +1,9 @@
 """Means over seeds, and paired bootstrap intervals over questions and seeds together.
 
 Two methods are compared on the same seeds and questions: d[seed, question] is 1, 0 or -1. A replicate draws questions and seeds
-with replacement, both; the interval is the middle 95 % of the replicates' means. Photographs are shared by questions, which the
-interval does not know of.
+with replacement, both; the interval is the middle 95 % of the replicates' means. Photographs of scenes are shared by questions,
+which the interval does not know of. Where records have a `cluster`, so many questions after one another are about one picture,
+and pictures are drawn, with all their questions.
 """
 
 from __future__ import annotations
@@ -40,6 +41,17 @@ class Group:
     def deviation(self) -> float | None:
         """Standard deviation over seeds, points; None for one seed."""
         return 100 * float(self.right.mean(1).std(ddof=1)) if len(self.seeds) > 1 else None
+
+    @property
+    def cluster(self) -> int:
+        """Questions after one another that are about one picture; 1 where each has its own."""
+        return self.records[0].get("cluster", 1) if self.records else 1
+
+    @property
+    def nats(self) -> float | None:
+        """Nats per token of the true answers, mean over seeds; None where it was not recorded."""
+        found = [record["nats"] for record in self.records if "nats" in record]
+        return float(np.mean(found)) if found else None
 
     def by_type(self) -> dict[str, float]:
         """Percent by question type."""
@@ -98,8 +110,9 @@ def compare(ours: Group, other: Group) -> Compared:
     mine = ours.right[[ours.seeds.index(seed) for seed in shared]].astype(np.float32)
     theirs = other.right if other.method == "teacher" else other.right[[other.seeds.index(seed) for seed in shared]]
     difference = mine - theirs.astype(np.float32)
-    questions = difference.shape[1]
-    by_seed = _draws(questions) @ difference.T / questions  # [replicates, seeds]
+    difference = difference.reshape(len(shared), -1, ours.cluster).mean(-1)
+    drawn_from = difference.shape[1]
+    by_seed = _draws(drawn_from) @ difference.T / drawn_from  # [replicates, seeds]
     rng = np.random.default_rng(SEED + 1)
     drawn = rng.integers(0, len(shared), (REPLICATES, len(shared)))
     means = np.take_along_axis(by_seed, drawn, 1).mean(1)

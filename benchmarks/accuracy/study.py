@@ -72,7 +72,7 @@ class Row:
         if self.method == "tower":
             return []
         if self.setting == "pair":
-            return [Row("pair", "tower", 0)]
+            return [Row("pair", "tower", 0)] if size.tower_steps else []
         found = [Row("pair", "student", self.seed)]
         if self.method in AFTER:
             found.append(self.base)
@@ -119,7 +119,7 @@ class Row:
 @dataclass(frozen=True)
 class Size:
     """A size of the study. photos: used of each part; rows: of the one training set; rates: searched; weights: how many of a
-    method's weights are searched, the last ones.
+    method's weights are searched, the last ones; tower_steps: 0 where the pair starts from trained members.
     """
 
     teacher: Shape
@@ -192,10 +192,13 @@ _SIZED = (
 
 
 def group_of_rows(name: str, size: Size) -> list[Row]:
-    """The rows that a word stands for ("main", "post", "others", "ablation", "subset"), or the one row of that name."""
+    """The rows that a word stands for ("main", "core", "post", "others", "ablation", "subset"), or the one row of that name."""
     seeds = range(size.seeds)
+    if name == "core":
+        rounded = [Row(s, m, seed) for m in ("rtn", "gptq") for s in ("w4g128", "w2g128") for seed in seeds]
+        return [*group_of_rows("main", size), *rounded]
     if name == "main":
-        pair = [*_PAIR, *(Row("pair", "student", seed) for seed in seeds)]
+        pair = [*(_PAIR if size.tower_steps else _PAIR[1:]), *(Row("pair", "student", seed) for seed in seeds)]
         trained = [Row(s, m, seed) for s in _MAIN for seed in seeds for m in ("grace", "kl", "ce")]
         return [*pair, *trained]
     if name == "others":

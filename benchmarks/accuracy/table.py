@@ -80,6 +80,8 @@ def closed(groups: Groups, setting: str) -> str:
     if any(group is None for group in needed):
         return ""
     low, ours, top = (group.mean for group in needed if group is not None)
+    if top <= low:
+        return ""
     return f"GRACE closes {100 * (ours - low) / (top - low):.0f} % of the way from the fine-tuned BF16 student to the teacher."
 
 
@@ -89,6 +91,7 @@ def _spread(group: Group) -> str:
 
 def _line(group: Group, against: Group | None) -> str:
     types = " | ".join(f"{value:.1f}" for value in group.by_type().values())
+    types = types if group.nats is None else f"{group.nats:.2f} | {types}"
     apart = against is None or against is group or (group.method != "teacher" and not {*group.seeds} & {*against.seeds})
     difference = "" if apart or against is None else str(compare(against, group))
     return (
@@ -101,8 +104,9 @@ def main_table(groups: Groups) -> list[str]:
     pair = [group for (setting, _), group in groups.items() if setting == "pair" and group.method != "tower"]
     if not pair:
         return []
-    types = " | ".join(pair[0].by_type())
-    head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {types} |", "|---|---|---|---|" + "---|" * 5]
+    types = [*([] if pair[0].nats is None else ["nats per token"]), *pair[0].by_type()]
+    head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {' | '.join(types)} |"]
+    head.append("|---|---|---|---|" + "---|" * len(types))
     lines = ["## The pair", "", *head, *(_line(group, None) for group in sorted(pair, key=lambda g: -g.mean))]
     for setting, told in SHOWN.items():
         found = [groups[setting, method] for method in ORDER if (setting, method) in groups]
@@ -204,17 +208,22 @@ def readme_section(groups: Groups) -> str:
     return "\n".join([*lines, "", *(f"- {way}" for way in ways)])
 
 
-def write_table(store: Store, results: Path, readme: bool) -> str:
-    """Write table.md and accuracy.svg below `results`, with `readme` the README's section too; returns the table."""
+def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...] = ()) -> str:
+    """Write table.md and accuracy.svg below `results`, with `readme` the README's section too; returns the table.
+
+    told: sentences on the data, below the first paragraph.
+    """
     records = store.all()
     groups = collect(records)
     devices = sorted({record["environment"]["device"] for record in records})
     revisions = sorted({record["revision"] for record in records})
     hours = sum(record["seconds"] for record in records) / 3600
+    told = (*told, *sorted({record["pictures"] + "." for record in records if "pictures" in record}))
+    drawn = "pictures" if any(group.cluster > 1 for group in groups.values()) else "questions"
     head = [
         "# Accuracy study", "", f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
-        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over questions and seeds "
-        "(few seeds are drawn from, so the intervals are a little narrow).", "",
+        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over {drawn} and seeds "
+        "(few seeds are drawn from, so the intervals are a little narrow).", "", *(line for one in told for line in (one, "")),
     ]  # fmt: skip
     parts = [
         *head,

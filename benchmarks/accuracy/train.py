@@ -25,7 +25,7 @@ from benchmarks.accuracy.formats import quantize, stored_dtype
 from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
 from benchmarks.accuracy.relation import RelationObjective
-from benchmarks.accuracy.scenes import Album, Rows
+from benchmarks.accuracy.scenes import Album, Asked, Rows
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer import PARAMETER, dequantize
@@ -66,10 +66,13 @@ def _names(rows: Rows) -> Tensor:
 
 
 def from_scratch(
-    model: Any, draw: Callable[[int], Rows], album: Album, text: Text, *, steps: int, rate: float, seed: int,
-    log: Callable[[str], None] = lambda line: None,
+    model: Any, draw: Callable[[int], Any], album: Album, text: Text, *, steps: int, rate: float, seed: int,
+    naming_weight: float = NAMING, log: Callable[[str], None] = lambda line: None,
 ) -> None:  # fmt: skip
-    """Train a member by cross-entropy on `draw(step)`, its visual tokens named beside at a weight that falls to 0."""
+    """Train a member by cross-entropy on `draw(step)`, its visual tokens named beside at a weight that falls to 0.
+
+    naming_weight: 0 for rows that are not scenes.
+    """
     device = album.pixels.device
     torch.manual_seed(seed)
     naming = nn.Linear(model.config.text_config.hidden_size, 16).to(device)
@@ -89,11 +92,13 @@ def from_scratch(
             hidden = model.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).last_hidden_state
             logits = model.lm_head(hidden[at[:, 0].to(device), at[:, 1].to(device)])
             loss = cross_entropy(logits.float(), targets)
-            named = naming(hidden[:, 2 : 2 + VISUAL]).float().flatten(0, 1)
-            parts = zip(named.split([10, 3, 3], -1), _names(rows).to(device).unbind(-1), strict=True)
-            extra = torch.stack([cross_entropy(guess, true) for guess, true in parts]).sum()
+            extra = loss.new_zeros(())
+            if naming_weight:
+                named = naming(hidden[:, 2 : 2 + VISUAL]).float().flatten(0, 1)
+                parts = zip(named.split([10, 3, 3], -1), _names(rows).to(device).unbind(-1), strict=True)
+                extra = torch.stack([cross_entropy(guess, true) for guess, true in parts]).sum()
         optimizer.zero_grad(set_to_none=True)
-        (loss + NAMING * (1 - step / steps) * extra).backward()
+        (loss + naming_weight * (1 - step / steps) * extra).backward()
         clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         if step % 100 == 99:
@@ -101,7 +106,7 @@ def from_scratch(
 
 
 def learn(
-    model: Any, teacher: Any, method: Method, setting: str, rows: Rows, album: Album, text: Text, *, order: np.ndarray,
+    model: Any, teacher: Any, method: Method, setting: str, rows: Asked, album: Album, text: Text, *, order: np.ndarray,
     rate: float, scales: dict[str, Tensor] | None = None, deep: Tensor | None = None,
 ) -> tuple[dict[str, Any], Frozen]:  # fmt: skip
     """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said, and

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy import pair
-from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
+from benchmarks.accuracy.data import KeptTeacher, Text, score
 from benchmarks.accuracy.methods import METHODS, POST, Method
 from benchmarks.accuracy.photos import Photos, load
 from benchmarks.accuracy.relation import deep_states
 from benchmarks.accuracy.rows import Store, scored
-from benchmarks.accuracy.scenes import Album, Rows, draw
+from benchmarks.accuracy.scenes import Album, draw
 from benchmarks.accuracy.study import Row, Size
-from benchmarks.accuracy.train import from_scratch, learn, order_of
-from grace_plugin.data import SAMPLE_KEY
+from benchmarks.accuracy.train import NAMING, from_scratch, learn, order_of
 
-__all__ = ["Work"]
+__all__ = ["TRAIN_SEED", "Work"]
 
 TRAIN_SEED, TEST_SEED, VALIDATION_SEED, TEACHER_SEED = 101, 202, 303, 404
 
@@ -34,12 +33,17 @@ TRAIN_SEED, TEST_SEED, VALIDATION_SEED, TEACHER_SEED = 101, 202, 303, 404
 class Work:
     """Everything a process keeps between rows. folder: checkpoints of the pair; photos: as `photos.load` takes it."""
 
+    naming_weight = NAMING
+
     def __init__(self, size: Size, store: Store, folder: Path, photos: str) -> None:
         self.size, self.store, self.folder, self.source = size, store, folder, photos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.text = Text()
         self._teacher: dict[str, KeptTeacher] = {}
         self._deep: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @cached_property
+    def text(self) -> Text:
+        return Text()
 
     @cached_property
     def photos(self) -> dict[str, Photos]:
@@ -51,13 +55,17 @@ class Work:
         return {part: Album(photos, self.device) for part, photos in self.photos.items()}
 
     @cached_property
-    def rows(self) -> dict[str, Rows]:
+    def rows(self) -> dict[str, Any]:
         size = self.size
         return {
-            "student": draw(TRAIN_SEED, size.rows, self.photos["student"], augment=True),
+            "student": self.drawn(TRAIN_SEED, size.rows, "student"),
             "validation": draw(VALIDATION_SEED, size.validation_rows, self.photos["validation"], augment=False),
             "test": draw(TEST_SEED, size.test_rows, self.photos["test"], augment=False),
         }
+
+    def drawn(self, seed: int, count: int, part: str) -> Any:
+        """Rows to train on, `count` of the part's photographs."""
+        return draw(seed, count, self.photos[part], augment=True)
 
     def teacher(self, name: str) -> KeptTeacher:
         """A teacher's states: computed by the first process that needs them, read by the others; the latest is kept."""
@@ -104,7 +112,7 @@ class Work:
     def score(self, model: Any, part: str) -> dict[str, Any]:
         """Entries of a record for the part's questions."""
         rows = self.rows[part]
-        return {"part": part, **scored(score(self.computing(model), rows, self.text, self.albums[part]), rows)}
+        return {"part": part, **scored(score(self.computing(model), rows, self.text, self.albums[part]), rows.type)}
 
     def make(self, row: Row) -> None:
         """Make a row and write it; an error becomes the record."""
@@ -121,30 +129,36 @@ class Work:
             return
         self.store.write(row, **said, seconds=time.time() - begun)
 
-    def _pair(self, row: Row) -> dict[str, Any]:
-        size = self.size
-        part = "student" if row.method == "student" else "teacher"
-        taught = row.method in ("student", "tower")
-        shape = size.student if taught else size.teachers[row.method]
-        steps = {"tower": size.tower_steps, "student": size.student_steps}.get(row.method, size.teacher_steps)
-        batch, rate = (size.student_batch, size.student_rate) if taught else (size.teacher_batch, size.teacher_rate)
-        model = pair.build(shape, row.seed if part == "student" else TEACHER_SEED)
+    def beginning(self, row: Row) -> Any:
+        """The member before it is trained, in float32 on a CPU: random, with the tower where that was trained."""
+        shape = self.size.teachers.get(row.method, self.size.student)
+        model = pair.build(shape, row.seed if row.method == "student" else TEACHER_SEED)
         if row.method != "tower":
             tower = self.open(Row("pair", "tower", 0)).model.vision_tower
             model.model.vision_tower.load_state_dict(tower.state_dict())
             model.model.vision_tower.requires_grad_(False)
-        model.to(self.device)
+        return model
+
+    def _pair(self, row: Row) -> dict[str, Any]:
+        size = self.size
+        part = "student" if row.method == "student" else "teacher"
+        steps = {"tower": size.tower_steps, "student": size.student_steps}.get(row.method, size.teacher_steps)
+        batch, rate = size.student_batch, size.student_rate
+        if row.method in size.teachers:
+            batch, rate = size.teacher_batch, size.teacher_rate
+        model = self.beginning(row).to(self.device)
         order = order_of(row.seed + 500, size.rows, steps, batch)
 
-        def draw_step(step: int) -> Rows:
+        def draw_step(step: int) -> Any:
             if part == "teacher":
-                return draw(TEACHER_SEED * 10**6 + step, batch, self.photos[part], augment=True)
+                return self.drawn(TEACHER_SEED * 10**6 + step, batch, part)
             return self.rows[part].take(order[step])
 
         log: list[str] = []
         from_scratch(
-            model, draw_step, self.albums[part], self.text, steps=steps, rate=rate, seed=row.seed, log=log.append
-        )
+            model, draw_step, self.albums[part], self.text, steps=steps, rate=rate, seed=row.seed,
+            naming_weight=self.naming_weight, log=log.append,
+        )  # fmt: skip
         pair.save(model.cpu(), self.checkpoint(row))
         count = sum(p.numel() for p in model.parameters())
         entries = {"parameters": count, "steps": steps, "rate": rate, "log": log[-1:], "photos": size.photos[part]}
@@ -226,17 +240,11 @@ class Work:
     @contextmanager
     def _compress(self, base: Row, method: str, setting: str) -> Iterator[Any]:
         """A member of the pair after a post-training method, read back from the disk, where its files lie in between."""
-        from benchmarks.accuracy.post import compress
+        from benchmarks.accuracy.post import calibration, compress
 
         folder = self.folder / "post" / f"{base.name}-{method}-{setting}-{os.getpid()}".replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        model, batches = self.open(base).to(torch.bfloat16), []
-        for start in range(0, self.size.calibration, 8):
-            batch, _ = batch_of(
-                self.rows["student"].take(np.arange(start, start + 8)), self.text, self.albums["student"]
-            )
-            batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
-            batches.append({name: value for name, value in batch.items() if name not in ("labels", SAMPLE_KEY)})
-        compress(model, method, setting, batches, folder)
+        rows, album = self.rows["student"].take(np.arange(self.size.calibration)), self.albums["student"]
+        compress(self.open(base).to(torch.bfloat16), method, setting, calibration(rows, self.text, album), folder)
         yield self._open(folder)
         shutil.rmtree(folder)
