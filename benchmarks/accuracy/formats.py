@@ -66,29 +66,32 @@ def quantize(
     for width in sorted(set(bits.values())):
         chosen = {name: layer for name, layer in layers.items() if bits[name] == width}
         attached.append(attach(chosen, num_bits=width, group_size=form[1], stored_dtype=stored, **start))
-        if not method.masked:
-            for layer in chosen.values():
-                layer.forward = MethodType(unmasked_forward(width, stored), layer)  # type: ignore[method-assign]
+        for layer in chosen.values() if method.float_scales or not method.masked else ():
+            layer.forward = MethodType(changed_forward(width, stored, method.masked), layer)  # type: ignore[method-assign]
     for name, scale in (scales or {}).items():
         getattr(layers[name], PARAMETER).data = scale.float().log()
     return Quantized(tuple(attached), bits=bits if method.mixed else {})
 
 
-def unmasked_forward(bits: int, stored: torch.dtype) -> Callable[[nn.Linear, Tensor], Tensor]:
-    """Forward of an attached layer whose weights get a gradient beyond the clip too; its values are the same."""
+def changed_forward(bits: int, stored: torch.dtype, masked: bool) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """Forward of an attached layer that quantizes in float32 and multiplies in autocast's dtype.
+
+    Its values are those of the layer's own forward where that dtype holds what is stored. masked: a weight beyond the clip has
+    no gradient.
+    """
     low, high = code_range(bits)
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         theta, weight = getattr(self, PARAMETER), self.weight
-        quantized = fake_quantize(
-            weight, theta, num_bits=bits, stored_dtype=stored, group_size=self.in_features // theta.shape[1]
-        )
-        with torch.no_grad():
-            scale = stored_scale(theta, stored).float().unsqueeze(2)
-            code = (weight.unflatten(1, (theta.shape[1], -1)) / scale).round()
-            outside = ((code < low) | (code > high)).flatten(1)
-        passed = torch.where(outside, weight - weight.detach(), 0.0)
-        return linear(input, quantized + passed.to(quantized.dtype), self.bias)
+        groups = {"group_size": self.in_features // theta.shape[1]}
+        with torch.autocast(weight.device.type, enabled=False):
+            quantized = fake_quantize(weight, theta, num_bits=bits, stored_dtype=stored, **groups)
+            if not masked:
+                scale = stored_scale(theta.detach(), stored).float().unsqueeze(2)
+                code = (weight.detach().unflatten(1, (theta.shape[1], -1)) / scale).round()
+                outside = ((code < low) | (code > high)).flatten(1)
+                quantized = quantized + torch.where(outside, weight - weight.detach(), 0.0)
+        return linear(input, quantized, self.bias)
 
     return forward
 

@@ -22,7 +22,8 @@ SHOWN = {
     "w2g64": "2 bits, group 64", "w2row": "2 bits, per row",
 }  # fmt: skip
 NAMES = {
-    "student": "student BF16", "teacher": "teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
+    "student": "student BF16", "teacher": "teacher BF16", "teacher-small": "smaller teacher BF16",
+    "teacher-large": "larger teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
     "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
     "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
     "grace+gptq": "BF16 + GRACE, then GPTQ", "torchao": "torchao QAT", "modelopt": "ModelOpt QAT + plain KL",
@@ -112,7 +113,7 @@ def main_table(groups: Groups) -> list[str]:
         found = [groups[setting, method] for method in ORDER if (setting, method) in groups]
         if len(found) > 1:
             ours = groups.get((setting, "grace"))
-            beside = [group for group in pair if ours is not None]
+            beside = [groups["pair", m] for m in ("student", "teacher") if ("pair", m) in groups and ours is not None]
             lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*beside, *found))]
             lines += ["", way] if (way := closed(groups, setting)) else []
     return lines

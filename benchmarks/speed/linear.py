@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.speed.timing import graphed, median_ms
+from benchmarks.speed.timing import graphed, paired_ms
 from grace_plugin.quantizer.attach import attach
 
 __all__ = ["linear"]
@@ -15,43 +15,68 @@ __all__ = ["linear"]
 MICRO_BATCHES = 16
 
 
-def _times(
-    tokens: int, outputs: int, inputs: int, device: str, weight: torch.dtype, quantized: bool
-) -> dict[str, float]:
-    compute = torch.bfloat16 if device == "cuda" else torch.float32
-    x = torch.randn(tokens, inputs, device=device, dtype=compute, requires_grad=True)
-    grad = torch.randn(tokens, outputs, device=device, dtype=compute)
-    layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=weight)
+class _Case:
+    """A linear layer, plain or quantized, and its two works; call `close` in the end."""
 
-    def pass_once() -> tuple[torch.Tensor, ...]:
-        with torch.autocast(device, dtype=compute, enabled=weight != compute, cache_enabled=False):
-            out = layer(x)
-        return torch.autograd.grad(out, [x, *layer.parameters()], grad)
+    def __init__(
+        self, tokens: int, outputs: int, inputs: int, device: str, weight: torch.dtype, quantized: bool
+    ) -> None:
+        self.device, self.compute = device, torch.bfloat16 if device == "cuda" else torch.float32
+        self.x = torch.randn(tokens, inputs, device=device, dtype=self.compute, requires_grad=True)
+        self.grad = torch.randn(tokens, outputs, device=device, dtype=self.compute)
+        self.layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=weight)
+        self.attached = attach({"layer": self.layer}, group_size=128, cache=False) if quantized else None
+        self.sums = [torch.zeros_like(parameter) for parameter in self.layer.parameters()]
 
-    attached = attach({"layer": layer}, group_size=128, cache=False) if quantized else None
-    found = {"once_ms": median_ms(graphed(pass_once)), "once_with_host_ms": median_ms(pass_once)}
-    if attached is not None:
-        attached.detach()
-        attached = attach({"layer": layer}, group_size=128)
-        attached.defer()
-    sums = [torch.zeros_like(parameter) for parameter in layer.parameters()]
+    def once(self) -> tuple[torch.Tensor, ...]:
+        """Forward and backward of one micro-batch."""
+        mixed = self.layer.weight.dtype != self.compute
+        with torch.autocast(self.device, dtype=self.compute, enabled=mixed, cache_enabled=False):
+            out = self.layer(self.x)
+        return torch.autograd.grad(out, [self.x, *self.layer.parameters()], self.grad)
 
-    def accumulate() -> None:
-        if attached is not None:
-            attached.invalidate()
+    def keep(self) -> None:
+        """From now on a weight is quantized once for all micro-batches."""
+        if self.attached is not None:
+            self.attached.detach()
+            self.attached = attach({"layer": self.layer}, group_size=128)
+            self.attached.defer()
+
+    def accumulate(self) -> None:
+        """An optimizer step's micro-batches, their gradients summed."""
+        if self.attached is not None:
+            self.attached.invalidate()
         for _ in range(MICRO_BATCHES):
-            for total, part in zip(sums, pass_once()[1:], strict=True):
+            for total, part in zip(self.sums, self.once()[1:], strict=True):
                 total += part
-        if attached is not None:
-            for parameter, total in zip(layer.parameters(), sums, strict=True):
+        if self.attached is not None:
+            for parameter, total in zip(self.layer.parameters(), self.sums, strict=True):
                 parameter.grad = total
-            attached.settle()
-            for parameter in layer.parameters():
+            self.attached.settle()
+            for parameter in self.layer.parameters():
                 parameter.grad = None
 
-    found["of_16_ms"] = median_ms(graphed(accumulate), 10) / MICRO_BATCHES
-    if attached is not None:
-        attached.detach()
+    def close(self) -> None:
+        """Take the scales off."""
+        if self.attached is not None:
+            self.attached.detach()
+
+
+def _times(cases: dict[str, _Case]) -> dict[str, dict[str, float]]:
+    """Times of each case by work, the cases by turns."""
+    found: dict[str, dict[str, float]] = {name: {} for name in cases}
+
+    def take(entry: str, works: dict[str, Any], repeats: int, share: float = 1.0) -> None:
+        for name, ms in paired_ms(works, repeats).items():
+            found[name][entry] = ms * share
+
+    take("once_ms", {name: graphed(case.once) for name, case in cases.items()}, 100)
+    take("once_with_host_ms", {name: case.once for name, case in cases.items()}, 20)
+    for case in cases.values():
+        case.keep()
+    take("of_16_ms", {name: graphed(case.accumulate) for name, case in cases.items()}, 20, 1 / MICRO_BATCHES)
+    for case in cases.values():
+        case.close()
     return found
 
 
@@ -63,8 +88,8 @@ def linear(tokens: int, shapes: list[tuple[int, int]], device: str) -> list[dict
     rows = []
     for outputs, inputs in shapes:
         for weight in (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,):
-            plain = _times(tokens, outputs, inputs, device, weight, False)
-            ours = _times(tokens, outputs, inputs, device, weight, True)
+            cases = {name: _Case(tokens, outputs, inputs, device, weight, name == "ours") for name in ("plain", "ours")}
+            plain, ours = _times(cases).values()
             ratios = {name.replace("_ms", "_ratio"): ours[name] / plain[name] for name in plain}
             rows.append({"shape": [outputs, inputs], "weight": str(weight), "plain": plain, "ours": ours, **ratios})
     return rows

@@ -9,26 +9,32 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ["ceilings", "extra_gib", "graphed", "median_ms"]
+__all__ = ["ceilings", "extra_gib", "graphed", "median_ms", "paired_ms"]
 
 Work = Callable[[], Any]
 
 
+def paired_ms(works: dict[str, Work], repeats: int = 20) -> dict[str, float]:
+    """Median times of several works in milliseconds, a call of each in turn: a clock that drifts drifts under all of them."""
+    if not torch.cuda.is_available():
+        timers = {name: Timer("work()", "work()", globals={"work": work}) for name, work in works.items()}
+        return {name: 1000 * timer.blocked_autorange(min_run_time=0.2).median for name, timer in timers.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(3 + repeats):
+        for name, work in works.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            if number >= 3:
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(several) for name, several in times.items()}
+
+
 def median_ms(work: Work, repeats: int = 20) -> float:
     """Median time of a call in milliseconds: device events around each of `repeats` calls, or torch's Timer on a CPU."""
-    for _ in range(3):
-        work()
-    if not torch.cuda.is_available():
-        return float(1000 * Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.2).median)
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return paired_ms({"work": work}, repeats)["work"]
 
 
 def graphed(work: Work) -> Work:
