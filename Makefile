@@ -11,7 +11,7 @@ SERVE := .venv/serve
 TRAIN_BUILT := $(TRAIN)/.built
 SERVE_BUILT := $(SERVE)/.built
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist
 BUILDER := integration/env/build.py integration/env/mend.py
 
 .PHONY: demo test unit integration families lint bench accuracy env clean
@@ -32,13 +32,13 @@ demo: env
 test: unit integration
 
 unit: $(TRAIN_BUILT)
-	$(PYTEST) tests --cov=grace_plugin --cov-report=
-	TRITON_INTERPRET=1 $(PYTEST) tests/losses/test_chunks_triton.py tests/losses/test_losses_triton.py \
+	$(PYTEST) loadfile tests --cov=grace_plugin --cov-report=
+	TRITON_INTERPRET=1 $(PYTEST) worksteal tests/losses/test_chunks_triton.py tests/losses/test_losses_triton.py \
 		tests/quantizer/test_quantizer_triton.py \
 		--cov=grace_plugin --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 integration: env
-	GRACE_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(PYTEST) integration
+	GRACE_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(PYTEST) loadfile integration
 
 families: env
 	$(TRAIN)/bin/python -m integration.families $(FAMILIES) --serve-python $(SERVE)/bin/python
