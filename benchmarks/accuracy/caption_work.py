@@ -1,19 +1,18 @@
-"""Rows of the second data set: the same pair, methods, search and loops on captions, scored by forced choice.
+"""Rows of the second data set: the same pair, methods, search and loops on captions of known pictures in unseen views.
 
 The pair is the scene study's: teacher and student start from its trained members, the tower stays frozen, and both learn the
-training pictures' captions by cross-entropy before any method does. Held-out captions were never trained on.
+known pictures' captions by cross-entropy before any method does. A question is a known picture in a view that training does not
+show (`captions.draw`), and right as in the scene study: greedy decoding gives the whole caption. Questions lie picture by
+picture, as many for each, which the record says (`cluster`), so that intervals draw pictures.
 
-A question is a held-out picture, its caption and 15 captions of other held-out pictures, drawn from a seed; it is right if the
-picture's own caption has the highest mean log-probability per token (end of turn included). Every picture is run with every
-caption of its part once, and all questions are read from that matrix. Questions lie picture by picture, as many for each, which
-the record says (`cluster`), so that intervals draw pictures.
+Beside it stands what is known of other pictures (`held_out`): how often a held-out picture's caption has a higher mean
+log-probability per token (end of turn included) than 15 captions of other held-out pictures, and the nats per token of its own.
 
-Legend: P held-out pictures, C distinct captions of theirs, Q questions, R = P * C rows.
+Legend: P pictures, C distinct captions, R rows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,27 +22,28 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, log_softmax
 
-from benchmarks.accuracy.captions import PROMPT, CaptionRows, Easel, Pictures, draw_captions, load_pictures, split
-from benchmarks.accuracy.data import Text, predicting
+from benchmarks.accuracy.captions import PROMPT, CaptionRows, Easel, Pictures, draw, load_pictures, split
+from benchmarks.accuracy.data import Text, predicting, score
 from benchmarks.accuracy.rows import Store, scored
 from benchmarks.accuracy.scenes import Album
 from benchmarks.accuracy.study import SIZES, Row, Size
+from benchmarks.accuracy.train import order_of
 from benchmarks.accuracy.work import TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Work
 
-__all__ = ["CAPTION_SIZES", "TOLD", "CaptionWork", "Choice", "likelihood"]
+__all__ = ["CAPTION_SIZES", "TOLD", "CaptionWork", "choice_accuracy", "likelihood"]
 
 OTHERS = 15
-KINDS = 7  # folders with a column of their own in the table: the largest
 TOLD = (
-    "Captions of held-out pictures: right where a picture's own caption has a higher mean log-probability per token than each "
-    f"of {OTHERS} captions of other held-out pictures ({100 / (OTHERS + 1):.2f} % by chance). No held-out caption was trained "
-    "on. Intervals draw pictures with all their questions; that captions to choose from are shared is not in them."
+    "Captions of known pictures in views that training does not show (shifted further, in another light, a part covered): "
+    "right where greedy decoding gives the whole caption. Intervals draw pictures with all their views. Held-out choice is "
+    "about pictures whose captions were not trained on: how often, percent, a picture's own caption is more probable per token "
+    f"than each of {OTHERS} captions of others of them ({100 / (OTHERS + 1):.2f} by chance)."
 )
 
-#: test_rows and validation_rows are questions, at least; the pictures are all there are
+#: test_rows and validation_rows are questions, at least: each picture has as many
 CAPTION_SIZES: dict[str, Size] = {
     "gpu": replace(
-        SIZES["gpu"], photos={}, tower_steps=0, teacher_steps=800, student_steps=600, steps=600, seeds=3,
+        SIZES["gpu"], photos={}, tower_steps=0, teacher_steps=400, student_steps=150, steps=150, seeds=3,
         test_rows=5000, validation_rows=2500, rates=(2e-4, 6e-4, 1.8e-3, 5.4e-3), weights=2,
     ),
     "cpu": replace(SIZES["cpu"], photos={}, tower_steps=0, teacher_steps=40, student_steps=30),
@@ -53,36 +53,15 @@ CAPTION_SIZES: dict[str, Size] = {
 }  # fmt: skip
 
 
-class Choice:
-    """The questions of a part. pictures int64 [P]; captions int64 [C], index into the distinct captions; others int64
-    [P, Q / P, 15], column of each caption to choose from beside the own one, whose column is own, int64 [P].
+def choice_accuracy(mean: np.ndarray, own: np.ndarray, unlike: np.ndarray, others: int) -> float:
+    """How often the own caption beats `others` captions drawn without replacement from those unlike it: expected, not drawn.
 
-    Raises:
-        ValueError: all pictures share one caption.
+    mean: log-probability per token of each picture's captions, [P, C]; own: column of its own, int64 [P]; unlike: bool [P, C].
     """
-
-    def __init__(self, seed: int, questions: int, pictures: np.ndarray, answer: np.ndarray, texts: list[str]) -> None:
-        self.pictures, (self.captions, self.own) = pictures, np.unique(answer[pictures], return_inverse=True)
-        self.each = -(-questions // len(pictures))
-        folded = np.array([texts[number].casefold() for number in self.captions])
-        unlike = [np.flatnonzero(folded != folded[column]) for column in self.own]
-        if not all(map(len, unlike)):
-            raise ValueError(f"nothing to choose from: {len(pictures)} pictures share a caption; use more pictures")
-        count, rng = min(OTHERS, *map(len, unlike)), np.random.default_rng(seed)
-        drawn = [[rng.choice(columns, count, replace=False) for _ in range(self.each)] for columns in unlike]
-        self.others = np.array(drawn)
-
-    def rows(self) -> CaptionRows:
-        """Every picture with every caption, picture by picture."""
-        return CaptionRows.plain(
-            np.repeat(self.pictures, len(self.captions)), np.tile(self.captions, len(self.pictures))
-        )
-
-    def right(self, mean: np.ndarray) -> np.ndarray:
-        """bool [Q] from the mean log-probability of each picture's captions [P, C]; a draw with another caption is wrong."""
-        own = np.take_along_axis(mean, self.own[:, None], 1)
-        best = np.take_along_axis(mean[:, None], self.others, 2).max(2)
-        return (own > best).flatten()
+    rivals = unlike.sum(1)[:, None]
+    better = ((mean >= np.take_along_axis(mean, own[:, None], 1)) & unlike).sum(1)[:, None]  # a draw is lost
+    drawn = np.arange(others)
+    return float(((rivals - better - drawn).clip(0) / (rivals - drawn)).prod(1).mean())
 
 
 @torch.no_grad()
@@ -104,58 +83,31 @@ class CaptionWork(Work):
 
     def __init__(self, size: Size, store: Store, folder: Path, source: str) -> None:
         super().__init__(size, store, folder, source)
-        self.size = replace(size, photos={part: len(pictures) for part, pictures in self.photos.items()})
-
-    @cached_property
-    def pictures(self) -> Pictures:
-        """All pictures."""
-        return load_pictures(self.source)
-
-    @cached_property
-    def texts(self) -> list[str]:
-        """The distinct captions."""
-        return sorted(set(self.pictures.captions))
-
-    @cached_property
-    def answer(self) -> np.ndarray:
-        """Which of `texts` each picture has, int64 [all pictures]."""
-        number = {text: number for number, text in enumerate(self.texts)}
-        return np.array([number[caption] for caption in self.pictures.captions])
-
-    @cached_property
-    def photos(self) -> dict[str, np.ndarray]:  # type: ignore[override]
-        """Numbers of each part's pictures; the teacher has the student's, augmented anew at every step."""
-        parts = split(self.pictures.captions)
-        return {"teacher": parts["student"], **parts}
+        self.pictures: Pictures = load_pictures(source)
+        self.known, self.held_out = split(self.pictures.captions)
+        self.size = replace(size, photos=dict.fromkeys(("teacher", "student"), len(self.known)))
 
     @cached_property
     def albums(self) -> dict[str, Album]:
-        return dict.fromkeys(self.photos, Easel(self.pictures.pixels, self.device))
+        easel = Easel(self.pictures.pixels, self.device)
+        return dict.fromkeys(("teacher", "student", "validation", "test"), easel)
 
     @cached_property
     def text(self) -> Text:
-        return Text(([PROMPT], self.texts))
+        return Text(([PROMPT], self.pictures.texts))
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        return {"student": self.drawn(TRAIN_SEED, self.size.rows, "student")}
-
-    @cached_property
-    def choices(self) -> dict[str, Choice]:
-        """The questions of the held-out parts."""
-        asked = {
-            "validation": (VALIDATION_SEED, self.size.validation_rows),
-            "test": (TEST_SEED, self.size.test_rows),
+        asked = {"validation": (VALIDATION_SEED, self.size.validation_rows), "test": (TEST_SEED, self.size.test_rows)}
+        views = {
+            part: draw(seed, self.known.repeat(-(-count // len(self.known))), self.pictures, view=True)
+            for part, (seed, count) in asked.items()
         }
-        return {part: Choice(*how, self.photos[part], self.answer, self.texts) for part, how in asked.items()}
-
-    @cached_property
-    def kinds(self) -> list[str]:
-        """Names of the largest folders; the others go together."""
-        return [name for name, _ in Counter(self.pictures.folders).most_common(KINDS)]
+        return {"student": self.drawn(TRAIN_SEED, self.size.rows, "student"), **views}
 
     def drawn(self, seed: int, count: int, part: str) -> CaptionRows:
-        return draw_captions(seed, count, self.photos[part], self.answer, np.array(self.pictures.mirrored))
+        """Shuffled epochs of the known pictures; the teacher's are drawn anew at every step."""
+        return draw(seed, self.known[order_of(seed, len(self.known), 1, count)[0]], self.pictures)
 
     def beginning(self, row: Row) -> Any:
         """The scene study's member of that name."""
@@ -167,14 +119,19 @@ class CaptionWork(Work):
         return super()._pair(row) | {"pictures": self.pictures.told}
 
     def score(self, model: Any, part: str) -> dict[str, Any]:
-        """Entries of a record for the part's questions, and nats per token of its pictures' own captions."""
-        choice = self.choices[part]
-        total, tokens = likelihood(self.computing(model), choice.rows(), self.text, self.albums[part])
-        shape = (len(choice.pictures), len(choice.captions))
-        total, tokens = total.reshape(shape), tokens.reshape(shape)
-        own = np.arange(shape[0]), choice.own
-        folders = (self.pictures.folders[picture] for picture in choice.pictures)
-        kinds = [self.kinds.index(name) if name in self.kinds else len(self.kinds) for name in folders]
-        said = scored(choice.right(total / tokens), np.repeat(kinds, choice.each), [*self.kinds, "other"])
-        nats = float(-total[own].sum() / tokens[own].sum())
-        return {"part": part, **said, "nats": nats, "cluster": choice.each, "choices": choice.others.shape[2] + 1}
+        model, rows = self.computing(model), self.rows[part]
+        right = score(model, rows, self.text, self.albums[part])
+        said = {"part": part, **scored(right, self.pictures.kind[rows.picture], self.pictures.kinds)}
+        said["cluster"] = len(rows) // len(self.known)
+        return said if part == "validation" else said | {"held_out": self.choose(model)}
+
+    def choose(self, model: Any) -> dict[str, float]:
+        """What is known of held-out pictures: each is run with every caption of theirs, and the choices follow from that."""
+        captions, own = np.unique(self.pictures.answer[self.held_out], return_inverse=True)
+        rows = CaptionRows.plain(self.held_out.repeat(len(captions)), np.tile(captions, len(self.held_out)))
+        total, tokens = (a.reshape(len(own), -1) for a in likelihood(model, rows, self.text, self.albums["test"]))
+        folded = np.array([self.pictures.texts[number].casefold() for number in captions])
+        unlike = folded != folded[own][:, None]
+        others, at = min(OTHERS, unlike.sum(1).min()), (np.arange(len(own)), own)
+        accuracy = choice_accuracy(total / tokens, own, unlike, others)
+        return {"accuracy": accuracy, "nats": float(-total[at].sum() / tokens[at].sum()), "choices": int(others) + 1}

@@ -1,13 +1,13 @@
-"""The second data set: pictures with a line of English each, cut into parts, augmented, and put on the device.
+"""The second data set: pictures with a line of English each, known ones and held-out ones, and views of them on the device.
 
 Sources: `debian` (the package tuxpaint-stamps-default, fetched by apt-get; GPL-2, not redistributed here), a folder, or a file
 that `pack_pictures` wrote. A folder has, anywhere below it, PNG pictures, each beside a text file of the same name whose first
 line is the caption, as Tux Paint's stamps are (further lines are translations); a line `nomirror` in a .dat file beside it says
 that a mirror image would be wrong. A picture is put on white and fitted into 96 x 96 pixels.
 
-Pictures that share a caption, whatever its case, are in one part, so no held-out caption was trained on.
+Pictures that share a caption, whatever its case, are known or held out together, so no held-out caption was trained on.
 
-Legend: P pictures, R rows, B batch.
+Legend: P pictures, C distinct captions, R rows, B batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,28 @@ from torch import Tensor
 from benchmarks.accuracy.pair import open_tokenizer
 from benchmarks.accuracy.photos import from_webp, to_webp
 from benchmarks.accuracy.scenes import CANVAS, Album, Asked
-from benchmarks.accuracy.train import order_of
 
 __all__ = [
-    "PROMPT", "CaptionRows", "Easel", "Pictures", "caption_of", "draw_captions", "load_pictures", "pack_pictures", "split",
-]  # fmt: skip
+    "PROMPT",
+    "CaptionRows",
+    "Easel",
+    "Pictures",
+    "caption_of",
+    "draw",
+    "load_pictures",
+    "pack_pictures",
+    "split",
+]
 
 PROMPT = "Describe the picture."
 PACKAGE, STAMPS = "tuxpaint-stamps-default", Path("usr/share/tuxpaint/stamps")
 LONGEST = 24  # tokens of a caption
 SPLIT_SEED = 20260123
-PARTS = {"student": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}  # shares of the distinct captions
-LARGEST_SHIFT = 6
+KNOWN = 0.8  # share of the distinct captions that are trained on
+KINDS = 7  # folders with a column of their own in the table: the largest
+LARGEST_SHIFT, VIEW_SHIFT = 6, 14  # pixels: in training, in a view
+CONTRAST, BRIGHTNESS = (0.6, 1.4), (-0.3, 0.3)  # of a view
+PATCH = 32  # side of a view's grey square, pixels
 TRANSLATION = re.compile(r"[A-Za-z_@.-]+\.utf8=")
 
 
@@ -52,6 +63,26 @@ class Pictures:
     folders: list[str]
     mirrored: list[bool]  # whether a mirror image is a picture of the same
     told: str
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The distinct captions, [C]."""
+        return sorted(set(self.captions))
+
+    @cached_property
+    def answer(self) -> np.ndarray:
+        """Which of `texts` each picture has, int64 [P]."""
+        return np.unique(self.captions, return_inverse=True)[1]
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Names of the largest folders; the others go together."""
+        return [*(name for name, _ in Counter(self.folders).most_common(KINDS)), "other"]
+
+    @cached_property
+    def kind(self) -> np.ndarray:
+        """Which of `kinds` each picture is, int64 [P]."""
+        return np.array([self.kinds.index(name if name in self.kinds else "other") for name in self.folders])
 
 
 def load_pictures(source: str) -> Pictures:
@@ -134,60 +165,74 @@ def _fitted(file: Path) -> np.ndarray:
     return np.asarray(ImageOps.pad(opaque, (CANVAS, CANVAS), color="white"))
 
 
-def split(captions: list[str]) -> dict[str, np.ndarray]:
-    """Numbers of each part's pictures, int64: a permutation of SPLIT_SEED of the distinct captions, cut into PARTS."""
+def split(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the known pictures and of those held out, int64: a permutation of the distinct captions, cut at KNOWN."""
     folded = [caption.casefold() for caption in captions]
     distinct = sorted(set(folded))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(distinct))
     place = dict(zip((distinct[number] for number in order), np.arange(len(distinct)) / len(distinct)))
-    share = np.array([place[caption] for caption in folded])
-    return {part: np.flatnonzero((low <= share) & (share < high)) for part, (low, high) in PARTS.items()}
+    known = np.array([place[caption] for caption in folded]) < KNOWN
+    return np.flatnonzero(known), np.flatnonzero(~known)
 
 
 @dataclass(frozen=True)
 class CaptionRows(Asked):
-    """Pictures, each asked for its caption. answer: index into the distinct captions."""
+    """Pictures, each asked for its caption.
+
+    Pixel (y, x) is the picture's at (y, x) + shift, or (y, 95 - x) + shift where flip is set, and white beyond the picture. In
+    [-1, 1] it is multiplied by the contrast, the brightness is added, and the sum clipped. Then a grey square (0) of 32 x 32
+    pixels is laid on, its upper left corner at `patch`.
+    """
 
     picture: np.ndarray  # int64 [R]
     flip: np.ndarray  # bool [R]
-    shift: np.ndarray  # int64 [R, 2], pixels
+    shift: np.ndarray  # int64 [R, 2], pixels down and right
+    light: np.ndarray  # float32 [R, 2], contrast and brightness
+    patch: np.ndarray  # int64 [R, 2], row and column; at (96, 96) it is not in the picture
     question: np.ndarray  # int64 [R], 0
-    answer: np.ndarray  # int64 [R]
+    answer: np.ndarray  # int64 [R], index into the distinct captions
 
     @classmethod
     def plain(cls, picture: np.ndarray, answer: np.ndarray) -> CaptionRows:
         """Pictures as they are."""
         count = len(picture)
-        return cls(picture, np.zeros(count, bool), np.zeros((count, 2), np.int64), np.zeros(count, np.int64), answer)
+        light, nothing = np.tile(np.float32([1, 0]), (count, 1)), np.zeros((count, 2), np.int64)
+        return cls(picture, np.zeros(count, bool), nothing, light, nothing + CANVAS, nothing[:, 0], answer)
 
 
-def draw_captions(seed: int, count: int, chosen: np.ndarray, answer: np.ndarray, mirrored: np.ndarray) -> CaptionRows:
-    """`count` rows from a seed: shuffled epochs of the pictures `chosen`, mirrored where they may be (every other time) and
-    shifted by up to 6 pixels. answer int64 [P] and mirrored bool [P]: of all pictures.
+def draw(seed: int, picture: np.ndarray, pictures: Pictures, *, view: bool = False) -> CaptionRows:
+    """Rows of the pictures numbered `picture` [R], from a seed: mirrored where they may be, every other time, and shifted by up
+    to 6 pixels. view: seen as no row to train on is, shifted by up to 14, in another light and with a grey square over a part.
     """
-    picture = chosen[order_of(seed, len(chosen), 1, count)[0]]
-    rng = np.random.default_rng(seed)
-    flip = (rng.random(count) < 0.5) & mirrored[picture]
-    shift = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (count, 2))
-    return CaptionRows(picture, flip, shift, np.zeros(count, np.int64), answer[picture])
+    rng, count, most = np.random.default_rng(seed), len(picture), VIEW_SHIFT if view else LARGEST_SHIFT
+    flip = (rng.random(count) < 0.5) & np.array(pictures.mirrored)[picture]
+    shift = rng.integers(-most, most + 1, (count, 2))
+    rows = replace(CaptionRows.plain(picture, pictures.answer[picture]), flip=flip, shift=shift)
+    if not view:
+        return rows
+    light = rng.uniform(*zip(CONTRAST, BRIGHTNESS), (count, 2)).astype(np.float32)
+    return replace(rows, light=light, patch=rng.integers(0, CANVAS - PATCH + 1, (count, 2)))
 
 
 class Easel(Album):
-    """All pictures on the device, with a white border: uint8 [P, 108, 108, 3]."""
+    """All pictures on the device, with a white border of one pixel: uint8 [P, 98, 98, 3]."""
 
     def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
-        border = ((0, 0), (LARGEST_SHIFT, LARGEST_SHIFT), (LARGEST_SHIFT, LARGEST_SHIFT), (0, 0))
-        self.pixels = torch.from_numpy(np.pad(pixels, border, constant_values=255)).to(device)
+        self.pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)).to(device)
 
     def compose(self, rows: Asked) -> Tensor:
         """Pixels of the rows, float32 [B, 3, 96, 96] in [-1, 1]."""
         assert isinstance(rows, CaptionRows)
         device = self.pixels.device
-        picture, flip, shift = (
-            torch.from_numpy(part).to(device, non_blocking=True) for part in (rows.picture, rows.flip, rows.shift)
+        picture, flip, shift, light, patch = (
+            torch.from_numpy(part).to(device, non_blocking=True)
+            for part in (rows.picture, rows.flip, rows.shift, rows.light, rows.patch)
         )
         line = torch.arange(CANVAS, device=device)
-        ys = LARGEST_SHIFT + line + shift[:, :1]
-        xs = LARGEST_SHIFT + torch.where(flip[:, None], CANVAS - 1 - line, line) + shift[:, 1:]
+        at = torch.stack([line.expand(len(rows), -1), torch.where(flip[:, None], CANVAS - 1 - line, line)], 1)
+        ys, xs = (1 + at + shift[:, :, None]).clamp(0, CANVAS + 1).unbind(1)
         chosen = self.pixels[picture[:, None, None], ys[:, :, None], xs[:, None, :]]
-        return chosen.permute(0, 3, 1, 2).float() / 127.5 - 1
+        contrast, brightness = light[:, :, None, None, None].unbind(1)
+        lit = ((chosen.permute(0, 3, 1, 2).float() / 127.5 - 1) * contrast + brightness).clamp(-1, 1)
+        down, right = ((line >= patch[:, :, None]) & (line < patch[:, :, None] + PATCH)).unbind(1)
+        return lit.masked_fill(down[:, None, :, None] & right[:, None, None, :], 0.0)

@@ -48,10 +48,10 @@ class Group:
         return self.records[0].get("cluster", 1) if self.records else 1
 
     @property
-    def nats(self) -> float | None:
-        """Nats per token of the true answers, mean over seeds; None where it was not recorded."""
-        found = [record["nats"] for record in self.records if "nats" in record]
-        return float(np.mean(found)) if found else None
+    def held_out(self) -> float | None:
+        """Percent of right choices on held-out pictures, mean over seeds; None where it was not recorded."""
+        found = [record["held_out"]["accuracy"] for record in self.records if "held_out" in record]
+        return 100 * float(np.mean(found)) if found else None
 
     def by_type(self) -> dict[str, float]:
         """Percent by question type."""

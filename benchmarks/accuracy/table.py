@@ -92,7 +92,7 @@ def _spread(group: Group) -> str:
 
 def _line(group: Group, against: Group | None) -> str:
     types = " | ".join(f"{value:.1f}" for value in group.by_type().values())
-    types = types if group.nats is None else f"{group.nats:.2f} | {types}"
+    types = types if group.held_out is None else f"{group.held_out:.1f} | {types}"
     apart = against is None or against is group or (group.method != "teacher" and not {*group.seeds} & {*against.seeds})
     difference = "" if apart or against is None else str(compare(against, group))
     return (
@@ -105,7 +105,7 @@ def main_table(groups: Groups) -> list[str]:
     pair = [group for (setting, _), group in groups.items() if setting == "pair" and group.method != "tower"]
     if not pair:
         return []
-    types = [*([] if pair[0].nats is None else ["nats per token"]), *pair[0].by_type()]
+    types = [*([] if pair[0].held_out is None else ["held-out choice"]), *pair[0].by_type()]
     head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {' | '.join(types)} |"]
     head.append("|---|---|---|---|" + "---|" * len(types))
     lines = ["## The pair", "", *head, *(_line(group, None) for group in sorted(pair, key=lambda g: -g.mean))]
