@@ -182,12 +182,13 @@ _ABLATED = (
     "grace-scalerate3", "kl-frozen", "kl-scalerate1", "grace-teacher-small", "kl-teacher-small", "grace-teacher-large",
     "kl-teacher-large",
 )  # fmt: skip
-_CLOSE = ("grace-nogate", "grace-frozen", "grace-beta1.0")  # what two seeds could not tell from GRACE
+#: what two seeds could not tell from GRACE, or told that it is better
+_CLOSE = ("grace-nogate", "grace-frozen", "grace-beta1.0", "grace-awq", "grace-layers2")
 _SIZED = (
     *((s, "grace") for s in ("w2g32", "w2row")), *(("w3row", m) for m in ("grace", "kl", "ce")),
     ("w2row", "grace-frozen"), ("w2g64", "grace"), *(("w3g128", m) for m in ("grace", "kl", "ce")),
     *(("w3g128", f"grace-mixed-{how}") for how in ("damage", "error", "reverse")),
-    *(("w8g128", m) for m in ("grace", "kl", "ce")),
+    *(("w8g128", m) for m in ("grace", "kl", "ce")), ("w4g128", "grace-awq"), ("w4g128", "grace-nogate"),
 )  # fmt: skip
 
 
