@@ -4,6 +4,7 @@
 #   make lint    style, types and the layout rules
 #   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
 #   make accuracy  a row of the accuracy study again, ROW=w4g128/grace/0 (a GPU; OPTIONS="--size cpu" without)
+#   make floors  unit tests with the oldest dependencies that pyproject.toml allows, in an environment of their own
 #   make bench   speed and memory against floors, grace data check, loading
 PYTHON ?= python3
 TRAIN := .venv/train
@@ -14,7 +15,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist
 BUILDER := integration/env/build.py integration/env/mend.py
 
-.PHONY: demo test unit integration families lint bench accuracy env clean
+.PHONY: demo test unit integration families floors lint bench accuracy env clean
 .DEFAULT_GOAL := env
 
 env:
@@ -42,6 +43,10 @@ integration: env
 
 families: env
 	$(TRAIN)/bin/python -m integration.families $(FAMILIES) --serve-python $(SERVE)/bin/python
+
+floors:
+	@$(PYTHON) integration/env/build.py floors .venv/floors
+	$(subst $(TRAIN),.venv/floors,$(PYTEST)) loadfile tests --ignore=tests/benchmarks
 
 lint: $(TRAIN_BUILT)
 	$(TRAIN)/bin/ruff check .

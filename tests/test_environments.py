@@ -5,9 +5,11 @@ from __future__ import annotations
 import runpy
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 BUILD = runpy.run_path(str(Path(__file__).parents[1] / "integration/env/build.py"))
 
@@ -67,3 +69,12 @@ def test_what_is_installed_is_compiled_even_where_python_writes_no_bytecode(
         (tmp_path / name).write_text(text)
     BUILD["byte_compile"](Path(sys.executable), str(tmp_path))
     assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
+
+
+def test_the_floors_are_the_oldest_that_the_project_allows() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    held = dict(line.split("==") for line in BUILD["at_the_floors"](project).split())
+    needed = [Requirement(line) for line in tomllib.loads(project)["project"]["dependencies"]]
+    assert held.keys() == {one.name for one in needed} - {"torch", "torchvision"}
+    for one in needed:
+        assert held.get(one.name) in (None, *(part.version for part in one.specifier if part.operator == ">="))

@@ -2,6 +2,7 @@
 
     python integration/env/build.py train .venv/train
     python integration/env/build.py serve .venv/serve
+    python integration/env/build.py floors .venv/floors   the training one, dependencies as old as pyproject.toml lets them be
 
 Training needs compressed-tensors 0.19, vLLM needs 0.17: hence two environments that only share files on disk. Without
 CUDA both are pinned to the last package (train.txt and serve.txt; 1.6 and 2.4 GB, two to three minutes each); with CUDA
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -118,6 +120,29 @@ def train(python: Path, cuda: bool) -> None:
     run("mending torchvision", [str(python), str(HERE / "mend.py"), "torchvision"])
 
 
+def at_the_floors(project: str) -> str:
+    """Constraints that hold each dependency of pyproject.toml's text at its floor, but for torch and torchvision.
+
+    Their CPU builds are not on every index for each release; they stay as train.txt pins them.
+    """
+    needed = "\n".join(tomllib.loads(project)["project"]["dependencies"])
+    found = re.findall(r"^([\w.-]+)>=([\w.]+)", needed, re.MULTILINE)
+    return "\n".join(f"{name}=={floor}" for name, floor in found if not name.startswith("torch")) + "\n"
+
+
+def floors(python: Path, cuda: bool) -> None:
+    """What training and its tests need, with the oldest dependencies that are allowed; pip finds the others."""
+    pinned = [line for line in (HERE / "train.txt").read_text().splitlines() if re.match(r"torch(vision)?==", line)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch, oldest = Path(folder) / "torch.txt", Path(folder) / "floors.txt"
+        torch.write_text("\n".join(pinned) + "\n")
+        oldest.write_text(at_the_floors((ROOT / "pyproject.toml").read_text()))
+        run("installing torch", [str(python), *PIP, "--no-deps", "-r", str(torch)], CPU_TORCH)
+        local = ["-c", str(oldest), "-e", f"{ROOT}[test,low-bit,smolvlm]"]
+        run("installing the oldest packages", [str(python), *PIP, *local])
+    run("mending torchvision", [str(python), str(HERE / "mend.py"), "torchvision"])
+
+
 def serve(python: Path, cuda: bool) -> None:
     """Install vLLM; on a machine without CUDA its CPU build, and mend what that build lacks."""
     if cuda:
@@ -130,7 +155,7 @@ def serve(python: Path, cuda: bool) -> None:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["train", "serve"])
+    parser.add_argument("kind", choices=["train", "serve", "floors"])
     parser.add_argument("path", type=Path)
     asked = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip has read pyproject.toml
@@ -140,7 +165,7 @@ def main() -> int:
     print(f"building {asked.path} ({'CUDA' if cuda else 'CPU'})", flush=True)
     try:
         python = create(asked.path)
-        {"train": train, "serve": serve}[asked.kind](python, cuda)
+        {"train": train, "serve": serve, "floors": floors}[asked.kind](python, cuda)
         byte_compile(python)
     except StepError as failure:
         print(f"{asked.path}: {failure}", file=sys.stderr)
