@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -104,22 +105,24 @@ def _run_jobs(
 
     workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    context = multiprocessing.get_context("spawn")
+    # forked workers need not import torch anew; where a GPU or another system forbids it, they start from nothing
+    forked = sys.platform == "linux" and not torch.cuda.is_available()
+    context = multiprocessing.get_context("fork" if forked else "spawn")
     with context.Manager() as manager:
         board = manager.dict()
         setup = (str(output_dir / "logs"), questions, int(threads), board)
         with (
             ProcessPoolExecutor(workers, context, prepare_worker, setup) as pool,
             ThreadPoolExecutor(1) as beside,
-            _bars(console) as bars,
         ):
-            with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here
+            with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here, before any thread
                 futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in jobs}
             waited: dict[str, Future[Any]] = dict(futures)
             if python is not None:
                 waited[SERVING] = beside.submit(_serve, output_dir, futures["GRACE INT4"], python, board)
             try:
-                _follow(waited, board, bars)
+                with _bars(console) as bars:
+                    _follow(waited, board, bars)
                 results = {name: future.result() for name, future in futures.items()}
                 served = waited[SERVING].result() if python is not None else None
                 return results, served
