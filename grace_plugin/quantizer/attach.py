@@ -143,7 +143,7 @@ class Attached:
             dtype = state.computed_in or linear.weight.dtype
             with torch.autocast(device, dtype=dtype, enabled=dtype != linear.weight.dtype):
                 weight = _forward_weight(linear)
-            differing = int((weight != dequantize(*frozen[name]).to(weight.dtype)).sum())
+            differing = int((weight != dequantize(*frozen[name])).sum())
             if differing:
                 found[name] = differing
             if state.cache is not None:
