@@ -101,10 +101,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
+def sums_apart(positions: int, rows: int, dtype: torch.dtype | None) -> bool:
+    """Whether a head of ``rows`` rows whose gradient is summed in ``dtype`` has its targets' rows summed apart, in float32.
+
+    Where the targets are few beside the rows, they hold nearly all of the gradient's norm for little memory.
+    """
+    return dtype is not None and dtype.itemsize < 4 and 4 * positions <= rows
+
+
 class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated.
 
-    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight.
+    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. ``targets`` [N], if
+    given, are rows of the weight whose gradient is summed in ``dtype`` all the same and rounded once, by ``all``.
     """
 
     def __init__(
@@ -115,6 +124,7 @@ class Gradients:
         needs: list[bool],
         dtype: torch.dtype,
         weight_dtype: torch.dtype | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         # float16 cannot hold a gradient already divided by the window's tokens; bfloat16 and float32 can.
         self.product_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
@@ -122,6 +132,10 @@ class Gradients:
         self.weight = torch.empty_like(weight, dtype=weight_dtype or dtype) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
         self._first = True
+        self._targets = targets if needs[1] else None
+        self._apart = None  # [N, d], the sums of the targets' rows; a target that comes twice has two equal ones
+        if self._targets is not None:
+            self._apart = weight.new_zeros(hidden.shape, dtype=dtype)
         if self.weight is not None and not hidden.shape[0]:
             self.weight.zero_()
 
@@ -133,10 +147,17 @@ class Gradients:
         if self.weight is not None:
             if self._first:
                 self.weight[vocabulary:].zero_()
-            _add_product(self.weight[:vocabulary], grad.T, hidden.to(self.product_dtype), self._first)
+            right = hidden.to(self.product_dtype)
+            _add_product(self.weight[:vocabulary], grad.T, right, self._first)
+            if self._targets is not None and self._apart is not None:
+                _add_product(self._apart, grad.index_select(1, self._targets).T, right, self._first)
         if self.bias is not None:
             self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         self._first = False
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias; None for what nobody asked for."""
+        if self.weight is not None and self._targets is not None and self._apart is not None:
+            self.weight.index_copy_(0, self._targets, self._apart.to(self.weight.dtype))
+            self._targets = self._apart = None
         return self.hidden, self.weight, self.bias

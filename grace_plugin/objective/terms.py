@@ -33,6 +33,9 @@ def head_term(
 ) -> Tensor:
     """sum CE / N + beta * sum g DKD / sum g of a micro-batch, in nats.
 
+    The gradient of a head that trains in bfloat16 is summed in bfloat16, its targets' rows in float32: no second matrix of the
+    head's size is held. A float32 head's is summed in float32.
+
     Args:
         final: the student's normed hidden states [B, S, d_s]; only supervised positions reach the head.
         head: the student's output embedding.
@@ -53,6 +56,7 @@ def head_term(
         vocabulary=vocabulary, ce_scale=1.0 / counts[0].clamp(min=1.0), kd_scale=beta / counts[1].clamp(min=tiny),
         temperature=asked.temperature, alpha=asked.alpha, beta_dkd=asked.beta, chunk=asked.chunk,
         known=item.known, softcaps=(softcap, softcap_t),
+        weight_grad_dtype=torch.bfloat16 if head.weight.dtype == torch.bfloat16 else None,
     )  # fmt: skip
     sums[:4] += torch.stack([out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum])
     return out.loss

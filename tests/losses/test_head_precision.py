@@ -136,6 +136,28 @@ def test_weight_gradients_are_added_in_the_type_asked_for():
     assert weight.grad[1, 0].item() == 32.0
 
 
+def test_rows_of_targets_are_rounded_once_where_they_are_few():
+    """Chunks summed in bfloat16: a target's row is the nearest bfloat16, other rows are rounded at every chunk."""
+    sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
+    targets[20:] = targets[:12]  # in more than one chunk
+    hit = torch.zeros(302, dtype=torch.bool).index_fill_(0, targets, True)
+    exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in sides.items()}
+
+    def off(rows):
+        """Share of a row's numbers that are not the nearest bfloat16, [302], for so many repetitions of all positions."""
+        grads = []
+        for given, options in ((exact, {"chunk": 96}), (sides, {"chunk": 4, "weight_grad_dtype": torch.bfloat16})):
+            given["weight_s"].grad = None
+            many = {k: v.detach().repeat(rows, 1) if k.startswith("hidden") else v for k, v in given.items()}
+            run(many, targets.repeat(rows), v=300, **options).loss.backward()
+            grads.append(given["weight_s"].grad.bfloat16())
+        return (grads[0] != grads[1]).float().mean(1)
+
+    few, many = off(1), off(3)  # 75 positions are the most whose rows are summed apart
+    assert few[hit].mean() < 0.01 and few[300:].max() == 0
+    assert few[~hit][:-2].mean() > 0.1 and many[hit].mean() > 0.1
+
+
 def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
     """2,048 ones and a half of one: bfloat16 would leave the half out."""
     hidden, weight, bias = torch.zeros(2049, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.zeros(3).bfloat16()
