@@ -104,7 +104,11 @@ class _Case:
 
 def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
     names = ("value", "hidden", "weight")
-    return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, found, exact, strict=True)}
+    return {name: _error(a, b) for name, a, b in zip(names, found, exact, strict=True)}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool = True) -> dict[str, Any]:
@@ -127,6 +131,9 @@ def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool
     found["error_ours"] = _errors(case.ours(**low), exact)
     found["error_ours_float32_sum"] = _errors(case.ours(), exact)
     found["error_torch"] = _errors(case.torch_alone(), exact)
+    low = {"weight_grad_dtype": torch.bfloat16, "chunk": -(-sizes["tokens"] // 8)}
+    found["error_of_8_chunks_in_bfloat16"] = _errors(case.ours(**low), exact)["weight"]
+    found["error_of_one_rounding_to_bfloat16"] = _error(exact[2].bfloat16(), exact[2])
     del exact
     found["torch_ms"], found["torch_gib"] = median_ms(case.torch_alone, 5), extra_gib(case.torch_alone)
     try:
