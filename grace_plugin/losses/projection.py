@@ -101,12 +101,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
-def sums_apart(positions: int, rows: int, dtype: torch.dtype | None) -> bool:
-    """Whether a head of ``rows`` rows whose gradient is summed in ``dtype`` has its targets' rows summed apart, in float32.
+def bytes_apart(hidden: Tensor, weight: Tensor, vocabulary: int, dtype: torch.dtype | None) -> int:
+    """Bytes of float32 sums of the targets' rows beside a head's gradient that is summed in ``dtype``; 0 where there are none.
 
-    Where the targets are few beside the rows, they hold nearly all of the gradient's norm for little memory.
+    Where the N targets are few beside the rows, theirs hold nearly all of the gradient's norm for little memory.
     """
-    return dtype is not None and dtype.itemsize < 4 and 4 * positions <= rows
+    few = dtype is not None and dtype.itemsize < 4 and 4 * hidden.shape[0] <= vocabulary
+    return 4 * hidden.numel() if few and weight.requires_grad else 0
 
 
 class Gradients:
@@ -132,10 +133,11 @@ class Gradients:
         self.weight = torch.empty_like(weight, dtype=weight_dtype or dtype) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
         self._first = True
-        self._targets = targets if needs[1] else None
-        self._apart = None  # [N, d], the sums of the targets' rows; a target that comes twice has two equal ones
-        if self._targets is not None:
-            self._apart = weight.new_zeros(hidden.shape, dtype=dtype)
+        self._apart: tuple[Tensor, Tensor] | None = (
+            None  # targets, and their rows [N, d]: equal ones where a target repeats
+        )
+        if needs[1] and targets is not None:
+            self._apart = (targets, weight.new_zeros(len(targets), hidden.shape[1], dtype=dtype))
         if self.weight is not None and not hidden.shape[0]:
             self.weight.zero_()
 
@@ -149,15 +151,15 @@ class Gradients:
                 self.weight[vocabulary:].zero_()
             right = hidden.to(self.product_dtype)
             _add_product(self.weight[:vocabulary], grad.T, right, self._first)
-            if self._targets is not None and self._apart is not None:
-                _add_product(self._apart, grad.index_select(1, self._targets).T, right, self._first)
+            if self._apart is not None:
+                _add_product(self._apart[1], grad.index_select(1, self._apart[0]).T, right, False)
         if self.bias is not None:
             self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         self._first = False
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias; None for what nobody asked for."""
-        if self.weight is not None and self._targets is not None and self._apart is not None:
-            self.weight.index_copy_(0, self._targets, self._apart.to(self.weight.dtype))
-            self._targets = self._apart = None
+        if self.weight is not None and self._apart is not None:
+            targets, sums = self._apart
+            self.weight.index_copy_(0, targets, sums.to(self.weight.dtype))
         return self.hidden, self.weight, self.bias

@@ -158,6 +158,35 @@ def test_rows_of_targets_are_rounded_once_where_they_are_few():
     assert few[~hit][:-2].mean() > 0.1 and many[hit].mean() > 0.1
 
 
+def test_sums_apart_are_float32_and_are_handed_out_with_the_weight():
+    """1,024 times 1/8 is 128 in a target's row; a sum in bfloat16 stops at 32."""
+    hidden, weight = torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
+    head, targets = Head(weight, None), torch.tensor([1, 5, 1])
+    sums = Gradients(hidden, weight, None, [False, True, False], torch.float32, torch.bfloat16, targets)
+    for _ in range(1024):
+        sums.add(slice(0, 1), torch.full((1, 8), 0.125, dtype=torch.bfloat16), hidden, head)
+    assert sums.all()[1][:, 0].tolist() == [32, 128, 32, 32, 32, 128, 32, 32]
+    none = Gradients(hidden, weight, torch.zeros(8), [True, False, True], torch.float32, torch.bfloat16, targets)
+    none.add(slice(0, 1), torch.ones(1, 8, dtype=torch.bfloat16), hidden, head)
+    assert none.all()[1] is None and none.all()[2].tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("positions", "dtype", "trains", "beside"),
+    [(32, torch.bfloat16, True, 2048), (75, torch.float16, True, 4800), (76, torch.bfloat16, True, 0),
+     (32, torch.float32, True, 0), (32, None, True, 0), (32, torch.bfloat16, False, 0)],
+)  # fmt: skip
+def test_memory_of_sums_apart_makes_room_among_the_logits(positions, dtype, trains, beside, monkeypatch):
+    sides, targets = draw(n=positions, d_s=16, v=300, dtype=torch.float32)
+    sides["weight_s"].requires_grad_(trains)
+    asked = []
+    monkeypatch.setattr("grace_plugin.losses.head.positions_per_chunk", lambda *a: asked.append(a) or 8)
+    gate = torch.ones(positions)
+    options = {"vocabulary": 300, "ce_scale": 1.0, "kd_scale": 1.0, "weight_grad_dtype": dtype}
+    distillation_head(*sides.values(), targets, gate, **options)
+    assert asked == [(300, 4, 0, beside)]
+
+
 def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
     """2,048 ones and a half of one: bfloat16 would leave the half out."""
     hidden, weight, bias = torch.zeros(2049, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.zeros(3).bfloat16()
