@@ -87,7 +87,7 @@ def check_rows(name: str, given: Tensor, hidden_s: Tensor) -> None:
         raise ValueError(f"{given.shape[0]} {name} for {hidden_s.shape[0]} student positions; give one per position")
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
     """total = left @ right the first time and total += left @ right afterwards, in the precision of ``total``."""
     if total.dtype != left.dtype and not total.is_cuda:  # torch's CPU products round to their inputs' type
         product = left @ right
@@ -152,7 +152,7 @@ class Gradients:
             right = hidden.to(self.product_dtype)
             _add_product(self.weight[:vocabulary], grad.T, right, self._first)
             if self._apart is not None:
-                _add_product(self._apart[1], grad.index_select(1, self._apart[0]).T, right, False)
+                _add_product(self._apart[1], grad.index_select(1, self._apart[0]).T, right)
         if self.bias is not None:
             self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         self._first = False
