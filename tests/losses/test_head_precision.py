@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
-from grace_plugin.losses.projection import Gradients, Head, _add_product
+from grace_plugin.losses.projection import Gradients, Head, _add_product, bytes_apart
 from tests.losses.sides import draw, grads, run
 from tests.reference.footprint import Footprint
 
@@ -176,15 +176,9 @@ def test_sums_apart_are_float32_and_are_handed_out_with_the_weight():
     [(32, torch.bfloat16, True, 2048), (75, torch.float16, True, 4800), (76, torch.bfloat16, True, 0),
      (32, torch.float32, True, 0), (32, None, True, 0), (32, torch.bfloat16, False, 0)],
 )  # fmt: skip
-def test_memory_of_sums_apart_makes_room_among_the_logits(positions, dtype, trains, beside, monkeypatch):
-    sides, targets = draw(n=positions, d_s=16, v=300, dtype=torch.float32)
-    sides["weight_s"].requires_grad_(trains)
-    asked = []
-    monkeypatch.setattr("grace_plugin.losses.head.positions_per_chunk", lambda *a: asked.append(a) or 8)
-    gate = torch.ones(positions)
-    options = {"vocabulary": 300, "ce_scale": 1.0, "kd_scale": 1.0, "weight_grad_dtype": dtype}
-    distillation_head(*sides.values(), targets, gate, **options)
-    assert asked == [(300, 4, 0, beside)]
+def test_sums_apart_stand_beside_a_low_sum_that_is_wanted_of_few_targets(positions, dtype, trains, beside):
+    hidden, weight = torch.zeros(positions, 16, dtype=torch.bfloat16), torch.zeros(302, 16, requires_grad=trains)
+    assert bytes_apart(hidden, weight, 300, dtype) == beside
 
 
 def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
