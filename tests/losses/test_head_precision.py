@@ -181,6 +181,16 @@ def test_sums_apart_stand_beside_a_low_sum_that_is_wanted_of_few_targets(positio
     assert bytes_apart(hidden, weight, 300, dtype) == beside
 
 
+def test_a_low_sum_in_chunks_of_the_default_size_is_that_of_one_chunk():
+    sides, targets = draw(n=32, d_s=16, v=300, dtype=torch.float32, seed=3)
+    grads_of = []
+    for chunk in (32, None):
+        sides["weight_s"].grad = None
+        run(sides, targets, v=300, chunk=chunk, weight_grad_dtype=torch.bfloat16).loss.backward()
+        grads_of.append(sides["weight_s"].grad.clone())
+    assert torch.equal(*grads_of) and grads_of[0].abs().max() > 0
+
+
 def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
     """2,048 ones and a half of one: bfloat16 would leave the half out."""
     hidden, weight, bias = torch.zeros(2049, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.zeros(3).bfloat16()
