@@ -10,9 +10,9 @@ every gradient; the backward pass multiplies by the incoming one.
 What it refuses. A head with fewer rows than the common vocabulary, a teacher without gates, mismatched rows.
 
 What it costs. Logits of a chunk, whatever N is: with Triton one matrix [chunk, V] and half of one in the type of the hidden
-state, in torch about six float32 matrices; one float32 gradient [V_s, d_s] when the student's head is trained and none when it
-is frozen. Matrix products run in the type of the hidden state; everything between them runs in float32. Both sides are cut to
-the common vocabulary, so padded rows carry no probability mass.
+state, in torch about six float32 matrices; one gradient [V_s, d_s] when the student's head is trained (float32, unless less is
+asked for) and none when it is frozen. Matrix products run in the type of the hidden state; everything between them runs in
+float32. Both sides are cut to the common vocabulary, so padded rows carry no probability mass.
 
 Legend: N supervised positions, V common vocabulary, V_s and V_t rows of each head, d_s and d_t hidden widths. Nats.
 """

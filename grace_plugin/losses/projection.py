@@ -7,7 +7,7 @@ What it refuses. Shapes that do not fit each other, and a head with fewer rows t
 names the side.
 
 What it costs. One copy of the head when its type differs from the hidden states' (a bfloat16 copy of a float32 master
-weight); one float32 matrix of the head's size when the head is trained.
+weight); one matrix of the head's size when the head is trained: float32, or less with the targets' rows in float32 beside it.
 
 Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
 """
