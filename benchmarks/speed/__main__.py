@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.speed.head import head
-from benchmarks.speed.linear import linear
+from benchmarks.speed.linear import layers, linear
 from benchmarks.speed.relation import relation
-from benchmarks.speed.step import memory, step
+from benchmarks.speed.step import memory, overlap, step
 from benchmarks.speed.timing import ceilings
 from grace_plugin.artifact.layout import environment
 
@@ -53,14 +53,18 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
     if "linear" in asked:
         shapes = [(512, 512)] if small else [(2048, 2048), (6144, 2048), (11008, 4096)]
         found["linear"] = linear(256 if small else 4096, shapes, device)
+        if device == "cuda":  # elsewhere layers are done one by one
+            found["layers"] = layers(2 if small else 28)
     if "relation" in asked:
-        sizes = [(4, 144, 256, 512)] if small else [(16, 576, 2048, 4096), (64, 576, 2048, 4096), (16, 256, 2048, 4096)]
+        shown = [(4, 144, 256, 512)] if small else [(16, 576, 2048, 4096), (64, 576, 2048, 4096), (16, 256, 2048, 4096)]
         found["relation"] = [
             {"images": i, "tokens": n, "student": s, "teacher": t, **relation(i, n, s, t, device, dtype)}
-            for i, n, s, t in sizes
+            for i, n, s, t in shown
         ]
     if "step" in asked:
         found["step"] = step(device, rows=1, length=640, shrink=8) if small else step(device)
+        sizes = [(1, 640)] if small else [(4, 2048), (1, 640)]
+        found["overlap"] = [overlap(device, rows=r, length=n, shrink=8 if small else 1) for r, n in sizes]
     if "memory" in asked:
         small_run = {"rows": 1, "length": 640, "shrink": 8} if small else {}
         found["memory"] = memory(device, {"scales": 24.0, "lora": 24.0, "full": 48.0}, **small_run)

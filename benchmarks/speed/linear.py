@@ -9,10 +9,17 @@ from torch import nn
 
 from benchmarks.speed.timing import graphed, paired_ms
 from grace_plugin.quantizer.attach import attach
+from grace_plugin.quantizer.cache import StepCounter, WeightCache
+from grace_plugin.quantizer.fake_quant import fake_quantize, settle
+from grace_plugin.quantizer.layers import Format
+from grace_plugin.quantizer.scales import start_scales
+from grace_plugin.quantizer.together import Layer, fill, settle_all
 
-__all__ = ["linear"]
+__all__ = ["layers", "linear"]
 
 MICRO_BATCHES = 16
+DECODER = [(2048, 2048), (1024, 2048), (1024, 2048), (2048, 2048), (6144, 2048), (6144, 2048), (2048, 6144)]
+"""Linears of a layer of Qwen3-VL-2B's decoder, which has 28."""
 
 
 class _Case:
@@ -28,12 +35,12 @@ class _Case:
         self.attached = attach({"layer": self.layer}, group_size=128, cache=False) if quantized else None
         self.sums = [torch.zeros_like(parameter) for parameter in self.layer.parameters()]
 
-    def once(self) -> tuple[torch.Tensor, ...]:
-        """Forward and backward of one micro-batch."""
+    def once(self) -> tuple[torch.Tensor | None, ...]:
+        """Forward and backward of one micro-batch; a scale whose gradient is deferred has none."""
         mixed = self.layer.weight.dtype != self.compute
         with torch.autocast(self.device, dtype=self.compute, enabled=mixed, cache_enabled=False):
             out = self.layer(self.x)
-        return torch.autograd.grad(out, [self.x, *self.layer.parameters()], self.grad)
+        return torch.autograd.grad(out, [self.x, *self.layer.parameters()], self.grad, allow_unused=True)
 
     def keep(self) -> None:
         """From now on a weight is quantized once for all micro-batches."""
@@ -48,7 +55,8 @@ class _Case:
             self.attached.invalidate()
         for _ in range(MICRO_BATCHES):
             for total, part in zip(self.sums, self.once()[1:], strict=True):
-                total += part
+                if part is not None:
+                    total += part
         if self.attached is not None:
             for parameter, total in zip(self.layer.parameters(), self.sums, strict=True):
                 parameter.grad = total
@@ -93,3 +101,36 @@ def linear(tokens: int, shapes: list[tuple[int, int]], device: str) -> list[dict
             ratios = {name.replace("_ms", "_ratio"): ours[name] / plain[name] for name in plain}
             rows.append({"shape": [outputs, inputs], "weight": str(weight), "plain": plain, "ours": ours, **ratios})
     return rows
+
+
+def layers(depth: int) -> dict[str, Any]:
+    """Milliseconds, with the host's share, of what a decoder's quantizer does on CUDA in an optimizer step, float32 masters.
+
+    Every layer is quantized once and its summed gradient settled once: together, and layer by layer.
+    """
+    device, form, out = "cuda", Format(128, 4, torch.bfloat16), torch.bfloat16
+    counter, several = StepCounter(), []
+    for outputs, inputs in DECODER * depth:
+        weight = torch.randn(outputs, inputs, device=device).requires_grad_()
+        weight.grad = torch.ones_like(weight)
+        theta = start_scales(weight.detach(), 128).requires_grad_()
+        several.append(Layer(weight, theta, WeightCache(counter)))
+    how = {"num_bits": form.num_bits, "stored_dtype": form.stored_dtype}
+
+    def together() -> None:
+        counter.advance()
+        fill(several, form, out)
+        settle_all(several, form)
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        counter.advance()
+        with torch.autocast(device, dtype=out):
+            for weight, theta, cache in several:
+                fake_quantize(weight, theta, group_size=form.group_size, cache=cache, **how)
+        for weight, theta, _ in several:
+            settle(weight, theta, **how)
+
+    times = paired_ms({"together": together, "one_by_one": one_by_one}, 10)
+    count = sum(weight.numel() for weight, _, _ in several)
+    return {"layers": len(several), "weights": count, **{f"{name}_ms": ms for name, ms in times.items()}}

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks.speed.cached import cached_teacher
-from benchmarks.speed.timing import extra_gib, median_ms
+from benchmarks.speed.timing import extra_gib, median_ms, paired_ms
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.recipe import TrainingRecipe
 
-__all__ = ["memory", "step"]
+__all__ = ["memory", "overlap", "step"]
 
 STUDENT = {
     "hidden": 2048, "mlp": 6144, "layers": 28, "heads": 16, "tied": True,
@@ -173,11 +173,37 @@ def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> 
     return found
 
 
+def overlap(device: str, *, rows: int, length: int, shrink: int = 1) -> dict[str, Any]:
+    """Milliseconds of the teacher's forward pass and the student's both passes: one after the other, and on a stream each."""
+    teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
+    student = _trainable(_model(STUDENT, device, torch.float32, shrink))
+    batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    aside = torch.cuda.Stream() if device == "cuda" else None
+
+    def work(stream: torch.cuda.Stream | None) -> None:
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            teacher(**inputs, use_cache=False, logits_to_keep=1)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            out = student(**inputs, use_cache=False, logits_to_keep=1)
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+        out.logits.float().square().mean().backward()
+        student.zero_grad()
+
+    times = paired_ms({"in_turn": lambda: work(None), "on_streams": lambda: work(aside)}, 7)
+    _free(student)
+    return {"rows": rows, "length": length, **{f"{name}_ms": ms for name, ms in times.items()}}
+
+
 def memory(
     device: str, caps: dict[str, float], *, rows: int = 2, length: int = 2048, shrink: int = 1
 ) -> list[dict[str, Any]]:
     """GRACE with the cached teacher, each method under a cap in GiB on what the process may take of the device."""
     found = []
+    gc.collect()
     for method, cap in caps.items():
         training = TrainingRecipe.model_validate({"method": method})
         if device == "cuda":

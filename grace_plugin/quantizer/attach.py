@@ -13,34 +13,24 @@ shape, so attach *before* sharding (FSDP, ZeRO-3): they are then sharded and sav
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize, settle
-from grace_plugin.quantizer.layers import PARAMETER, STATE, Format, check_layers
+from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.layers import PARAMETER, STATE, Format, LayerState, check_layers
 from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, fake_quantize_merged, merged, start_lora
 from grace_plugin.quantizer.scales import start_scales, stored_scale
-
-
-@dataclass
-class _LayerState:
-    format: Format
-    cache: WeightCache | None
-    previous_forward: Any  # an instance forward that stood on the layer before, or None
-    defer: bool = False  # leave the backward to `Attached.settle`
-    pending: bool = False  # a deferred gradient may be there
-    scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
-    computed_in: torch.dtype | None = None  # by the latest forward pass
+from grace_plugin.quantizer.together import fill, layer_of, settle_all
 
 
 def _forward_weight(self: nn.Linear) -> Tensor:
     """The fake-quantized weight that an attached layer multiplies by."""
-    state: _LayerState = self.__dict__[STATE]
+    state: LayerState = self.__dict__[STATE]
     theta, how = getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
     if state.scaling is None:
         defer = state.defer and torch.is_grad_enabled() and self.weight.requires_grad and theta.requires_grad
@@ -60,8 +50,9 @@ def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
 class Attached:
     """The layers that carry learned scales, by name; made by :func:`attach`."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], counter: StepCounter) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], form: Format, counter: StepCounter) -> None:
         self._linears = dict(linears)
+        self._form = form
         self._counter = counter
 
     def __len__(self) -> int:
@@ -88,7 +79,10 @@ class Attached:
         generator = torch.Generator().manual_seed(seed)
         for name in names:
             start_lora(self._linears[name], rank, generator)
-            self._state(self._linears[name]).scaling = alpha / rank
+            state = self._state(self._linears[name])
+            state.scaling = alpha / rank
+            if state.cache is not None:
+                state.cache = WeightCache(self._counter)  # its sum is formed in its own forward pass
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -113,14 +107,18 @@ class Attached:
         for linear in self._linears.values():
             self._state(linear).defer = on
 
+    def fill(self, dtype: torch.dtype) -> None:
+        """Quantize in one launch all layers whose kept weight is stale; a forward pass does it in its first layer."""
+        linears = list(self._linears.values())
+        if fake_quant_triton.usable(linears[0].weight, self._form.stored_dtype):
+            fill((layer_of(linear) for linear in linears if self._state(linear).scaling is None), self._form, dtype)
+
     def settle(self) -> None:
         """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""
-        for linear in self._linears.values():
-            state = self._state(linear)
-            if state.pending and linear.weight.grad is not None:
-                theta, form = getattr(linear, PARAMETER), state.format
-                settle(linear.weight, theta, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
-            state.pending = False
+        pending = [linear for linear in self._linears.values() if self._state(linear).pending]
+        settle_all([layer_of(linear) for linear in pending if linear.weight.grad is not None], self._form)
+        for linear in pending:
+            self._state(linear).pending = False
 
     @torch.no_grad()
     def freeze(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -170,8 +168,8 @@ class Attached:
         self._counter.stop()
         self._linears = {}
 
-    def _state(self, linear: nn.Linear) -> _LayerState:
-        state: _LayerState = linear.__dict__[STATE]
+    def _state(self, linear: nn.Linear) -> LayerState:
+        state: LayerState = linear.__dict__[STATE]
         return state
 
     def _layers(self) -> Iterator[tuple[str, Tensor, Tensor, Format]]:
@@ -190,7 +188,7 @@ class Attached:
 
 def _restore(linear: nn.Linear) -> None:
     """Undo what is there of an attachment; a layer without one is left alone."""
-    state: _LayerState | None = linear.__dict__.pop(STATE, None)
+    state: LayerState | None = linear.__dict__.pop(STATE, None)
     if state is None:
         return
     for name in (PARAMETER, LORA_A, LORA_B):
@@ -201,7 +199,7 @@ def _restore(linear: nn.Linear) -> None:
 
 
 def _attach_one(linear: nn.Linear, form: Format, start: dict[str, Any], cache: WeightCache | None) -> None:
-    linear.__dict__[STATE] = _LayerState(form, cache, linear.__dict__.get("forward"))
+    linear.__dict__[STATE] = LayerState(form, cache, linear.__dict__.get("forward"))
     theta = start_scales(linear.weight, form.group_size, num_bits=form.num_bits, dtype=form.stored_dtype, **start).to(
         torch.float32
     )
@@ -238,12 +236,12 @@ def attach(
     form = Format(group_size, num_bits, stored_dtype)
     check_layers(linears, form)
     counter = StepCounter()
-    attached = Attached(linears, counter)
+    attached = Attached(linears, form, counter)
     start = {"candidates": candidates, "low": low, "high": high}
     try:
         counter.start()
         for linear in linears.values():
-            _attach_one(linear, form, start, WeightCache(counter) if cache else None)
+            _attach_one(linear, form, start, WeightCache(counter, attached.fill) if cache else None)
     except BaseException:
         attached.detach()
         raise

@@ -7,6 +7,8 @@ What it refuses. To guess: the value is reused only when version counters, stora
 those it was computed for. The step counter is needed because optimizers that write through ``.data`` and engines that
 swap storage leave a parameter's version untouched; ``StepCounter`` counts every step of every torch optimizer.
 
+The first cache to miss may have those of other layers filled in the same launch (``together``).
+
 What it costs. One weight in compute dtype per layer (2 bytes a weight in bfloat16), which the layer's own backward
 holds anyway. Under sharding that gathers weights per layer (FSDP, ZeRO-3) it would hold the gathered model: switch it
 off there (``attach(..., cache=False)``).
@@ -46,13 +48,18 @@ class StepCounter:
 class WeightCache:
     """The last quantized weight of one layer and what it was computed from.
 
+    counter: counts what versions do not show. together: called first on a miss, with the compute dtype; it may `put` values
+    into this and other caches.
+
     Attributes:
         quantizations: how often the value had to be computed.
     """
 
-    def __init__(self, counter: StepCounter | None = None) -> None:
+    def __init__(
+        self, counter: StepCounter | None = None, together: Callable[[torch.dtype], None] | None = None
+    ) -> None:
         self.quantizations = 0
-        self._counter = counter
+        self._counter, self._together = counter, together
         self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     def get(
@@ -67,22 +74,47 @@ class WeightCache:
 
         others: further tensors that the value depends on.
         """
-        inputs = (weight, log_scale, *others)
-        key = (
+        key = self._key((weight, log_scale, *others), dtype)
+        if not self._holds(key):
+            self._kept = None
+            if self._together is not None:
+                self._together(dtype)
+            if not self._holds(key):
+                self._keep(key, compute())
+        assert self._kept is not None
+        value, scale = self._kept[1]
+        return value.detach(), scale
+
+    def stale(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `get` would compute; what is kept for nothing is then freed."""
+        if self._holds(self._key((weight, log_scale), dtype)):
+            return False
+        self._kept = None
+        return True
+
+    def put(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, made: tuple[Tensor, Tensor]) -> None:
+        """Keep value and scales that were computed elsewhere from these inputs as they are now."""
+        self._keep(self._key((weight, log_scale), dtype), made)
+
+    def _key(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
+        """What a value depends on."""
+        return (
             None if self._counter is None else self._counter.steps,
             *(part for t in inputs for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
             dtype,
         )
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, compute())
-            self.quantizations += 1
-        value, scale = self._kept[1]
-        return value.detach(), scale
+
+    def _holds(self, key: tuple[object, ...]) -> bool:
+        return self._kept is not None and self._kept[0] == key
+
+    def _keep(self, key: tuple[object, ...], made: tuple[Tensor, Tensor]) -> None:
+        self._kept = (key, made)
+        self.quantizations += 1
 
     def drop(self) -> None:
         """Free what is kept; the next call computes it."""
         self._kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
-        """A copied layer starts with an empty cache that listens to the same counter."""
+        """A copied layer starts with an empty cache that listens to the same counter, and is filled by itself."""
         return WeightCache(self._counter)

@@ -25,6 +25,7 @@ Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -169,7 +170,10 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_scale, scale = ctx.saved_tensors
         if ctx.defer:
-            return grad_out.to(weight.dtype), torch.zeros_like(log_scale), None, None, None, None, None
+            # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
+            shared = dist.is_available() and dist.is_initialized()
+            zeros = torch.zeros_like(log_scale) if shared else None
+            return grad_out.to(weight.dtype), zeros, None, None, None, None, None
         grads = gradients(weight, scale, grad_out, ctx.num_bits, ctx.needs_input_grad[:2])
         return (*grads, None, None, None, None, None)
 
@@ -215,8 +219,8 @@ def fake_quantize(
         num_bits: 2..8.
         stored_dtype: dtype of the checkpoint's scales.
         cache: reuse of the value while neither weight nor scale has changed.
-        defer: give the weight dL/dw^ as its gradient and the scale zeros, until :func:`settle` is called on both; they must
-            be leaves that both want a gradient.
+        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until :func:`settle` is called on
+            both; they must be leaves that both want a gradient.
 
     Returns:
         w^ in the compute dtype (autocast's when on, else the weight's); equal to ``dequantize(codes(...), ...)``.

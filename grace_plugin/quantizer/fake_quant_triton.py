@@ -21,7 +21,17 @@ from torch import Tensor
 
 from grace_plugin.quantizer.scales import scale_limits
 
-__all__ = ["backward", "forward", "usable"]
+__all__ = [
+    "backward",
+    "backward_tile",
+    "divides",
+    "forward",
+    "forward_tile",
+    "scales",
+    "stored_type",
+    "tile_of",
+    "usable",
+]
 
 if find_spec("triton") is not None:
     import triton
@@ -75,11 +85,11 @@ if triton is not None:
         tl.store(scale + group, s, mask=group < groups)
 
     @triton.jit
-    def _forward(  # type: ignore[no-untyped-def]
-        weight, scale, out, groups, smallest, largest,
+    def forward_tile(  # type: ignore[no-untyped-def]
+        weight, scale, out, group, groups, smallest, largest,
         size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        """w^ of the groups numbered `group` [ROWS] of one weight."""
         s = tl.load(scale + group, mask=group < groups, other=1.0).to(tl.float32)
         per_s = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), s)
         for start in range(0, size, WIDTH):
@@ -93,12 +103,20 @@ if triton is not None:
             tl.store(out + place, value, mask=inside)
 
     @triton.jit
-    def _backward(  # type: ignore[no-untyped-def]
-        weight, scale, grad, grad_weight, grad_log_scale, groups, smallest, largest,
+    def _forward(  # type: ignore[no-untyped-def]
+        weight, scale, out, groups, smallest, largest,
+        size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        forward_tile(weight, scale, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
+
+    @triton.jit
+    def backward_tile(  # type: ignore[no-untyped-def]
+        weight, scale, grad, grad_weight, grad_log_scale, group, groups, smallest, largest,
         size: tl.constexpr, EXACT: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
         ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        """Gradients of the groups numbered `group` [ROWS] of one weight and of their scales."""
         s = tl.load(scale + group, mask=group < groups, other=1.0).to(tl.float32)
         per_s = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), s)
         total = tl.zeros([ROWS], dtype=tl.float32)
@@ -119,18 +137,50 @@ if triton is not None:
         if SCALE:
             tl.store(grad_log_scale + group, total * s, mask=group < groups)
 
+    @triton.jit
+    def _backward(  # type: ignore[no-untyped-def]
+        weight, scale, grad, grad_weight, grad_log_scale, groups, smallest, largest,
+        size: tl.constexpr, EXACT: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
+        ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        backward_tile(
+            weight, scale, grad, grad_weight, grad_log_scale, group, groups, smallest, largest,
+            size, EXACT, WEIGHT, SCALE, ROWS, WIDTH,
+        )  # fmt: skip
 
-def _divides(scale: Tensor) -> bool:
+
+def divides(scale: Tensor) -> bool:
     """Whether quotients need a division: float32 scales may have a significand of ones; the interpreter's fma rounds twice."""
     return scale.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def tile_of(size: int) -> dict[str, Any]:
+    """A program's tile for groups of `size` weights."""
+    width = min(triton.next_power_of_2(size), 1024)
+    return {"size": size, "ROWS": max(1, TILE // width), "WIDTH": width, "num_warps": 4}
+
+
 def _launch(weight: Tensor, scale: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
     """Grid, number of groups and the tile's shape."""
-    groups, size = scale.numel(), weight.shape[1] // scale.shape[1]
-    width = min(triton.next_power_of_2(size), 1024)
-    rows = max(1, TILE // width)
-    return (triton.cdiv(groups, rows),), groups, {"size": size, "ROWS": rows, "WIDTH": width, "num_warps": 4}
+    groups, tile = scale.numel(), tile_of(weight.shape[1] // scale.shape[1])
+    return (triton.cdiv(groups, tile["ROWS"]),), groups, tile
+
+
+def scales(log_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
+    """The stored scales of any number of groups, in one launch."""
+    scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=log_scale.device)
+    least, most = scale_limits(stored_dtype)
+    grid = (triton.cdiv(scale.numel(), 128),)
+    _scales[grid](
+        log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=4
+    )
+    return scale
+
+
+def stored_type(dtype: torch.dtype) -> Any:
+    """The stored dtype as Triton calls it."""
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
 def forward(
@@ -138,14 +188,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """w^ [out, in] in ``out_dtype``, rounded to the stored dtype on the way, and the scales in that dtype [out, groups]."""
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-    scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=weight.device)
+    scale = scales(log_scale, stored_dtype)
     grid, groups, tile = _launch(weight, log_scale)
-    stored = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[stored_dtype]
-    least, most = scale_limits(stored_dtype)
-    _scales[(triton.cdiv(groups, 256),)](log_scale, scale, groups, least, most, STORED=stored, BLOCK=256, num_warps=2)
-    _forward[grid](
-        weight, scale, out, groups, float(limits[0]), float(limits[1]), STORED=stored, EXACT=_divides(scale), **tile
-    )
+    stored, exact = stored_type(stored_dtype), divides(scale)
+    _forward[grid](weight, scale, out, groups, float(limits[0]), float(limits[1]), STORED=stored, EXACT=exact, **tile)
     return out, scale
 
 
@@ -161,6 +207,6 @@ def backward(
     grid, groups, tile = _launch(weight, scale)
     _backward[grid](
         weight, scale, grad, grad if grad_weight is None else grad_weight, scale if grad_log_scale is None else grad_log_scale,
-        groups, float(limits[0]), float(limits[1]), EXACT=_divides(scale), WEIGHT=grad_weight is not None,
+        groups, float(limits[0]), float(limits[1]), EXACT=divides(scale), WEIGHT=grad_weight is not None,
         SCALE=grad_log_scale is not None, **tile,
     )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from grace_plugin.quantizer.cache import WeightCache
 from grace_plugin.quantizer.scales import check_format, holds, validate_group
 
-__all__ = ["PARAMETER", "STATE", "Format", "check_layers"]
+__all__ = ["PARAMETER", "STATE", "Format", "LayerState", "check_layers"]
 
 PARAMETER = "weight_log_scale"
 """Name of the learned scales on a layer; theta = log s, float32 [out, groups]."""
@@ -24,6 +26,19 @@ class Format:
     group_size: int | None
     num_bits: int
     stored_dtype: torch.dtype
+
+
+@dataclass
+class LayerState:
+    """What an attached layer keeps beside its scales."""
+
+    format: Format
+    cache: WeightCache | None
+    previous_forward: Any  # an instance forward that stood on the layer before, or None
+    defer: bool = False  # leave the backward to `Attached.settle`
+    pending: bool = False  # a deferred gradient may be there
+    scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
+    computed_in: torch.dtype | None = None  # by the latest forward pass
 
 
 def _problems(linears: Mapping[str, nn.Linear], form: Format) -> Iterator[str]:

@@ -1,0 +1,118 @@
+"""The quantizer of many layers in one Triton launch each way: the kernels of `fake_quant_triton`, given a table of weights.
+
+What it does. A row of the table is a layer: addresses of its weight and of what is written, its first tile and its first
+group among all. A program finds the layer of its tile by bisection. Every number is that of a launch of its own.
+
+What it costs. A table of 32 bytes a layer, copied to the device behind what is queued there.
+
+Legend: layers of one device, dtype and group size; weight [out, in]; a tile is some groups of one layer.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_plugin.quantizer import fake_quant_triton as alone
+
+__all__ = ["backward", "forward"]
+
+if alone.triton is not None:
+    import triton
+    import triton.language as tl
+
+    from grace_plugin.quantizer.fake_quant_triton import backward_tile, forward_tile
+
+    @triton.jit
+    def _layer(table, layers, tile):  # type: ignore[no-untyped-def]
+        """The last layer whose first tile is not behind `tile`."""
+        low, high = 0, layers
+        while high - low > 1:
+            middle = (low + high) // 2
+            first = tl.load(table + middle * 4 + 2)
+            low = tl.where(first <= tile, middle, low)
+            high = tl.where(first <= tile, high, middle)
+        return table + low * 4
+
+    @triton.jit
+    def _forward(  # type: ignore[no-untyped-def]
+        table, layers, scale, smallest, largest, WEIGHT: tl.constexpr, OUT: tl.constexpr, STORED: tl.constexpr,
+        EXACT: tl.constexpr, size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        tile = tl.program_id(0)
+        row = _layer(table, layers, tile)
+        weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
+        out = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(OUT)), 16)
+        group = (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
+        first = tl.load(row + 3)
+        groups = tl.load(row + 7) - first
+        forward_tile(weight, scale + first, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
+
+    @triton.jit
+    def _backward(  # type: ignore[no-untyped-def]
+        table, layers, scale, grad_log_scale, smallest, largest, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
+        size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        tile = tl.program_id(0)
+        row = _layer(table, layers, tile)
+        weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
+        grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
+        group = (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
+        first = tl.load(row + 3)
+        groups = tl.load(row + 7) - first
+        backward_tile(
+            weight, scale + first, grad, grad, grad_log_scale + first, group, groups, smallest, largest,
+            size, EXACT, True, True, ROWS, WIDTH,
+        )  # fmt: skip
+
+
+def _table(weights: Sequence[Tensor], others: Sequence[Tensor], counts: list[int], rows: int) -> tuple[Tensor, int]:
+    """int64 [layers + 1, 4] on the weights' device, and the number of tiles; the last row ends the one before."""
+    tiles = [0, *accumulate(-(-count // rows) for count in counts)]
+    groups = [0, *accumulate(counts)]
+    addresses = [[tensor.data_ptr() for tensor in tensors] + [0] for tensors in (weights, others)]
+    table = torch.tensor(list(zip(*addresses, tiles, groups, strict=True)), dtype=torch.int64)
+    device = weights[0].device
+    return (table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table), tiles[-1]
+
+
+def _prepared(
+    weights: Sequence[Tensor], log_scales: Sequence[Tensor], others: Sequence[Tensor], stored_dtype: torch.dtype
+) -> tuple[Tensor, tuple[int], Tensor, list[int], dict[str, Any]]:
+    """Table, grid, scales of all groups [groups], groups of each layer, and what all launches take."""
+    tile = alone.tile_of(weights[0].shape[1] // log_scales[0].shape[1])
+    counts = [log_scale.numel() for log_scale in log_scales]
+    table, tiles = _table(weights, others, counts, tile["ROWS"])
+    scale = alone.scales(torch.cat([log_scale.detach().flatten() for log_scale in log_scales]), stored_dtype)
+    return table, (tiles,), scale, counts, {**tile, "EXACT": alone.divides(scale)}
+
+
+def forward(
+    weights: Sequence[Tensor], log_scales: Sequence[Tensor], stored_dtype: torch.dtype, limits: tuple[int, int],
+    out_dtype: torch.dtype,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer."""
+    outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
+    table, grid, scale, counts, how = _prepared(weights, log_scales, outs, stored_dtype)
+    _forward[grid](
+        table, len(outs), scale, float(limits[0]), float(limits[1]), WEIGHT=alone.stored_type(weights[0].dtype),
+        OUT=alone.stored_type(out_dtype), STORED=alone.stored_type(stored_dtype), **how,
+    )  # fmt: skip
+    parts = scale.split(counts)
+    return [(out, part.view(theta.shape)) for out, part, theta in zip(outs, parts, log_scales, strict=True)]
+
+
+def backward(
+    weights: Sequence[Tensor], log_scales: Sequence[Tensor], grads: Sequence[Tensor], stored_dtype: torch.dtype,
+    limits: tuple[int, int],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the log-scales, float32 [out, groups]; every dL/dw^ of ``grads`` becomes the weight's gradient in place."""
+    table, grid, scale, counts, how = _prepared(weights, log_scales, grads, stored_dtype)
+    found = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
+    _backward[grid](
+        table, len(grads), scale, found, float(limits[0]), float(limits[1]),
+        WEIGHT=alone.stored_type(weights[0].dtype), **how,
+    )  # fmt: skip
+    return [part.view(theta.shape) for part, theta in zip(found.split(counts), log_scales, strict=True)]

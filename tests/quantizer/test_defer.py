@@ -1,0 +1,76 @@
+"""Gradients of many micro-batches are settled once, to those of a backward pass each."""
+
+import torch
+from torch import nn
+
+from grace_plugin.quantizer import attach
+
+
+def test_a_deferred_backward_settles_to_the_same_gradients():
+    plain, late = (nn.Linear(64, 48, bias=False) for _ in range(2))
+    late.load_state_dict(plain.state_dict())
+    gradients = []
+    for linear, defer in ((plain, False), (late, True)):
+        attached = attach({"linear": linear}, group_size=32)
+        attached.defer(defer)
+        with torch.no_grad():
+            linear.weight_log_scale.sub_(0.7)  # many weights are clipped
+        for seed in range(3):
+            batch = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+            linear(batch).square().sum().backward()
+        if defer:
+            assert linear.weight_log_scale.grad is None
+            assert not torch.equal(linear.weight.grad, gradients[0][0])
+        attached.settle()
+        gradients.append((linear.weight.grad.clone(), linear.weight_log_scale.grad.clone()))
+        linear.weight.grad.mul_(2.0)  # a clip, say: what is settled is not formed again
+        attached.settle()
+        assert torch.equal(linear.weight.grad, 2.0 * gradients[-1][0])
+        assert torch.equal(linear.weight_log_scale.grad, gradients[-1][1])
+        attached.detach()
+    for late_one, plain_one in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(late_one, plain_one, rtol=1e-5, atol=1e-5 * plain_one.abs().max().item())
+        assert torch.equal(late_one == 0, plain_one == 0)
+
+
+def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
+    linear = nn.Linear(64, 16, bias=False)
+    attached = attach({"linear": linear}, group_size=32)
+    attached.defer()
+    linear(torch.randn(3, 64)).sum().backward()
+    assert linear.weight_log_scale.grad is None
+    with torch.no_grad():
+        linear(torch.randn(3, 64))
+    attached.settle()
+    assert linear.weight_log_scale.grad.any()
+    linear.weight_log_scale.grad = None
+    linear(torch.randn(3, 64)).sum().backward()  # the next window is deferred again
+    assert linear.weight_log_scale.grad is None
+
+
+def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_path):
+    linear = nn.Linear(64, 16, bias=False)
+    attached = attach({"linear": linear}, group_size=32)
+    attached.defer()
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    try:
+        linear(torch.randn(3, 64)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert linear.weight_log_scale.grad is not None and not linear.weight_log_scale.grad.any()
+    attached.settle()
+    assert linear.weight_log_scale.grad.any()
+
+
+def test_a_frozen_weight_or_scale_is_never_deferred():
+    linear = nn.Linear(64, 16, bias=False)
+    attached = attach({"linear": linear}, group_size=32)
+    attached.defer()
+    linear.weight.requires_grad_(False)
+    linear(torch.randn(3, 64)).sum().backward()
+    assert linear.weight.grad is None
+    assert linear.weight_log_scale.grad.any()
+    attached.settle()
+    assert linear.weight_log_scale.grad.any()
