@@ -82,7 +82,7 @@ class Watch(TrainerCallback):
         self.steps.append({"before": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.steps[-1]["grad"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        self.steps[-1]["grad"] = {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         before = self.steps[-1].pop("before")

@@ -46,16 +46,14 @@ SLICE = 16384
 """Ids whose logits of the teacher exist at one time where its sums are known."""
 
 
-def positions_per_chunk(vocabulary: int, element_size: int, known_of: int = 0, beside: int = 0) -> int:
+def positions_per_chunk(vocabulary: int, element_size: int, known_of: int = 0) -> int:
     """Positions, 16 to 4,096, whose logits and the teacher's take 209 MiB: 480 for 151,936 ids of 2 bytes.
 
     known_of: how many positions there are, where the teacher's sums are known: its logits then take `SLICE` columns, not half
     the student's, and the positions are cut evenly. 4,096 of them come in 7 chunks of 592.
-    beside: bytes that are held beside the logits, which make room for up to 35 MiB of them: with 32 MiB, 8 chunks of 512.
     """
     columns = vocabulary + (min(SLICE, vocabulary) if known_of else vocabulary // 2)
-    space = (209 << 20) - min(beside, 35 << 20)
-    rows = min(max(space // max(columns * element_size, 1) // 16 * 16, 16), 4096)
+    rows = min(max((209 << 20) // max(columns * element_size, 1) // 16 * 16, 16), 4096)
     if not known_of:
         return rows
     even = -(-known_of // -(-known_of // rows))

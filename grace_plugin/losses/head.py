@@ -30,7 +30,7 @@ from grace_plugin.losses.distill import check_temperature, confidence_gate, gate
 from grace_plugin.losses.entropy_triton import entropies
 from grace_plugin.losses.math_triton import scale_in_place
 from grace_plugin.losses.precision import full_precision, loss_dtype
-from grace_plugin.losses.projection import Gradients, Head, bytes_apart, capped, check_head, check_rows, cut
+from grace_plugin.losses.projection import Gradients, Head, capped, check_head, check_rows, cut, targets_apart
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class _DistillationHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs = [settings.form_gradients and need for need in ctx.needs_input_grad[:3]]
         dtype = settings.weight_grad_dtype
-        low = (dtype, targets if bytes_apart(hidden_s, weight_s, student.weight.shape[0], dtype) else None)
-        gradients = Gradients(hidden_s, weight_s, bias_s, needs, settings.dtype, *low)
+        apart = targets if targets_apart(hidden_s, weight_s, student.weight.shape[0], dtype) else None
+        gradients = Gradients(hidden_s, weight_s, bias_s, needs, settings.dtype, dtype, apart)
         fits = settings.dtype == torch.float32 and head_triton.usable(hidden_s.new_empty(0, student.weight.shape[0]))
         run = fused if fits else eager
         ctx.in_place, ctx.handed_out = run is fused, False
@@ -210,8 +210,8 @@ def distillation_head(
         beta_dkd: weight of NCKD.
         chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
         weight_grad_dtype: what the gradient of the head is summed in over chunks, by default float32, and then 4 bytes a weight
-            stand beside the gradient; the dtype of a bfloat16 head saves them and rounds the sum once per chunk, but for the
-            rows of targets where these are few (`bytes_apart`): theirs is summed in float32.
+            stand beside the gradient; the dtype of a bfloat16 head saves them and rounds the sum once per chunk. Where
+            targets are few (`targets_apart`) what they add to their own rows, the most, comes last and is rounded once.
         known: of :func:`teacher_sums` for the same targets and temperature; the teacher's logits then come by slices of the
             vocabulary, and more positions fit into a chunk.
         softcaps: c of student and teacher whose logits are c * tanh(logits / c); None for none.
@@ -225,8 +225,7 @@ def distillation_head(
     check_temperature(temperature)
     if chunk is None:
         known_of = 0 if known is None or hidden_t is None else hidden_s.shape[0]
-        beside = bytes_apart(hidden_s, weight_s, vocabulary, weight_grad_dtype)
-        chunk = positions_per_chunk(vocabulary, hidden_s.element_size(), known_of, beside)
+        chunk = positions_per_chunk(vocabulary, hidden_s.element_size(), known_of)
     check_head("student", hidden_s, weight_s, bias_s, vocabulary, chunk, softcaps[0])
     check_rows("targets", targets, hidden_s)
     with full_precision(hidden_s):

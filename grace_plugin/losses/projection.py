@@ -7,7 +7,7 @@ What it refuses. Shapes that do not fit each other, and a head with fewer rows t
 names the side.
 
 What it costs. One copy of the head when its type differs from the hidden states' (a bfloat16 copy of a float32 master
-weight); one matrix of the head's size when the head is trained: float32, or less with the targets' rows in float32 beside it.
+weight); one matrix of the head's size when the head is trained.
 
 Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
 """
@@ -101,20 +101,37 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
-def bytes_apart(hidden: Tensor, weight: Tensor, vocabulary: int, dtype: torch.dtype | None) -> int:
-    """Bytes of float32 sums of the targets' rows beside a head's gradient that is summed in ``dtype``; 0 where there are none.
+def targets_apart(hidden: Tensor, weight: Tensor, vocabulary: int, dtype: torch.dtype | None) -> bool:
+    """Whether a head's gradient summed in ``dtype`` leaves what targets add to their own rows for the end.
 
-    Where the N targets are few beside the rows, theirs hold nearly all of the gradient's norm for little memory.
+    It holds nearly all of the gradient's norm. Where it comes last, the sum before it is rounded relative to what is small.
     """
     few = dtype is not None and dtype.itemsize < 4 and 4 * hidden.shape[0] <= vocabulary
-    return 4 * hidden.numel() if few and weight.requires_grad else 0
+    return few and weight.requires_grad
+
+
+def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs: int = 1 << 23) -> None:
+    """weight[y] += the sum of own * states over the positions whose target is y: summed in float32, rounded once.
+
+    weight [V, d]; states [N, d], targets [N] and own [N] of the positions; so many pairs of them are compared at one time.
+    """
+    wide = own.dtype if own.is_cuda else torch.float32  # torch's CPU products round to their inputs' type
+    sums, first, step = weight.index_select(0, targets), torch.empty_like(targets), max(pairs // max(len(targets), 1), 1)
+    for start in range(0, len(targets), step):
+        rows = slice(start, start + step)
+        same = targets[rows, None] == targets
+        first[rows] = same.view(torch.uint8).argmax(1)
+        total = sums[rows].float()
+        _add_product(total, torch.where(same, own, 0.0).to(wide), states.to(wide))
+        sums[rows] = total.to(sums.dtype)
+    weight.index_copy_(0, targets, sums.index_select(0, first))  # one row for a target that repeats
 
 
 class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated.
 
-    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. ``targets`` [N], if
-    given, are rows of the weight whose gradient is summed in ``dtype`` all the same and rounded once, by ``all``.
+    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. Where ``targets`` [N]
+    are given, what each adds to its own row of the weight stays out of those sums; ``all`` adds it up in float32.
     """
 
     def __init__(
@@ -132,34 +149,34 @@ class Gradients:
         self.hidden = torch.empty_like(hidden, dtype=self.product_dtype) if needs[0] else None
         self.weight = torch.empty_like(weight, dtype=weight_dtype or dtype) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
-        self._first = True
-        self._apart: tuple[Tensor, Tensor] | None = (
-            None  # targets, and their rows [N, d]: equal ones where a target repeats
-        )
+        self._first, self._states = True, hidden.detach()
+        self._apart: tuple[Tensor, Tensor] | None = None  # targets, and dL/dlogit of each position's own
         if needs[1] and targets is not None:
-            self._apart = (targets, weight.new_zeros(len(targets), hidden.shape[1], dtype=dtype))
+            self._apart = (targets, hidden.new_empty(len(hidden), dtype=self.product_dtype))
         if self.weight is not None and not hidden.shape[0]:
             self.weight.zero_()
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, head: Head) -> None:
+        """Add a chunk: ``grad_logits`` [n, V] of ``hidden`` [n, d]; the former may be written to."""
         vocabulary = grad_logits.shape[1]
         grad = grad_logits.to(self.product_dtype)
         if self.hidden is not None:
             torch.mm(grad, head.weight.to(self.product_dtype), out=self.hidden[rows])
+        if self.bias is not None:
+            self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         if self.weight is not None:
             if self._first:
                 self.weight[vocabulary:].zero_()
-            right = hidden.to(self.product_dtype)
-            _add_product(self.weight[:vocabulary], grad.T, right, self._first)
             if self._apart is not None:
-                _add_product(self._apart[1], grad.index_select(1, self._apart[0]).T, right)
-        if self.bias is not None:
-            self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
+                targets, own = self._apart
+                column = targets[rows].unsqueeze(1)
+                own[rows] = grad.gather(1, column).squeeze(1)
+                grad.scatter_(1, column, 0.0)
+            _add_product(self.weight[:vocabulary], grad.T, hidden.to(self.product_dtype), self._first)
         self._first = False
 
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias; None for what nobody asked for."""
         if self.weight is not None and self._apart is not None:
-            targets, sums = self._apart
-            self.weight.index_copy_(0, targets, sums.to(self.weight.dtype))
+            add_own(self.weight, self._states.to(self.product_dtype), *self._apart)
         return self.hidden, self.weight, self.bias

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
-from grace_plugin.losses.projection import Gradients, Head, _add_product, bytes_apart
+from grace_plugin.losses.projection import Gradients, Head, _add_product, add_own, targets_apart
 from tests.losses.sides import draw, grads, run
 from tests.reference.footprint import Footprint
 
@@ -136,49 +136,82 @@ def test_weight_gradients_are_added_in_the_type_asked_for():
     assert weight.grad[1, 0].item() == 32.0
 
 
-def test_rows_of_targets_are_rounded_once_where_they_are_few():
-    """Chunks summed in bfloat16: a target's row is the nearest bfloat16, other rows are rounded at every chunk."""
+def test_what_targets_add_to_their_own_rows_is_rounded_once_where_they_are_few():
+    """Chunks summed in bfloat16: the largest numbers come last, so the whole is about as near as one rounding leaves it."""
     sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
     targets[20:] = targets[:12]  # in more than one chunk
     hit = torch.zeros(302, dtype=torch.bool).index_fill_(0, targets, True)
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in sides.items()}
 
-    def off(rows):
-        """Share of a row's numbers that are not the nearest bfloat16, [302], for so many repetitions of all positions."""
+    def errors(rows, chunk):
+        """Relative errors of the rows of targets and of the others, and of one rounding, all positions repeated."""
         grads = []
-        for given, options in ((exact, {"chunk": 96}), (sides, {"chunk": 4, "weight_grad_dtype": torch.bfloat16})):
+        for given, options in ((exact, {"chunk": 96}), (sides, {"chunk": chunk, "weight_grad_dtype": torch.bfloat16})):
             given["weight_s"].grad = None
             many = {k: v.detach().repeat(rows, 1) if k.startswith("hidden") else v for k, v in given.items()}
-            run(many, targets.repeat(rows), v=300, **options).loss.backward()
-            grads.append(given["weight_s"].grad.bfloat16())
-        return (grads[0] != grads[1]).float().mean(1)
+            run(many, targets.repeat(rows), v=300, kd_scale=0.0, **options).loss.backward()
+            grads.append(given["weight_s"].grad.double())
+        want, found = grads
+        assert not found[300:].any()
+        off, least = found - want, want.bfloat16().double() - want
+        return [float(part[mask].norm() / want[mask].norm()) for part in (off, least) for mask in (hit, ~hit)]
 
-    few, many = off(1), off(3)  # 75 positions are the most whose rows are summed apart
-    assert few[hit].mean() < 0.01 and few[300:].max() == 0
-    assert few[~hit][:-2].mean() > 0.1 and many[hit].mean() > 0.1
+    hits, others, least, _ = errors(1, 4)
+    assert hits < 1.2 * least and others > 1.3 * least
+    assert errors(3, 4)[0] > 1.7 * least  # 75 positions are the most whose targets come last
 
 
-def test_sums_apart_are_float32_and_are_handed_out_with_the_weight():
-    """1,024 times 1/8 is 128 in a target's row; a sum in bfloat16 stops at 32."""
-    hidden, weight = torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
-    head, targets = Head(weight, None), torch.tensor([1, 5, 1])
+def test_what_comes_last_is_summed_in_float32_and_is_handed_out_with_the_weight():
+    """1,024 times 1/8 is 128 where each is a target's own; a sum in bfloat16 stops at 32."""
+    hidden, weight = torch.ones(1024, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
+    head, targets = Head(weight, None), torch.full((1024,), 5)
+    targets[3], targets[1000] = 1, 1
+    grad = torch.full((1024, 8), 0.125, dtype=torch.bfloat16)
     sums = Gradients(hidden, weight, None, [False, True, False], torch.float32, torch.bfloat16, targets)
-    for _ in range(1024):
-        sums.add(slice(0, 1), torch.full((1, 8), 0.125, dtype=torch.bfloat16), hidden, head)
-    assert sums.all()[1][:, 0].tolist() == [32, 128, 32, 32, 32, 128, 32, 32]
-    none = Gradients(hidden, weight, torch.zeros(8), [True, False, True], torch.float32, torch.bfloat16, targets)
-    none.add(slice(0, 1), torch.ones(1, 8, dtype=torch.bfloat16), hidden, head)
+    for row in range(1024):
+        sums.add(slice(row, row + 1), grad[row : row + 1].clone(), hidden[row : row + 1], head)
+    assert sums.all()[1][:, 0].tolist() == [32, 32.25, 32, 32, 32, 128, 32, 32]
+    none = Gradients(hidden[:1], weight, torch.zeros(8), [True, False, True], torch.float32, torch.bfloat16, targets[:1])
+    none.add(slice(0, 1), torch.ones(1, 8, dtype=torch.bfloat16), hidden[:1], head)
     assert none.all()[1] is None and none.all()[2].tolist() == [1.0] * 8
 
 
+def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
+    sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, bias = sides["hidden_s"].detach().requires_grad_(), torch.zeros(302, requires_grad=True)
+        run({**sides, "hidden_s": hidden, "bias_s": bias}, targets, v=300, chunk=5, weight_grad_dtype=dtype).loss.backward()
+        found.append((hidden.grad, bias.grad))
+    for low, high in zip(*found, strict=True):
+        assert torch.equal(low, high) and high.any()
+
+
+@pytest.mark.parametrize("pairs", [1, 7 * 12, 12 * 12, 1 << 23])
+def test_what_comes_last_is_the_same_however_many_pairs_are_compared_at_one_time(pairs):
+    made = torch.Generator().manual_seed(0)
+    targets = torch.tensor([3, 1, 3, 0, 7, 7, 3, 2, 9, 1, 3, 5])
+    states, own = torch.randn(12, 4, generator=made).bfloat16(), torch.randn(12, generator=made).bfloat16()
+    weight = torch.randn(10, 4, generator=made).bfloat16()
+    want = weight.double().index_add(0, targets, own.double()[:, None] * states.double())
+    add_own(weight, states, targets, own, pairs)
+    assert torch.equal(weight, want.bfloat16())
+
+
+def test_no_positions_have_nothing_that_comes_last():
+    weight, none = torch.ones(3, 2), torch.zeros(0)
+    add_own(weight, torch.zeros(0, 2), none.long(), none)
+    assert torch.equal(weight, torch.ones(3, 2))
+
+
 @pytest.mark.parametrize(
-    ("positions", "dtype", "trains", "beside"),
-    [(32, torch.bfloat16, True, 2048), (75, torch.float16, True, 4800), (76, torch.bfloat16, True, 0),
-     (32, torch.float32, True, 0), (32, None, True, 0), (32, torch.bfloat16, False, 0)],
+    ("positions", "dtype", "trains", "apart"),
+    [(32, torch.bfloat16, True, True), (75, torch.float16, True, True), (76, torch.bfloat16, True, False),
+     (32, torch.float32, True, False), (32, None, True, False), (32, torch.bfloat16, False, False)],
 )  # fmt: skip
-def test_sums_apart_stand_beside_a_low_sum_that_is_wanted_of_few_targets(positions, dtype, trains, beside):
+def test_targets_come_last_in_a_low_sum_that_is_wanted_of_few(positions, dtype, trains, apart):
     hidden, weight = torch.zeros(positions, 16, dtype=torch.bfloat16), torch.zeros(302, 16, requires_grad=trains)
-    assert bytes_apart(hidden, weight, 300, dtype) == beside
+    assert targets_apart(hidden, weight, 300, dtype) is apart
 
 
 def test_a_low_sum_in_chunks_of_the_default_size_is_that_of_one_chunk():
