@@ -1,6 +1,6 @@
 """Speed and memory of head, quantizer, relation, a whole step and small cards, each beside its floor of the same process.
 
-    python -m benchmarks.speed [--rooms head linear relation step memory] [--small] [--out FILE]
+    python -m benchmarks.speed [--rooms head linear relation step memory chunks] [--small] [--out FILE]
 
 Times are medians in milliseconds, forward and backward; memory is the peak beyond the inputs, results included. `--small` (the
 default without CUDA) takes sizes that a CPU does in seconds. Nothing here is asserted: speed is judged by reading.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.head import head
+from benchmarks.speed.head import chunks_by_turns, head
 from benchmarks.speed.linear import layers, linear
 from benchmarks.speed.relation import relation
 from benchmarks.speed.step import memory, overlap, step
@@ -24,7 +24,7 @@ from benchmarks.speed.timing import ceilings
 from grace_plugin.artifact.layout import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
-ROOMS = ("head", "linear", "relation", "step", "memory")
+ROOMS = ("head", "linear", "relation", "step", "memory", "chunks")
 FULL = {"tokens": 4096, "vocabulary": 151936, "student": 2048, "teacher": 4096}
 SMALL = {"tokens": 128, "vocabulary": 4096, "student": 256, "teacher": 512}
 
@@ -50,6 +50,8 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"ceilings": ceilings(device)}
     if "head" in asked:
         found["head"] = heads(device, dtype, small)
+    if "chunks" in asked:
+        found["chunks"] = chunks_by_turns(SMALL if small else FULL, device, dtype)
     if "linear" in asked:
         shapes = [(512, 512)] if small else [(2048, 2048), (6144, 2048), (11008, 4096)]
         found["linear"] = linear(256 if small else 4096, shapes, device)
@@ -74,7 +76,7 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS))
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS[:-1]), help="all but chunks by default")
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--out", type=Path, default=None, help="JSON file (default: benchmarks/results/speed/<device>.json)"

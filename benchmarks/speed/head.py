@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.speed.timing import extra_gib, median_ms
-from grace_plugin.losses import decoupled_kd, distillation_head
+from benchmarks.speed.timing import extra_gib, graphed, median_ms, paired_ms
+from grace_plugin.losses import chunks, decoupled_kd, distillation_head
 from grace_plugin.losses.head import teacher_sums
 
-__all__ = ["head"]
+__all__ = ["chunks_by_turns", "head"]
 
 
 class _Case:
@@ -111,13 +113,18 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def _graphs(works: dict[str, Any]) -> dict[str, Any]:
+    return {name: graphed(work) for name, work in works.items()}
+
+
 def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool = True) -> dict[str, Any]:
     """Times in ms, extra memory in GiB, relative errors against float64, for one size."""
     case = _Case(sizes["tokens"], sizes["vocabulary"], sizes["student"], sizes["teacher"], device, dtype)
     low = {"weight_grad_dtype": dtype}
+    works = {"products_ms": case.products, "ours_ms": lambda: case.ours(**low)}
     found: dict[str, Any] = {
-        "products_ms": median_ms(case.products),
-        "ours_ms": median_ms(lambda: case.ours(**low)),
+        **paired_ms(works),
+        **{name.replace("_ms", "_without_host_ms"): ms for name, ms in paired_ms(_graphs(works)).items()},
         "ours_gib": extra_gib(lambda: case.ours(**low)),
         "ours_float32_sum_ms": median_ms(case.ours),
         "ours_float32_sum_gib": extra_gib(case.ours),
@@ -141,3 +148,24 @@ def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool
     except ImportError:
         found["liger_ms"] = None
     return found
+
+
+def chunks_by_turns(sizes: dict[str, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Device times of the heads in chunks of other sizes and other slices of the teacher's vocabulary, and of the products."""
+    case = _Case(sizes["tokens"], sizes["vocabulary"], sizes["student"], sizes["teacher"], device, dtype)
+    ids, tokens, low = sizes["vocabulary"], sizes["tokens"], {"weight_grad_dtype": dtype}
+    works: dict[str, Any] = {"products_ms": graphed(case.products)}
+    rows, usual = [], chunks.SLICE
+    for chunk, part in itertools.product(
+        (tokens // 10, tokens // 8, tokens // 7 + 7, tokens // 6 + 6), (18, 9, 6, 4, 3)
+    ):
+        chunks.SLICE = -(-ids // part // 2048) * 2048
+        work = partial(case.ours, chunk=chunk, **low)
+        works[str(len(rows))] = graphed(work)  # recorded now, with this slice
+        rows.append({"chunk": chunk, "slice": chunks.SLICE, "ours_gib": extra_gib(work)})
+    chunks.SLICE = usual
+    times = paired_ms(works, 12)
+    return {
+        "products_ms": times["products_ms"],
+        "rows": [row | {"ours_ms": times[str(i)]} for i, row in enumerate(rows)],
+    }

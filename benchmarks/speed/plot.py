@@ -1,4 +1,4 @@
-"""The speed results as one picture: `python -m benchmarks.speed.plot` lays results/speed/h200*.json out as speed.svg."""
+"""The speed results as one picture: `python -m benchmarks.speed.plot` lays h200.json and h200_head.json out as speed.svg."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def picture(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Lay the newest run of each room over the older ones, and draw."""
+    """Draw the two runs that hold all rooms."""
     found: dict[str, Any] = {}
-    for name in ("h200", "h200_head", "h200_step_host"):
+    for name in ("h200", "h200_head"):
         found |= json.loads((RESULTS / f"{name}.json").read_text())
     (RESULTS / "speed.svg").write_text(picture(found))
 

@@ -204,6 +204,8 @@ def memory(
     """GRACE with the cached teacher, each method under a cap in GiB on what the process may take of the device."""
     found = []
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     for method, cap in caps.items():
         training = TrainingRecipe.model_validate({"method": method})
         if device == "cuda":

@@ -42,20 +42,21 @@ class Teacher(NamedTuple):
     known: Tensor | None = None  # [2, N], of `entropies`: the mass of v != y at the temperature, and the logit of y
 
 
-SLICE = 16384
-"""Ids whose logits of the teacher exist at one time where its sums are known."""
+SLICE, TILE = 26624, 128
+"""Ids whose logits of the teacher exist at one time where its sums are known; rows that a product works on together."""
 
 
 def positions_per_chunk(vocabulary: int, element_size: int, known_of: int = 0) -> int:
     """Positions, 16 to 4,096, whose logits and the teacher's take 209 MiB: 480 for 151,936 ids of 2 bytes.
 
     known_of: how many positions there are, where the teacher's sums are known: its logits then take `SLICE` columns, not half
-    the student's, and the positions are cut evenly. 4,096 of them come in 7 chunks of 592.
+    the student's, and the positions are cut evenly, into whole tiles at most. 4,096 of them come in 8 chunks of 512.
     """
     columns = vocabulary + (min(SLICE, vocabulary) if known_of else vocabulary // 2)
     rows = min(max((209 << 20) // max(columns * element_size, 1) // 16 * 16, 16), 4096)
     if not known_of:
         return rows
+    rows = rows // TILE * TILE or rows
     even = -(-known_of // -(-known_of // rows))
     return -(-even // 16) * 16
 

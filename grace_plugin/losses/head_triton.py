@@ -118,7 +118,8 @@ if triton is not None:
         tl.store(row_values + row, normaliser)
         tl.store(row_values + n + row, tl.exp(z_y - normaliser))
         if TEACHER > 0:
-            mass_s = top * per_t + tl.log(tl.sum(_weighted(place + 2 * size, known, tops - top, per_t), 0))
+            rest_s = tl.sum(_weighted(place + 2 * size, known, tops - top, per_t), 0)
+            mass_s = top * per_t + tl.log(rest_s)
             if TEACHER == 1:
                 tops_t = tl.load(place + 3 * size, mask=known, other=float("-inf"))
                 top_t = tl.max(tops_t, 0)
@@ -126,7 +127,8 @@ if triton is not None:
                 gap = tl.sum(_weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
                 mass_t = top_t * per_t + tl.log(rest_t)
                 tl.store(row_values + 3 * n + row, mass_t)
-                tl.store(losses + 2 * N + row, gap / rest_t * per_t + (mass_s - mass_t))
+                apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
+                tl.store(losses + 2 * N + row, gap / rest_t * per_t + apart)
             else:
                 mass_t = tl.load(row_values + 3 * n + row)
             odds_s = z_y * per_t - mass_s

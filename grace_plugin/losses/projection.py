@@ -116,7 +116,11 @@ def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs:
     weight [V, d]; states [N, d], targets [N] and own [N] of the positions; so many pairs of them are compared at one time.
     """
     wide = own.dtype if own.is_cuda else torch.float32  # torch's CPU products round to their inputs' type
-    sums, first, step = weight.index_select(0, targets), torch.empty_like(targets), max(pairs // max(len(targets), 1), 1)
+    sums, first, step = (
+        weight.index_select(0, targets),
+        torch.empty_like(targets),
+        max(pairs // max(len(targets), 1), 1),
+    )
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         same = targets[rows, None] == targets
@@ -130,8 +134,8 @@ def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs:
 class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated.
 
-    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. Where ``targets`` [N]
-    are given, what each adds to its own row of the weight stays out of those sums; ``all`` adds it up in float32.
+    ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. Where ``targets``
+    [N] are given, what each adds to its own row of the weight stays out of those sums; ``all`` adds it up in float32.
     """
 
     def __init__(

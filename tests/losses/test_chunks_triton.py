@@ -13,7 +13,7 @@ from grace_plugin.losses.projection import Gradients, Head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS, TEMPERATURE, ALPHA, BETA = 25, 3.0, 0.7, 2.5
-LONG = chunks.SLICE + 40  # ids: nine blocks, two slices
+LONG = chunks.SLICE + 40  # ids: fourteen blocks, two slices
 
 
 class Seen(Head):
@@ -161,10 +161,10 @@ def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, c
 
 
 @pytest.mark.parametrize(
-    ("ids", "ends"), [(9, [(0, 9)]), (chunks.SLICE, [(0, 16384)]), (LONG, [(0, 16384), (16384, LONG)])]
+    ("ids", "ends"), [(9, [(0, 9)]), (chunks.SLICE, [(0, 26624)]), (LONG, [(0, 26624), (26624, LONG)])]
 )
 def test_a_vocabulary_of_one_slice_is_not_cut(ids, ends):
-    assert chunks.SLICE == 16384
+    assert chunks.SLICE == 26624
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
     head_t = seen(head_t)
     teacher = chunks.Teacher(hidden_t, head_t, gate, known_of(hidden_t, Head(*head_t), targets))

@@ -238,7 +238,11 @@ def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise()
     assert positions_per_chunk(45_659, 2) == 1584 < (210 << 20) // (3 * 45_659)  # 209 MiB hold 1,599 rows
     assert positions_per_chunk(151_936, 4) == 240
     assert positions_per_chunk(3, 4) == 4096
-    assert positions_per_chunk(151_936, 2, known_of=4096) == 592
+    assert positions_per_chunk(151_936, 2, known_of=4096) == 512  # 209 MiB hold 613 rows, four tiles and a half
+    assert (
+        positions_per_chunk(151_936, 2, known_of=4000) == 512 and positions_per_chunk(151_936, 2, known_of=600) == 304
+    )
+    assert positions_per_chunk(800_000, 2, known_of=4096) == 128 and positions_per_chunk(10**6, 2, known_of=4096) == 96
     assert positions_per_chunk(151_936, 2, known_of=5) == 16
     assert type(positions_per_chunk(151_936, 2, known_of=4096)) is int
     assert positions_per_chunk(10**8, 2) == 16

@@ -171,7 +171,9 @@ def test_what_comes_last_is_summed_in_float32_and_is_handed_out_with_the_weight(
     for row in range(1024):
         sums.add(slice(row, row + 1), grad[row : row + 1].clone(), hidden[row : row + 1], head)
     assert sums.all()[1][:, 0].tolist() == [32, 32.25, 32, 32, 32, 128, 32, 32]
-    none = Gradients(hidden[:1], weight, torch.zeros(8), [True, False, True], torch.float32, torch.bfloat16, targets[:1])
+    none = Gradients(
+        hidden[:1], weight, torch.zeros(8), [True, False, True], torch.float32, torch.bfloat16, targets[:1]
+    )
     none.add(slice(0, 1), torch.ones(1, 8, dtype=torch.bfloat16), hidden[:1], head)
     assert none.all()[1] is None and none.all()[2].tolist() == [1.0] * 8
 
@@ -181,7 +183,9 @@ def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         hidden, bias = sides["hidden_s"].detach().requires_grad_(), torch.zeros(302, requires_grad=True)
-        run({**sides, "hidden_s": hidden, "bias_s": bias}, targets, v=300, chunk=5, weight_grad_dtype=dtype).loss.backward()
+        run(
+            {**sides, "hidden_s": hidden, "bias_s": bias}, targets, v=300, chunk=5, weight_grad_dtype=dtype
+        ).loss.backward()
         found.append((hidden.grad, bias.grad))
     for low, high in zip(*found, strict=True):
         assert torch.equal(low, high) and high.any()
