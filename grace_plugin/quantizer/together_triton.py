@@ -26,28 +26,27 @@ if alone.triton is not None:
     from grace_plugin.quantizer.fake_quant_triton import backward_tile, forward_tile
 
     @triton.jit
-    def _layer(table, layers, tile):  # type: ignore[no-untyped-def]
-        """The last layer whose first tile is not behind `tile`."""
+    def _place(table, layers, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Of this program's tile: its layer's row of the table, the tile's groups in the layer, how many that has, its first."""
+        tile = tl.program_id(0)
         low, high = 0, layers
-        while high - low > 1:
+        while high - low > 1:  # the last layer whose first tile is not behind this one
             middle = (low + high) // 2
             first = tl.load(table + middle * 4 + 2)
             low = tl.where(first <= tile, middle, low)
             high = tl.where(first <= tile, high, middle)
-        return table + low * 4
+        row = table + low * 4
+        first = tl.load(row + 3)
+        return row, (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS), tl.load(row + 7) - first, first
 
     @triton.jit
     def _forward(  # type: ignore[no-untyped-def]
         table, layers, scale, smallest, largest, WEIGHT: tl.constexpr, OUT: tl.constexpr, STORED: tl.constexpr,
         EXACT: tl.constexpr, size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        tile = tl.program_id(0)
-        row = _layer(table, layers, tile)
+        row, group, groups, first = _place(table, layers, ROWS)
         weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
         out = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(OUT)), 16)
-        group = (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
-        first = tl.load(row + 3)
-        groups = tl.load(row + 7) - first
         forward_tile(weight, scale + first, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
 
     @triton.jit
@@ -55,13 +54,9 @@ if alone.triton is not None:
         table, layers, scale, grad_log_scale, smallest, largest, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
         size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        tile = tl.program_id(0)
-        row = _layer(table, layers, tile)
+        row, group, groups, first = _place(table, layers, ROWS)
         weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
         grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
-        group = (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
-        first = tl.load(row + 3)
-        groups = tl.load(row + 7) - first
         backward_tile(
             weight, scale + first, grad, grad, grad_log_scale + first, group, groups, smallest, largest,
             size, EXACT, True, True, ROWS, WIDTH,
