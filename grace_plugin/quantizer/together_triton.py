@@ -27,7 +27,7 @@ if alone.triton is not None:
 
     @triton.jit
     def _place(table, layers, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Of this program's tile: its layer's row of the table, the tile's groups in the layer, how many that has, its first."""
+        """Of this program's tile: its layer's row of the table, its groups in the layer, how many that has, and its first."""
         tile = tl.program_id(0)
         low, high = 0, layers
         while high - low > 1:  # the last layer whose first tile is not behind this one

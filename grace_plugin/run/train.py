@@ -21,7 +21,7 @@ from torch import nn
 from grace_plugin.artifact.save import check_destination
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
-from grace_plugin.run.devices import one_gpu
+from grace_plugin.run.devices import check_whole, one_gpu
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import TrainingRows, training_rows
@@ -60,6 +60,7 @@ def run_folder(output_dir: str | os.PathLike[str]) -> Path:
 def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any]) -> Any:
     from transformers import TrainingArguments
 
+    check_whole(given.get("fsdp"), given.get("deepspeed"))
     checkpointing = given.get("gradient_checkpointing_kwargs") or {}
     if (checkpointing or offload) and not given.get("gradient_checkpointing"):
         option = "activation_offloading" if offload else "gradient_checkpointing_kwargs"

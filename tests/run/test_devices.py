@@ -1,4 +1,4 @@
-"""A run that was started as one process uses one GPU."""
+"""A run that was started as one process uses one GPU, and every process holds the whole student."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from grace_plugin.run.devices import one_gpu
+from grace_plugin.run import train
+from grace_plugin.run.devices import check_whole, one_gpu
+from tests.pairs import recipe_text
 
 
 def test_several_visible_gpus_are_one_gpus_batch_and_a_warning(
@@ -23,3 +25,28 @@ def test_several_visible_gpus_are_one_gpus_batch_and_a_warning(
         assert one_gpu(arguments) is arguments
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
     assert "accelerate launch" in caplog.text and "4 GPUs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "named"),
+    [({"fsdp": "full_shard"}, None, "FSDP"), ({"fsdp": True}, None, "FSDP"), ({"deepspeed": {"zero_optimization": {}}}, None, "DEEPSPEED"),
+     ({}, "FSDP", "FSDP"), ({}, "DEEPSPEED", "DEEPSPEED"), ({}, "MEGATRON_LM", "MEGATRON_LM")],
+)  # fmt: skip
+def test_engines_that_cut_the_student_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], launched: str | None, named: str
+) -> None:
+    if launched:
+        monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    with pytest.raises(ValueError, match=f"^{named} cuts the student into parts.*lora"):
+        train(
+            "no-such-student", recipe=recipe_text("no-such-teacher"), dataset=[], output_dir=tmp_path / "out", **asked
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ready_trainers_arguments_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    check_whole(fsdp="", deepspeed=None)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard")
+    with pytest.raises(ValueError, match="^FSDP cuts"):
+        one_gpu(arguments)
