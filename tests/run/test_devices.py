@@ -29,8 +29,8 @@ def test_several_visible_gpus_are_one_gpus_batch_and_a_warning(
 
 @pytest.mark.parametrize(
     ("asked", "launched", "named"),
-    [({"fsdp": "full_shard"}, None, "FSDP"), ({"fsdp": True}, None, "FSDP"), ({"deepspeed": {"zero_optimization": {}}}, None, "DEEPSPEED"),
-     ({}, "FSDP", "FSDP"), ({}, "DEEPSPEED", "DEEPSPEED"), ({}, "MEGATRON_LM", "MEGATRON_LM")],
+    [({"fsdp": "full_shard"}, None, "FSDP"), ({"fsdp": True}, None, "FSDP"),
+     ({"deepspeed": {"zero_optimization": {}}}, None, "DEEPSPEED"), ({}, "FSDP", "FSDP"), ({}, "DEEPSPEED", "DEEPSPEED"), ({}, "MEGATRON_LM", "MEGATRON_LM")],
 )  # fmt: skip
 def test_engines_that_cut_the_student_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], launched: str | None, named: str
@@ -48,5 +48,5 @@ def test_a_ready_trainers_arguments_are_looked_at_too(tmp_path: Path, monkeypatc
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     check_whole(fsdp="", deepspeed=None)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard")
-    with pytest.raises(ValueError, match="^FSDP cuts"):
+    with pytest.raises(ValueError, match=r"^FSDP cuts"):
         one_gpu(arguments)
