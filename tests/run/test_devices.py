@@ -30,7 +30,8 @@ def test_several_visible_gpus_are_one_gpus_batch_and_a_warning(
 @pytest.mark.parametrize(
     ("asked", "launched", "named"),
     [({"fsdp": "full_shard"}, None, "FSDP"), ({"fsdp": True}, None, "FSDP"),
-     ({"deepspeed": {"zero_optimization": {}}}, None, "DEEPSPEED"), ({}, "FSDP", "FSDP"), ({}, "DEEPSPEED", "DEEPSPEED"), ({}, "MEGATRON_LM", "MEGATRON_LM")],
+     ({"deepspeed": {"zero_optimization": {}}}, None, "DEEPSPEED"), ({}, "FSDP", "FSDP"),
+     ({}, "DEEPSPEED", "DEEPSPEED"), ({}, "MEGATRON_LM", "MEGATRON_LM")],
 )  # fmt: skip
 def test_engines_that_cut_the_student_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], launched: str | None, named: str
