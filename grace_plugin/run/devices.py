@@ -27,8 +27,8 @@ def check_whole(fsdp: object = None, deepspeed: object = None) -> None:
     if cut:
         raise ValueError(
             f"{cut[0]} cuts the student into parts, and GRACE trains with a whole student in every process (one process, or "
-            "DDP by `torchrun` or `accelerate launch --multi_gpu`). A student that does not fit a card so: training.method lora or "
-            "scales, training.master_weights keep, an 8-bit optim=, gradient_checkpointing=True, teacher.kind cached"
+            "DDP by `torchrun` or `accelerate launch --multi_gpu`). A student that does not fit a card so: training.method "
+            "lora or scales, training.master_weights keep, an 8-bit optim=, gradient_checkpointing=True, teacher.kind cached"
         )
 
 
