@@ -127,7 +127,7 @@ def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs:
         first[rows] = same.view(torch.uint8).argmax(1)
         total = sums[rows].float()
         _add_product(total, torch.where(same, own, 0.0).to(wide), states.to(wide))
-        sums[rows] = total.to(sums.dtype)
+        sums[rows] = total
     weight.index_copy_(0, targets, sums.index_select(0, first))  # one row for a target that repeats
 
 
@@ -182,5 +182,5 @@ class Gradients:
     def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias; None for what nobody asked for."""
         if self.weight is not None and self._apart is not None:
-            add_own(self.weight, self._states.to(self.product_dtype), *self._apart)
+            add_own(self.weight, self._states, *self._apart)
         return self.hidden, self.weight, self.bias

@@ -187,8 +187,11 @@ def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: to
     grad = weight.grad
     assert grad is not None
     scale = stored_scale(log_scale, stored_dtype)
-    _, grad_log_scale = gradients(weight, scale, grad, num_bits, (True, True), into=grad)
+    rows = grad.contiguous()  # the kernels write rows
+    _, grad_log_scale = gradients(weight, scale, rows, num_bits, (True, True), into=rows)
     assert grad_log_scale is not None
+    if rows is not grad:
+        grad.copy_(rows)
     log_scale.grad = grad_log_scale.to(log_scale.dtype)
 
 

@@ -22,7 +22,7 @@ from grace_plugin.quantizer.fake_quant import settle
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format
 from grace_plugin.quantizer.scales import code_range
 
-__all__ = ["Layer", "fill", "layer_of", "settle_all"]
+__all__ = ["Layer", "fill", "launches", "layer_of", "settle_all"]
 
 ALIGNED = 16
 """Bytes that the kernels take an address to be a multiple of."""
@@ -41,16 +41,19 @@ def layer_of(linear: nn.Linear) -> Layer:
     return Layer(linear.weight, getattr(linear, PARAMETER), linear.__dict__[STATE].cache)
 
 
-def _launches(layers: Iterable[Layer], form: Format, grads: bool = False) -> list[list[Layer]]:
-    """Layers that one launch takes; those that none takes, and those that are alone, are in no list."""
+def launches(layers: Iterable[Layer], form: Format, *, grads: bool) -> list[list[Layer]]:
+    """Layers that one launch takes; those that none takes, and those that are alone, are in no list.
+
+    grads: whether the launch reads gradients as well.
+    """
     found: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
-        weight, log_scale, grad = layer.weight, layer.log_scale, layer.weight.grad if grads else None
-        read = [weight, log_scale] if grad is None else [weight, log_scale, grad]
+        weight, log_scale, _ = layer
+        read = [weight, log_scale, *([weight.grad] if grads else [])]
         taken = fake_quant_triton.usable(weight, form.stored_dtype) and log_scale.dtype == torch.float32
-        if taken and all(t.is_contiguous() and t.data_ptr() % ALIGNED == 0 for t in read):
-            size = weight.shape[1] // log_scale.shape[1]
-            found.setdefault((weight.device, weight.dtype, size), []).append(layer)
+        if taken and all(t.is_contiguous() and t.data_ptr() % ALIGNED == 0 for t in read if t is not None):
+            key = (weight.device, weight.dtype, weight.shape[1] // log_scale.shape[1])
+            found.setdefault(key, []).append(layer)
     return [several for several in found.values() if len(several) > 1]
 
 
@@ -58,23 +61,24 @@ def _launches(layers: Iterable[Layer], form: Format, grads: bool = False) -> lis
 def fill(layers: Iterable[Layer], form: Format, out_dtype: torch.dtype) -> None:
     """Put w^ in ``out_dtype`` into every cache that is stale, where a launch takes the layer together with others."""
     stale = [layer for layer in layers if layer.cache is not None and layer.cache.stale(*layer[:2], out_dtype)]
-    for several in _launches(stale, form):
-        weights, log_scales, caches = zip(*several, strict=True)
-        made = together_triton.forward(weights, log_scales, form.stored_dtype, code_range(form.num_bits), out_dtype)
-        for layer, cache, value in zip(several, caches, made, strict=True):
-            cache.put(*layer[:2], out_dtype, value)
+    for several in launches(stale, form, grads=False):
+        pairs = [layer[:2] for layer in several]
+        made = together_triton.forward(pairs, form.stored_dtype, code_range(form.num_bits), out_dtype)
+        for number, layer in enumerate(several):
+            assert layer.cache is not None
+            layer.cache.put(*layer[:2], out_dtype, made[number])
 
 
 @torch.no_grad()
 def settle_all(layers: Sequence[Layer], form: Format) -> None:
     """`fake_quant.settle` of every layer."""
-    together = _launches(layers, form, grads=True)
+    together = launches(layers, form, grads=True)
     for several in together:
-        weights, log_scales, _ = zip(*several, strict=True)
-        grads = [weight.grad for weight in weights]
-        found = together_triton.backward(weights, log_scales, grads, form.stored_dtype, code_range(form.num_bits))
-        for log_scale, grad in zip(log_scales, found, strict=True):
-            log_scale.grad = grad
+        pairs = [layer[:2] for layer in several]
+        grads = [layer.weight.grad for layer in several if layer.weight.grad is not None]
+        found = together_triton.backward(pairs, grads, form.stored_dtype, code_range(form.num_bits))
+        for number, layer in enumerate(several):
+            layer.log_scale.grad = found[number]
     done = {id(layer.weight) for several in together for layer in several}
     for layer in layers:
         if id(layer.weight) not in done:

@@ -19,6 +19,8 @@ from grace_plugin.quantizer import fake_quant_triton as alone
 
 __all__ = ["backward", "forward"]
 
+Pair = tuple[Tensor, Tensor]  # weight [out, in] and log-scale, float32 [out, groups]
+
 if alone.triton is not None:
     import triton
     import triton.language as tl
@@ -74,40 +76,45 @@ def _table(weights: Sequence[Tensor], others: Sequence[Tensor], counts: list[int
 
 
 def _prepared(
-    weights: Sequence[Tensor], log_scales: Sequence[Tensor], others: Sequence[Tensor], stored_dtype: torch.dtype
-) -> tuple[Tensor, tuple[int], Tensor, list[int], dict[str, Any]]:
-    """Table, grid, scales of all groups [groups], groups of each layer, and what all launches take."""
+    layers: Sequence[Pair], others: Sequence[Tensor], stored_dtype: torch.dtype
+) -> tuple[Tensor, tuple[int], Tensor, dict[str, Any]]:
+    """Table, grid, scales of all groups [groups], and what all launches take."""
+    weights, log_scales = [weight for weight, _ in layers], [log_scale.detach() for _, log_scale in layers]
     tile = alone.tile_of(weights[0].shape[1] // log_scales[0].shape[1])
-    counts = [log_scale.numel() for log_scale in log_scales]
-    table, tiles = _table(weights, others, counts, tile["ROWS"])
-    scale = alone.scales(torch.cat([log_scale.detach().flatten() for log_scale in log_scales]), stored_dtype)
-    return table, (tiles,), scale, counts, {**tile, "EXACT": alone.divides(scale)}
+    table, tiles = _table(weights, others, [log_scale.numel() for log_scale in log_scales], tile["ROWS"])
+    scale = alone.scales(torch.cat([log_scale.flatten() for log_scale in log_scales]), stored_dtype)
+    return (
+        table,
+        (tiles,),
+        scale,
+        {**tile, "WEIGHT": alone.stored_type(weights[0].dtype), "EXACT": alone.divides(scale)},
+    )
+
+
+def _by_layer(flat: Tensor, layers: Sequence[Pair]) -> list[Tensor]:
+    """Numbers of all groups as each layer's [out, groups]."""
+    parts = flat.split([log_scale.numel() for _, log_scale in layers])
+    return [part.view(log_scale.shape) for part, (_, log_scale) in zip(parts, layers, strict=True)]
 
 
 def forward(
-    weights: Sequence[Tensor], log_scales: Sequence[Tensor], stored_dtype: torch.dtype, limits: tuple[int, int],
-    out_dtype: torch.dtype,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer."""
-    outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight in weights]
-    table, grid, scale, counts, how = _prepared(weights, log_scales, outs, stored_dtype)
+    layers: Sequence[Pair], stored_dtype: torch.dtype, limits: tuple[int, int], out_dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer, given as weight and log-scale."""
+    outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight, _ in layers]
+    table, grid, scale, how = _prepared(layers, outs, stored_dtype)
     _forward[grid](
-        table, len(outs), scale, float(limits[0]), float(limits[1]), WEIGHT=alone.stored_type(weights[0].dtype),
-        OUT=alone.stored_type(out_dtype), STORED=alone.stored_type(stored_dtype), **how,
+        table, len(outs), scale, float(limits[0]), float(limits[1]), OUT=alone.stored_type(out_dtype),
+        STORED=alone.stored_type(stored_dtype), **how,
     )  # fmt: skip
-    parts = scale.split(counts)
-    return [(out, part.view(theta.shape)) for out, part, theta in zip(outs, parts, log_scales, strict=True)]
+    return list(zip(outs, _by_layer(scale, layers), strict=True))
 
 
 def backward(
-    weights: Sequence[Tensor], log_scales: Sequence[Tensor], grads: Sequence[Tensor], stored_dtype: torch.dtype,
-    limits: tuple[int, int],
-) -> list[Tensor]:  # fmt: skip
+    layers: Sequence[Pair], grads: Sequence[Tensor], stored_dtype: torch.dtype, limits: tuple[int, int]
+) -> list[Tensor]:
     """Gradients of the log-scales, float32 [out, groups]; every dL/dw^ of ``grads`` becomes the weight's gradient in place."""
-    table, grid, scale, counts, how = _prepared(weights, log_scales, grads, stored_dtype)
+    table, grid, scale, how = _prepared(layers, grads, stored_dtype)
     found = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
-    _backward[grid](
-        table, len(grads), scale, found, float(limits[0]), float(limits[1]),
-        WEIGHT=alone.stored_type(weights[0].dtype), **how,
-    )  # fmt: skip
-    return [part.view(theta.shape) for part, theta in zip(found.split(counts), log_scales, strict=True)]
+    _backward[grid](table, len(grads), scale, found, float(limits[0]), float(limits[1]), **how)
+    return _by_layer(found, layers)

@@ -178,6 +178,14 @@ def test_what_comes_last_is_summed_in_float32_and_is_handed_out_with_the_weight(
     assert none.all()[1] is None and none.all()[2].tolist() == [1.0] * 8
 
 
+def test_what_comes_last_of_float16_states_is_kept_in_float32():
+    """A gradient divided by a window's tokens is below float16's smallest number."""
+    hidden, weight = torch.ones(1, 4, dtype=torch.float16), torch.zeros(8, 4, dtype=torch.float16)
+    sums = Gradients(hidden, weight, None, [False, True, False], torch.float32, torch.bfloat16, torch.tensor([5]))
+    sums.add(slice(0, 1), torch.full((1, 8), 2.0**-30), hidden, Head(weight, None))
+    assert sums.all()[1].eq(2.0**-30).all()
+
+
 def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
     sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
     found = []

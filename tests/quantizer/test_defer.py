@@ -74,3 +74,20 @@ def test_a_frozen_weight_or_scale_is_never_deferred():
     assert linear.weight_log_scale.grad.any()
     attached.settle()
     assert linear.weight_log_scale.grad.any()
+
+
+def test_a_gradient_whose_columns_are_contiguous_is_settled_in_its_own_layout():
+    linear, same = nn.Linear(64, 16, bias=False), nn.Linear(64, 16, bias=False)
+    same.load_state_dict(linear.state_dict())
+    grads = []
+    for each, change in ((linear, lambda grad: grad), (same, lambda grad: grad.T.contiguous().T)):
+        attached = attach({"linear": each}, group_size=32)
+        attached.defer()
+        each(torch.ones(3, 64)).square().sum().backward()
+        each.weight.grad = change(each.weight.grad)
+        strides = each.weight.grad.stride()
+        attached.settle()
+        assert each.weight.grad.stride() == strides
+        grads.append((each.weight.grad, each.weight_log_scale.grad))
+    for mine, other in zip(*grads, strict=True):
+        assert torch.equal(mine, other) and mine.any()

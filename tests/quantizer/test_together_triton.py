@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from grace_plugin.quantizer import attach, fake_quant_triton, together_triton
+from grace_plugin.quantizer import Format, attach, fake_quant_triton, together_triton
 from grace_plugin.quantizer.scales import code_range, start_scales
+from grace_plugin.quantizer.together import Layer, launches, settle_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 256), (40, 128), (3, 384), (17, 640)]  # rows that fill no tile, one layer of many tiles
@@ -27,10 +28,11 @@ def drawn(shapes, group, dtype, stored_dtype):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_layer_of_a_launch_has_the_numbers_of_its_own(dtype, stored_dtype, count):
     weights, thetas = drawn(SHAPES[:count], 128 if count == 4 else 32, dtype, stored_dtype)
-    made = together_triton.forward(weights, thetas, stored_dtype, (-8, 7), dtype)
+    layers = list(zip(weights, thetas, strict=True))
+    made = together_triton.forward(layers, stored_dtype, (-8, 7), dtype)
     grads = [torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) for w in weights]
     changed = [grad.clone() for grad in grads]
-    of_scales = together_triton.backward(weights, thetas, changed, stored_dtype, (-8, 7))
+    of_scales = together_triton.backward(layers, changed, stored_dtype, (-8, 7))
     for weight, theta, (value, scale), grad, one, of_scale in zip(
         weights, thetas, made, grads, changed, of_scales, strict=True
     ):
@@ -40,6 +42,66 @@ def test_every_layer_of_a_launch_has_the_numbers_of_its_own(dtype, stored_dtype,
         fake_quant_triton.backward(weight, scale, grad, code_range(4), want, want_of_scale)
         assert torch.equal(one, want) and 0 < int((one == 0).sum()) < one.numel()
         assert torch.equal(of_scale, want_of_scale) and of_scale.shape == theta.shape
+
+
+def layer(rows=4, width=64, groups=4, **changes):
+    """A layer with a gradient that a launch takes, but for what is changed."""
+    weight, theta = torch.ones(rows, width, device=DEVICE), torch.zeros(rows, groups, device=DEVICE)
+    weight, theta = changes.get("weight", lambda w: w)(weight), changes.get("theta", lambda t: t)(theta)
+    weight.grad = changes.get("grad", torch.ones_like)(weight)
+    return Layer(weight, theta, None)
+
+
+def columns_first(t):
+    return t.T.contiguous().T
+
+
+def beside_an_address(t):
+    return torch.ones(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape)
+
+
+FORM = Format(16, 4, torch.bfloat16)
+
+
+def test_layers_of_one_dtype_and_group_size_share_a_launch():
+    three = [layer(), layer(rows=9), layer(width=32, groups=2)]
+    wide = [layer(width=128), layer(rows=2, width=64, groups=2)]  # groups of 32
+    low = [layer(weight=Tensor.bfloat16), layer(weight=Tensor.bfloat16)]
+    alone = layer(width=96, groups=2)
+    mixed = [three[0], wide[0], low[0], alone, three[1], low[1], wide[1], three[2]]
+    found = launches(mixed, FORM, grads=True)
+    assert [[id(one) for one in several] for several in found] == [
+        [id(one) for one in part] for part in (three, wide, low)
+    ]
+    assert launches([], FORM, grads=True) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight": columns_first}, {"weight": beside_an_address}, {"theta": columns_first}, {"theta": beside_an_address},
+     {"theta": Tensor.double}, {"weight": Tensor.double}],
+)  # fmt: skip
+def test_what_no_launch_takes_is_left(changes):
+    others = [layer(), layer()]
+    (found,) = launches([others[0], layer(**changes), others[1]], FORM, grads=False)
+    assert [id(one) for one in found] == [id(one) for one in others]
+    assert not launches(others, Format(16, 4, torch.float64), grads=False), "a stored dtype that exists for tests"
+
+
+@pytest.mark.parametrize("change", [columns_first, beside_an_address])
+def test_a_gradient_that_no_launch_takes_is_settled_by_itself(change):
+    others = [layer(grad=torch.ones_like), layer(grad=lambda w: change(torch.ones_like(w))), layer()]
+    assert len(launches(others, FORM, grads=False)[0]) == 3
+    assert [id(one) for one in launches(others, FORM, grads=True)[0]] == [id(others[0]), id(others[2])]
+    others[1].weight.grad.copy_(torch.arange(256.0, device=DEVICE).view(4, 64))
+    lone = layer(grad=lambda w: torch.arange(256.0, device=DEVICE).view(4, 64))
+    for each in (*others, lone):
+        each.log_scale.sub_(2.5)  # codes are clipped in every weight
+        each.weight[:, ::2] = 0.05
+    settle_all(others, FORM)
+    settle_all([lone], FORM)
+    assert torch.equal(others[1].weight.grad, lone.weight.grad) and lone.weight.grad.any()
+    assert torch.equal(others[1].log_scale.grad, lone.log_scale.grad) and lone.log_scale.grad.any()
 
 
 def model():
@@ -137,3 +199,17 @@ def test_layers_with_a_low_rank_update_are_left_to_their_own_forward_pass():
     assert attached.quantizations == 2
     made(torch.randn(2, 64, device=DEVICE))
     assert attached.quantizations == 4
+    made(torch.randn(2, 64, device=DEVICE))
+    assert attached.quantizations == 4
+    attached.invalidate()
+    made(torch.randn(2, 64, device=DEVICE))
+    assert attached.quantizations == 8
+
+
+def test_a_low_rank_update_without_a_cache_gets_none():
+    made = model()
+    attached = attach(linears(made), group_size=16, cache=False)
+    attached.add_lora(["1", "2"], rank=2, alpha=4.0)
+    for _ in range(2):
+        made(torch.randn(2, 64, device=DEVICE))
+    assert attached.quantizations == 0
