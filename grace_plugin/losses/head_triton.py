@@ -24,7 +24,7 @@ from grace_plugin.losses.math_triton import triton
 
 __all__ = ["Factors", "TeacherSlices", "blocks", "losses_in_place", "usable"]
 
-BLOCK, WARPS = 2048, 4
+BLOCK, WARPS = 2048, 8
 """Logits of a row that one program holds, at most; its warps."""
 
 
