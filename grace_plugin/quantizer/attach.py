@@ -108,10 +108,11 @@ class Attached:
             self._state(linear).defer = on
 
     def fill(self, dtype: torch.dtype) -> None:
-        """Quantize in one launch all layers whose kept weight is stale; a forward pass does it in its first layer."""
-        linears = list(self._linears.values())
-        if fake_quant_triton.usable(linears[0].weight, self._form.stored_dtype):
-            fill((layer_of(linear) for linear in linears if self._state(linear).scaling is None), self._form, dtype)
+        """Quantize in one launch all stale layers that compute in ``dtype``; the first of a forward pass asks for it."""
+        if fake_quant_triton.usable(next(iter(self._linears.values())).weight, self._form.stored_dtype):
+            states = ((linear, self._state(linear)) for linear in self._linears.values())
+            plain = (one for one, state in states if state.scaling is None and state.computed_in in (None, dtype))
+            fill(map(layer_of, plain), self._form, dtype)
 
     def settle(self) -> None:
         """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""

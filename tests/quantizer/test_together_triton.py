@@ -163,6 +163,25 @@ def test_the_first_layer_of_a_pass_quantizes_for_all_and_the_others_find_it():
     assert attached.quantizations == 9, "what still stands is not made again"
 
 
+def test_layers_that_compute_in_another_dtype_are_left_as_they_are():
+    made = model()
+    attached = attach(linears(made), group_size=16)
+
+    def run():
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            low = made[1](made[0](torch.randn(2, 64, device=DEVICE)))
+        return made[3](made[2](low.float()))
+
+    run()
+    seen = attached.quantizations
+    for _ in range(2):
+        run().sum().backward()
+    assert attached.quantizations == seen, "each finds what it kept"
+    attached.invalidate()
+    run()
+    assert attached.quantizations == seen + 4
+
+
 def test_layers_that_no_launch_takes_are_done_by_themselves():
     made = model()
     made[1].weight.data = made[1].weight.data.T.contiguous().T  # columns contiguous
