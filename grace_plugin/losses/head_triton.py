@@ -59,6 +59,10 @@ if triton is not None:
 
     from grace_plugin.losses.math_triton import capped, coin_gap, finite_or_zero, load_logits
 
+    LOG2_E = tl.constexpr(
+        1.4426950408889634
+    )  # exponentials are powers of 2: the factor goes into what multiplies anyway
+
     @triton.jit
     def _weighted(part, known, below, per_t):  # type: ignore[no-untyped-def]
         return tl.load(part, mask=known, other=0.0) * tl.exp(below * per_t)
@@ -86,15 +90,15 @@ if triton is not None:
         z = load_logits(student + row * stride_s + column, column < V, cap_s, CAPPED_S)
         top_s = tl.max(z, 0)
         shifted = z - finite_or_zero(top_s)
-        e = tl.exp(shifted * per_t)
+        e = tl.exp2(shifted * (per_t * LOG2_E))
         tl.store(place, top_s)
-        tl.store(place + size, tl.sum(e * e if SQUARES else tl.exp(shifted), 0))
+        tl.store(place + size, tl.sum(e * e if SQUARES else tl.exp2(shifted * LOG2_E), 0))
         if TEACHER > 0:
             tl.store(place + 2 * size, tl.sum(tl.where(column != y, e, 0.0), 0))
         if TEACHER == 1:
             t = load_logits(teacher + row * stride_t + column, column < V, cap_t, CAPPED_T)
             top_t = tl.max(t, 0)
-            e_t = tl.where(column != y, tl.exp((t - finite_or_zero(top_t)) * per_t), 0.0)
+            e_t = tl.where(column != y, tl.exp2((t - finite_or_zero(top_t)) * (per_t * LOG2_E)), 0.0)
             tl.store(place + 3 * size, top_t)
             tl.store(place + 4 * size, tl.sum(e_t, 0))
             tl.store(place + 5 * size, tl.sum(tl.where(e_t > 0.0, e_t * (t - z), 0.0), 0))
@@ -153,28 +157,33 @@ if triton is not None:
         adds NCKD up where the teacher's mass was known before (TEACHER is 2)."""
         row = tl.program_id(0).to(tl.int64)
         local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = local < V
+        inside = (local < V) | (V % BLOCK == 0)
         place = student + row * stride_s + first + local
         z = load_logits(place, inside, cap_s, CAPPED_S)
         at_y = first + local == tl.load(targets + row)
         scale_ce = tl.load(scales)
-        normaliser = tl.load(row_values + row)
+        own = scale_ce * (tl.load(row_values + n + row) - 1.0)
         if TEACHER > 0:
             mass_s = tl.load(row_values + 2 * n + row)
             mass_t = tl.load(row_values + 3 * n + row)
             toward = tl.load(row_values + 4 * n + row)
             weight_n = tl.load(row_values + 5 * n + row)
-            u = tl.where(at_y, 0.0, tl.exp(z * per_t - mass_s))
             t = load_logits(teacher + row * stride_t + local, inside, cap_t, CAPPED_T)
-            u_t = tl.where(at_y, 0.0, tl.exp(t * per_t - mass_t))
-            p = u * u * tl.load(row_values + 6 * n + row) if SQUARES else tl.exp(z - normaliser)
-            grad = scale_ce * tl.where(at_y, tl.load(row_values + n + row) - 1.0, p)
-            grad += (weight_n - toward) * u - weight_n * u_t + tl.where(at_y, toward, 0.0)
+            # over v != y: the target's logits are -inf, and its gradient comes by itself
+            u = tl.exp2(tl.where(at_y, float("-inf"), z) * (per_t * LOG2_E) - mass_s * LOG2_E)
+            u_t = tl.exp2(tl.where(at_y, float("-inf"), t) * (per_t * LOG2_E) - mass_t * LOG2_E)
+            if SQUARES:
+                grad = u * u * (scale_ce * tl.load(row_values + 6 * n + row))
+            else:
+                grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
+            grad += (weight_n - toward) * u - weight_n * u_t
+            own += toward
             if TEACHER == 2:
                 gap = tl.where(u_t > 0.0, u_t * ((t - z) * per_t + (mass_s - mass_t)), 0.0)
                 tl.store(gaps + row * SLICES + first // BLOCK + tl.program_id(1), tl.sum(gap, 0))
         else:
-            grad = scale_ce * (tl.exp(z - normaliser) - tl.where(at_y, 1.0, 0.0))
+            grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
+        grad = tl.where(at_y, own, grad)
         if CAPPED_S:
             grad *= 1.0 - (z / cap_s) * (z / cap_s)
         tl.store(place, grad, mask=inside)
