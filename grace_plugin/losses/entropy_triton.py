@@ -55,10 +55,11 @@ def entropies(
     parts = torch.empty(5, n, shape["SLICES"], dtype=torch.float32, device=logits.device)
     known = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     if n:
-        _entropy_parts[(n, shape["SLICES"])](
-            logits, logits if targets is None else targets, known[1], parts, n, logits.stride(0), 1.0 / temperature,
-            cap or 1.0, MASSES=masses_too, CAPPED=cap is not None, **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # Triton starts kernels on the current device
+            _entropy_parts[(n, shape["SLICES"])](
+                logits, logits if targets is None else targets, known[1], parts, n, logits.stride(0), 1.0 / temperature,
+                cap or 1.0, MASSES=masses_too, CAPPED=cap is not None, **shape,
+            )  # fmt: skip
     tops, masses, moments, ids, others = parts.unbind()
     top = tops.amax(dim=1, keepdim=True)
     below = tops - top

@@ -34,6 +34,9 @@ def usable(logits: Tensor) -> bool:
     return triton is not None and placed and logits.dtype in (torch.bfloat16, torch.float32) and logits.shape[1] > 1
 
 
+Pieces = Iterable[tuple[int, Tensor]]
+
+
 class Factors(NamedTuple):
     """How losses are taken: temperature, weights of TCKD and NCKD, and caps of the two sides' logits (None for none)."""
 
@@ -49,9 +52,7 @@ class TeacherSlices(NamedTuple):
 
     mass: Tensor  # [n], log of the sum of exp(t / T) over v != y
     target: Tensor  # [n], capped logit of y
-    pieces: Callable[
-        [int], Iterable[tuple[int, Tensor]]
-    ]  # block -> (first column, a multiple of block; logits [n, columns])
+    pieces: Callable[[int], Pieces]  # block -> (first column, a multiple of block; logits [n, columns])
 
 
 if triton is not None:
@@ -221,30 +222,29 @@ def losses_in_place(
     slices, block = shape["SLICES"], shape["BLOCK"]
     parts = torch.empty(6, n, slices, dtype=torch.float32, device=logits_s.device)
     row_values = torch.empty(7, n, dtype=torch.float32, device=logits_s.device)
-    mode, per_t, caps = 0, 1.0 / how.temperature, (how.cap_s or 1.0, how.cap_t or 1.0)
-    pieces: Iterable[tuple[int, Tensor]] = [(0, logits_s)]
+    mode, per_t, caps = 0 if teacher is None else 1, 1.0 / how.temperature, (how.cap_s or 1.0, how.cap_t or 1.0)
+    pieces: Pieces = [(0, teacher if isinstance(teacher, Tensor) else logits_s)]
     if isinstance(teacher, TeacherSlices):
         mode, pieces = 2, teacher.pieces(block)
         row_values[3], losses[4] = teacher.mass, teacher.target
-    elif teacher is not None:
-        mode, pieces = 1, [(0, teacher)]
     flags = {
         "TEACHER": mode, "SQUARES": mode > 0 and how.temperature == 2.0, "CAPPED_S": how.cap_s is not None,
         "CAPPED_T": how.cap_t is not None, "BLOCK": block, "SLICES": slices, "num_warps": WARPS,
     }  # fmt: skip
     read = teacher if isinstance(teacher, Tensor) else logits_s
-    _loss_parts[(n, slices)](
-        logits_s, read, targets, parts, losses, n, losses.stride(0), logits_s.stride(0), read.stride(0), per_t, *caps,
-        V=vocabulary, **flags,
-    )  # fmt: skip
-    _row_sums[(n,)](
-        scales if gate is None else gate, scales, parts, losses, row_values, n, losses.stride(0), per_t,
-        how.alpha, how.beta_dkd, TEACHER=mode, SLICES=slices, PADDED=triton.next_power_of_2(slices), num_warps=1,
-    )  # fmt: skip
-    for first, logits_t in pieces:
-        _gradient[(n, triton.cdiv(logits_t.shape[1], block))](
-            logits_s, logits_t, targets, scales, row_values, parts, n, first, logits_s.stride(0), logits_t.stride(0),
-            per_t, *caps, V=logits_t.shape[1], **flags,
+    with torch.cuda.device_of(logits_s):  # Triton starts kernels on the current device
+        _loss_parts[(n, slices)](
+            logits_s, read, targets, parts, losses, n, losses.stride(0), logits_s.stride(0), read.stride(0), per_t, *caps,
+            V=vocabulary, **flags,
         )  # fmt: skip
+        _row_sums[(n,)](
+            scales if gate is None else gate, scales, parts, losses, row_values, n, losses.stride(0), per_t,
+            how.alpha, how.beta_dkd, TEACHER=mode, SLICES=slices, PADDED=triton.next_power_of_2(slices), num_warps=1,
+        )  # fmt: skip
+        for first, logits_t in pieces:
+            _gradient[(n, triton.cdiv(logits_t.shape[1], block))](
+                logits_s, logits_t, targets, scales, row_values, parts, n, first, logits_s.stride(0), logits_t.stride(0),
+                per_t, *caps, V=logits_t.shape[1], **flags,
+            )  # fmt: skip
     if mode == 2:
         torch.sum(parts[0], dim=1, out=losses[2])

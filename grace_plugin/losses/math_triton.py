@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 __all__ = ["scale_in_place", "triton"]
@@ -58,4 +59,5 @@ if triton is not None:
 def scale_in_place(numbers: Tensor, factor: Tensor) -> None:
     """Multiply a contiguous tensor by a 0-dimensional one; a factor of 1, the usual one, costs no traffic and no sync."""
     if numbers.numel():
-        _scale[(triton.cdiv(numbers.numel(), 8192),)](numbers, factor, numbers.numel(), BLOCK=8192, num_warps=8)
+        with torch.cuda.device_of(numbers):
+            _scale[(triton.cdiv(numbers.numel(), 8192),)](numbers, factor, numbers.numel(), BLOCK=8192, num_warps=8)

@@ -192,7 +192,8 @@ def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Te
 class _Alignment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
-        cka, counts, high, low = _aligned(features_t, features_s, ctx.needs_input_grad[1])
+        with torch.cuda.device_of(features_s):  # Triton starts kernels on the current device
+            cka, counts, high, low = _aligned(features_t, features_s, ctx.needs_input_grad[1])
         ctx.save_for_backward(features_s, high, low)
         ctx.mark_non_differentiable(counts)
         return cka, counts
@@ -220,4 +221,5 @@ def alignment(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def countable(features: Tensor) -> Tensor:
     """Which images' centred kernels can be measured [b] bool, by the rule of :func:`alignment`."""
-    return _aligned(features, features, False)[1]
+    with torch.cuda.device_of(features):
+        return _aligned(features, features, False)[1]

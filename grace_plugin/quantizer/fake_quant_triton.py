@@ -172,9 +172,10 @@ def scales(log_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
     scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=log_scale.device)
     least, most = scale_limits(stored_dtype)
     grid = (triton.cdiv(scale.numel(), 128),)
-    _scales[grid](
-        log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=4
-    )
+    with torch.cuda.device_of(scale):  # Triton starts kernels on the current device
+        _scales[grid](
+            log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=4
+        )
     return scale
 
 
@@ -191,7 +192,10 @@ def forward(
     scale = scales(log_scale, stored_dtype)
     grid, groups, tile = _launch(weight, log_scale)
     stored, exact = stored_type(stored_dtype), divides(scale)
-    _forward[grid](weight, scale, out, groups, float(limits[0]), float(limits[1]), STORED=stored, EXACT=exact, **tile)
+    with torch.cuda.device_of(weight):
+        _forward[grid](
+            weight, scale, out, groups, float(limits[0]), float(limits[1]), STORED=stored, EXACT=exact, **tile
+        )
     return out, scale
 
 
@@ -205,8 +209,9 @@ def backward(
 ) -> None:
     """Fill the gradients that are asked for from dL/dw^ = ``grad`` [out, in], contiguous; ``grad_weight`` may be ``grad``."""
     grid, groups, tile = _launch(weight, scale)
-    _backward[grid](
-        weight, scale, grad, grad if grad_weight is None else grad_weight, scale if grad_log_scale is None else grad_log_scale,
-        groups, float(limits[0]), float(limits[1]), EXACT=divides(scale), WEIGHT=grad_weight is not None,
-        SCALE=grad_log_scale is not None, **tile,
-    )  # fmt: skip
+    wanted = grad if grad_weight is None else grad_weight, scale if grad_log_scale is None else grad_log_scale
+    with torch.cuda.device_of(weight):
+        _backward[grid](
+            weight, scale, grad, *wanted, groups, float(limits[0]), float(limits[1]), EXACT=divides(scale),
+            WEIGHT=grad_weight is not None, SCALE=grad_log_scale is not None, **tile,
+        )  # fmt: skip

@@ -103,10 +103,11 @@ def forward(
     """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer, given as weight and log-scale."""
     outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight, _ in layers]
     table, grid, scale, how = _prepared(layers, outs, stored_dtype)
-    _forward[grid](
-        table, len(outs), scale, float(limits[0]), float(limits[1]), OUT=alone.stored_type(out_dtype),
-        STORED=alone.stored_type(stored_dtype), **how,
-    )  # fmt: skip
+    with torch.cuda.device_of(scale):
+        _forward[grid](
+            table, len(outs), scale, float(limits[0]), float(limits[1]), OUT=alone.stored_type(out_dtype),
+            STORED=alone.stored_type(stored_dtype), **how,
+        )  # fmt: skip
     return list(zip(outs, _by_layer(scale, layers), strict=True))
 
 
@@ -116,5 +117,6 @@ def backward(
     """Gradients of the log-scales, float32 [out, groups]; every dL/dw^ of ``grads`` becomes the weight's gradient in place."""
     table, grid, scale, how = _prepared(layers, grads, stored_dtype)
     found = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
-    _backward[grid](table, len(grads), scale, found, float(limits[0]), float(limits[1]), **how)
+    with torch.cuda.device_of(scale):
+        _backward[grid](table, len(grads), scale, found, float(limits[0]), float(limits[1]), **how)
     return _by_layer(found, layers)
