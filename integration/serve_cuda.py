@@ -92,25 +92,32 @@ def opened(folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def make(name: str, folder: Path, work: Path) -> None:
-    """Train one family and record what transformers says of it under `folder`/`name`."""
-    row = Row(name)
-    checkpoint = train(row, work / name)
+def record(name: str, checkpoint: Path, folder: Path, proved: dict[str, Any]) -> float:
+    """Move a checkpoint to `folder`/`name` and put beside it the family's questions and what transformers says to them.
+
+    Returns the mean distance of log-probabilities with grey pictures, nats. proved: what verification said, kept beside.
+    """
     (folder / name).mkdir(parents=True, exist_ok=True)
-    checkpoint.rename(folder / name / "checkpoint")
-    model = load(folder / name / "checkpoint")
-    processor = AutoProcessor.from_pretrained(folder / name / "checkpoint")
+    checkpoint = checkpoint.rename(folder / name / "checkpoint")
+    model = load(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
     asked = questions(name)
     said = [answer(model, processor, question) for question in asked]
     seen = [k for k, question in enumerate(asked) if question["images"] or question.get("videos")]
     recorded = [Probed("", one["prompt_ids"], one["token_ids"], one["logprobs"]) for one in said]
-    blind = judge(folder / name / "checkpoint", without_colour([asked[k] for k in seen]), [recorded[k] for k in seen])
-    found = {"questions": keep(folder / name / "media", asked), "answers": said, "grey": blind.mean,
-             "verified": row.verified, "codes": row.codes, "codes_differing": row.codes_differing}  # fmt: skip
+    blind = judge(checkpoint, without_colour([asked[k] for k in seen]), [recorded[k] for k in seen])
+    found = {"questions": keep(folder / name / "media", asked), "answers": said, "grey": blind.mean, **proved}
     (folder / name / "recorded.json").write_text(json.dumps(found) + "\n")
-    print(
-        f"{name}: {row.codes} codes, {len(asked)} questions, mean with grey pictures {blind.mean:.3f} nats", flush=True
-    )
+    return blind.mean
+
+
+def make(name: str, folder: Path, work: Path) -> None:
+    """Train one family and record what transformers says of it under `folder`/`name`."""
+    row = Row(name)
+    checkpoint = train(row, work / name)
+    proved = {"verified": row.verified, "codes": row.codes, "codes_differing": row.codes_differing}
+    grey = record(name, checkpoint, folder, proved)
+    print(f"{name}: {row.codes} codes, mean with grey pictures {grey:.3f} nats", flush=True)
 
 
 def compare(said: list[dict[str, Any]], served: list[Probed]) -> dict[str, Any]:

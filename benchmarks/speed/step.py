@@ -57,7 +57,7 @@ def _config(shape: dict[str, Any], shrink: int) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
-def _model(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) -> Any:
+def shaped(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) -> Any:
     """A model of that shape, filled at random."""
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -158,8 +158,8 @@ def _free(student: Any) -> None:
 
 def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
     """Milliseconds and peak GiB (beyond weights and optimizer) of a plain step, a teacher's forward, and GRACE steps."""
-    teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
-    student = _trainable(_model(STUDENT, device, torch.float32, shrink))
+    teacher = shaped(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
+    student = _trainable(shaped(STUDENT, device, torch.float32, shrink))
     batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
 
@@ -184,8 +184,8 @@ def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> 
 
 def overlap(device: str, *, rows: int, length: int, shrink: int = 1) -> dict[str, Any]:
     """Milliseconds of the teacher's forward pass and the student's both passes: one after the other, and on a stream each."""
-    teacher = _model(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
-    student = _trainable(_model(STUDENT, device, torch.float32, shrink))
+    teacher = shaped(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
+    student = _trainable(shaped(STUDENT, device, torch.float32, shrink))
     batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     aside = torch.cuda.Stream() if device == "cuda" else None
@@ -220,7 +220,7 @@ def memory(
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
             torch.cuda.reset_peak_memory_stats()
-        student = _trainable(_model(STUDENT, device, torch.float32 if method == "full" else torch.bfloat16, shrink))
+        student = _trainable(shaped(STUDENT, device, torch.float32 if method == "full" else torch.bfloat16, shrink))
         batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
         config = _config(TEACHER, shrink)
         with tempfile.TemporaryDirectory(prefix="grace-cached-") as folder:
