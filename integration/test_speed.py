@@ -1,4 +1,4 @@
-"""The benchmarks of speed and of full size in their small forms on a CPU: rooms run, errors are small, a checkpoint verifies."""
+"""The benchmarks of speed and of full size in their small forms on a CPU: errors are small, a checkpoint verifies."""
 
 from __future__ import annotations
 
