@@ -33,8 +33,8 @@ def head_term(
 ) -> Tensor:
     """sum CE / N + beta * sum g DKD / sum g of a micro-batch, in nats.
 
-    The gradient of a head that trains in bfloat16 is summed in bfloat16, its targets' rows in float32: no second matrix of the
-    head's size is held. A float32 head's is summed in float32.
+    The gradient of a head that trains in bfloat16 is summed in bfloat16, what targets add to their own rows in float32 at the
+    end: no second matrix of the head's size is held. A float32 head's is summed in float32.
 
     Args:
         final: the student's normed hidden states [B, S, d_s]; only supervised positions reach the head.
