@@ -52,8 +52,8 @@ class Attached:
 
     def __init__(self, linears: Mapping[str, nn.Linear], form: Format, counter: StepCounter) -> None:
         self._linears = dict(linears)
-        self._form = form
-        self._counter = counter
+        self._form, self._counter = form, counter
+        self._one_by_one = False
 
     def __len__(self) -> int:
         return len(self._linears)
@@ -109,8 +109,8 @@ class Attached:
 
     def fill(self, dtype: torch.dtype) -> None:
         """Quantize in one launch all stale layers that compute in ``dtype``; the first of a forward pass asks for it."""
-        if fake_quant_triton.usable(next(iter(self._linears.values())).weight, self._form.stored_dtype):
-            states = ((linear, self._state(linear)) for linear in self._linears.values())
+        states = [(linear, self._state(linear)) for linear in self._linears.values()]
+        if not self._one_by_one and fake_quant_triton.usable(states[0][0].weight, self._form.stored_dtype):
             plain = (one for one, state in states if state.scaling is None and state.computed_in in (None, dtype))
             fill(map(layer_of, plain), self._form, dtype)
 
@@ -136,7 +136,7 @@ class Attached:
         Args:
             frozen: what :meth:`freeze` gave.
         """
-        found = {}
+        found, self._one_by_one = {}, True
         for name, linear in self._linears.items():
             state, device = self._state(linear), linear.weight.device.type
             dtype = state.computed_in or linear.weight.dtype
@@ -147,6 +147,7 @@ class Attached:
                 found[name] = differing
             if state.cache is not None:
                 state.cache.drop()
+        self._one_by_one = False
         return found
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_plugin.quantizer import Format, attach, fake_quant_triton, together_triton
+from grace_plugin.quantizer.layers import STATE
 from grace_plugin.quantizer.scales import code_range, start_scales
 from grace_plugin.quantizer.together import Layer, launches, settle_all
 
@@ -199,6 +200,22 @@ def test_layers_that_no_launch_takes_are_done_by_themselves():
     assert found.pop("3.weight") is None and want.pop("3.weight") is None
     for name, grad in found.items():
         assert torch.equal(grad, want[name]) and grad.any(), name
+
+
+def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
+    made = model()
+    attached = attach(linears(made), group_size=16)
+    held = []
+
+    class Frozen(dict):
+        def __getitem__(self, name):
+            held.append(sum(one.__dict__[STATE].cache._kept is not None for one in made))
+            return super().__getitem__(name)
+
+    assert attached.forward_differing(Frozen(attached.freeze())) == {}
+    assert held == [1, 1, 1, 1] and attached.quantizations == 4
+    made[0](torch.randn(2, 64, device=DEVICE))
+    assert attached.quantizations == 8, "and together again"
 
 
 def test_a_copied_model_fills_nothing_of_the_first():
