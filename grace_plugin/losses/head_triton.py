@@ -60,9 +60,7 @@ if triton is not None:
 
     from grace_plugin.losses.math_triton import capped, coin_gap, finite_or_zero, load_logits
 
-    LOG2_E = tl.constexpr(
-        1.4426950408889634
-    )  # exponentials are powers of 2: the factor goes into what multiplies anyway
+    LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is 2^(x log2 e): the factor joins one that multiplies anyway
 
     @triton.jit
     def _weighted(part, known, below, per_t):  # type: ignore[no-untyped-def]

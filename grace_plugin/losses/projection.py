@@ -116,17 +116,14 @@ def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs:
     weight [V, d]; states [N, d], targets [N] and own [N] of the positions; so many pairs of them are compared at one time.
     """
     wide = own.dtype if own.is_cuda else torch.float32  # torch's CPU products round to their inputs' type
-    sums, first, step = (
-        weight.index_select(0, targets),
-        torch.empty_like(targets),
-        max(pairs // max(len(targets), 1), 1),
-    )
+    sums, first, states = weight.index_select(0, targets), torch.empty_like(targets), states.to(wide)
+    step = max(pairs // max(len(targets), 1), 1)
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         same = targets[rows, None] == targets
         first[rows] = same.view(torch.uint8).argmax(1)
         total = sums[rows].float()
-        _add_product(total, torch.where(same, own, 0.0).to(wide), states.to(wide))
+        _add_product(total, torch.where(same, own, 0.0).to(wide), states)
         sums[rows] = total
     weight.index_copy_(0, targets, sums.index_select(0, first))  # one row for a target that repeats
 

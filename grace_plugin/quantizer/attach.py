@@ -109,9 +109,10 @@ class Attached:
 
     def fill(self, dtype: torch.dtype) -> None:
         """Quantize in one launch all stale layers that compute in ``dtype``; the first of a forward pass asks for it."""
-        states = [(linear, self._state(linear)) for linear in self._linears.values()]
-        if not self._one_by_one and fake_quant_triton.usable(states[0][0].weight, self._form.stored_dtype):
-            plain = (one for one, state in states if state.scaling is None and state.computed_in in (None, dtype))
+        linears = self._linears.values()
+        if not self._one_by_one and fake_quant_triton.usable(next(iter(linears)).weight, self._form.stored_dtype):
+            pairs = ((one, self._state(one)) for one in linears)
+            plain = (one for one, state in pairs if state.scaling is None and state.computed_in in (None, dtype))
             fill(map(layer_of, plain), self._form, dtype)
 
     def settle(self) -> None:
@@ -136,7 +137,7 @@ class Attached:
         Args:
             frozen: what :meth:`freeze` gave.
         """
-        found, self._one_by_one = {}, True
+        self._one_by_one, found = True, {}
         for name, linear in self._linears.items():
             state, device = self._state(linear), linear.weight.device.type
             dtype = state.computed_in or linear.weight.dtype
@@ -237,9 +238,8 @@ def attach(
     """
     form = Format(group_size, num_bits, stored_dtype)
     check_layers(linears, form)
-    counter = StepCounter()
+    counter, start = StepCounter(), {"candidates": candidates, "low": low, "high": high}
     attached = Attached(linears, form, counter)
-    start = {"candidates": candidates, "low": low, "high": high}
     try:
         counter.start()
         for linear in linears.values():
