@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
@@ -150,19 +149,28 @@ def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool
     return found
 
 
+def _slices(chunk: int, vocabulary: int, device: str) -> list[int]:
+    """Columns of the teacher whose product with `chunk` rows fills all multiprocessors a whole number of times, and a few others.
+
+    A product works in tiles of 128 x 256 here; what is left over after a whole round of tiles costs as much as a round.
+    """
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device == "cuda" else 2
+    a_round = units // -(-chunk // 128) * 256
+    return [a_round * rounds for rounds in (1, 2, 3, 4, 6)] + [-(-vocabulary // part // 2048) * 2048 for part in (9, 6)]
+
+
 def chunks_by_turns(sizes: dict[str, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Device times of the heads in chunks of other sizes and other slices of the teacher's vocabulary, and of the products."""
     case = _Case(sizes["tokens"], sizes["vocabulary"], sizes["student"], sizes["teacher"], device, dtype)
     ids, tokens, low = sizes["vocabulary"], sizes["tokens"], {"weight_grad_dtype": dtype}
     works: dict[str, Any] = {"products_ms": graphed(case.products)}
     rows, usual = [], chunks.SLICE
-    for chunk, part in itertools.product(
-        (tokens // 10, tokens // 8, tokens // 7 + 7, tokens // 6 + 6), (18, 9, 6, 4, 3)
-    ):
-        chunks.SLICE = -(-ids // part // 2048) * 2048
-        work = partial(case.ours, chunk=chunk, **low)
-        works[str(len(rows))] = graphed(work)  # recorded now, with this slice
-        rows.append({"chunk": chunk, "slice": chunks.SLICE, "ours_gib": extra_gib(work)})
+    for chunk in (tokens // 8, tokens // 7 + 7, tokens // 32 * 5):
+        for columns in _slices(chunk, ids, device):
+            chunks.SLICE = columns
+            work = partial(case.ours, chunk=chunk, **low)
+            works[str(len(rows))] = graphed(work)  # recorded now, with this slice
+            rows.append({"chunk": chunk, "slice": columns, "ours_gib": extra_gib(work)})
     chunks.SLICE = usual
     times = paired_ms(works, 12)
     return {

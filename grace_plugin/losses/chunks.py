@@ -8,7 +8,6 @@ dtype.
 Legend: n positions of a chunk, N of all, V common vocabulary, d hidden width.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -122,7 +121,7 @@ def fused(
                 logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part], how
             )
         if gradients is not None:
-            gradients.add(rows, logits_s, hidden_s[rows], student)
+            gradients.add(rows, logits_s, hidden_s[rows], student, losses[3, rows])
     ce_sum, gated = losses[0].sum(), losses[1:3]
     tckd_sum, nckd_sum = (gated if teacher is None else gated * teacher.gate).sum(dim=1).unbind()
     square = settings.temperature * settings.temperature
@@ -143,14 +142,9 @@ def _of_teacher(
 
     if teacher.known is None:
         return into(0, columns)
-
-    def pieces(block: int) -> Iterator[tuple[int, Tensor]]:
-        step = columns if columns <= SLICE else SLICE // block * block
-        for first in range(0, columns, step):
-            yield first, into(first, min(first + step, columns))
-
+    spans = [(first, min(first + SLICE, columns)) for first in range(0, columns, SLICE)]
     mass, target = teacher.known[:, part].to(device).unbind()
-    return head_triton.TeacherSlices(mass, target, pieces)
+    return head_triton.TeacherSlices(mass, target, spans, into)
 
 
 def _chunk(

@@ -14,7 +14,7 @@ Legend: n positions of a chunk, V vocabulary, y the target of a position. Equati
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,6 @@ def usable(logits: Tensor) -> bool:
     return triton is not None and placed and logits.dtype in (torch.bfloat16, torch.float32) and logits.shape[1] > 1
 
 
-Pieces = Iterable[tuple[int, Tensor]]
-
-
 class Factors(NamedTuple):
     """How losses are taken: temperature, weights of TCKD and NCKD, and caps of the two sides' logits (None for none)."""
 
@@ -52,7 +49,8 @@ class TeacherSlices(NamedTuple):
 
     mass: Tensor  # [n], log of the sum of exp(t / T) over v != y
     target: Tensor  # [n], capped logit of y
-    pieces: Callable[[int], Pieces]  # block -> (first column, a multiple of block; logits [n, columns])
+    spans: list[tuple[int, int]]  # first column and end of each slice
+    logits: Callable[[int, int], Tensor]  # of a span, [n, columns]
 
 
 if triton is not None:
@@ -104,10 +102,10 @@ if triton is not None:
 
     @triton.jit
     def _row_sums(  # type: ignore[no-untyped-def]
-        gates, scales, parts, losses, row_values, n, N, per_t, alpha, beta_dkd,
-        TEACHER: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr,
+        gates, scales, parts, losses, row_values, n, N, per_t, alpha, beta_dkd, cap_s,
+        TEACHER: tl.constexpr, CAPPED_S: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr,
     ):  # fmt: skip
-        """Adds the blocks of a row up: its losses, and the seven numbers its gradient is made of."""
+        """Adds the blocks of a row up: its losses, dL/dlogit of its target, and the numbers its gradient is made of."""
         row = tl.program_id(0).to(tl.int64)
         slot = tl.arange(0, PADDED)
         place = parts + row * SLICES + slot
@@ -119,7 +117,7 @@ if triton is not None:
         normaliser = top + tl.log(tl.sum(tl.load(place + size, mask=known, other=0.0) * tl.exp(tops - top), 0))
         tl.store(losses + row, normaliser - z_y)
         tl.store(row_values + row, normaliser)
-        tl.store(row_values + n + row, tl.exp(z_y - normaliser))
+        own = tl.load(scales) * (tl.exp(z_y - normaliser) - 1.0)
         if TEACHER > 0:
             rest_s = tl.sum(_weighted(place + 2 * size, known, tops - top, per_t), 0)
             mass_s = top * per_t + tl.log(rest_s)
@@ -129,11 +127,11 @@ if triton is not None:
                 rest_t = tl.sum(_weighted(place + 4 * size, known, tops_t - top_t, per_t), 0)
                 gap = tl.sum(_weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
                 mass_t = top_t * per_t + tl.log(rest_t)
-                tl.store(row_values + 3 * n + row, mass_t)
+                tl.store(row_values + 2 * n + row, mass_t)
                 apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
                 tl.store(losses + 2 * N + row, gap / rest_t * per_t + apart)
             else:
-                mass_t = tl.load(row_values + 3 * n + row)
+                mass_t = tl.load(row_values + 2 * n + row)
             odds_s = z_y * per_t - mass_s
             odds_t = tl.load(losses + 4 * N + row) * per_t - mass_t
             tl.store(losses + N + row, coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s))
@@ -141,16 +139,18 @@ if triton is not None:
             below = tl.sigmoid(odds_s) - tl.sigmoid(odds_t)
             pull = tl.where(odds_t > 0.0, above, below)
             weight = tl.load(scales + 1) * tl.load(gates + row) / per_t  # T^2 of the loss, 1/T of the inner derivative
-            tl.store(row_values + 2 * n + row, mass_s)
-            tl.store(row_values + 4 * n + row, alpha * weight * pull)
-            tl.store(row_values + 5 * n + row, beta_dkd * weight)
-            tl.store(row_values + 6 * n + row, tl.exp(2.0 * mass_s - normaliser))
+            own += alpha * weight * pull
+            tl.store(row_values + n + row, mass_s)
+            tl.store(row_values + 3 * n + row, alpha * weight * pull)
+            tl.store(row_values + 4 * n + row, beta_dkd * weight)
+            tl.store(row_values + 5 * n + row, tl.exp(2.0 * mass_s - normaliser))
+        tl.store(losses + 3 * N + row, own * (1.0 - (z_y / cap_s) * (z_y / cap_s)) if CAPPED_S else own)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["done"])
     def _gradient(  # type: ignore[no-untyped-def]
-        student, teacher, targets, scales, row_values, gaps, n, first, stride_s, stride_t, per_t, cap_s, cap_t,
-        V: tl.constexpr, TEACHER: tl.constexpr, SQUARES: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr,
-        BLOCK: tl.constexpr, SLICES: tl.constexpr,
+        student, teacher, targets, owns, scales, row_values, gaps, n, first, done, all_blocks, stride_s, stride_t,
+        per_t, cap_s, cap_t, V: tl.constexpr, TEACHER: tl.constexpr, SQUARES: tl.constexpr, CAPPED_S: tl.constexpr,
+        CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Writes dL/dlogits over one block of V columns from `first` on, whose logits of the teacher begin at its own column 0;
         adds NCKD up where the teacher's mass was known before (TEACHER is 2)."""
@@ -161,31 +161,27 @@ if triton is not None:
         z = load_logits(place, inside, cap_s, CAPPED_S)
         at_y = first + local == tl.load(targets + row)
         scale_ce = tl.load(scales)
-        own = scale_ce * (tl.load(row_values + n + row) - 1.0)
         if TEACHER > 0:
-            mass_s = tl.load(row_values + 2 * n + row)
-            mass_t = tl.load(row_values + 3 * n + row)
-            toward = tl.load(row_values + 4 * n + row)
-            weight_n = tl.load(row_values + 5 * n + row)
+            mass_s = tl.load(row_values + n + row)
+            mass_t = tl.load(row_values + 2 * n + row)
+            weight_n = tl.load(row_values + 4 * n + row)
             t = load_logits(teacher + row * stride_t + local, inside, cap_t, CAPPED_T)
             # over v != y: the target's logits are -inf, and its gradient comes by itself
             u = tl.exp2(tl.where(at_y, float("-inf"), z) * (per_t * LOG2_E) - mass_s * LOG2_E)
             u_t = tl.exp2(tl.where(at_y, float("-inf"), t) * (per_t * LOG2_E) - mass_t * LOG2_E)
             if SQUARES:
-                grad = u * u * (scale_ce * tl.load(row_values + 6 * n + row))
+                grad = u * u * (scale_ce * tl.load(row_values + 5 * n + row))
             else:
                 grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
-            grad += (weight_n - toward) * u - weight_n * u_t
-            own += toward
+            grad += (weight_n - tl.load(row_values + 3 * n + row)) * u - weight_n * u_t
             if TEACHER == 2:
                 gap = tl.where(u_t > 0.0, u_t * ((t - z) * per_t + (mass_s - mass_t)), 0.0)
-                tl.store(gaps + row * SLICES + first // BLOCK + tl.program_id(1), tl.sum(gap, 0))
+                tl.store(gaps + row * all_blocks + done + tl.program_id(1), tl.sum(gap, 0))
         else:
             grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
-        grad = tl.where(at_y, own, grad)
         if CAPPED_S:
             grad *= 1.0 - (z / cap_s) * (z / cap_s)
-        tl.store(place, grad, mask=inside)
+        tl.store(place, tl.where(at_y, tl.load(owns + row), grad), mask=inside)
 
 
 def blocks(vocabulary: int) -> dict[str, int]:
@@ -211,7 +207,8 @@ def losses_in_place(
         targets: [n] int64.
         gate: [n] float32.
         scales: [2] float32 on the device: factor of CE, factor of gated DKD.
-        losses: [5, n] float32, columns contiguous; receives CE, TCKD, NCKD and the two logits of the target.
+        losses: [5, n] float32, columns contiguous; receives CE, TCKD, NCKD, the gradient of the target's own logit, unrounded,
+            and the teacher's logit of it.
     """
     n, vocabulary = logits_s.shape
     if not n:
@@ -219,30 +216,33 @@ def losses_in_place(
     shape = blocks(vocabulary)
     slices, block = shape["SLICES"], shape["BLOCK"]
     parts = torch.empty(6, n, slices, dtype=torch.float32, device=logits_s.device)
-    row_values = torch.empty(7, n, dtype=torch.float32, device=logits_s.device)
+    row_values = torch.empty(6, n, dtype=torch.float32, device=logits_s.device)
     mode, per_t, caps = 0 if teacher is None else 1, 1.0 / how.temperature, (how.cap_s or 1.0, how.cap_t or 1.0)
-    pieces: Pieces = [(0, teacher if isinstance(teacher, Tensor) else logits_s)]
+    read, spans = teacher if isinstance(teacher, Tensor) else logits_s, [(0, vocabulary)]
     if isinstance(teacher, TeacherSlices):
-        mode, pieces = 2, teacher.pieces(block)
-        row_values[3], losses[4] = teacher.mass, teacher.target
+        mode, spans = 2, teacher.spans
+        row_values[2], losses[4] = teacher.mass, teacher.target
+    counts = [triton.cdiv(end - first, block) for first, end in spans]
+    gaps = torch.empty(n, sum(counts), dtype=torch.float32, device=logits_s.device)
     flags = {
         "TEACHER": mode, "SQUARES": mode > 0 and how.temperature == 2.0, "CAPPED_S": how.cap_s is not None,
-        "CAPPED_T": how.cap_t is not None, "BLOCK": block, "SLICES": slices, "num_warps": WARPS,
+        "CAPPED_T": how.cap_t is not None, "BLOCK": block, "num_warps": WARPS,
     }  # fmt: skip
-    read = teacher if isinstance(teacher, Tensor) else logits_s
     with torch.cuda.device_of(logits_s):  # Triton starts kernels on the current device
         _loss_parts[(n, slices)](
             logits_s, read, targets, parts, losses, n, losses.stride(0), logits_s.stride(0), read.stride(0), per_t, *caps,
-            V=vocabulary, **flags,
+            V=vocabulary, SLICES=slices, **flags,
         )  # fmt: skip
         _row_sums[(n,)](
-            scales if gate is None else gate, scales, parts, losses, row_values, n, losses.stride(0), per_t,
-            how.alpha, how.beta_dkd, TEACHER=mode, SLICES=slices, PADDED=triton.next_power_of_2(slices), num_warps=1,
+            scales if gate is None else gate, scales, parts, losses, row_values, n, losses.stride(0), per_t, how.alpha,
+            how.beta_dkd, caps[0], TEACHER=mode, CAPPED_S=flags["CAPPED_S"], SLICES=slices,
+            PADDED=triton.next_power_of_2(slices), num_warps=1,
         )  # fmt: skip
-        for first, logits_t in pieces:
-            _gradient[(n, triton.cdiv(logits_t.shape[1], block))](
-                logits_s, logits_t, targets, scales, row_values, parts, n, first, logits_s.stride(0), logits_t.stride(0),
-                per_t, *caps, V=logits_t.shape[1], **flags,
+        for number, ((first, end), count) in enumerate(zip(spans, counts, strict=True)):
+            logits_t = teacher.logits(first, end) if isinstance(teacher, TeacherSlices) else read
+            _gradient[(n, count)](
+                logits_s, logits_t, targets, losses[3], scales, row_values, gaps, n, first, sum(counts[:number]),
+                gaps.shape[1], logits_s.stride(0), logits_t.stride(0), per_t, *caps, V=end - first, **flags,
             )  # fmt: skip
     if mode == 2:
-        torch.sum(parts[0], dim=1, out=losses[2])
+        torch.sum(gaps, dim=1, out=losses[2])

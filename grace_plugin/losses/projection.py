@@ -110,29 +110,31 @@ def targets_apart(hidden: Tensor, weight: Tensor, vocabulary: int, dtype: torch.
     return few and weight.requires_grad
 
 
-def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, pairs: int = 1 << 23) -> None:
-    """weight[y] += the sum of own * states over the positions whose target is y: summed in float32, rounded once.
+def add_own(weight: Tensor, states: Tensor, targets: Tensor, own: Tensor, numbers: int = 1 << 23) -> None:
+    """weight[y] += the sum of own * states over the positions whose target is y: summed in the dtype of own, rounded once.
 
-    weight [V, d]; states [N, d], targets [N] and own [N] of the positions; so many pairs of them are compared at one time.
+    weight [V, d]; states [N, d], targets [N] and own [N] of the positions; so many of the [N, d] products exist at one time.
     """
-    wide = own.dtype if own.is_cuda else torch.float32  # torch's CPU products round to their inputs' type
-    sums, first, states = weight.index_select(0, targets), torch.empty_like(targets), states.to(wide)
-    step = max(pairs // max(len(targets), 1), 1)
-    for start in range(0, len(targets), step):
-        rows = slice(start, start + step)
-        same = targets[rows, None] == targets
-        first[rows] = same.view(torch.uint8).argmax(1)
-        total = sums[rows].float()
-        _add_product(total, torch.where(same, own, 0.0).to(wide), states)
-        sums[rows] = total
-    weight.index_copy_(0, targets, sums.index_select(0, first))  # one row for a target that repeats
+    count, width = states.shape
+    if not count:
+        return
+    numbered = torch.arange(count, device=targets.device)
+    first = numbered.new_full(weight.shape[:1], count).scatter_reduce_(0, targets, numbered, "amin")[targets]
+    for start in range(0, width, max(numbers // count, 1)):
+        columns = slice(start, start + max(numbers // count, 1))
+        rows = weight[:, columns].index_select(0, targets).to(own.dtype)
+        parts = own.unsqueeze(1) * states[:, columns]
+        # both add in the order of the positions; on CUDA index_add_ would not
+        rows.index_put_((first,), parts, accumulate=True) if rows.is_cuda else rows.index_add_(0, first, parts)
+        # a target that repeats is written more than once, always with its first position's row
+        weight[:, columns].index_copy_(0, targets, rows.index_select(0, first).to(weight.dtype))
 
 
 class Gradients:
     """Gradients of the student's side, filled chunk by chunk; a part nobody asked for is never allocated.
 
     ``dtype`` is the type of the sums over chunks of bias and, unless ``weight_dtype`` says another, weight. Where ``targets``
-    [N] are given, what each adds to its own row of the weight stays out of those sums; ``all`` adds it up in float32.
+    [N] are given, what each adds to its own row of the weight stays out of those sums; ``all`` adds it up in ``dtype``.
     """
 
     def __init__(
@@ -153,12 +155,15 @@ class Gradients:
         self._first, self._states = True, hidden.detach()
         self._apart: tuple[Tensor, Tensor] | None = None  # targets, and dL/dlogit of each position's own
         if needs[1] and targets is not None:
-            self._apart = (targets, hidden.new_empty(len(hidden), dtype=self.product_dtype))
+            self._apart = (targets, hidden.new_empty(len(hidden), dtype=dtype))
         if self.weight is not None and not hidden.shape[0]:
             self.weight.zero_()
 
-    def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, head: Head) -> None:
-        """Add a chunk: ``grad_logits`` [n, V] of ``hidden`` [n, d]; the former may be written to."""
+    def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, head: Head, own: Tensor | None = None) -> None:
+        """Add a chunk: ``grad_logits`` [n, V] of ``hidden`` [n, d]; the former may be written to.
+
+        ``own`` [n] is dL/dlogit of the targets where it is known better than ``grad_logits`` holds it.
+        """
         vocabulary = grad_logits.shape[1]
         grad = grad_logits.to(self.product_dtype)
         if self.hidden is not None:
@@ -169,9 +174,9 @@ class Gradients:
             if self._first:
                 self.weight[vocabulary:].zero_()
             if self._apart is not None:
-                targets, own = self._apart
+                targets, owns = self._apart
                 column = targets[rows].unsqueeze(1)
-                own[rows] = grad.gather(1, column).squeeze(1)
+                owns[rows] = grad_logits.gather(1, column).squeeze(1) if own is None else own
                 grad.scatter_(1, column, 0.0)
             _add_product(self.weight[:vocabulary], grad.T, hidden.to(self.product_dtype), self._first)
         self._first = False

@@ -77,20 +77,25 @@ if triton is not None:
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _scales(log_scale, scale, groups, tiny, huge, STORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    def _stored(log_scale, scale, group, groups, tiny, huge, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Writes the stored scales of the groups numbered `group`, and gives them back in float32."""
         theta = tl.load(log_scale + group, mask=group < groups, other=0.0).to(tl.float64)
         s = tl.minimum(tl.maximum(tl.exp(theta), tiny), huge).to(tl.float32)
-        s = _to_bfloat16(s) if STORED == tl.bfloat16 else s.to(STORED)
+        s = _to_bfloat16(s) if STORED == tl.bfloat16 else s.to(STORED).to(tl.float32)
         tl.store(scale + group, s, mask=group < groups)
+        return s
+
+    @triton.jit
+    def _scales(log_scale, scale, groups, tiny, huge, STORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        _stored(log_scale, scale, group, groups, tiny, huge, STORED)
 
     @triton.jit
     def forward_tile(  # type: ignore[no-untyped-def]
-        weight, scale, out, group, groups, smallest, largest,
+        weight, s, out, group, groups, smallest, largest,
         size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """w^ of the groups numbered `group` [ROWS] of one weight."""
-        s = tl.load(scale + group, mask=group < groups, other=1.0).to(tl.float32)
+        """w^ of the groups numbered `group` [ROWS] of one weight, whose scales are s."""
         per_s = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), s)
         for start in range(0, size, WIDTH):
             column = start + tl.arange(0, WIDTH)
@@ -104,11 +109,12 @@ if triton is not None:
 
     @triton.jit
     def _forward(  # type: ignore[no-untyped-def]
-        weight, scale, out, groups, smallest, largest,
+        weight, log_scale, scale, out, groups, smallest, largest, tiny, huge,
         size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        forward_tile(weight, scale, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
+        s = _stored(log_scale, scale, group, groups, tiny, huge, STORED)
+        forward_tile(weight, s, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
 
     @triton.jit
     def backward_tile(  # type: ignore[no-untyped-def]
@@ -189,13 +195,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """w^ [out, in] in ``out_dtype``, rounded to the stored dtype on the way, and the scales in that dtype [out, groups]."""
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-    scale = scales(log_scale, stored_dtype)
+    scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=weight.device)
     grid, groups, tile = _launch(weight, log_scale)
-    stored, exact = stored_type(stored_dtype), divides(scale)
     with torch.cuda.device_of(weight):
         _forward[grid](
-            weight, scale, out, groups, float(limits[0]), float(limits[1]), STORED=stored, EXACT=exact, **tile
-        )
+            weight, log_scale, scale, out, groups, float(limits[0]), float(limits[1]), *scale_limits(stored_dtype),
+            STORED=stored_type(stored_dtype), EXACT=divides(scale), **tile,
+        )  # fmt: skip
     return out, scale
 
 

@@ -49,7 +49,8 @@ if alone.triton is not None:
         row, group, groups, first = _place(table, layers, ROWS)
         weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
         out = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(OUT)), 16)
-        forward_tile(weight, scale + first, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
+        s = tl.load(scale + first + group, mask=group < groups, other=1.0).to(tl.float32)
+        forward_tile(weight, s, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
 
     @triton.jit
     def _backward(  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ looks at what is allocated, how often, and where: a buffer twice too large compu
 import pytest
 import torch
 
-from grace_plugin.losses import chunks, distillation_head, teacher_gates
+from grace_plugin.losses import chunks, decoupled_kd, distillation_head, head_triton, teacher_gates
 from grace_plugin.losses.head import teacher_sums
 from grace_plugin.losses.projection import Gradients, Head
 
@@ -234,3 +234,26 @@ def test_a_gradient_in_place_is_multiplied_and_given_out_once():
     assert single.loss.item() == 0  # one id is not for the kernels
     single.loss.backward(retain_graph=True)
     single.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, with_teacher):
+    """Beside the one that stands among the logits, in their type."""
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(3, caps=(cap, None))
+    logits_s, logits_t = head_s.logits(hidden_s).to(dtype), head_t.logits(hidden_t).to(dtype)
+    exact = logits_s.double().requires_grad_()
+    capped = exact if cap is None else cap * torch.tanh(exact / cap)
+    loss = 0.3 * torch.nn.functional.cross_entropy(capped, targets, reduction="sum")
+    if with_teacher:
+        tckd, nckd, _ = decoupled_kd(capped, logits_t.double(), targets, temperature=TEMPERATURE)
+        loss += 0.8 * TEMPERATURE**2 * (gate.double() * (ALPHA * tckd + BETA * nckd)).sum()
+    want = torch.autograd.grad(loss, exact)[0].gather(1, targets[:, None])[:, 0]
+    losses, scales = torch.zeros(5, 3, device=DEVICE), torch.tensor([0.3, 0.8], device=DEVICE)
+    how = head_triton.Factors(TEMPERATURE, ALPHA, BETA, cap, None)
+    teacher = logits_t if with_teacher else None
+    head_triton.losses_in_place(logits_s, teacher, targets, gate if with_teacher else None, scales, losses, how)
+    torch.testing.assert_close(losses[3].double(), want, rtol=4e-6, atol=1e-6)
+    stands = logits_s.gather(1, targets[:, None])[:, 0].float()
+    torch.testing.assert_close(stands, losses[3], rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)  # the interpreter cuts off

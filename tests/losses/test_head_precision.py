@@ -199,15 +199,31 @@ def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
         assert torch.equal(low, high) and high.any()
 
 
-@pytest.mark.parametrize("pairs", [1, 7 * 12, 12 * 12, 1 << 23])
-def test_what_comes_last_is_the_same_however_many_pairs_are_compared_at_one_time(pairs):
+@pytest.mark.parametrize("numbers", [1, 2 * 12, 3 * 12 + 11, 1 << 23])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_comes_last_is_the_same_however_many_products_exist_at_one_time(numbers, deterministic):
     made = torch.Generator().manual_seed(0)
     targets = torch.tensor([3, 1, 3, 0, 7, 7, 3, 2, 9, 1, 3, 5])
-    states, own = torch.randn(12, 4, generator=made).bfloat16(), torch.randn(12, generator=made).bfloat16()
+    states, own = torch.randn(12, 4, generator=made).bfloat16(), torch.randn(12, generator=made)
     weight = torch.randn(10, 4, generator=made).bfloat16()
     want = weight.double().index_add(0, targets, own.double()[:, None] * states.double())
-    add_own(weight, states, targets, own, pairs)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        add_own(weight, states, targets, own, numbers)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert torch.equal(weight, want.bfloat16())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_target_s_own_gradient_is_not_rounded(given):
+    """1 + 2^-9 and -1 of the same target leave 2^-9; the first is 1 in bfloat16."""
+    hidden, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
+    own, targets = torch.tensor([1 + 2.0**-9, -1.0]), torch.tensor([5, 5])
+    grad = torch.zeros(2, 8).index_fill_(1, targets[:1], 1.0) * own[:, None]
+    sums = Gradients(hidden, weight, None, [True, True, False], torch.float32, torch.bfloat16, targets)
+    sums.add(slice(0, 2), grad.bfloat16() if given else grad, hidden, Head(weight, None), own if given else None)
+    assert sums.all()[1][5].tolist() == [2.0**-9] * 4
 
 
 def test_no_positions_have_nothing_that_comes_last():
