@@ -150,7 +150,7 @@ def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool
 
 
 def _slices(chunk: int, vocabulary: int, device: str) -> list[int]:
-    """Columns of the teacher whose product with `chunk` rows fills all multiprocessors a whole number of times, and a few others.
+    """Columns of the teacher whose product with `chunk` rows fills all multiprocessors some whole number of times; two others.
 
     A product works in tiles of 128 x 256 here; what is left over after a whole round of tiles costs as much as a round.
     """

@@ -21,7 +21,7 @@ __all__ = ["Settings", "Teacher", "eager", "fused", "positions_per_chunk"]
 
 
 class Settings(NamedTuple):
-    """How the losses are taken, and in what types: of the losses, and of the head's gradient while it is summed."""
+    """How the losses are taken, in what pieces, and in what types: theirs, and that of the head's gradient as it is summed."""
 
     temperature: float
     alpha: float
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     form_gradients: bool
     dtype: torch.dtype
     weight_grad_dtype: torch.dtype | None
+    slice: int | None = None  # ids of a teacher's slice, None for `SLICE`
 
 
 class Teacher(NamedTuple):
@@ -41,8 +42,10 @@ class Teacher(NamedTuple):
     known: Tensor | None = None  # [2, N], of `entropies`: the mass of v != y at the temperature, and the logit of y
 
 
-SLICE, TILE = 26624, 128
-"""Ids whose logits of the teacher exist at one time where its sums are known; rows that a product works on together."""
+SLICE, TILE = 50688, 128
+"""Ids whose logits of the teacher exist at one time where its sums are known; rows that a product works on together.
+
+Tiles of 128 x 256 of 512 rows by so many ids fill 132 multiprocessors six times, with none left over for a seventh round."""
 
 
 def positions_per_chunk(vocabulary: int, element_size: int, known_of: int = 0) -> int:
@@ -102,9 +105,10 @@ def fused(
     known = teacher is not None and teacher.known is not None
     half = chunk if known else (chunk + 1) // 2
     space_s, space_t = hidden_s.new_empty(chunk, student.weight.shape[0]), None
+    width = SLICE if settings.slice is None else settings.slice
     if teacher is not None:
         columns = teacher.head.weight.shape[0]
-        space_t = teacher.hidden.new_empty(half * (min(SLICE, columns) if known else columns))
+        space_t = teacher.hidden.new_empty(half * (min(width, columns) if known else columns))
     losses = torch.zeros(5, positions, dtype=torch.float32, device=hidden_s.device)
     caps = student.cap, None if teacher is None else teacher.head.cap
     how = head_triton.Factors(settings.temperature, settings.alpha, settings.beta_dkd, *caps)
@@ -116,7 +120,7 @@ def fused(
             gate, logits_t = None, None
             if teacher is not None:
                 assert space_t is not None
-                gate, logits_t = teacher.gate[part], _of_teacher(teacher, part, space_t, logits_s.device)
+                gate, logits_t = teacher.gate[part], _of_teacher(teacher, part, space_t, logits_s.device, width)
             head_triton.losses_in_place(
                 logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part], how
             )
@@ -130,9 +134,9 @@ def fused(
 
 
 def _of_teacher(
-    teacher: Teacher, part: slice, space: Tensor, device: torch.device
+    teacher: Teacher, part: slice, space: Tensor, device: torch.device, width: int
 ) -> Tensor | head_triton.TeacherSlices:
-    """The teacher's logits of some positions, whole or by slices of the vocabulary, written into ``space``."""
+    """The teacher's logits of some positions, whole or by slices of ``width`` ids, written into ``space``."""
     head, hidden = teacher.head, teacher.hidden[part]
     positions, columns = hidden.shape[0], head.weight.shape[0]
 
@@ -142,7 +146,7 @@ def _of_teacher(
 
     if teacher.known is None:
         return into(0, columns)
-    spans = [(first, min(first + SLICE, columns)) for first in range(0, columns, SLICE)]
+    spans = [(first, min(first + width, columns)) for first in range(0, columns, width)]
     mass, target = teacher.known[:, part].to(device).unbind()
     return head_triton.TeacherSlices(mass, target, spans, into)
 

@@ -24,7 +24,7 @@ from grace_plugin.losses.math_triton import triton
 
 __all__ = ["Factors", "TeacherSlices", "blocks", "losses_in_place", "usable"]
 
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 2048, 4
 """Logits of a row that one program holds, at most; its warps."""
 
 
@@ -56,13 +56,7 @@ class TeacherSlices(NamedTuple):
 if triton is not None:
     import triton.language as tl
 
-    from grace_plugin.losses.math_triton import capped, coin_gap, finite_or_zero, load_logits
-
-    LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is 2^(x log2 e): the factor joins one that multiplies anyway
-
-    @triton.jit
-    def _weighted(part, known, below, per_t):  # type: ignore[no-untyped-def]
-        return tl.load(part, mask=known, other=0.0) * tl.exp(below * per_t)
+    from grace_plugin.losses.math_triton import LOG2_E, capped, coin_gap, finite_or_zero, load_logits, weighted
 
     @triton.jit
     def _loss_parts(  # type: ignore[no-untyped-def]
@@ -75,15 +69,16 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         first = tl.program_id(1) * BLOCK
         y = tl.load(targets + row)
-        if (y >= first) & (y < first + BLOCK):  # the gradient will stand where these are
+        local_y = y.to(tl.int32) - first
+        holds_y = (local_y >= 0) & (local_y < BLOCK)  # one block of many: only that one is worth a selection
+        if holds_y:  # the gradient will stand where these are
             at = tl.load(student + row * stride_s + y).to(tl.float32)
             tl.store(losses + 3 * N + row, capped(at, cap_s, CAPPED_S))
             if TEACHER == 1:
                 at = tl.load(teacher + row * stride_t + y).to(tl.float32)
                 tl.store(losses + 4 * N + row, capped(at, cap_t, CAPPED_T))
         column = first + tl.arange(0, BLOCK)
-        place = parts + row * SLICES + tl.program_id(1)
-        size = n * SLICES
+        place, size = parts + row * SLICES + tl.program_id(1), n * SLICES
         z = load_logits(student + row * stride_s + column, column < V, cap_s, CAPPED_S)
         top_s = tl.max(z, 0)
         shifted = z - finite_or_zero(top_s)
@@ -91,11 +86,15 @@ if triton is not None:
         tl.store(place, top_s)
         tl.store(place + size, tl.sum(e * e if SQUARES else tl.exp2(shifted * LOG2_E), 0))
         if TEACHER > 0:
-            tl.store(place + 2 * size, tl.sum(tl.where(column != y, e, 0.0), 0))
+            if holds_y:
+                e = tl.where(tl.arange(0, BLOCK) == local_y, 0.0, e)
+            tl.store(place + 2 * size, tl.sum(e, 0))
         if TEACHER == 1:
             t = load_logits(teacher + row * stride_t + column, column < V, cap_t, CAPPED_T)
             top_t = tl.max(t, 0)
-            e_t = tl.where(column != y, tl.exp2((t - finite_or_zero(top_t)) * (per_t * LOG2_E)), 0.0)
+            e_t = tl.exp2((t - finite_or_zero(top_t)) * (per_t * LOG2_E))
+            if holds_y:
+                e_t = tl.where(tl.arange(0, BLOCK) == local_y, 0.0, e_t)
             tl.store(place + 3 * size, top_t)
             tl.store(place + 4 * size, tl.sum(e_t, 0))
             tl.store(place + 5 * size, tl.sum(tl.where(e_t > 0.0, e_t * (t - z), 0.0), 0))
@@ -107,10 +106,8 @@ if triton is not None:
     ):  # fmt: skip
         """Adds the blocks of a row up: its losses, dL/dlogit of its target, and the numbers its gradient is made of."""
         row = tl.program_id(0).to(tl.int64)
-        slot = tl.arange(0, PADDED)
-        place = parts + row * SLICES + slot
-        size = n * SLICES
-        known = slot < SLICES
+        slot, size = tl.arange(0, PADDED), n * SLICES
+        place, known = parts + row * SLICES + slot, slot < SLICES
         z_y = tl.load(losses + 3 * N + row)
         tops = tl.load(place, mask=known, other=float("-inf"))
         top = tl.max(tops, 0)
@@ -119,13 +116,13 @@ if triton is not None:
         tl.store(row_values + row, normaliser)
         own = tl.load(scales) * (tl.exp(z_y - normaliser) - 1.0)
         if TEACHER > 0:
-            rest_s = tl.sum(_weighted(place + 2 * size, known, tops - top, per_t), 0)
+            rest_s = tl.sum(weighted(place + 2 * size, known, tops - top, per_t), 0)
             mass_s = top * per_t + tl.log(rest_s)
             if TEACHER == 1:
                 tops_t = tl.load(place + 3 * size, mask=known, other=float("-inf"))
                 top_t = tl.max(tops_t, 0)
-                rest_t = tl.sum(_weighted(place + 4 * size, known, tops_t - top_t, per_t), 0)
-                gap = tl.sum(_weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
+                rest_t = tl.sum(weighted(place + 4 * size, known, tops_t - top_t, per_t), 0)
+                gap = tl.sum(weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
                 mass_t = top_t * per_t + tl.log(rest_t)
                 tl.store(row_values + 2 * n + row, mass_t)
                 apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
@@ -135,13 +132,12 @@ if triton is not None:
             odds_s = z_y * per_t - mass_s
             odds_t = tl.load(losses + 4 * N + row) * per_t - mass_t
             tl.store(losses + N + row, coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s))
-            above = tl.sigmoid(-odds_t) - tl.sigmoid(-odds_s)
-            below = tl.sigmoid(odds_s) - tl.sigmoid(odds_t)
-            pull = tl.where(odds_t > 0.0, above, below)
+            side = tl.where(odds_t > 0.0, -1.0, 1.0)  # the smaller probabilities differ more exactly
+            pull = side * (tl.sigmoid(side * odds_s) - tl.sigmoid(side * odds_t))
             weight = tl.load(scales + 1) * tl.load(gates + row) / per_t  # T^2 of the loss, 1/T of the inner derivative
             own += alpha * weight * pull
             tl.store(row_values + n + row, mass_s)
-            tl.store(row_values + 3 * n + row, alpha * weight * pull)
+            tl.store(row_values + 3 * n + row, (beta_dkd - alpha * pull) * weight)
             tl.store(row_values + 4 * n + row, beta_dkd * weight)
             tl.store(row_values + 5 * n + row, tl.exp(2.0 * mass_s - normaliser))
         tl.store(losses + 3 * N + row, own * (1.0 - (z_y / cap_s) * (z_y / cap_s)) if CAPPED_S else own)
@@ -159,29 +155,35 @@ if triton is not None:
         inside = (local < V) | (V % BLOCK == 0)
         place = student + row * stride_s + first + local
         z = load_logits(place, inside, cap_s, CAPPED_S)
-        at_y = first + local == tl.load(targets + row)
+        y = (tl.load(targets + row) - first).to(tl.int32) - tl.program_id(1) * BLOCK
+        holds_y = (y >= 0) & (y < BLOCK) & (y < V - tl.program_id(1) * BLOCK)  # V is where the next slice begins
         scale_ce = tl.load(scales)
         if TEACHER > 0:
             mass_s = tl.load(row_values + n + row)
             mass_t = tl.load(row_values + 2 * n + row)
-            weight_n = tl.load(row_values + 4 * n + row)
+            away, weight_n = tl.load(row_values + 3 * n + row), tl.load(row_values + 4 * n + row)
             t = load_logits(teacher + row * stride_t + local, inside, cap_t, CAPPED_T)
-            # over v != y: the target's logits are -inf, and its gradient comes by itself
-            u = tl.exp2(tl.where(at_y, float("-inf"), z) * (per_t * LOG2_E) - mass_s * LOG2_E)
-            u_t = tl.exp2(tl.where(at_y, float("-inf"), t) * (per_t * LOG2_E) - mass_t * LOG2_E)
+            u = tl.exp2(z * (per_t * LOG2_E) - mass_s * LOG2_E)
+            u_t = tl.exp2(t * (per_t * LOG2_E) - mass_t * LOG2_E)
+            if holds_y:  # these are over v != y, and the target's gradient comes by itself
+                at_y = tl.arange(0, BLOCK) == y
+                u, u_t = tl.where(at_y, 0.0, u), tl.where(at_y, 0.0, u_t)
             if SQUARES:
-                grad = u * u * (scale_ce * tl.load(row_values + 5 * n + row))
+                grad = u * (u * (scale_ce * tl.load(row_values + 5 * n + row)) + away)
             else:
-                grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
-            grad += (weight_n - tl.load(row_values + 3 * n + row)) * u - weight_n * u_t
+                grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E) + away * u
+            grad -= weight_n * u_t
             if TEACHER == 2:
-                gap = tl.where(u_t > 0.0, u_t * ((t - z) * per_t + (mass_s - mass_t)), 0.0)
-                tl.store(gaps + row * all_blocks + done + tl.program_id(1), tl.sum(gap, 0))
+                gap = tl.where(u_t > 0.0, (t - z) * per_t + (mass_s - mass_t), 0.0)
+                tl.store(gaps + row * all_blocks + done + tl.program_id(1), tl.sum(u_t * gap, 0))
         else:
             grad = scale_ce * tl.exp2((z - tl.load(row_values + row)) * LOG2_E)
         if CAPPED_S:
             grad *= 1.0 - (z / cap_s) * (z / cap_s)
-        tl.store(place, tl.where(at_y, tl.load(owns + row), grad), mask=inside)
+        tl.store(place, grad, mask=inside)
+        if holds_y:
+            tl.debug_barrier()  # behind what stands there by now
+            tl.store(student + row * stride_s + first + tl.program_id(1) * BLOCK + y, tl.load(owns + row))
 
 
 def blocks(vocabulary: int) -> dict[str, int]:

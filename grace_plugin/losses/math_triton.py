@@ -14,6 +14,12 @@ else:  # torch for CPUs comes without
     triton = None
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is 2^(x log2 e): the factor joins one that multiplies anyway
+
+    @triton.jit
+    def weighted(part, known, below, per_t):  # type: ignore[no-untyped-def]
+        """Sums of blocks, each relative to its largest logit, relative to what is `below` those logits by so much."""
+        return tl.load(part, mask=known, other=0.0) * tl.exp(below * per_t)
 
     @triton.jit
     def _log1p(x):  # type: ignore[no-untyped-def]
@@ -44,8 +50,8 @@ if triton is not None:
     @triton.jit
     def load_logits(place, inside, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
         """Logits in float32, capped; -inf outside the row."""
-        z = capped(tl.load(place, mask=inside, other=0.0).to(tl.float32), cap, CAPPED)
-        return tl.where(inside, z, float("-inf"))
+        z = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+        return tl.where(inside, capped(z, cap, CAPPED), float("-inf")) if CAPPED else z
 
     @triton.jit
     def _scale(numbers, factor, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]

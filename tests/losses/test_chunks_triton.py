@@ -13,7 +13,7 @@ from grace_plugin.losses.projection import Gradients, Head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS, TEMPERATURE, ALPHA, BETA = 25, 3.0, 0.7, 2.5
-LONG = chunks.SLICE + 40  # ids: fourteen blocks, two slices
+LONG = chunks.SLICE + 40  # ids: two slices
 
 
 class Seen(Head):
@@ -55,8 +55,8 @@ def double(made):
     return type(made)(*(v.double() if isinstance(v, torch.Tensor) else v for v in made))
 
 
-def settings(chunk, dtype=torch.float32):
-    return chunks.Settings(TEMPERATURE, ALPHA, BETA, chunk, True, dtype, None)
+def settings(chunk, dtype=torch.float32, columns=None):
+    return chunks.Settings(TEMPERATURE, ALPHA, BETA, chunk, True, dtype, None, columns)
 
 
 def gradients(hidden, student, dtype=torch.float32):
@@ -70,14 +70,14 @@ def known_of(hidden_t, head_t, targets):
     return torch.stack([(others / TEMPERATURE).logsumexp(1), logits.gather(1, targets[:, None])[:, 0]]).float()
 
 
-def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS):
+def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS, columns=None):
     """Sums and gradients in place, and of torch in float64."""
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n, ids, caps)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
     sums_t = known_of(hidden_t, head_t, targets) if known else None
     teacher = chunks.Teacher(hidden_t, head_t, gate, sums_t) if with_teacher else None
     got = gradients(hidden_s, head_s)
-    found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(chunk), got)
+    found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(chunk, columns=columns), got)
     exact = chunks.Teacher(hidden_t.double(), double(head_t), gate.double()) if with_teacher else None
     hidden_s, head_s = hidden_s.double(), double(head_s)
     grads = gradients(hidden_s, head_s, torch.float64)
@@ -86,15 +86,17 @@ def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS):
 
 
 @pytest.mark.parametrize(
-    ("n", "chunk", "caps", "known", "ids"),
+    ("n", "chunk", "caps", "known", "ids", "columns"),
     [
-        (4, 3, (1.5, 0.7), False, IDS), (4, 3, (1.5, 0.7), True, IDS),
-        (2, 8, (None, None), False, IDS), (2, 8, (None, None), True, IDS), (2, 8, (1.5, 0.7), True, LONG),
-        (2, 8, (None, None), False, LONG),  # teacher's logits whole: a buffer of more than one slice
+        (4, 3, (1.5, 0.7), False, IDS, None), (4, 3, (1.5, 0.7), True, IDS, None),
+        (2, 8, (None, None), False, IDS, None), (2, 8, (None, None), True, IDS, None),
+        (4, 8, (None, None), True, IDS, 7),  # slices shorter than a block
+        (8, 8, (1.5, 0.7), True, 5000, 2100), (8, 8, (None, None), True, 5000, 2100),  # and of a block and a bit
+        (2, 8, (None, None), False, 5000, 2100),  # teacher's logits whole: a buffer of more than one slice
     ],
 )  # fmt: skip
-def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids):
-    found, got, want, grads = both(n, chunk, known, caps, ids=ids)
+def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids, columns):
+    found, got, want, grads = both(n, chunk, known, caps, ids=ids, columns=columns)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
     for one, other in zip(got.all(), grads.all(), strict=True):
@@ -161,18 +163,20 @@ def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, c
 
 
 @pytest.mark.parametrize(
-    ("ids", "ends"), [(9, [(0, 9)]), (chunks.SLICE, [(0, 26624)]), (LONG, [(0, 26624), (26624, LONG)])]
-)
-def test_a_vocabulary_of_one_slice_is_not_cut(ids, ends):
-    assert chunks.SLICE == 26624
+    ("ids", "columns", "ends"),
+    [(9, None, [(0, 9)]), (chunks.SLICE, None, [(0, 50688)]), (LONG, None, [(0, 50688), (50688, LONG)]),
+     (9, 9, [(0, 9)]), (9, 4, [(0, 4), (4, 8), (8, 9)])],
+)  # fmt: skip
+def test_a_vocabulary_of_one_slice_is_not_cut(ids, columns, ends):
+    assert chunks.SLICE == 50688
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
     head_t = seen(head_t)
     teacher = chunks.Teacher(hidden_t, head_t, gate, known_of(hidden_t, Head(*head_t), targets))
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2, columns=columns), None)
     assert [call for call in head_t.log if len(call) == 2] == ends
     space = {call[2][1] for call in head_t.log if len(call) == 3}
-    assert space == {min(ids, chunks.SLICE)}
+    assert space == {min(ids, chunks.SLICE if columns is None else columns)}
 
 
 @pytest.mark.parametrize("cap", [None, 0.7])
@@ -256,4 +260,5 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
     head_triton.losses_in_place(logits_s, teacher, targets, gate if with_teacher else None, scales, losses, how)
     torch.testing.assert_close(losses[3].double(), want, rtol=4e-6, atol=1e-6)
     stands = logits_s.gather(1, targets[:, None])[:, 0].float()
-    torch.testing.assert_close(stands, losses[3], rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)  # the interpreter cuts off
+    cut_off = 2**-7 if dtype == torch.bfloat16 else 0  # the interpreter does not round
+    torch.testing.assert_close(stands, losses[3], rtol=cut_off, atol=0)
