@@ -11,6 +11,7 @@ import torch
 import grace_plugin
 from grace_plugin.losses import head_triton, relational_triton
 from grace_plugin.quantizer import fake_quant_triton
+from tests.objective.parts import Set
 from tests.pairs import mixed_rows, pair, recipe_text, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -75,3 +76,27 @@ def test_the_gpu_trains_as_the_cpu_does(family: str, tmp_path: Path) -> None:
     for cpu, cuda in zip(*logs, strict=True):
         for term in ("loss_ce", "loss_gdkd", "loss_rcka", "grad_norm", "beta"):
             assert float(cuda[term]) == pytest.approx(float(cpu[term]), rel=2e-3), term
+
+
+def test_a_teacher_beside_the_student_gives_the_numbers_of_one_in_turn() -> None:
+    """The teacher is slow, so that what does not wait for it reads something else."""
+    made = Set("llava")
+    assert made.grace.teacher is not None
+    made.student.cuda()
+    made.grace.teacher.to(torch.device("cuda"))
+    made.teacher.register_forward_pre_hook(lambda *_: torch.cuda._sleep(100_000_000))  # some 50 ms
+    asked = mixed_rows(6)
+    host = [made.collate(asked[first : first + 2]) for first in (0, 2, 4)]
+    batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in host]
+    found = []
+    for aside in (False, True, False, True):
+        made.grace.teacher.aside = aside
+        tokens = int(made.grace.window(batches, host))
+        quantiles = made.grace.gate_quantiles() if len(found) > 1 else {}
+        losses = [made.grace.loss(made.student, batch).item() for batch in batches]
+        found.append((tokens, losses, made.grace.measure()))
+        assert not quantiles or quantiles["gate_q50"] > 0.0
+        made.grace.steps = 0
+    assert found[0][0] > 0 and len(set(found[0][1])) == 3
+    for other in found[1:]:
+        assert other == found[0]

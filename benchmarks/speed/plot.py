@@ -1,4 +1,4 @@
-"""The speed results as one picture: `python -m benchmarks.speed.plot` lays h200.json and h200_head.json out as speed.svg."""
+"""The speed results as one picture: `python -m benchmarks.speed.plot` lays h200.json out as speed.svg."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def _bars(found: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
     if "head" in found:
         title = found["head"]["title"]
         floor = title["products_ms"]
-        rows = [("ours", "ours_ms"), ("ours, float32 sum", "ours_float32_sum_ms"), ("torch", "torch_ms")]
-        groups.append(("heads and losses; floor: the four products", [(n, title[k], floor) for n, k in rows]))
+        rows = [("ours", "ours_ms"), ("ours, float32 sum", "ours_float32_sum_ms"), ("torch", "torch_ms"),
+                ("Liger-Kernel's fused linear JSD: no CE, no gate", "liger_ms")]  # fmt: skip
+        groups.append(
+            ("heads and losses; floor: the four products", [(n, title[k], floor) for n, k in rows if title[k]])
+        )
         scaled = [(" ".join(f"{k} {v}" for k, v in row["sizes"].items()), row) for row in found["head"]["scaling"]]
         groups.append(("the same at other sizes", [(n, r["ours_ms"], r["products_ms"]) for n, r in scaled]))
     if "linear" in found:
@@ -58,11 +61,8 @@ def picture(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Draw the two runs that hold all rooms."""
-    found: dict[str, Any] = {}
-    for name in ("h200", "h200_head"):
-        found |= json.loads((RESULTS / f"{name}.json").read_text())
-    (RESULTS / "speed.svg").write_text(picture(found))
+    """Draw the run that holds all rooms."""
+    (RESULTS / "speed.svg").write_text(picture(json.loads((RESULTS / "h200.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks.speed.cached import cached_teacher
-from benchmarks.speed.timing import extra_gib, median_ms, paired_ms
+from benchmarks.speed.timing import extra_gib, median_ms, paired_ms, reserved_gib
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.recipe import TrainingRecipe
@@ -124,14 +124,10 @@ def _grace(
     optimizer = _optimizer(student, device)
 
     host = [{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}]
-    stream = torch.cuda.Stream() if device == "cuda" and teacher is not None else None
 
-    def work(beside: torch.cuda.Stream | None = None) -> None:
-        if beside is not None:
-            beside.wait_stream(torch.cuda.current_stream())
+    def work() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
-            with torch.cuda.stream(beside):
-                grace.window([batch], host)
+            grace.window([batch], host)
             loss = grace.loss(student, batch)
         loss.backward()
         grace.measure()
@@ -140,11 +136,15 @@ def _grace(
         optimizer.zero_grad()
 
     found = {"ms": median_ms(work, 7), "gib": extra_gib(work)}
-    if stream is not None:  # the teacher's part on a stream of its own, which the student's head waits for
-        joined = student.register_forward_hook(lambda *_: torch.cuda.current_stream().wait_stream(stream))
-        times = paired_ms({"in_turn_ms": work, "on_stream_ms": lambda: work(stream)}, 7)
-        found |= {**times, "on_stream_gib": extra_gib(lambda: work(stream))}
-        joined.remove()
+    if grace.teacher is not None and grace.teacher.aside:
+
+        def as_told(aside: bool) -> None:
+            grace.teacher.aside = aside  # type: ignore[union-attr]
+            work()
+
+        found |= paired_ms({"in_turn_ms": lambda: as_told(False), "beside_ms": lambda: as_told(True)}, 7)
+        found["in_turn_reserved_gib"] = reserved_gib(lambda: as_told(False))
+        found["beside_reserved_gib"] = reserved_gib(lambda: as_told(True))
     attached.detach()
     return found
 

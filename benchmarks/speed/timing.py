@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ["ceilings", "extra_gib", "graphed", "median_ms", "paired_ms"]
+__all__ = ["ceilings", "extra_gib", "graphed", "median_ms", "paired_ms", "reserved_gib"]
 
 Work = Callable[[], Any]
 
@@ -66,6 +66,18 @@ def extra_gib(work: Work) -> float | None:
     peak = torch.cuda.max_memory_allocated() - before
     del held
     return peak / 2**30
+
+
+def reserved_gib(work: Work) -> float | None:
+    """Peak GiB that torch holds of the device during a call, what was there before it included; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() / 2**30
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -33,8 +33,8 @@ from grace_plugin import controller as dual
 from grace_plugin.objective.freeze import freeze
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.probe import choose_probe
-from grace_plugin.objective.terms import head_term, visual_term
-from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, gate_quantiles, look
+from grace_plugin.objective.terms import check_gradient, head_term, visual_term
+from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, beside, gate_quantiles, look
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
@@ -42,11 +42,6 @@ from grace_plugin.trainable import choose_trainable, release_masters
 from grace_plugin.vlm import capture, family_of
 
 __all__ = ["GraceObjective"]
-
-NO_GRADIENT = (
-    "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
-    "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
-)
 
 
 class GraceObjective:
@@ -129,21 +124,26 @@ class GraceObjective:
         Raises:
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
         """
+        self._window.join()
         device, pending = next(self.student.parameters()).device, []
-        counts = torch.zeros(4, dtype=torch.float32, device=device)
-        for batch, looked in zip(batches, batches if host is None else host, strict=True):
-            item, seen = look(
-                batch, looked, family=self.family, config=self.config, vocabulary=self.vocabulary, teacher=self.teacher,
-                distill=self.distill, relational=self.relational, device=device,
-            )  # fmt: skip
-            pending.append(item)
-            counts += seen
-            self.probe = choose_probe(self.probe, looked, item, self.family)
-        all_reduce_sum(counts)
-        self._window = Window(pending, counts, torch.zeros(6, dtype=torch.float32, device=device))
-        gates = [item.gate for item in pending if item.gate is not None]
-        self._gates = torch.cat(gates) if gates else None
-        return counts[0]
+        sums, counts = (torch.zeros(n, dtype=torch.float32, device=device) for n in (6, 4))
+        stream = beside(self.teacher, device)
+        with torch.cuda.stream(stream):
+            for batch, looked in zip(batches, batches if host is None else host, strict=True):
+                item, seen = look(
+                    batch, looked, family=self.family, config=self.config, vocabulary=self.vocabulary,
+                    teacher=self.teacher, distill=self.distill, relational=self.relational, device=device,
+                )  # fmt: skip
+                pending.append(item)
+                counts += seen
+                self.probe = choose_probe(self.probe, looked, item, self.family)
+            all_reduce_sum(counts)
+            gates = [item.gate for item in pending if item.gate is not None]
+            self._gates = torch.cat(gates) if gates else None
+        self._window = Window(pending, counts, sums, stream=stream)
+        tokens = sums.new_full((), sum(item.positions.numel() for item in pending))
+        all_reduce_sum(tokens)
+        return tokens
 
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.
@@ -160,8 +160,7 @@ class GraceObjective:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         assert caught.final is not None and caught.penultimate is not None
         read = [caught.final, *([caught.penultimate] if self.relational.enabled and item.visual.sizes else [])]
-        if torch.is_grad_enabled() and not all(state.requires_grad for state in read):
-            raise RuntimeError(NO_GRADIENT)
+        check_gradient(read)
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
             self._window, item, caught.final, head, self.teacher,
@@ -202,6 +201,7 @@ class GraceObjective:
 
     def gate_quantiles(self) -> dict[str, float]:
         """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
+        self._window.join()
         return gate_quantiles(self._gates)
 
     def controller_logs(self) -> dict[str, float]:

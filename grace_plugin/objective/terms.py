@@ -5,6 +5,7 @@ Both divide by the window's divisors and add what they saw to the window's sums;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from grace_plugin.objective.window import MicroBatch, Window
 from grace_plugin.recipe import DistillRecipe
 from grace_plugin.teacher import Teacher
 
-__all__ = ["head_term", "visual_term"]
+__all__ = ["check_gradient", "head_term", "visual_term"]
+
+NO_GRADIENT = (
+    "the decoder's hidden states carry no gradient; leave some of the decoder trainable (training.freeze), and use "
+    "non-reentrant activation checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+
+
+def check_gradient(states: Sequence[Tensor]) -> None:
+    """RuntimeError when a loss that is to be differentiated reads hidden states without a gradient."""
+    if torch.is_grad_enabled() and not all(state.requires_grad for state in states):
+        raise RuntimeError(NO_GRADIENT)
 
 
 def head_term(

@@ -2,7 +2,8 @@
 
 CE is divided by the window's supervised tokens, the gated distillation by its sum of gates, the relation by its countable
 images. All three depend only on the data and the teacher, so they are known, over all micro-batches and ranks, before the
-student runs. Kept per micro-batch: positions, targets, the teacher's hidden states there, and the gates, megabytes.
+student's losses. Kept per micro-batch: positions, targets, the teacher's hidden states there, and the gates, megabytes.
+A teacher that shares nothing with the student runs on a stream of its own on CUDA, beside the student's first forward pass.
 
 Legend: B batch, S sequence, N supervised positions, M visual tokens, V shared vocabulary.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "StepRecord",
     "Window",
     "all_reduce_sum",
+    "beside",
     "gate_quantiles",
     "labels_of",
     "look",
@@ -78,15 +81,23 @@ class Window:
     counts: Tensor | None = None  # [4]: tokens, sum of gates, countable images, rows without an image
     sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
     reading: Reading | None = None
+    stream: torch.cuda.Stream | None = None  # where all of this is still being computed
+
+    def join(self) -> None:
+        """From here on, the current stream may read the window: it waits for the teacher's, the host does not."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.stream = None
 
     def opened(self) -> tuple[Tensor, Tensor]:
-        """counts and sums.
+        """counts and sums, which may be read on the current stream.
 
         Raises:
             RuntimeError: no window was opened for this step.
         """
         if self.counts is None or self.sums is None:
             raise RuntimeError("no window is open; call window() once per optimizer step, before loss()")
+        self.join()
         return self.counts, self.sums
 
     def close(self) -> None:
@@ -122,6 +133,23 @@ class Window:
             rows_without_images=int(bare),
             finite=all(abs(value) < float("inf") for value in (ce, gdkd, rcka)),
         )
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside(teacher: Teacher | None, device: torch.device) -> torch.cuda.Stream | None:
+    """A stream behind all that is queued now, for a teacher that may run beside the student; None has it run in turn.
+
+    What is allocated there is given out again there alone, behind another call of this: by then the student has read it.
+    """
+    if teacher is None or not teacher.aside or device.type != "cuda":
+        return None
+    stream = _stream_of(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def all_reduce_sum(tensor: Tensor) -> None:

@@ -42,6 +42,8 @@ def load_teacher(source: str, *, revision: str = "main", dtype: str = "auto") ->
 class ResidentTeacher(Teacher):
     """Wraps a loaded teacher model; holds no state of a run."""
 
+    aside = True
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.config: Any = self.model.config
@@ -67,6 +69,8 @@ class ResidentTeacher(Teacher):
 
 class OffloadedTeacher(ResidentTeacher):
     """Weights in host memory, brought to the device layer by layer as the forward pass needs them (accelerate's hooks)."""
+
+    aside = False  # the host waits for each copy, wherever it is queued
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.cpu())
