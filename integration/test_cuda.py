@@ -84,7 +84,9 @@ def test_a_teacher_beside_the_student_gives_the_numbers_of_one_in_turn() -> None
     assert made.grace.teacher is not None
     made.student.cuda()
     made.grace.teacher.to(torch.device("cuda"))
-    made.teacher.register_forward_hook(lambda *_: torch.cuda._sleep(100_000_000))  # what is read of it comes 50 ms later
+    made.teacher.register_forward_hook(
+        lambda *_: torch.cuda._sleep(100_000_000)
+    )  # what is read of it comes 50 ms later
     asked = mixed_rows(6)
     host = [made.collate(asked[first : first + 2]) for first in (0, 2, 4)]
     batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in host]

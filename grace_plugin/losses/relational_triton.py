@@ -78,14 +78,12 @@ if triton is not None:
 
     @triton.jit
     def _products(  # type: ignore[no-untyped-def]
-        gram_t, gram_s, inverse_t, inverse_s, means_t, means_s, sums, images, n: tl.constexpr, BLOCK: tl.constexpr
+        gram, inverse, means, sums, images, apart, n: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """Of row i: <A, A>, <B, B> and <A, B>."""
+        """Of row i: <A, A>, <B, B> and <A, B>; the student's numbers lie `apart` images behind the teacher's."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
-        gram_t, gram_s = gram_t + image * n * n, gram_s + image * n * n
-        inverse_t, inverse_s, means_t, means_s = (
-            inverse_t + image * n, inverse_s + image * n, means_t + image * n, means_s + image * n,
-        )  # fmt: skip
+        gram_t, inverse_t, means_t = gram + image * n * n, inverse + image * n, means + image * n
+        gram_s, inverse_s, means_s = gram_t + apart * n * n, inverse_t + apart * n, means_t + apart * n
         mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
         mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
         middle_t, middle_s = _total(means_t, n, BLOCK) / n, _total(means_s, n, BLOCK) / n
@@ -107,8 +105,8 @@ if triton is not None:
 
     @triton.jit
     def _direction(  # type: ignore[no-untyped-def]
-        gram_t, gram_s, inverse_t, inverse_s, means_t, means_s, sums, high, low, alignment, counts, images, least,
-        n: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+        gram, inverse, means, sums, high, low, alignment, counts, images, apart, least, n: tl.constexpr,
+        GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Row i of M as two bfloat16 parts; the first row also writes the image's alignment."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -124,10 +122,8 @@ if triton is not None:
         if GRADIENT:
             by_t = tl.where(skip, 0.0, 1.0 / (norm_t * norm_s))
             by_s = tl.where(skip, 0.0, cka / (norm_s * norm_s))
-            gram_t, gram_s = gram_t + image * n * n, gram_s + image * n * n
-            inverse_t, inverse_s, means_t, means_s = (
-                inverse_t + image * n, inverse_s + image * n, means_t + image * n, means_s + image * n,
-            )  # fmt: skip
+            gram_t, inverse_t, means_t = gram + image * n * n, inverse + image * n, means + image * n
+            gram_s, inverse_s, means_s = gram_t + apart * n * n, inverse_t + apart * n, means_t + apart * n
             high, low = high + image * n * n + row * n, low + image * n * n + row * n
             mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
             mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
@@ -152,40 +148,38 @@ if triton is not None:
                 tl.store(low + column, (entry - rounded.to(tl.float32)).to(tl.bfloat16), mask=inside)
 
 
-def _gram(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x x^T [b, n, n], 1 / |x_i| and row means of K [b, n], float32."""
-    images, tokens, _ = features.shape
-    gram = _bmm(features, features.mT)
-    inverse = torch.empty(images, tokens, dtype=torch.float32, device=features.device)
-    means = torch.empty_like(inverse)
-    _lengths[(tokens, images)](gram, inverse, means, n=tokens, BLOCK=_block(tokens), num_warps=4)
-    return gram, inverse, means
-
-
 def _block(tokens: int) -> int:
     return int(min(max(triton.next_power_of_2(tokens), 16), 1024))
 
 
-def _bmm(left: Tensor, right: Tensor) -> Tensor:
-    """bfloat16 [b, i, k] times [b, k, j] in float32."""
-    return torch.bmm(left, right, out_dtype=torch.float32) if left.is_cuda else torch.bmm(left.float(), right.float())
+def _bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """bfloat16 [b, i, k] times [b, k, j] in float32, into ``out``."""
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32, out=out)
+    return torch.bmm(left.float(), right.float(), out=out)
 
 
 def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CKA [b] float32, whether each image counts [b] bool, and M as two bfloat16 parts [b, n, n] (empty without gradient)."""
     images, tokens, _ = features_s.shape
-    gram_t, inverse_t, means_t = _gram(features_t)
-    gram_s, inverse_s, means_s = _gram(features_s)
-    sums = torch.empty(3, images, tokens, dtype=torch.float32, device=features_s.device)
-    sides = gram_t, gram_s, inverse_t, inverse_s, means_t, means_s
+    sides = [features_t] if features_s is features_t else [features_t, features_s]
+    apart, device = images * (len(sides) - 1), features_s.device
+    gram = torch.empty(len(sides) * images, tokens, tokens, dtype=torch.float32, device=device)
+    for features, part in zip(sides, gram.split(images), strict=True):
+        _bmm(features, features.mT, part)
+    inverse, means = torch.empty(2, *gram.shape[:2], dtype=torch.float32, device=device)
+    sums = torch.empty(3, images, tokens, dtype=torch.float32, device=device)
     shape: dict[str, Any] = {"n": tokens, "BLOCK": _block(tokens), "num_warps": 4}
-    _products[(tokens, images)](*sides, sums, images, **shape)
-    cka = torch.empty(images, dtype=torch.float32, device=features_s.device)
-    counts = torch.empty(images, dtype=torch.bool, device=features_s.device)
-    high, low = (features_s.new_empty(gram_s.shape if gradient else 0) for _ in range(2))
+    _lengths[(tokens, len(gram))](gram, inverse, means, **shape)
+    _products[(tokens, images)](gram, inverse, means, sums, images, apart, **shape)
+    cka = torch.empty(images, dtype=torch.float32, device=device)
+    counts = torch.empty(images, dtype=torch.bool, device=device)
+    high, low = features_s.new_empty(2, images, tokens, tokens if gradient else 0)
     least = (KERNEL_DEGENERATE * tokens) ** 2
     rows = tokens if gradient else 1
-    _direction[(rows, images)](*sides, sums, high, low, cka, counts, images, least, GRADIENT=gradient, **shape)
+    _direction[(rows, images)](
+        gram, inverse, means, sums, high, low, cka, counts, images, apart, least, GRADIENT=gradient, **shape
+    )
     return cka, counts, high, low
 
 
@@ -202,9 +196,12 @@ class _Alignment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor]:
         features, high, low = ctx.saved_tensors
-        out = _bmm(high, features)
-        out += _bmm(low, features)
-        return None, out.mul_(grad[:, None, None]).to(features.dtype)
+        out = _bmm(high, features, torch.empty(features.shape, dtype=torch.float32, device=features.device))
+        if out.is_cuda:
+            torch.baddbmm(out, low, features, out_dtype=torch.float32, out=out)
+        else:
+            out += torch.bmm(low.float(), features.float())
+        return None, torch.mul(out, grad[:, None, None], out=torch.empty_like(features))
 
 
 def alignment(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
