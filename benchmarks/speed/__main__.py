@@ -19,7 +19,7 @@ import torch
 from benchmarks.speed.head import chunks_by_turns, head
 from benchmarks.speed.linear import layers, linear
 from benchmarks.speed.relation import relation
-from benchmarks.speed.step import memory, overlap, step
+from benchmarks.speed.step import memory, step
 from benchmarks.speed.timing import ceilings
 from grace_plugin.artifact.layout import environment
 
@@ -65,8 +65,6 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
         ]
     if "step" in asked:
         found["step"] = step(device, rows=1, length=640, shrink=8) if small else step(device)
-        sizes = [(1, 640)] if small else [(4, 2048), (1, 640)]
-        found["overlap"] = [overlap(device, rows=r, length=n, shrink=8 if small else 1) for r, n in sizes]
     if "memory" in asked:
         small_run = {"rows": 1, "length": 640, "shrink": 8} if small else {}
         found["memory"] = memory(device, {"scales": 24.0, "lora": 24.0, "full": 48.0}, **small_run)

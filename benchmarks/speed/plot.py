@@ -31,10 +31,11 @@ def _bars(found: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
         bars = [(n, r["ours"]["of_16_ms"], r["plain"]["of_16_ms"]) for n, r in of]
         groups.append(("linear, one of 16 micro-batches; floor: the plain layer", bars))
     if "step" in found:
-        step = found["step"]
-        groups.append(("step, teacher in memory; floor: plain step and teacher", [
-            ("GRACE", step["grace_ms"], step["plain_ms"] + step["teacher_ms"])]))  # fmt: skip
-        groups.append(("step, cached teacher; floor: plain step", [("GRACE", step["cached_ms"], step["plain_ms"])]))
+        for name, floor in (("resident", "plain step and teacher"), ("cached", "plain step")):
+            step = found["step"][name]
+            groups.append(
+                (f"step, {name} teacher; floor: {floor}", [("GRACE", step["ms"], step["ms"] / step["ratio"])])
+            )
     return groups
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks.speed.cached import cached_teacher
-from benchmarks.speed.timing import extra_gib, median_ms, paired_ms, reserved_gib
+from benchmarks.speed.timing import Work, extra_gib, paired_ms, reserved_gib
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.recipe import TrainingRecipe
-from grace_plugin.teacher import ResidentTeacher
+from grace_plugin.teacher import ResidentTeacher, model_inputs
+from grace_plugin.teacher.own import unquantized
 
-__all__ = ["memory", "overlap", "step"]
+__all__ = ["memory", "step"]
 
 STUDENT = {
     "hidden": 2048, "mlp": 6144, "layers": 28, "heads": 16, "tied": True,
@@ -97,23 +98,14 @@ def _optimizer(student: Any, device: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-6, fused=device == "cuda")
 
 
-def _plain(student: Any, batch: dict[str, torch.Tensor], device: str) -> dict[str, Any]:
-    """Cross-entropy as transformers computes it, logits of every token, and AdamW."""
-    optimizer = _optimizer(student, device)
-
-    def work() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            student(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return {"plain_ms": median_ms(work, 7), "plain_gib": extra_gib(work)}
-
-
 def _grace(
-    student: Any, teacher: Any, batch: dict[str, Any], device: str, training: TrainingRecipe | None = None
-) -> dict[str, Any]:
-    """The objective's protocol with learned scales on every linear of the decoder, and AdamW."""
+    student: Any, teacher: Any, batch: dict[str, Any], device: str, training: TrainingRecipe | None = None,
+    beside: dict[str, Work] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The objective's protocol with learned scales on every linear of the decoder, and AdamW.
+
+    beside: what is timed by turns with it; then a plain step is as well, and other ways to run it.
+    """
     training = training or TrainingRecipe()
     grace = GraceObjective(training=training)
     linears = {name: m for name, m in student.model.language_model.named_modules() if isinstance(m, nn.Linear)}
@@ -122,14 +114,13 @@ def _grace(
         attached.add_lora(linears, rank=training.lora.rank, alpha=training.lora.alpha)
     vocabulary = student.config.text_config.vocab_size
     grace.prepare(student, teacher, vocabulary=vocabulary, total_steps=1000, attached=[attached])
-    optimizer = _optimizer(student, device)
-
+    optimizer, resident = _optimizer(student, device), isinstance(grace.teacher, ResidentTeacher)
     host = [{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}]
 
     def work(defer: bool = False, aside: bool = True) -> None:
         attached.defer(defer)
-        if isinstance(grace.teacher, ResidentTeacher):
-            grace.teacher.aside = aside
+        if resident:
+            grace.teacher.aside = aside  # type: ignore[union-attr]
         with torch.autocast(device, dtype=torch.bfloat16):
             grace.window([batch], host)
             loss = grace.loss(student, batch)
@@ -140,15 +131,24 @@ def _grace(
         grace.step(1.0)
         optimizer.zero_grad()
 
-    found = {"ms": median_ms(work, 7), "gib": extra_gib(work)}
-    if isinstance(grace.teacher, ResidentTeacher):
-        found |= paired_ms({"in_turn_ms": lambda: work(aside=False), "beside_ms": work}, 7)
-        found["in_turn_reserved_gib"] = reserved_gib(lambda: work(aside=False))
-        found["beside_reserved_gib"] = reserved_gib(work)
-    elif (
-        training.method == "full"
-    ):  # gradients of scales layer by layer, as the Trainer has it without accumulation, or at once
-        found |= paired_ms({"layer_by_layer_ms": work, "settled_at_once_ms": lambda: work(defer=True)}, 7)
+    def plain() -> None:
+        """Cross-entropy as transformers computes it, logits of every token, no quantization; the same optimizer."""
+        with unquantized(list(linears.values())), torch.autocast(device, dtype=torch.bfloat16):
+            student(**model_inputs(batch), labels=batch["labels"], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    works: dict[str, Work] = {"ms": work}
+    if beside is not None:
+        works |= {"plain_ms": plain, **beside}
+        # a teacher in the student's stream; gradients of scales all at once, as with several micro-batches, not layer by layer
+        works |= {"in_turn_ms": lambda: work(aside=False)} if resident else {"at_once_ms": lambda: work(defer=True)}
+    found: dict[str, Any] = {**paired_ms(works, 9), "gib": extra_gib(work)}
+    if beside is not None:
+        found |= {"plain_gib": extra_gib(plain), "reserved_gib": reserved_gib(work)}
+        if resident:
+            found["in_turn_reserved_gib"] = reserved_gib(lambda: work(aside=False))
+        found["ratio"] = found["ms"] / (found["plain_ms"] + sum(found[name] for name in beside))
     attached.detach()
     return found
 
@@ -161,55 +161,27 @@ def _free(student: Any) -> None:
 
 
 def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
-    """Milliseconds and peak GiB (beyond weights and optimizer) of a plain step, a teacher's forward, and GRACE steps."""
+    """Milliseconds and peak GiB (beyond weights and optimizer) of GRACE steps, beside plain steps and the teacher's forward."""
     teacher = shaped(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
     student = _trainable(shaped(STUDENT, device, torch.float32, shrink))
     batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = model_inputs(batch)
 
     @torch.no_grad()
     def forward() -> None:
         teacher(**inputs, use_cache=False, logits_to_keep=1)
 
-    found = {**_plain(student, batch, device), "teacher_ms": median_ms(forward, 7)}
-    found["student_parameters"] = sum(p.numel() for p in student.parameters())
-    found["teacher_parameters"] = sum(p.numel() for p in teacher.parameters())
-    _free(student)
-    resident = _grace(student, teacher, batch, device)
+    found: dict[str, Any] = {"supervised_tokens": rows * (length // 4)}
+    found |= {
+        f"{n}_parameters": sum(p.numel() for p in m.parameters())
+        for n, m in (("student", student), ("teacher", teacher))
+    }
+    found["resident"] = _grace(student, teacher, batch, device, beside={"teacher_ms": forward})
     _free(student)
     with tempfile.TemporaryDirectory(prefix="grace-cached-") as folder:
-        cached = _grace(student, cached_teacher(teacher.config, batch, IMAGE, Path(folder), device), batch, device)
-    found |= {f"grace_{name}": value for name, value in resident.items()}
-    found["ratio"] = resident["ms"] / (found["plain_ms"] + found["teacher_ms"])
-    found |= {f"cached_{name}": value for name, value in cached.items()}
-    found["cached_ratio"] = cached["ms"] / found["plain_ms"]
-    found["supervised_tokens"] = rows * (length // 4)
+        cached = cached_teacher(teacher.config, batch, IMAGE, Path(folder), device)
+        found["cached"] = _grace(student, cached, batch, device, beside={})
     return found
-
-
-def overlap(device: str, *, rows: int, length: int, shrink: int = 1) -> dict[str, Any]:
-    """Milliseconds of the teacher's forward pass and the student's both passes: one after the other, and on a stream each."""
-    teacher = shaped(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
-    student = _trainable(shaped(STUDENT, device, torch.float32, shrink))
-    batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    aside = torch.cuda.Stream() if device == "cuda" else None
-
-    def work(stream: torch.cuda.Stream | None) -> None:
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            teacher(**inputs, use_cache=False, logits_to_keep=1)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            out = student(**inputs, use_cache=False, logits_to_keep=1)
-        if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
-        out.logits.float().square().mean().backward()
-        student.zero_grad()
-
-    times = paired_ms({"in_turn": lambda: work(None), "on_streams": lambda: work(aside)}, 7)
-    _free(student)
-    return {"rows": rows, "length": length, **{f"{name}_ms": ms for name, ms in times.items()}}
 
 
 def memory(

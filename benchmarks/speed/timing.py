@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ["ceilings", "extra_gib", "graphed", "median_ms", "paired_ms", "reserved_gib"]
+__all__ = ["Work", "ceilings", "extra_gib", "graphed", "median_ms", "paired_ms", "reserved_gib"]
 
 Work = Callable[[], Any]
 

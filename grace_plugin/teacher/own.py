@@ -18,11 +18,11 @@ from grace_plugin.quantizer.attach import Attached
 from grace_plugin.teacher.base import Teacher, TeacherStates, model_inputs, states_of
 from grace_plugin.vlm import VisualTokens, family_of
 
-__all__ = ["SelfTeacher"]
+__all__ = ["SelfTeacher", "unquantized"]
 
 
 @contextmanager
-def _unquantized(linears: list[nn.Linear]) -> Iterator[None]:
+def unquantized(linears: list[nn.Linear]) -> Iterator[None]:
     """Inside it, the layers multiply by their weights as they are."""
     forwards = [linear.__dict__.get("forward") for linear in linears]
     try:
@@ -105,7 +105,7 @@ class SelfTeacher(Teacher):
 
         try:
             self.student.eval()
-            with _unquantized(self._linears):
+            with unquantized(self._linears):
                 return states_of(forward, self._text_model, model_inputs(batch), positions, visual)
         finally:
             for module in training:
