@@ -262,3 +262,18 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
     stands = logits_s.gather(1, targets[:, None])[:, 0].float()
     cut_off = 2**-7 if dtype == torch.bfloat16 else 0  # the interpreter does not round
     torch.testing.assert_close(stands, losses[3], rtol=cut_off, atol=0)
+
+
+def test_what_is_added_last_is_the_unrounded_gradient():
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
+    hidden_s, head_s = hidden_s.bfloat16(), Head(head_s.weight.bfloat16(), None)
+    teacher = chunks.Teacher(hidden_t, head_t, gate)
+    scales = torch.tensor([0.3, 0.8], device=DEVICE)
+    needs, exact = [True, True, False], head_s.logits(hidden_s).double().requires_grad_()
+    got = Gradients(hidden_s, head_s.weight, None, needs, torch.float32, torch.bfloat16, targets)
+    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(8), got)
+    tckd, nckd, _ = decoupled_kd(exact, head_t.logits(hidden_t).double(), targets, temperature=TEMPERATURE)
+    loss = 0.3 * torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
+    loss += 0.8 * TEMPERATURE**2 * (gate.double() * (ALPHA * tckd + BETA * nckd)).sum()
+    want = torch.autograd.grad(loss, exact)[0].gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(got._apart[1].double(), want, rtol=4e-6, atol=1e-6)
