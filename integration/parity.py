@@ -69,13 +69,18 @@ def without_colour(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def judge(
-    checkpoint: str | Path, questions: Sequence[dict[str, Any]], answers: Sequence[Any], *, causal: bool = False
+    checkpoint: str | Path,
+    questions: Sequence[dict[str, Any]],
+    answers: Sequence[Any],
+    *,
+    causal: bool = False,
+    device: str = "cpu",
 ) -> Parity:
     """Compare `answers` (prompt_ids, token_ids, logprobs each) with the checkpoint as transformers runs it.
 
-    causal: tokens of a picture see only those before them, also in a model that lets them see each other.
+    causal: tokens of a picture see only those before them, also in a model that lets them see each other. device: the model's.
     """
-    model = load(Path(checkpoint))
+    model = load(Path(checkpoint)).to(device)
     processor = AutoProcessor.from_pretrained(checkpoint)
     parity = Parity()
     for question, answer in zip(questions, answers, strict=True):
@@ -84,7 +89,7 @@ def judge(
         if causal and "token_type_ids" in batch:
             batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
         parity.prompts_differing += batch["input_ids"][0].tolist() != _as_written(answer.prompt_ids, processor, model)
-        _compare(parity, model, batch, answer)
+        _compare(parity, model, {key: value.to(device) for key, value in batch.items()}, answer)
     return parity
 
 
@@ -102,7 +107,7 @@ def _as_written(prompt: list[int], processor: Any, model: Any) -> list[int]:
 
 
 def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer: Any) -> None:
-    said = torch.tensor([answer.token_ids])
+    said = torch.tensor([answer.token_ids], device=model.device)
     length = batch["input_ids"].shape[1]
     batch["input_ids"] = torch.cat([batch["input_ids"], said], 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -114,8 +119,8 @@ def _compare(parity: Parity, model: Any, batch: dict[str, torch.Tensor], answer:
         with head.register_forward_pre_hook(lambda _, args: states.append(args[0])):
             model(**batch)
         logits = functional.linear(states[0][0, length - 1 : -1].float(), head.weight.float())
-    logp = logits.log_softmax(-1)
-    chosen = logp.gather(1, said[0][:, None])[:, 0]
+    logp = logits.log_softmax(-1).cpu()
+    chosen = logp.gather(1, said[0][:, None].cpu())[:, 0]
     parity.tokens += len(answer.token_ids)
     parity.differences += (chosen - torch.tensor(answer.logprobs)).abs().tolist()
     first, second = logp.topk(2).values.unbind(-1)

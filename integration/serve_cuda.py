@@ -44,7 +44,7 @@ ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "TRANS
 def answer(model: Any, processor: Any, question: dict[str, Any]) -> dict[str, Any]:
     """Greedy answer of transformers: prompt_ids, token_ids, logprobs [nats], top ([{id: nats}] of the best 20)."""
     text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
-    batch = dict(processor(text=[text], **pictures(question), return_tensors="pt"))
+    batch = dict(processor(text=[text], **pictures(question), return_tensors="pt").to(model.device))
     said: dict[str, Any] = {"prompt_ids": batch["input_ids"][0].tolist(), "token_ids": [], "logprobs": [], "top": []}
     stop = model.generation_config.eos_token_id
     head = model.get_output_embeddings()
@@ -99,13 +99,14 @@ def record(name: str, checkpoint: Path, folder: Path, proved: dict[str, Any]) ->
     """
     (folder / name).mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoint.rename(folder / name / "checkpoint")
-    model = load(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(checkpoint).to(device)
     processor = AutoProcessor.from_pretrained(checkpoint)
     asked = questions(name)
     said = [answer(model, processor, question) for question in asked]
     seen = [k for k, question in enumerate(asked) if question["images"] or question.get("videos")]
     recorded = [Probed("", one["prompt_ids"], one["token_ids"], one["logprobs"]) for one in said]
-    blind = judge(checkpoint, without_colour([asked[k] for k in seen]), [recorded[k] for k in seen])
+    blind = judge(checkpoint, without_colour([asked[k] for k in seen]), [recorded[k] for k in seen], device=device)
     found = {"questions": keep(folder / name / "media", asked), "answers": said, "grey": blind.mean, **proved}
     (folder / name / "recorded.json").write_text(json.dumps(found) + "\n")
     return blind.mean

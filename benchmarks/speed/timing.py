@@ -53,13 +53,18 @@ def graphed(work: Work) -> Work:
     return graph.replay
 
 
+def _settle() -> None:
+    """Wait for the device, give back what torch keeps of it, and begin a new peak."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def extra_gib(work: Work) -> float | None:
     """Peak GiB that a call holds beyond what was there before it, results included; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    _settle()
     before = torch.cuda.memory_allocated()
     held = work()
     torch.cuda.synchronize()
@@ -72,9 +77,7 @@ def reserved_gib(work: Work) -> float | None:
     """Peak GiB that torch holds of the device during a call, what was there before it included; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    _settle()
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved() / 2**30
