@@ -120,15 +120,15 @@ class GraceObjective:
 
         Every rank calls it once per step, with an empty list if it has no batch; returns the supervised tokens of all ranks.
         `host`: the same batches in host memory, as collated; given, nothing is read back from the device.
+        On CUDA a resident teacher may still be running then, on a stream of its own; `loss` has the student's head wait for it.
 
         Raises:
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
         """
-        self._window.join()
         device, pending = next(self.student.parameters()).device, []
-        sums, counts = (torch.zeros(n, dtype=torch.float32, device=device) for n in (6, 4))
-        stream = beside(self.teacher, device)
+        sums, stream = torch.zeros(6, dtype=torch.float32, device=device), beside(self.teacher, device, batches)
         with torch.cuda.stream(stream):
+            counts = sums.new_zeros(4)
             for batch, looked in zip(batches, batches if host is None else host, strict=True):
                 item, seen = look(
                     batch, looked, family=self.family, config=self.config, vocabulary=self.vocabulary,

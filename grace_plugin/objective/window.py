@@ -10,7 +10,7 @@ Legend: B batch, S sequence, N supervised positions, M visual tokens, V shared v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -140,15 +140,21 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def beside(teacher: Teacher | None, device: torch.device) -> torch.cuda.Stream | None:
+def beside(
+    teacher: Teacher | None, device: torch.device, batches: Sequence[Mapping[str, Any]]
+) -> torch.cuda.Stream | None:
     """A stream behind all that is queued now, for a teacher that may run beside the student; None has it run in turn.
 
     What is allocated there is given out again there alone, behind another call of this: by then the student has read it.
+    Batches, of another stream, may be dropped at any time: their memory is not given out while they are read here.
     """
     if teacher is None or not teacher.aside or device.type != "cuda":
         return None
     stream = _stream_of(device)
     stream.wait_stream(torch.cuda.current_stream(device))
+    for value in (value for batch in batches for value in batch.values()):
+        if isinstance(value, Tensor) and value.device == stream.device:
+            value.record_stream(stream)
     return stream
 
 
