@@ -16,6 +16,7 @@ from torch import Tensor
 from grace_plugin.losses import head_triton
 from grace_plugin.losses.distill import add_decoupled_gradient, decoupled_terms
 from grace_plugin.losses.projection import Gradients, Head, capped
+from grace_plugin.losses.rows_triton import Product
 
 __all__ = ["Settings", "Teacher", "eager", "fused", "positions_per_chunk"]
 
@@ -76,7 +77,11 @@ def eager(
     sums = torch.zeros(4, dtype=settings.dtype, device=hidden_s.device)
     for start in range(0, hidden_s.shape[0], settings.chunk):
         rows = slice(start, start + settings.chunk)
-        logits_s, known = capped(student.logits(hidden_s[rows]).to(settings.dtype), student.cap), None
+        logits_s, known = student.logits(hidden_s[rows]).to(settings.dtype), None
+        if hidden_s.dtype.itemsize < 4:  # the target's and the largest, as in `rows_triton`
+            ids = torch.stack([targets[rows], logits_s.argmax(dim=1)], dim=1)
+            logits_s.scatter_(1, ids, student.unrounded(hidden_s[rows], ids).to(settings.dtype))
+        logits_s = capped(logits_s, student.cap)
         if teacher is not None:
             logits_t = teacher.head.logits(teacher.hidden[rows]).to(logits_s.device, settings.dtype)
             known = (capped(logits_t, teacher.head.cap), teacher.gate[rows])
@@ -109,7 +114,9 @@ def fused(
     if teacher is not None:
         columns = teacher.head.weight.shape[0]
         space_t = teacher.hidden.new_empty(half * (min(width, columns) if known else columns))
-    losses = torch.zeros(5, positions, dtype=torch.float32, device=hidden_s.device)
+    losses = (torch.zeros if teacher is None else torch.empty)(
+        5, positions, dtype=torch.float32, device=hidden_s.device
+    )
     caps = student.cap, None if teacher is None else teacher.head.cap
     how = head_triton.Factors(settings.temperature, settings.alpha, settings.beta_dkd, *caps)
     for start in range(0, positions, chunk):
@@ -122,8 +129,9 @@ def fused(
                 assert space_t is not None
                 gate, logits_t = teacher.gate[part], _of_teacher(teacher, part, space_t, logits_s.device, width)
             head_triton.losses_in_place(
-                logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part], how
-            )
+                logits_s[first : first + half], logits_t, targets[part], gate, scales, losses[:, part], how,
+                Product(hidden_s[part], student.weight, student.bias),
+            )  # fmt: skip
         if gradients is not None:
             gradients.add(rows, logits_s, hidden_s[rows], student, losses[3, rows])
     ce_sum, gated = losses[0].sum(), losses[1:3]

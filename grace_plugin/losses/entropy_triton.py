@@ -6,8 +6,7 @@ Legend: n positions of a chunk, V vocabulary. What it refuses and when it runs: 
 import torch
 from torch import Tensor
 
-from grace_plugin.losses.head_triton import blocks
-from grace_plugin.losses.math_triton import triton
+from grace_plugin.losses.math_triton import blocks, triton
 
 __all__ = ["entropies"]
 

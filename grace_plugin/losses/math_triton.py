@@ -1,17 +1,20 @@
-"""Functions of one number that the kernels of this room share, in float32, and a multiplication in place."""
+"""What the kernels of this room share: how rows are cut, functions of a number or two in float32, a scaling in place."""
 
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-__all__ = ["scale_in_place", "triton"]
+__all__ = ["WARPS", "blocks", "scale_in_place", "triton"]
 
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
 else:  # torch for CPUs comes without
     triton = None
+
+BLOCK, WARPS = 2048, 4
+"""Logits of a row that one program holds, at most; its warps."""
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is 2^(x log2 e): the factor joins one that multiplies anyway
@@ -60,6 +63,12 @@ if triton is not None:
             place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = place < count
             tl.store(numbers + place, tl.load(numbers + place, mask=inside).to(tl.float32) * by, mask=inside)
+
+
+def blocks(vocabulary: int) -> dict[str, int]:
+    """A row's blocks: how long, and how many of them."""
+    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    return {"V": vocabulary, "BLOCK": block, "SLICES": triton.cdiv(vocabulary, block), "num_warps": WARPS}
 
 
 def scale_in_place(numbers: Tensor, factor: Tensor) -> None:

@@ -41,6 +41,11 @@ class Head(NamedTuple):
             return torch.mm(hidden, self.weight.T, out=out)
         return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
+    def unrounded(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[n, d] and ids [n, k] -> their logits [n, k], uncapped, multiplied in float32."""
+        logits = (hidden.float().unsqueeze(1) * self.weight[ids].float()).sum(dim=2)
+        return logits if self.bias is None else logits + self.bias[ids].float()
+
 
 def cut(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, cap: float | None = None) -> Head:
     """The first ``vocabulary`` rows of a head [rows, d], in the dtype of ``hidden``, without a gradient."""

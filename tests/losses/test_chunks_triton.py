@@ -10,6 +10,7 @@ import torch
 from grace_plugin.losses import chunks, decoupled_kd, distillation_head, head_triton, teacher_gates
 from grace_plugin.losses.head import teacher_sums
 from grace_plugin.losses.projection import Gradients, Head
+from tests.losses.sides import two_unrounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS, TEMPERATURE, ALPHA, BETA = 25, 3.0, 0.7, 2.5
@@ -264,16 +265,36 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
     torch.testing.assert_close(stands, losses[3], rtol=cut_off, atol=0)
 
 
-def test_what_is_added_last_is_the_unrounded_gradient():
-    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
-    hidden_s, head_s = hidden_s.bfloat16(), Head(head_s.weight.bfloat16(), None)
-    teacher = chunks.Teacher(hidden_t, head_t, gate)
+@pytest.mark.parametrize("temperature", [2.0, TEMPERATURE])
+@pytest.mark.parametrize(
+    ("ids", "columns", "caps"), [(IDS, None, (None, None)), (5000, 2100, (None, None)), (5000, 2100, (20.0, 1.0))]
+)
+@pytest.mark.parametrize(("known", "with_teacher"), [(True, True), (False, True), (False, False)])
+def test_a_target_s_logit_and_the_largest_are_read_unrounded(ids, columns, caps, known, with_teacher, temperature):
+    (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(6, ids, caps)
+    hidden_s, head_s = hidden_s.bfloat16(), Head(head_s.weight.bfloat16(), head_s.bias.bfloat16(), head_s.cap)
+    targets[0] = head_s.logits(hidden_s)[0].argmax()
+    exact = chunks.capped(two_unrounded(hidden_s, *head_s[:2], targets), head_s.cap).requires_grad_()
+    logits_t = chunks.capped(double(head_t).logits(hidden_t.double()), head_t.cap)
+    tckd, nckd, _ = decoupled_kd(exact, logits_t, targets, temperature=temperature)
+    ce = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    kd = temperature**2 * (ALPHA * tckd + BETA * nckd) * gate.double()
+    loss = 0.3 * ce.sum() + (0.8 * kd.sum() if with_teacher else 0.0)
+    (want,) = torch.autograd.grad(loss, exact)
+    if head_s.cap is not None:
+        want = want * (1 - (exact.detach() / head_s.cap) ** 2)
+    others = logits_t.scatter(1, targets[:, None], -torch.inf)
+    sums = torch.stack([(others / temperature).logsumexp(1), logits_t.gather(1, targets[:, None])[:, 0]]).float()
+    teacher = chunks.Teacher(hidden_t, head_t, gate, sums if known else None) if with_teacher else None
+    how = settings(8, columns=columns)._replace(temperature=temperature)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    needs, exact = [True, True, False], head_s.logits(hidden_s).double().requires_grad_()
-    got = Gradients(hidden_s, head_s.weight, None, needs, torch.float32, torch.bfloat16, targets)
-    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(8), got)
-    tckd, nckd, _ = decoupled_kd(exact, head_t.logits(hidden_t).double(), targets, temperature=TEMPERATURE)
-    loss = 0.3 * torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
-    loss += 0.8 * TEMPERATURE**2 * (gate.double() * (ALPHA * tckd + BETA * nckd)).sum()
-    want = torch.autograd.grad(loss, exact)[0].gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(got._apart[1].double(), want, rtol=4e-6, atol=1e-6)
+    for run in (chunks.fused, chunks.eager):
+        got = Gradients(hidden_s, head_s.weight, None, [True, True, False], torch.float32, torch.bfloat16, targets)
+        found = run(hidden_s, head_s, teacher, targets, scales, how, got)
+        torch.testing.assert_close(found[0].double(), ce.sum(), rtol=4e-6, atol=1e-6)
+        if with_teacher:
+            torch.testing.assert_close(found[1].double(), kd.sum(), rtol=2e-5, atol=1e-6)
+        own = want.gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(got._apart[1].double(), own, rtol=1e-5, atol=1e-6)
+        grad_h = want @ head_s.weight.double()
+        assert (got.hidden.double() - grad_h).norm() < 2**-7 * grad_h.norm()

@@ -18,3 +18,15 @@ def test_a_part_of_a_head_is_the_head_of_those_ids(bias):
     torch.testing.assert_close(
         part.logits(hidden), head.logits(hidden)[:, 1:3], rtol=1e-14, atol=0
     )  # a product's order
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_logits_of_some_ids_unrounded(biased):
+    made = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 40, generator=made).bfloat16() for rows in (3, 5))
+    bias = torch.randn(5, generator=made).bfloat16() if biased else None
+    ids = torch.tensor([[4, 0], [1, 1], [2, 3]])
+    exact = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double() if biased else None)
+    found = Head(weight, bias, 0.5).unrounded(hidden, ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact.gather(1, ids), rtol=1e-6, atol=1e-6)

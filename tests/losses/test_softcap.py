@@ -5,7 +5,7 @@ import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
 from grace_plugin.losses.head import teacher_sums
-from tests.losses.sides import NAMES, draw
+from tests.losses.sides import NAMES, draw, two_unrounded
 from tests.reference import distill as oracle
 
 CAPS = [(1.5, 0.8), (2.0, None), (None, 0.5)]
@@ -42,13 +42,12 @@ def test_gradients_of_capped_logits(caps):
 
 
 def test_logits_of_bfloat16_sides_are_capped_in_float32():
-    """The products round to bfloat16; from there on nothing does."""
+    """The products round to bfloat16, but for the student's target and its largest; from there on nothing does."""
     sides, targets = draw(dtype=torch.bfloat16, grad=False)
     out = loss(sides, targets, (1.5, 0.8))
-    z_s, z_t = (
-        cap * torch.tanh(torch.nn.functional.linear(*(sides[name] for name in side))[:, :9].double() / cap)
-        for cap, side in ((1.5, NAMES[:3]), (0.8, NAMES[3:]))
-    )
+    z_s = two_unrounded(sides["hidden_s"], sides["weight_s"][:9], sides["bias_s"][:9], targets)
+    z_t = torch.nn.functional.linear(*(sides[name] for name in NAMES[3:]))[:, :9].double()
+    z_s, z_t = (cap * torch.tanh(z / cap) for cap, z in ((1.5, z_s), (0.8, z_t)))
     gate, _ = confidence_gate(z_t)
     found, _ = teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=0.8)
     torch.testing.assert_close(found.double(), gate, rtol=0, atol=1e-6)

@@ -1,0 +1,120 @@
+"""What the blocks of a row of logits add up to, with two of its logits read unrounded: the target's, and the largest.
+
+What it does. From the sums of `head_triton` over blocks: a row's losses, the gradient of its target, and the numbers that its
+other gradients are made of. bfloat16 keeps 8 bits: a logit between 16 and 32 is off by up to 1/16. Cross-entropy reads the
+target's as it is, and the largest holds most of what a confident row gives its gradient. Both are multiplied once more, in
+float32; the other logits, and all of the teacher's, stay as they were written.
+
+What it costs. A block of the row and two rows of the head read again for each position.
+
+Legend: n positions of a chunk, N of all, V vocabulary, d hidden width, y the target of a position.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from grace_plugin.losses.math_triton import triton
+
+__all__ = ["Product"]
+
+
+class Product(NamedTuple):
+    """What logits [n, V] are the product of."""
+
+    hidden: Tensor  # [n, d]
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+
+
+if triton is not None:
+    import triton.language as tl
+
+    from grace_plugin.losses.math_triton import capped, coin_gap, weighted
+
+    @triton.jit
+    def _largest(logits, block, V: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Id of the largest logit of a block of a row; the first of several."""
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        return block * BLOCK + tl.argmax(z, 0)
+
+    @triton.jit
+    def _unrounded(  # type: ignore[no-untyped-def]
+        hidden, head, bias, id, step_h, stride_w, step_w, cap, WIDTH: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
+        BLOCK: tl.constexpr = 512,
+    ):  # fmt: skip
+        """A row of hidden states times a row of the head, in float32."""
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            part = start + tl.arange(0, BLOCK)
+            h = tl.load(hidden + part * step_h, mask=part < WIDTH, other=0.0).to(tl.float32)
+            w = tl.load(head + part * step_w + id.to(tl.int64) * stride_w, mask=part < WIDTH, other=0.0)
+            total += h * w.to(tl.float32)
+        z = tl.sum(total, 0)
+        if BIAS:
+            z += tl.load(bias + id).to(tl.float32)
+        return capped(z, cap, CAPPED)
+
+    @triton.jit
+    def row_sums(  # type: ignore[no-untyped-def]
+        student, teacher, targets, gates, scales, parts, losses, row_values, masses_t, at_y_t, hidden, head, bias, n, N,
+        stride_s, stride_t, stride_h, step_h, stride_w, step_w, per_t, alpha, beta_dkd, cap_s, cap_t, V: tl.constexpr,
+        TEACHER: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+        PADDED: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
+    ):  # fmt: skip
+        """Adds the blocks of a row up: its losses, dL/dlogit of its target, and the numbers its gradient is made of. Where the
+        hidden states have a WIDTH, its largest logit and its target's are multiplied anew."""
+        row = tl.program_id(0).to(tl.int64)
+        slot, size = tl.arange(0, PADDED), n * SLICES
+        place, known = parts + row * SLICES + slot, slot < SLICES
+        z_y = tl.load(losses + 3 * N + row)
+        tops = tl.load(place, mask=known, other=float("-inf"))
+        top = tl.max(tops, 0)
+        total = tl.sum(tl.load(place + size, mask=known, other=0.0) * tl.exp(tops - top), 0)
+        if WIDTH > 0:
+            y, as_written = tl.load(targets + row), z_y
+            best = _largest(student + row * stride_s, tl.argmax(tops, 0), V, BLOCK)
+            at = hidden + row * stride_h
+            z_y = _unrounded(at, head, bias, y, step_h, stride_w, step_w, cap_s, WIDTH, BIAS, CAPPED_S)
+            z_best = _unrounded(at, head, bias, best, step_h, stride_w, step_w, cap_s, WIDTH, BIAS, CAPPED_S)
+            lift = tl.where(best == y, 0.0, z_best - top)  # of what is not the target
+            total += (tl.exp(z_y - top) - tl.exp(as_written - top)) + (tl.exp(lift) - 1.0)
+            tl.store(row_values + 6 * n + row, z_best)
+            tl.store(row_values + 7 * n + row, best.to(tl.float32))
+            tl.store(row_values + 8 * n + row, lift)
+        normaliser = top + tl.log(total)
+        tl.store(losses + row, normaliser - z_y)
+        tl.store(row_values + row, normaliser)
+        own = tl.load(scales) * (tl.exp(z_y - normaliser) - 1.0)
+        if TEACHER > 0:
+            rest_s = tl.sum(weighted(place + 2 * size, known, tops - top, per_t), 0)
+            if WIDTH > 0:
+                rest_s += tl.exp(lift * per_t) - 1.0
+            mass_s = top * per_t + tl.log(rest_s)
+            if TEACHER == 1:
+                tops_t = tl.load(place + 3 * size, mask=known, other=float("-inf"))
+                top_t = tl.max(tops_t, 0)
+                rest_t = tl.sum(weighted(place + 4 * size, known, tops_t - top_t, per_t), 0)
+                gap = tl.sum(weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
+                if WIDTH > 0:
+                    t = capped(tl.load(teacher + row * stride_t + best).to(tl.float32), cap_t, CAPPED_T)
+                    gap -= tl.exp((t - top_t) * per_t) * lift
+                mass_t = top_t * per_t + tl.log(rest_t)
+                tl.store(masses_t + row, mass_t)
+                apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
+                tl.store(losses + 2 * N + row, gap / rest_t * per_t + apart)
+            else:
+                mass_t = tl.load(masses_t + row)
+            odds_s = z_y * per_t - mass_s
+            odds_t = tl.load(at_y_t + row) * per_t - mass_t
+            tl.store(losses + N + row, coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s))
+            side = tl.where(odds_t > 0.0, -1.0, 1.0)  # the smaller probabilities differ more exactly
+            pull = side * (tl.sigmoid(side * odds_s) - tl.sigmoid(side * odds_t))
+            weight = tl.load(scales + 1) * tl.load(gates + row) / per_t  # T^2 of the loss, 1/T of the inner derivative
+            own += alpha * weight * pull
+            tl.store(row_values + n + row, mass_s)
+            tl.store(row_values + 3 * n + row, (beta_dkd - alpha * pull) * weight)
+            tl.store(row_values + 4 * n + row, beta_dkd * weight)
+            tl.store(row_values + 5 * n + row, tl.exp(2.0 * mass_s - normaliser))
+        tl.store(losses + 3 * N + row, own * (1.0 - (z_y / cap_s) * (z_y / cap_s)) if CAPPED_S else own)
