@@ -180,16 +180,20 @@ def relational_loss(hidden_s: Tensor, hidden_t: Tensor, sizes: Sequence[int]) ->
     _check_sizes(hidden_s, sizes)
     _check_sizes(hidden_t, sizes)
     dtype = loss_dtype(hidden_s, hidden_t)
-    loss_sum = hidden_s[:0].sum(dtype=dtype)
-    images = torch.zeros((), dtype=torch.int64, device=hidden_s.device)
+    losses, counted = [], []
     with full_precision(hidden_s):
         for members in _by_size(sizes).values():
             batch_s, batch_t = _batch(hidden_s, sizes, members), _batch(hidden_t.detach(), sizes, members)
             if relational_triton.usable(batch_s, batch_t):
-                cka, counts = relational_triton.alignment(batch_t, batch_s)
+                loss, count = relational_triton.relation(batch_t, batch_s)
             else:
                 centred_t, centred_s = _centred(_unit_rows(batch_t.to(dtype))), _centred(_unit_rows(batch_s.to(dtype)))
                 cka, counts = _alignment(centred_t, centred_s)
-            loss_sum = loss_sum + torch.where(counts, 1.0 - cka, 0.0).sum()
-            images = images + counts.sum()
+                loss, count = torch.where(counts, 1.0 - cka, 0.0).sum(), counts.sum()
+            losses.append(loss)
+            counted.append(count)
+        if not losses:
+            none = torch.zeros((), dtype=torch.int64, device=hidden_s.device)
+            return RelationalOutput(hidden_s[:0].sum(dtype=dtype), none, none + len(sizes))
+    loss_sum, images = sum(losses[1:], losses[0]), sum(counted[1:], counted[0])
     return RelationalOutput(loss_sum, images, len(sizes) - images)

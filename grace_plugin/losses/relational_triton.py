@@ -1,14 +1,14 @@
-"""Relational alignment of bfloat16 states in Triton: two Gram matrices in, the alignment and the matrix of its gradient out.
+"""Relational loss of bfloat16 states in Triton: two Gram matrices in, the loss and the matrix of its gradient out.
 
 What it does. Products of bfloat16 numbers are exact in float32, so kernels are taken from the states as they are (tensor cores)
 and everything after them is float32 on n x n. With r_i = 1 / |x_i|, K_ij = r_i r_j G_ij and A, B the centred kernels of teacher
-and student, c = <A, B> / (|A| |B|) has dc/dB = (A / |A| - c B / |B|) / |B| =: D, which is centred as A and B are. Through the
-unit rows this is dc/dx = M x with the symmetric M_ij = 2 r_i r_j D_ij, less 2 r_i^2 (D K)_ii on the diagonal: one matrix
-product, taken with M split into two bfloat16 matrices (16 of float32's 24 bits).
+and student, c = <A, B> / (|A| |B|), the loss 1 - c has d(1 - c)/dB = (c B / |B| - A / |A|) / |B| =: D, which is centred as A
+and B are. Through the unit rows this is M x with the symmetric M_ij = 2 r_i r_j D_ij, less 2 r_i^2 (D K)_ii on the diagonal:
+one matrix product, taken with M split into two bfloat16 matrices (16 of float32's 24 bits).
 
 What it refuses. Nothing: `usable` says when it can run and is the cheaper form.
 
-What it costs. Two float32 and two bfloat16 matrices [b, n, n]; three launches beside the products; no host synchronisation.
+What it costs. Two float32 and two bfloat16 matrices [b, n, n]; five launches beside the products; no host synchronisation.
 
 Legend: b images of n tokens each; widths d_s, d_t.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["KERNEL_DEGENERATE", "alignment", "countable", "usable"]
+__all__ = ["KERNEL_DEGENERATE", "countable", "relation", "usable"]
 
 if find_spec("triton") is not None:
     import triton
@@ -105,10 +105,10 @@ if triton is not None:
 
     @triton.jit
     def _direction(  # type: ignore[no-untyped-def]
-        gram, inverse, means, sums, high, low, alignment, counts, images, apart, least, n: tl.constexpr,
+        gram, inverse, means, sums, high, low, losses, counts, images, apart, least, n: tl.constexpr,
         GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Row i of M as two bfloat16 parts; the first row also writes the image's alignment."""
+        """Row i of M as two bfloat16 parts; the first row also writes the image's loss, 0 where it does not count."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
         sums += image * n
         square_t, square_s = _total(sums, n, BLOCK), _total(sums + images * n, n, BLOCK)
@@ -117,7 +117,7 @@ if triton is not None:
         norm_t, norm_s = tl.sqrt(tl.where(skip, 1.0, square_t)), tl.sqrt(tl.where(skip, 1.0, square_s))
         cka = tl.where(skip, 0.0, inner) / (norm_t * norm_s)
         if row == 0:
-            tl.store(alignment + image, cka)
+            tl.store(losses + image, tl.where(skip, 0.0, 1.0 - cka))
             tl.store(counts + image, tl.where(skip, 0, 1))
         if GRADIENT:
             by_t = tl.where(skip, 0.0, 1.0 / (norm_t * norm_s))
@@ -134,7 +134,7 @@ if triton is not None:
                 inside = column < n
                 _, a = _centred(gram_t, inverse_t, means_t, mine_t, mean_t, middle_t, row, column, inside, n)
                 kernel, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
-                along += (by_t * a - by_s * b) * kernel
+                along += (by_s * b - by_t * a) * kernel
             diagonal = 2.0 * tl.sum(along, 0) * mine_s * mine_s
             for start in range(0, n, BLOCK):
                 column = start + tl.arange(0, BLOCK)
@@ -142,7 +142,7 @@ if triton is not None:
                 _, a = _centred(gram_t, inverse_t, means_t, mine_t, mean_t, middle_t, row, column, inside, n)
                 _, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
                 length = tl.load(inverse_s + column, mask=inside, other=0.0)
-                entry = 2.0 * mine_s * length * (by_t * a - by_s * b) - tl.where(column == row, diagonal, 0.0)
+                entry = 2.0 * mine_s * length * (by_s * b - by_t * a) - tl.where(column == row, diagonal, 0.0)
                 rounded = entry.to(tl.bfloat16)
                 tl.store(high + column, rounded, mask=inside)
                 tl.store(low + column, (entry - rounded.to(tl.float32)).to(tl.bfloat16), mask=inside)
@@ -160,7 +160,7 @@ def _bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CKA [b] float32, whether each image counts [b] bool, and M as two bfloat16 parts [b, n, n] (empty without gradient)."""
+    """1 - CKA [b] float32, whether each image counts [b] bool, M as two bfloat16 parts [b, n, n] (empty without gradient)."""
     images, tokens, _ = features_s.shape
     sides = [features_t] if features_s is features_t else [features_t, features_s]
     apart, device = images * (len(sides) - 1), features_s.device
@@ -172,25 +172,26 @@ def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Te
     shape: dict[str, Any] = {"n": tokens, "BLOCK": _block(tokens), "num_warps": 4}
     _lengths[(tokens, len(gram))](gram, inverse, means, **shape)
     _products[(tokens, images)](gram, inverse, means, sums, images, apart, **shape)
-    cka = torch.empty(images, dtype=torch.float32, device=device)
+    losses = torch.empty(images, dtype=torch.float32, device=device)
     counts = torch.empty(images, dtype=torch.bool, device=device)
     high, low = features_s.new_empty(2, images, tokens, tokens if gradient else 0)
     least = (KERNEL_DEGENERATE * tokens) ** 2
     rows = tokens if gradient else 1
     _direction[(rows, images)](
-        gram, inverse, means, sums, high, low, cka, counts, images, apart, least, GRADIENT=gradient, **shape
+        gram, inverse, means, sums, high, low, losses, counts, images, apart, least, GRADIENT=gradient, **shape
     )
-    return cka, counts, high, low
+    return losses, counts, high, low
 
 
-class _Alignment(torch.autograd.Function):
+class _Relation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(features_s):  # Triton starts kernels on the current device
-            cka, counts, high, low = _aligned(features_t, features_s, ctx.needs_input_grad[1])
+            losses, counts, high, low = _aligned(features_t, features_s, ctx.needs_input_grad[1])
         ctx.save_for_backward(features_s, high, low)
-        ctx.mark_non_differentiable(counts)
-        return cka, counts
+        counted = counts.sum()
+        ctx.mark_non_differentiable(counted)
+        return losses.sum(), counted
 
     @staticmethod
     @once_differentiable
@@ -201,22 +202,22 @@ class _Alignment(torch.autograd.Function):
             torch.baddbmm(out, low, features, out_dtype=torch.float32, out=out)
         else:
             out += torch.bmm(low.float(), features.float())
-        return None, torch.mul(out, grad[:, None, None], out=torch.empty_like(features))
+        return None, torch.mul(out, grad, out=torch.empty_like(features))
 
 
-def alignment(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
-    """CKA [b] float32 (0 where skipped), differentiable by ``features_s``, and whether each image counts [b] bool.
+def relation(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of 1 - CKA over the images that count, float32, differentiable by ``features_s``; and how many they are, int64.
 
     Args:
         features_t: [b, n, d_t] bfloat16.
         features_s: [b, n, d_s] bfloat16.
     """
-    found: tuple[Tensor, Tensor] = _Alignment.apply(features_t, features_s)
+    found: tuple[Tensor, Tensor] = _Relation.apply(features_t, features_s)
     return found
 
 
 @torch.no_grad()
 def countable(features: Tensor) -> Tensor:
-    """Which images' centred kernels can be measured [b] bool, by the rule of :func:`alignment`."""
+    """Which images' centred kernels can be measured [b] bool, by the rule of :func:`relation`."""
     with torch.cuda.device_of(features):
         return _aligned(features, features, False)[1]
