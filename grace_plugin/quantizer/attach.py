@@ -31,15 +31,15 @@ from grace_plugin.quantizer.together import fill, layer_of, settle_all
 def _forward_weight(self: nn.Linear) -> Tensor:
     """The fake-quantized weight that an attached layer multiplies by."""
     state: LayerState = self.__dict__[STATE]
-    theta, how = getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
+    weight, theta, how = self.weight, getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
     if state.scaling is None:
-        defer = state.defer and torch.is_grad_enabled() and self.weight.requires_grad and theta.requires_grad
+        defer = state.defer and torch.is_grad_enabled() and weight.requires_grad and theta.requires_grad
         state.pending |= defer
-        weight = fake_quantize(self.weight, theta, defer=defer, **how)
+        value = fake_quantize(weight, theta, defer=defer, **how)
     else:
-        weight = fake_quantize_merged(self.weight, *factors(self), theta, scaling=state.scaling, **how)
-    state.computed_in = weight.dtype
-    return weight
+        value = fake_quantize_merged(weight, *factors(self), theta, scaling=state.scaling, **how)
+    state.computed_in = value.dtype
+    return value
 
 
 def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:

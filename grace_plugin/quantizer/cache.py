@@ -98,11 +98,8 @@ class WeightCache:
 
     def _key(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
         """What a value depends on."""
-        return (
-            None if self._counter is None else self._counter.steps,
-            *(part for t in inputs for part in (t._version, t.data_ptr(), t.dtype, t.device, t.shape)),
-            dtype,
-        )
+        steps = None if self._counter is None else self._counter.steps
+        return steps, dtype, *[(t._version, t.data_ptr(), t.dtype, t.device, t.shape) for t in inputs]
 
     def _holds(self, key: tuple[object, ...]) -> bool:
         return self._kept is not None and self._kept[0] == key

@@ -22,7 +22,8 @@ over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until 
 Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -145,37 +146,54 @@ def quantized(
     return dequantize(found, scale).to(out_dtype), scale
 
 
+class Kept:
+    """Tensors that a function of autograd keeps itself, and that they stand as they stood.
+
+    torch's hooks on saved tensors (checkpointing, offloading) then run for activations alone: weights need none.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors; RuntimeError when one was written to since."""
+        if self._versions != [tensor._version for tensor in self._tensors]:
+            raise RuntimeError(
+                "a weight or what it is quantized with was modified by an inplace operation between forward and backward; "
+                "step the optimizer after the backward pass"
+            )
+        return self._tensors
+
+
+class _How(NamedTuple):
+    """What `_FakeQuantize` is told beside its tensors."""
+
+    num_bits: int
+    stored_dtype: torch.dtype
+    out_dtype: torch.dtype
+    cache: WeightCache | None
+    defer: bool
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        log_scale: Tensor,
-        num_bits: int,
-        stored_dtype: torch.dtype,
-        out_dtype: torch.dtype,
-        cache: WeightCache | None,
-        defer: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: _How) -> Tensor:
         def compute() -> tuple[Tensor, Tensor]:
-            return quantized(weight, log_scale, num_bits, stored_dtype, out_dtype)
+            return quantized(weight, log_scale, how.num_bits, how.stored_dtype, how.out_dtype)
 
-        value, scale = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute)
-        ctx.save_for_backward(weight, log_scale, scale)
-        ctx.num_bits, ctx.defer = num_bits, defer
+        value, scale = compute() if how.cache is None else how.cache.get(weight, log_scale, how.out_dtype, compute)
+        ctx.kept, ctx.how = Kept(weight, log_scale, scale), how
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, log_scale, scale = ctx.saved_tensors
-        if ctx.defer:
+        weight, log_scale, scale = ctx.kept.tensors()
+        if ctx.how.defer:
             # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
             shared = dist.is_available() and dist.is_initialized()
-            zeros = torch.zeros_like(log_scale) if shared else None
-            return grad_out.to(weight.dtype), zeros, None, None, None, None, None
-        grads = gradients(weight, scale, grad_out, ctx.num_bits, ctx.needs_input_grad[:2])
-        return (*grads, None, None, None, None, None)
+            return grad_out.to(weight.dtype), torch.zeros_like(log_scale) if shared else None, None
+        return (*gradients(weight, scale, grad_out, ctx.how.num_bits, ctx.needs_input_grad[:2]), None)
 
 
 @torch.no_grad()
@@ -195,10 +213,13 @@ def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: to
     log_scale.grad = grad_log_scale.to(log_scale.dtype)
 
 
+_autocast_there = functools.cache(torch.amp.is_autocast_available)
+
+
 def forward_dtype(weight: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
     device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _autocast_there(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
@@ -238,5 +259,5 @@ def fake_quantize(
             f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
             f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
         )
-    value: Tensor = _FakeQuantize.apply(weight, log_scale, num_bits, stored_dtype, out_dtype, cache, defer)
+    value: Tensor = _FakeQuantize.apply(weight, log_scale, _How(num_bits, stored_dtype, out_dtype, cache, defer))
     return value

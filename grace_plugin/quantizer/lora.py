@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.fake_quant import forward_dtype, gradients, quantized
+from grace_plugin.quantizer.fake_quant import Kept, forward_dtype, gradients, quantized
 from grace_plugin.quantizer.scales import check_fit, compute_dtype, holds, row_blocks, stored_scale
 
 LORA_A, LORA_B = "lora_A", "lora_B"
@@ -101,7 +101,7 @@ class _FakeQuantizeMerged(torch.autograd.Function):
                 value[rows], _ = quantized(total, log_scale[rows], how["num_bits"], how["stored_dtype"], out_dtype)
             return value, stored_scale(log_scale, how["stored_dtype"])
 
-        ctx.save_for_backward(weight, lora_a, lora_b, log_scale)
+        ctx.kept = Kept(weight, lora_a, lora_b, log_scale)
         ctx.settings = (scaling, how)
         value, _ = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute, lora_a, lora_b)
         return value
@@ -109,7 +109,7 @@ class _FakeQuantizeMerged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, lora_a, lora_b, log_scale = ctx.saved_tensors
+        weight, lora_a, lora_b, log_scale = ctx.kept.tensors()
         scaling, how = ctx.settings
         dtype = compute_dtype(weight)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None

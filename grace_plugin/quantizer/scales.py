@@ -13,6 +13,7 @@ What it costs. The start search reads a weight once per candidate, in blocks of 
 Legend: out, in are the dimensions of a linear weight; groups = in / group_size.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ def check_format(num_bits: int, stored_dtype: torch.dtype) -> None:
         )
 
 
+@functools.cache
 def holds(dtype: torch.dtype, stored_dtype: torch.dtype) -> bool:
     """Whether every number of ``stored_dtype`` is a number of ``dtype``."""
     return torch.promote_types(dtype, stored_dtype) == dtype
@@ -197,10 +199,14 @@ def start_scales(
 
 def check_shapes(weight: Tensor, scale: Tensor) -> None:
     """ValueError for scales that are not one row per output row, or whose number does not divide the width."""
-    fits = weight.ndim == 2 and scale.ndim == 2 and weight.shape[0] == scale.shape[0] and scale.shape[1] > 0
-    if not fits or weight.shape[1] % scale.shape[1]:
+    _check_shapes(weight.shape, scale.shape)
+
+
+def _check_shapes(weight: torch.Size, scale: torch.Size) -> None:
+    fits = len(weight) == 2 and len(scale) == 2 and weight[0] == scale[0] and scale[1] > 0
+    if not fits or weight[1] % scale[1]:
         raise ValueError(
-            f"scales {tuple(scale.shape)} do not fit a weight {tuple(weight.shape)}; "
+            f"scales {tuple(scale)} do not fit a weight {tuple(weight)}; "
             "give one row of scales per output row and a number of groups that divides the input width"
         )
 
@@ -209,9 +215,14 @@ def check_fit(
     weight: Tensor, log_scale: Tensor, group_size: int | None, num_bits: int, stored_dtype: torch.dtype
 ) -> None:
     """ValueError for a format that cannot be saved, or scales that do not fit the weight."""
+    _check_fit(weight.shape, log_scale.shape, group_size, num_bits, stored_dtype)
+
+
+@functools.lru_cache(4096)  # each call of each layer asks
+def _check_fit(
+    weight: torch.Size, scale: torch.Size, group_size: int | None, num_bits: int, stored_dtype: torch.dtype
+) -> None:
     check_format(num_bits, stored_dtype)
-    check_shapes(weight, log_scale)
-    if log_scale.shape[1] != group_count(weight.shape[1], group_size):
-        raise ValueError(
-            f"{log_scale.shape[1]} scales per row for groups of {group_size} in a width of {weight.shape[1]}"
-        )
+    _check_shapes(weight, scale)
+    if scale[1] != group_count(weight[1], group_size):
+        raise ValueError(f"{scale[1]} scales per row for groups of {group_size} in a width of {weight[1]}")

@@ -301,14 +301,29 @@ def test_gradients_have_the_dtype_of_what_they_belong_to():
 
 
 def test_only_the_weight_and_its_scales_are_kept_for_backward():
+    """By the function itself: hooks of checkpointing and offloading see nothing of them."""
     weight, log_scale = draw()
     weight.requires_grad_()
     log_scale.requires_grad_()
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        quantized(weight, log_scale)
-    assert saved[:2] == [weight.data_ptr(), log_scale.data_ptr()]
-    assert len(saved) == 3  # and the scales as stored
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = quantized(weight, log_scale)
+    assert saved == []
+    kept = value.grad_fn.kept.tensors()
+    assert [t.data_ptr() for t in kept[:2]] == [weight.data_ptr(), log_scale.data_ptr()]
+    assert len(kept) == 3 and kept[2].shape == log_scale.shape  # and the scales as stored
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_what_backward_needs_must_stand_as_it_stood(changed):
+    tensors = [t.requires_grad_() for t in draw()]
+    value = quantized(*tensors)
+    with torch.no_grad():
+        tensors[changed].mul_(1.0)
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation between forward and backward; step the opt"
+    ):
+        value.sum().backward()
 
 
 def test_autocast_decides_the_compute_dtype():

@@ -124,9 +124,14 @@ def test_a_cached_value_is_that_of_the_dtype_asked_for():
 def test_only_what_is_trained_and_the_weight_are_kept_for_backward():
     tensors = [t.requires_grad_() for t in draw()]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        quantized(*tensors)
-    assert saved == [t.data_ptr() for t in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = quantized(*tensors)
+    assert saved == []
+    assert [t.data_ptr() for t in value.grad_fn.kept.tensors()] == [t.data_ptr() for t in tensors]
+    with torch.no_grad():
+        tensors[1].mul_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation between forward and backward"):
+        value.sum().backward()
 
 
 def test_the_sum_is_formed_in_float32_under_autocast_in_the_backward_pass_too():
