@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import WeightCache
+from grace_plugin.quantizer.kept import Kept
 from grace_plugin.quantizer.scales import (
     check_fit,
     check_format,
@@ -144,25 +145,6 @@ def quantized(
     scale = stored_scale(log_scale, stored_dtype)
     found = codes(weight, log_scale, num_bits=num_bits, stored_dtype=stored_dtype)
     return dequantize(found, scale).to(out_dtype), scale
-
-
-class Kept:
-    """Tensors that a function of autograd keeps itself, and that they stand as they stood.
-
-    torch's hooks on saved tensors (checkpointing, offloading) then run for activations alone: weights need none.
-    """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors; RuntimeError when one was written to since."""
-        if self._versions != [tensor._version for tensor in self._tensors]:
-            raise RuntimeError(
-                "a weight or what it is quantized with was modified by an inplace operation between forward and backward; "
-                "step the optimizer after the backward pass"
-            )
-        return self._tensors
 
 
 class _How(NamedTuple):

@@ -161,23 +161,34 @@ class CachedTeacher(Teacher):
                 f"{REBUILD.format(folder=self.store.folder)}"
             )
         rows = [self.store.read(key) for key in batch[SAMPLE_KEY]]
-        final = torch.cat([final for final, _ in rows])
-        if len(final) != len(positions):
-            raise ValueError(_other("supervised positions", len(positions), len(final), self.store))
-        if not self.store.identity["visual"]:
-            return TeacherStates(_moved(final, positions.device), _moved(final[:0], positions.device))
-        in_order = torch.cat([seen for _, seen in rows if seen is not None])
-        if len(in_order) != len(visual.index):
-            raise ValueError(_other("visual tokens", len(visual.index), len(in_order), self.store))
-        place = (
-            visual.index.argsort().argsort()
-        )  # a batch lists pictures before videos, a row of the store as they come
-        return TeacherStates(_moved(final, positions.device), _moved(in_order, place.device).index_select(0, place))
+        final, seen = [final for final, _ in rows], [seen for _, seen in rows if seen is not None]
+        for what, here, parts in (
+            ("supervised positions", len(positions), final),
+            ("visual tokens", len(visual.index), seen),
+        ):
+            there = sum(map(len, parts))
+            if there != here and parts:
+                raise ValueError(_other(what, here, there, self.store))
+        on_device = _together(final, positions.device)
+        if not seen:
+            return TeacherStates(on_device, on_device[:0])
+        # a batch lists pictures before videos, a row of the store as they come
+        place = visual.index.argsort().argsort()
+        return TeacherStates(on_device, _together(seen, place.device).index_select(0, place))
 
 
-def _moved(states: Tensor, device: torch.device) -> Tensor:
-    """States on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
-    return (states.pin_memory() if device.type == "cuda" else states).to(device, non_blocking=True)
+def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """States of several rows, one after the other, on the device; to a GPU from pinned memory: nothing waits for that copy.
+
+    Each is copied once on the host, by one thread: what reads mapped files is not worth the waking of many.
+    """
+    shape, pinned = (sum(map(len, parts)), *parts[0].shape[1:]), device.type == "cuda"
+    states = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned)
+    bits, first = states.view(torch.uint8).numpy(), 0
+    for part in parts:
+        bits[first : first + len(part)] = part.view(torch.uint8).numpy()
+        first += len(part)
+    return states.to(device, non_blocking=True)
 
 
 def _other(what: str, here: int, there: int, store: StateStore) -> str:
