@@ -192,44 +192,40 @@ def losses_in_place(
     n, vocabulary = logits_s.shape
     if not n:
         return
-    shape = blocks(vocabulary)
-    slices, block = shape["SLICES"], shape["BLOCK"]
+    slices, block = (blocks(vocabulary)[name] for name in ("SLICES", "BLOCK"))
     parts = torch.empty(6, n, slices, dtype=torch.float32, device=logits_s.device)
     row_values = torch.empty(9, n, dtype=torch.float32, device=logits_s.device)
     mode, per_t, caps = 0 if teacher is None else 1, 1.0 / how.temperature, (how.cap_s or 1.0, how.cap_t or 1.0)
-    read, spans, sums_t = logits_s, [(0, vocabulary)], (row_values[2], losses[4])
-    if isinstance(teacher, Tensor):
-        read = teacher
-    logits_t = read
+    logits_t = read = teacher if isinstance(teacher, Tensor) else logits_s
+    spans, sums_t = [(0, vocabulary)], (row_values[2], losses[4])
     if isinstance(teacher, TeacherSlices):
         mode, spans, sums_t = 2, teacher.spans, (teacher.mass, teacher.target)
         logits_t = teacher.logits(*spans[0])  # first, so that all else is prepared while the device multiplies
     counts = [triton.cdiv(end - first, block) for first, end in spans]
     gaps = torch.empty(n, sum(counts), dtype=torch.float32, device=logits_s.device)
-    flags = {
-        "TEACHER": mode, "SQUARES": mode > 0 and how.temperature == 2.0, "CAPPED_S": how.cap_s is not None,
-        "CAPPED_T": how.cap_t is not None, "BLOCK": block, "num_warps": WARPS,
-    }  # fmt: skip
+    flags = dict(
+        TEACHER=mode, CAPPED_S=how.cap_s is not None, CAPPED_T=how.cap_t is not None, BLOCK=block, num_warps=WARPS
+    )
+    squares = mode > 0 and how.temperature == 2.0
     hidden, head, bias = product or (logits_s, logits_s, None)
     anew = product is not None and logits_s.dtype == torch.bfloat16
     with torch.cuda.device_of(logits_s):  # Triton starts kernels on the current device
         _loss_parts[(n, slices)](
             logits_s, read, targets, parts, losses, n, losses.stride(0), logits_s.stride(0), read.stride(0), per_t, *caps,
-            V=vocabulary, SLICES=slices, **flags,
+            V=vocabulary, SQUARES=squares, SLICES=slices, **flags,
         )  # fmt: skip
         row_sums[(n,)](
             logits_s, read, targets, scales if gate is None else gate, scales, parts, losses, row_values, *sums_t, hidden, head,
             head if bias is None else bias, n, losses.stride(0), logits_s.stride(0), read.stride(0), *hidden.stride(),
             *head.stride(), per_t, how.alpha, how.beta_dkd, *caps, V=vocabulary, SLICES=slices,
-            PADDED=triton.next_power_of_2(slices), WIDTH=hidden.shape[1] if anew else 0, BIAS=bias is not None,
-            **{name: flag for name, flag in flags.items() if name != "SQUARES"} | {"num_warps": WARPS if anew else 1},
+            PADDED=triton.next_power_of_2(slices), WIDTH=hidden.shape[1] if anew else 0, BIAS=bias is not None, **flags,
         )  # fmt: skip
         for number, ((first, end), count) in enumerate(zip(spans, counts, strict=True)):
-            if number and isinstance(teacher, TeacherSlices):
-                logits_t = teacher.logits(first, end)
+            logits_t = teacher.logits(first, end) if number and isinstance(teacher, TeacherSlices) else logits_t
             _gradient[(n, count)](
                 logits_s, logits_t, targets, losses[3], scales, row_values, sums_t[0], gaps, n, first, sum(counts[:number]),
-                gaps.shape[1], logits_s.stride(0), logits_t.stride(0), per_t, *caps, V=end - first, UNROUNDED=anew, **flags,
+                gaps.shape[1], logits_s.stride(0), logits_t.stride(0), per_t, *caps, V=end - first,
+                SQUARES=squares, UNROUNDED=anew, **flags,
             )  # fmt: skip
     if mode == 2:
         torch.sum(gaps, dim=1, out=losses[2])

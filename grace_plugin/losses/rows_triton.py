@@ -57,6 +57,38 @@ if triton is not None:
         return capped(z, cap, CAPPED)
 
     @triton.jit
+    def _both(  # type: ignore[no-untyped-def]
+        logits, hidden, head, bias, block, y, step_h, stride_w, step_w, cap, V: tl.constexpr, WIDTH: tl.constexpr,
+        BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Unrounded logits of id y and of the largest of a block, and that one's id."""
+        best = _largest(logits, block, V, BLOCK)
+        z_y = _unrounded(hidden, head, bias, y, step_h, stride_w, step_w, cap, WIDTH, BIAS, CAPPED)
+        z_best = _unrounded(hidden, head, bias, best, step_h, stride_w, step_w, cap, WIDTH, BIAS, CAPPED)
+        return z_y, z_best, best
+
+    @triton.jit
+    def _of_teacher(  # type: ignore[no-untyped-def]
+        logits, place, size, known, best, lift, per_t, cap, WIDTH: tl.constexpr, CAPPED: tl.constexpr
+    ):
+        """The teacher's largest logit, and relative to it the sums over v != y of exp(t / T) and exp(t / T) (t - z)."""
+        tops = tl.load(place + 3 * size, mask=known, other=float("-inf"))
+        top = tl.max(tops, 0)
+        rest = tl.sum(weighted(place + 4 * size, known, tops - top, per_t), 0)
+        gap = tl.sum(weighted(place + 5 * size, known, tops - top, per_t), 0)
+        if WIDTH > 0:
+            t = capped(tl.load(logits + best).to(tl.float32), cap, CAPPED)
+            gap -= tl.exp((t - top) * per_t) * lift
+        return top, rest, gap
+
+    @triton.jit
+    def _tckd(odds_t, odds_s):  # type: ignore[no-untyped-def]
+        """TCKD of two log-odds of the target, and its derivative by the student's."""
+        side = tl.where(odds_t > 0.0, -1.0, 1.0)  # the smaller probabilities differ more exactly
+        pull = side * (tl.sigmoid(side * odds_s) - tl.sigmoid(side * odds_t))
+        return coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s), pull
+
+    @triton.jit
     def row_sums(  # type: ignore[no-untyped-def]
         student, teacher, targets, gates, scales, parts, losses, row_values, masses_t, at_y_t, hidden, head, bias, n, N,
         stride_s, stride_t, stride_h, step_h, stride_w, step_w, per_t, alpha, beta_dkd, cap_s, cap_t, V: tl.constexpr,
@@ -71,13 +103,13 @@ if triton is not None:
         z_y = tl.load(losses + 3 * N + row)
         tops = tl.load(place, mask=known, other=float("-inf"))
         top = tl.max(tops, 0)
-        total = tl.sum(tl.load(place + size, mask=known, other=0.0) * tl.exp(tops - top), 0)
+        total, best, lift = tl.sum(tl.load(place + size, mask=known, other=0.0) * tl.exp(tops - top), 0), 0, 0.0
         if WIDTH > 0:
             y, as_written = tl.load(targets + row), z_y
-            best = _largest(student + row * stride_s, tl.argmax(tops, 0), V, BLOCK)
-            at = hidden + row * stride_h
-            z_y = _unrounded(at, head, bias, y, step_h, stride_w, step_w, cap_s, WIDTH, BIAS, CAPPED_S)
-            z_best = _unrounded(at, head, bias, best, step_h, stride_w, step_w, cap_s, WIDTH, BIAS, CAPPED_S)
+            z_y, z_best, best = _both(
+                student + row * stride_s, hidden + row * stride_h, head, bias, tl.argmax(tops, 0), y, step_h, stride_w, step_w,
+                cap_s, V, WIDTH, BIAS, CAPPED_S, BLOCK,
+            )  # fmt: skip
             lift = tl.where(best == y, 0.0, z_best - top)  # of what is not the target
             total += (tl.exp(z_y - top) - tl.exp(as_written - top)) + (tl.exp(lift) - 1.0)
             tl.store(row_values + 6 * n + row, z_best)
@@ -89,28 +121,19 @@ if triton is not None:
         own = tl.load(scales) * (tl.exp(z_y - normaliser) - 1.0)
         if TEACHER > 0:
             rest_s = tl.sum(weighted(place + 2 * size, known, tops - top, per_t), 0)
-            if WIDTH > 0:
-                rest_s += tl.exp(lift * per_t) - 1.0
+            rest_s += (tl.exp(lift * per_t) - 1.0) if WIDTH > 0 else 0.0
             mass_s = top * per_t + tl.log(rest_s)
             if TEACHER == 1:
-                tops_t = tl.load(place + 3 * size, mask=known, other=float("-inf"))
-                top_t = tl.max(tops_t, 0)
-                rest_t = tl.sum(weighted(place + 4 * size, known, tops_t - top_t, per_t), 0)
-                gap = tl.sum(weighted(place + 5 * size, known, tops_t - top_t, per_t), 0)
-                if WIDTH > 0:
-                    t = capped(tl.load(teacher + row * stride_t + best).to(tl.float32), cap_t, CAPPED_T)
-                    gap -= tl.exp((t - top_t) * per_t) * lift
+                at_t = teacher + row * stride_t
+                top_t, rest_t, gap = _of_teacher(at_t, place, size, known, best, lift, per_t, cap_t, WIDTH, CAPPED_T)
                 mass_t = top_t * per_t + tl.log(rest_t)
                 tl.store(masses_t + row, mass_t)
                 apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
                 tl.store(losses + 2 * N + row, gap / rest_t * per_t + apart)
             else:
                 mass_t = tl.load(masses_t + row)
-            odds_s = z_y * per_t - mass_s
-            odds_t = tl.load(at_y_t + row) * per_t - mass_t
-            tl.store(losses + N + row, coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s))
-            side = tl.where(odds_t > 0.0, -1.0, 1.0)  # the smaller probabilities differ more exactly
-            pull = side * (tl.sigmoid(side * odds_s) - tl.sigmoid(side * odds_t))
+            tckd, pull = _tckd(tl.load(at_y_t + row) * per_t - mass_t, z_y * per_t - mass_s)
+            tl.store(losses + N + row, tckd)
             weight = tl.load(scales + 1) * tl.load(gates + row) / per_t  # T^2 of the loss, 1/T of the inner derivative
             own += alpha * weight * pull
             tl.store(row_values + n + row, mass_s)
