@@ -10,10 +10,10 @@ from torch import nn
 from benchmarks.speed.timing import graphed, paired_ms
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import fake_quantize, settle
+from grace_plugin.quantizer.fake_quant import fake_quantize
 from grace_plugin.quantizer.layers import Format
 from grace_plugin.quantizer.scales import start_scales
-from grace_plugin.quantizer.together import Layer, fill, settle_all
+from grace_plugin.quantizer.together import Layer, fill, settle, settle_all
 
 __all__ = ["layers", "linear"]
 

@@ -21,30 +21,12 @@ from torch import Tensor, nn
 
 from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format, LayerState, check_layers
-from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, fake_quantize_merged, merged, start_lora
+from grace_plugin.quantizer.linear import forward_weight, quantized_forward
+from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, merged, start_lora
 from grace_plugin.quantizer.scales import start_scales, stored_scale
 from grace_plugin.quantizer.together import fill, layer_of, settle_all
-
-
-def _forward_weight(self: nn.Linear) -> Tensor:
-    """The fake-quantized weight that an attached layer multiplies by."""
-    state: LayerState = self.__dict__[STATE]
-    weight, theta, how = self.weight, getattr(self, PARAMETER), {**vars(state.format), "cache": state.cache}
-    if state.scaling is None:
-        defer = state.defer and torch.is_grad_enabled() and weight.requires_grad and theta.requires_grad
-        state.pending |= defer
-        value = fake_quantize(weight, theta, defer=defer, **how)
-    else:
-        value = fake_quantize_merged(weight, *factors(self), theta, scaling=state.scaling, **how)
-    state.computed_in = value.dtype
-    return value
-
-
-def _quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """Forward of an attached layer: the fake-quantized weight in place of the weight."""
-    return nn.functional.linear(input, _forward_weight(self), self.bias)
 
 
 class Attached:
@@ -142,7 +124,7 @@ class Attached:
             state, device = self._state(linear), linear.weight.device.type
             dtype = state.computed_in or linear.weight.dtype
             with torch.autocast(device, dtype=dtype, enabled=dtype != linear.weight.dtype):
-                weight = _forward_weight(linear)
+                weight = forward_weight(linear)
             differing = int((weight != dequantize(*frozen[name])).sum())
             if differing:
                 found[name] = differing
@@ -207,7 +189,7 @@ def _attach_one(linear: nn.Linear, form: Format, start: dict[str, Any], cache: W
         torch.float32
     )
     linear.register_parameter(PARAMETER, nn.Parameter(theta))
-    linear.__dict__["forward"] = MethodType(_quantized_forward, linear)
+    linear.__dict__["forward"] = MethodType(quantized_forward, linear)
 
 
 def attach(

@@ -17,12 +17,11 @@ and a compute dtype (the weight's, or autocast's) that cannot hold the stored dt
 What it costs. Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in
 blocks of rows, or in one kernel where Triton runs. One quantization per call unless a :class:`WeightCache` is given: then
 once per optimizer step. The backward is linear in dL/dw^ while weight and scale stand still, so it too can wait for the sum
-over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until :func:`settle` is called, once per step.
+over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until `together.settle` is called, once per step.
 
 Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ from grace_plugin.quantizer.scales import (
     check_shapes,
     code_range,
     compute_dtype,
+    forward_dtype,
     holds,
     row_blocks,
     stored_scale,
@@ -147,8 +147,8 @@ def quantized(
     return dequantize(found, scale).to(out_dtype), scale
 
 
-class _How(NamedTuple):
-    """What `_FakeQuantize` is told beside its tensors."""
+class How(NamedTuple):
+    """What a weight is quantized to, in what dtype, and how its value and gradients come about."""
 
     num_bits: int
     stored_dtype: torch.dtype
@@ -156,54 +156,36 @@ class _How(NamedTuple):
     cache: WeightCache | None
     defer: bool
 
+    def value(self, weight: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """w^ [out, in] and the stored scales [out, groups], from the cache when there is one."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            return quantized(weight, log_scale, self.num_bits, self.stored_dtype, self.out_dtype)
+
+        return compute() if self.cache is None else self.cache.get(weight, log_scale, self.out_dtype, compute)
+
+    def gradients(
+        self, weight: Tensor, log_scale: Tensor, scale: Tensor, grad_value: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and log_scale from dL/dw^; deferred, what `settle` makes them of."""
+        if self.defer:
+            # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
+            shared = dist.is_available() and dist.is_initialized()
+            return grad_value.to(weight.dtype), torch.zeros_like(log_scale) if shared else None
+        return gradients(weight, scale, grad_value, self.num_bits, needs)
+
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: _How) -> Tensor:
-        def compute() -> tuple[Tensor, Tensor]:
-            return quantized(weight, log_scale, how.num_bits, how.stored_dtype, how.out_dtype)
-
-        value, scale = compute() if how.cache is None else how.cache.get(weight, log_scale, how.out_dtype, compute)
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: How) -> Tensor:
+        value, scale = how.value(weight, log_scale)
         ctx.kept, ctx.how = Kept(weight, log_scale, scale), how
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, log_scale, scale = ctx.kept.tensors()
-        if ctx.how.defer:
-            # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
-            shared = dist.is_available() and dist.is_initialized()
-            return grad_out.to(weight.dtype), torch.zeros_like(log_scale) if shared else None, None
-        return (*gradients(weight, scale, grad_out, ctx.how.num_bits, ctx.needs_input_grad[:2]), None)
-
-
-@torch.no_grad()
-def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> None:
-    """Turn ``weight.grad`` from a sum of dL/dw^ into the gradients of weight and log_scale, in place.
-
-    Both must stand as they stood in the forward passes whose gradients were deferred. What ``log_scale.grad`` held is replaced.
-    """
-    grad = weight.grad
-    assert grad is not None
-    scale = stored_scale(log_scale, stored_dtype)
-    rows = grad.contiguous()  # the kernels write rows
-    _, grad_log_scale = gradients(weight, scale, rows, num_bits, (True, True), into=rows)
-    assert grad_log_scale is not None
-    if rows is not grad:
-        grad.copy_(rows)
-    log_scale.grad = grad_log_scale.to(log_scale.dtype)
-
-
-_autocast_there = functools.cache(torch.amp.is_autocast_available)
-
-
-def forward_dtype(weight: Tensor) -> torch.dtype:
-    """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
-    device = weight.device.type
-    if _autocast_there(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+        return (*ctx.how.gradients(*ctx.kept.tensors(), grad_out, ctx.needs_input_grad[:2]), None)
 
 
 def fake_quantize(
@@ -225,7 +207,7 @@ def fake_quantize(
         num_bits: 2..8.
         stored_dtype: dtype of the checkpoint's scales.
         cache: reuse of the value while neither weight nor scale has changed.
-        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until :func:`settle` is called on
+        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until `together.settle` is called on
             both; they must be leaves that both want a gradient.
 
     Returns:
@@ -234,6 +216,21 @@ def fake_quantize(
     Raises:
         ValueError: a format that cannot be saved, scales that do not fit, or a compute dtype that would round w^.
     """
+    how = checked(weight, log_scale, group_size, num_bits, stored_dtype, cache, defer)
+    value: Tensor = _FakeQuantize.apply(weight, log_scale, how)
+    return value
+
+
+def checked(
+    weight: Tensor,
+    log_scale: Tensor,
+    group_size: int | None,
+    num_bits: int,
+    stored_dtype: torch.dtype,
+    cache: WeightCache | None,
+    defer: bool,
+) -> How:
+    """The arguments of :func:`fake_quantize`, looked at."""
     check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
     out_dtype = forward_dtype(weight)
     if not holds(out_dtype, stored_dtype):
@@ -241,5 +238,4 @@ def fake_quantize(
             f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
             f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
         )
-    value: Tensor = _FakeQuantize.apply(weight, log_scale, _How(num_bits, stored_dtype, out_dtype, cache, defer))
-    return value
+    return How(num_bits, stored_dtype, out_dtype, cache, defer)

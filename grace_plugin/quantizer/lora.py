@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.fake_quant import forward_dtype, gradients, quantized
+from grace_plugin.quantizer.fake_quant import gradients, quantized
 from grace_plugin.quantizer.kept import Kept
-from grace_plugin.quantizer.scales import check_fit, compute_dtype, holds, row_blocks, stored_scale
+from grace_plugin.quantizer.scales import check_fit, compute_dtype, forward_dtype, holds, row_blocks, stored_scale
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 """Names of the two factors on a layer."""

@@ -64,6 +64,19 @@ def holds(dtype: torch.dtype, stored_dtype: torch.dtype) -> bool:
     return torch.promote_types(dtype, stored_dtype) == dtype
 
 
+_autocast_there = functools.cache(torch.amp.is_autocast_available)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    return _autocast_there(device) and torch.is_autocast_enabled(device)
+
+
+def forward_dtype(weight: Tensor) -> torch.dtype:
+    """What a layer computes in: autocast's dtype when autocast is on, the weight's otherwise."""
+    return torch.get_autocast_dtype(weight.device.type) if autocasts(weight.device.type) else weight.dtype
+
+
 def validate_group(in_features: int, group_size: int | None) -> str | None:
     """None when the group fits, otherwise what is wrong with it, as half a sentence.
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from grace_plugin.quantizer import fake_quant_triton, together_triton
 from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.fake_quant import settle
+from grace_plugin.quantizer.fake_quant import gradients
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format
-from grace_plugin.quantizer.scales import code_range
+from grace_plugin.quantizer.scales import code_range, stored_scale
 
-__all__ = ["Layer", "fill", "launches", "layer_of", "settle_all"]
+__all__ = ["Layer", "fill", "launches", "layer_of", "settle", "settle_all"]
 
 ALIGNED = 16
 """Bytes that the kernels take an address to be a multiple of."""
@@ -70,8 +70,25 @@ def fill(layers: Iterable[Layer], form: Format, out_dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> None:
+    """Turn ``weight.grad`` from a sum of dL/dw^ into the gradients of weight and log_scale, in place.
+
+    Both must stand as they stood in the forward passes whose gradients were deferred. What ``log_scale.grad`` held is replaced.
+    """
+    grad = weight.grad
+    assert grad is not None
+    scale = stored_scale(log_scale, stored_dtype)
+    rows = grad.contiguous()  # the kernels write rows
+    _, grad_log_scale = gradients(weight, scale, rows, num_bits, (True, True), into=rows)
+    assert grad_log_scale is not None
+    if rows is not grad:
+        grad.copy_(rows)
+    log_scale.grad = grad_log_scale.to(log_scale.dtype)
+
+
+@torch.no_grad()
 def settle_all(layers: Sequence[Layer], form: Format) -> None:
-    """`fake_quant.settle` of every layer."""
+    """:func:`settle` of every layer."""
     together = launches(layers, form, grads=True)
     for several in together:
         pairs = [layer[:2] for layer in several]

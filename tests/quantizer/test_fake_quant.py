@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.quantizer import clipped, codes, dequantize, fake_quantize, stored_scale
-from grace_plugin.quantizer.fake_quant import settle
+from grace_plugin.quantizer.together import settle
 from tests.reference import fake_quant as oracle
 from tests.reference.footprint import Footprint
 

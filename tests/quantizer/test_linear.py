@@ -1,0 +1,86 @@
+"""An attached layer's product as one function: the bits of torch's own product with the fake-quantized weight."""
+
+import pytest
+import torch
+from torch import nn
+
+from grace_plugin.quantizer import PARAMETER, attach, fake_quantize
+from grace_plugin.quantizer.scales import autocasts
+
+FORM = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
+
+
+def layer(dtype=torch.float32, bias=True, cache=True):
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 12, bias=bias, dtype=dtype)
+    return linear, attach({"a": linear}, cache=cache, **FORM)
+
+
+def apart(linear, x):
+    """The same by two functions of autograd."""
+    weight = fake_quantize(linear.weight, getattr(linear, PARAMETER), **FORM)
+    return nn.functional.linear(x, weight, linear.bias)
+
+
+def gradients(linear, x):
+    found = [
+        x.grad,
+        linear.weight.grad,
+        getattr(linear, PARAMETER).grad,
+        linear.bias.grad if linear.bias is not None else None,
+    ]
+    x.grad = None
+    linear.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16)])
+@pytest.mark.parametrize(
+    ("weight", "given", "cast"),
+    [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, False), (torch.float32, torch.float32, True),
+     (torch.float32, torch.bfloat16, True)],
+)  # fmt: skip
+def test_value_and_gradients_are_those_of_two_functions(weight, given, cast, shape, bias, cache):
+    linear, _ = layer(weight, bias, cache)
+    x = torch.randn(shape).to(given).requires_grad_()
+    found = []
+    for run in (linear, lambda x: apart(linear, x)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            y = run(x)
+        (y.float() * torch.arange(12.0)).sum().backward()
+        found.append([y.detach(), *gradients(linear, x)])
+    for one, other in zip(*found, strict=True):
+        assert one is other is None or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight", PARAMETER, "bias"])
+def test_only_what_wants_a_gradient_gets_one(wanted):
+    linear, _ = layer()
+    x = torch.randn(4, 16, requires_grad=wanted == "input")
+    for name, parameter in linear.named_parameters():
+        parameter.requires_grad_(name == wanted)
+    linear(x).sum().backward()
+    got = {name for name, parameter in [*linear.named_parameters(), ("input", x)] if parameter.grad is not None}
+    assert got == {wanted}
+
+
+def test_types_are_mixed_under_autocast_alone():
+    linear, _ = layer()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear(torch.randn(4, 16, dtype=torch.bfloat16))
+    assert not autocasts("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert autocasts("cpu") and not autocasts("meta")
+        assert linear(torch.randn(4, 16, dtype=torch.float32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_one_saved_tensor_beside_what_a_cache_holds(cache):
+    """Without a cache the quantized weight is another, so that checkpointing drops it."""
+    linear, _ = layer(cache=cache)
+    x, saved = torch.randn(4, 16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        linear(x)
+    assert saved == [x.shape] if cache else [x.shape, linear.weight.shape]
