@@ -157,7 +157,7 @@ class GraceObjective:
             raise RuntimeError("loss() was called more often than window() saw batches; call window() once per step")
         item = self._window.pending.pop(0)
         with capture(self._text_model) as caught:
-            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+            model(**model_inputs(batch, self.student, item.host), use_cache=False, logits_to_keep=1)
         assert caught.final is not None and caught.penultimate is not None
         read = [caught.final, *([caught.penultimate] if self.relational.enabled and item.visual.sizes else [])]
         check_gradient(read)

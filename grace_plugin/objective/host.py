@@ -1,7 +1,7 @@
-"""What passes between host and device without a stop: batches looked at on the host, values read back through pinned memory.
+"""Values read back from the device without a stop.
 
-A copy from pageable memory waits until it is done, and so does `.item()`. Copies here go through pinned memory and are queued;
-`Reading.numbers` waits for one event alone, the device's work that was queued before it, and not for what was queued since.
+`.item()` waits for all that is queued. A copy into pinned memory is queued itself; `Reading.numbers` waits for one event alone,
+the device's work that was queued before it, and not for what was queued since.
 """
 
 from __future__ import annotations
@@ -9,14 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Reading", "moved"]
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; from the host to a GPU through pinned memory, queued."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+__all__ = ["Reading"]
 
 
 class Reading:

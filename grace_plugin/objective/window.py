@@ -22,10 +22,11 @@ from torch import Tensor
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.losses.head import teacher_sums
 from grace_plugin.losses.relational import countable_images
-from grace_plugin.objective.host import Reading, moved
+from grace_plugin.objective.host import Reading
 from grace_plugin.recipe import DistillRecipe, RelationalRecipe
 from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
 from grace_plugin.vlm import Family, VisualTokens
+from grace_plugin.vlm.host import moved
 
 __all__ = [
     "MicroBatch",
@@ -71,6 +72,7 @@ class MicroBatch:
     teacher: TeacherStates | None = None
     gate: Tensor | None = None  # [N]
     known: Tensor | None = None  # [2, N], what the head need not sum again
+    host: Mapping[str, Any] | None = None  # the batch in host memory
 
 
 @dataclass
@@ -224,12 +226,12 @@ def look(
     bare = torch.zeros(row.shape, device=row.device).index_fill_(0, row[positions], 1.0)  # by row; there are fewer rows
     bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
     visual = VisualTokens(moved(seen.index, device), seen.sizes)
-    item = MicroBatch(moved(positions, device), moved(targets, device), visual)
+    item = MicroBatch(moved(positions, device), moved(targets, device), visual, host=host)
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0].fill_(positions.numel())  # assigned, a number would be copied from the host
     counts[3] = moved(bare, device)
     if teacher is not None:
-        item.teacher = teacher.states(batch, item.positions, visual)
+        item.teacher = teacher.states(batch, item.positions, visual, host)
         if distill.enabled:
             weight, bias = teacher.head()
             final, sharpness = item.teacher.final, distill.gate_sharpness

@@ -24,13 +24,14 @@ from transformers import Trainer
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
-from grace_plugin.objective.host import Reading, moved
+from grace_plugin.objective.host import Reading
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.stream_loader import StreamLoader
 from grace_plugin.vlm import VISUAL_RUNS
+from grace_plugin.vlm.host import moved
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 

@@ -34,9 +34,18 @@ class TeacherStates:
     visual: Tensor
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a batch that a model's forward takes; labels and keys stay here."""
-    return {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
+def model_inputs(
+    batch: Mapping[str, Any], model: nn.Module | None = None, host: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The tensors of a batch that a model's forward takes; labels and keys stay here.
+
+    model, host: the model and the same batch in host memory; given, what it would read back from the device is made there.
+    """
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
+    device = batch["input_ids"].device
+    if model is not None and host is not None and host["input_ids"].device != device:
+        inputs |= family_of(model).host_inputs(model, host, device)
+    return inputs
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -67,13 +76,16 @@ class Teacher(ABC):
         """Weight [V_t, d_t] and bias [V_t] of the output head, without a gradient."""
 
     @abstractmethod
-    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
         """What the losses read of a batch.
 
         Args:
             batch: of the collator, on the student's device.
             positions: int64 [N], flat positions in [B * S] that predict a supervised token.
             visual: positions of the visual tokens.
+            host: the batch in host memory, when it is there too.
         """
 
     def to(self, device: torch.device) -> None:

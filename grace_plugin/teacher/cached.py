@@ -142,7 +142,9 @@ class CachedTeacher(Teacher):
         """Weight [V_t, d_t] and bias of the output head."""
         return self._head
 
-    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
         """Read the batch's rows.
 
         Raises:

@@ -96,7 +96,9 @@ class SelfTeacher(Teacher):
         assert weight is not None
         return weight, bias
 
-    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
         """Run the student of the start, unquantized and in evaluation mode, on a batch."""
         training = [module for module in self.student.modules() if module.training]
 
@@ -106,7 +108,7 @@ class SelfTeacher(Teacher):
         try:
             self.student.eval()
             with unquantized(self._linears):
-                return states_of(forward, self._text_model, model_inputs(batch), positions, visual)
+                return states_of(forward, self._text_model, model_inputs(batch, self.student, host), positions, visual)
         finally:
             for module in training:
                 module.training = True

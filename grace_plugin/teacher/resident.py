@@ -61,10 +61,15 @@ class ResidentTeacher(Teacher):
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
-    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
         """Run the teacher on a batch."""
-        moved = {key: value.to(self._device) for key, value in model_inputs(batch).items()}
-        return states_of(self.model, self._text_model, moved, positions, visual)
+        if batch["input_ids"].device == self._device:
+            inputs = model_inputs(batch, self.model, host)
+        else:
+            inputs = {key: value.to(self._device) for key, value in model_inputs(batch).items()}
+        return states_of(self.model, self._text_model, inputs, positions, visual)
 
 
 class OffloadedTeacher(ResidentTeacher):
@@ -94,8 +99,10 @@ class OffloadedTeacher(ResidentTeacher):
         """Weight [V_t, d_t] and bias of the output head, held on the device."""
         return self._head
 
-    def states(self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
         """Run the teacher on a batch, streaming to the batch's device unless another was chosen."""
         if not self._streamed:
             self.to(positions.device)
-        return super().states(batch, positions, visual)
+        return super().states(batch, positions, visual, host)

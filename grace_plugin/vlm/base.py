@@ -93,6 +93,18 @@ class Family(ABC):
         """Inside it, transformers reads a quantized checkpoint of this family as `open_experts` left the model."""
         return nullcontext()
 
+    def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
+        """Inputs of the model's forward pass that it would otherwise make of what it reads back from the device.
+
+        They take the place of the batch's entries of the same name, or come beside them; by default there are none.
+
+        Args:
+            model: of this family, unwrapped.
+            host: the batch in host memory.
+            device: of the model.
+        """
+        return {}
+
     @abstractmethod
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         """The config values that decide how many visual tokens an image becomes; equal for a teacher and its student."""

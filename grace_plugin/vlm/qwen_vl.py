@@ -7,11 +7,22 @@ interrupted by time stamps; its split counts them over the whole video.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.host import moved
 
 __all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
+
+try:
+    from transformers import vision_utils
+    from transformers.utils.generic import get_max_seqlen
+except ImportError:  # before 5.17 a tower takes its grids alone
+    vision_utils = None
 
 
 class Qwen2VL(Family):
@@ -28,6 +39,33 @@ class Qwen2VL(Family):
         grid = batch[f"{kind}_grid_thw"]
         return (grid.prod(dim=-1) // config.vision_config.spatial_merge_size**2).tolist()
 
+    def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
+        grids = {kind: host[f"{kind}_grid_thw"] for kind, key in self.pixel_keys.items() if host.get(key) is not None}
+        if vision_utils is None or not grids or host.get("mm_token_type_ids") is None:
+            return {}
+        found: dict[str, Any] = {f"{kind}_grid_thw": grid for kind, grid in grids.items()}  # read, never computed with
+        if host.get("position_ids") is None:
+            asked = inspect.signature(model.model.get_rope_index).parameters
+            places, _ = model.model.get_rope_index(**{name: host[name] for name in asked if host.get(name) is not None})
+            found["position_ids"] = moved(places, device)
+        for kind, grid in grids.items():
+            found |= {
+                f"{kind}_{name}": value for name, value in self._tower_inputs(model.model.visual, grid, device).items()
+            }
+        return found
+
+    def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        """What the vision tower makes of its grids [I, 3], given in host memory."""
+        places = moved(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
+        return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
+
+    def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
+        """Where the tower's attention is cut: on the device, with the longest part, for kernels that cut; else for the host."""
+        longest = get_max_seqlen(ends, tower.config)
+        if longest is None:
+            return {f"cu_{which}seqlens": ends}
+        return {f"cu_{which}seqlens": moved(ends, device), f"max_{which}seqlen": longest}
+
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config
         return {
@@ -42,6 +80,12 @@ class Qwen25VL(Qwen2VL):
 
     model_type = "qwen2_5_vl"
 
+    def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        sizes = {"spatial_merge_size": tower.spatial_merge_size, "window_size": tower.window_size}
+        order, ends = vision_utils.get_vision_window_index(grid, patch_size=tower.patch_size, **sizes)
+        windows = {"window_index": moved(order, device), **self._bounds(tower, "window_", ends, device)}
+        return {**super()._tower_inputs(tower, grid, device), **windows}
+
 
 class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration` (deepstack)."""
@@ -51,3 +95,14 @@ class Qwen3VL(Qwen2VL):
         r"re:(.*\.)?visual\.merger\..*",
         r"re:(.*\.)?visual\.deepstack_merger_list\..*",
     )
+
+    def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.config.spatial_merge_size,
+        )
+        table = {"interp_indices": moved(indices, device), "interp_weights": moved(weights, device)}
+        return {**super()._tower_inputs(tower, grid, device), **table}

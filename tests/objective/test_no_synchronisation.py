@@ -1,7 +1,8 @@
 """A step of the objective reads nothing back from the device: on `meta`, where reading raises, with its batches on the host.
 
 What a family's modeling code reads belongs to transformers; LLaVA's reads nothing with eager attention and without
-transformers' checks.
+transformers' checks, nor do Qwen2-VL's and Qwen2.5-VL's with what `Family.host_inputs` makes of their grids. Qwen3-VL's looks
+for its pictures' tokens on the device, once for each layer that is given more of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from grace_plugin.objective.host import Reading, moved
+from grace_plugin.objective.host import Reading
+from grace_plugin.teacher.base import model_inputs
+from grace_plugin.vlm.host import moved
 from tests.objective.parts import Set
 from tests.pairs import mixed_rows
 
@@ -25,9 +28,10 @@ def batches_of(made: Set) -> list[dict[str, Any]]:
     return [made.collate(rows[:4]), made.collate(rows[4:])]
 
 
-def test_a_step_on_meta_with_its_batches_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])
+def test_a_step_on_meta_with_its_batches_on_the_host(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
-    made = Set("llava", quantized=True)
+    made = Set(family, quantized=True)
     for model in (made.student, made.teacher):
         model.to("meta").set_attn_implementation("eager")  # sdpa asks whether anything is padded
     made.grace.teacher.to(torch.device("meta"))
@@ -114,3 +118,16 @@ def test_a_step_on_cuda_reads_no_more_than_the_models_do(family: str) -> None:
         for loss, batch in zip(losses, away, strict=True):
             plain = bare.student(**batch).loss
             assert reads(loss.backward) <= reads(plain.backward)
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, marks=CUDA) for family in ("qwen2_vl", "qwen3_vl")])
+def test_a_forward_pass_on_cuda_reads_less_with_its_grids_on_the_host(family: str) -> None:
+    made = Set(family)
+    made.student.cuda()
+    host = batches_of(made)[0]
+    away = {key: moved(value, torch.device("cuda")) for key, value in host.items()}
+    counts = [
+        reads(lambda given=given: made.student(**model_inputs(away, made.student, given)))  # type: ignore[misc]
+        for given in (None, host, None, host)  # the first compiles and fills caches
+    ]
+    assert counts[3] < counts[2] // 2
