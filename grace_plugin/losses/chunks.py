@@ -114,9 +114,7 @@ def fused(
     if teacher is not None:
         columns = teacher.head.weight.shape[0]
         space_t = teacher.hidden.new_empty(half * (min(width, columns) if known else columns))
-    losses = (torch.zeros if teacher is None else torch.empty)(
-        5, positions, dtype=torch.float32, device=hidden_s.device
-    )
+    losses = torch.zeros(5, positions, dtype=torch.float32, device=hidden_s.device)
     caps = student.cap, None if teacher is None else teacher.head.cap
     how = head_triton.Factors(settings.temperature, settings.alpha, settings.beta_dkd, *caps)
     for start in range(0, positions, chunk):

@@ -171,7 +171,7 @@ class How(NamedTuple):
         if self.defer:
             # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
             shared = dist.is_available() and dist.is_initialized()
-            return grad_value.to(weight.dtype), torch.zeros_like(log_scale) if shared else None
+            return grad_value, torch.zeros_like(log_scale) if shared else None
         return gradients(weight, scale, grad_value, self.num_bits, needs)
 
 

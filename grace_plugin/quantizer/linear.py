@@ -51,7 +51,7 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_weight, grad_log_scale = None, None
         if needs[1] or needs[2]:
             grad_value = rows.mT @ input.reshape(-1, input.shape[-1])
-            grad_weight, grad_log_scale = ctx.how.gradients(weight, log_scale, scale, grad_value, needs[1:3])
+            grad_weight, grad_log_scale = ctx.how.gradients(weight, log_scale, scale, grad_value, (needs[1], needs[2]))
         return grad_input, grad_weight, grad_log_scale, rows.sum(dim=0) if needs[3] else None, None
 
 

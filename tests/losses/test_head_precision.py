@@ -31,6 +31,14 @@ def test_a_float64_side_decides_the_precision(double):
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0)
 
 
+def test_a_bfloat16_student_under_a_float64_teacher():
+    sides, targets = draw(dtype=torch.bfloat16, grad=False)
+    out = run({k: v.double() if k.endswith("_t") else v for k, v in sides.items()}, targets)
+    want = run({k: v.double() for k, v in sides.items()}, targets)
+    assert out.loss.dtype == torch.float64
+    assert out.loss.item() == pytest.approx(want.loss.item(), rel=2**-6)
+
+
 def test_a_bfloat16_teacher_has_float32_gates():
     sides, _ = draw(dtype=torch.bfloat16)
     gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)

@@ -3,11 +3,23 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grace_plugin.quantizer import PARAMETER, attach, fake_quantize
+from grace_plugin.quantizer.layers import STATE
 from grace_plugin.quantizer.scales import autocasts
 
 FORM = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
 
 
 def layer(dtype=torch.float32, bias=True, cache=True):
@@ -61,7 +73,10 @@ def test_only_what_wants_a_gradient_gets_one(wanted):
     x = torch.randn(4, 16, requires_grad=wanted == "input")
     for name, parameter in linear.named_parameters():
         parameter.requires_grad_(name == wanted)
-    linear(x).sum().backward()
+    y = linear(x)
+    with Products() as products:
+        y.sum().backward()
+    assert products.count == (wanted in ("input", "weight", PARAMETER))
     got = {name for name, parameter in [*linear.named_parameters(), ("input", x)] if parameter.grad is not None}
     assert got == {wanted}
 
@@ -82,5 +97,20 @@ def test_one_saved_tensor_beside_what_a_cache_holds(cache):
     linear, _ = layer(cache=cache)
     x, saved = torch.randn(4, 16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        linear(x)
-    assert saved == [x.shape] if cache else [x.shape, linear.weight.shape]
+        y = linear(x)
+    assert saved == ([x.shape] if cache else [x.shape, linear.weight.shape])
+    assert len(y.grad_fn.kept.tensors()) == (4 if cache else 3)
+
+
+def test_a_layer_with_a_low_rank_update_tells_in_what_it_computed():
+    linear, attached = layer()
+    attached.add_lora(["a"], rank=2, alpha=4.0)
+    with torch.no_grad():
+        linear.lora_B.normal_(std=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.randn(4, 16)).dtype == torch.bfloat16
+    assert linear.__dict__[STATE].computed_in == torch.bfloat16
+    frozen = attached.freeze()
+    assert attached.forward_differing(frozen) == {}
+    codes, scale = frozen["a"]
+    assert attached.forward_differing({"a": (codes + 1, scale)}) == {"a": codes.numel()}
