@@ -49,6 +49,23 @@ def test_the_model_computes_the_same_bits(name: str, kind: str) -> None:
         assert torch.equal(model(**inputs).logits, model(**{**inputs, **made}).logits)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_gradients_under_checkpointing_are_the_same_bits(name: str, attention: str) -> None:
+    model, processor = build(name)
+    model.set_attn_implementation(attention)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, found = batch_of(processor, "images"), []
+    for made in ({}, family_of(model).host_inputs(model, batch, CPU)):
+        model.zero_grad()
+        model(**{**model_inputs(batch), **made}, labels=batch["labels"], use_cache=False).loss.backward()
+        found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
+    one, other = found
+    assert len(one) > 20 and one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_model_looks_at_what_it_is_given(name: str) -> None:
     """Were an input not taken, the logits would not move with it."""
