@@ -127,7 +127,7 @@ class KeptTeacher(Teacher):
     def head(self) -> tuple[Tensor, Tensor | None]:
         return self._head
 
-    def states(self, batch: Any, positions: Tensor, visual: VisualTokens) -> TeacherStates:
+    def states(self, batch: Any, positions: Tensor, visual: VisualTokens, host: Any = None) -> TeacherStates:
         keys, length = batch[SAMPLE_KEY], batch["input_ids"].shape[1]
         row = keys[positions // length]
         final = self.final[row * self.longest + positions % length - self.first[row]]
