@@ -12,17 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import vision_utils
+from transformers.utils.generic import get_max_seqlen
 
 from grace_plugin.vlm.base import Batch, Family
 from grace_plugin.vlm.host import moved
 
 __all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
-
-try:
-    from transformers import vision_utils
-    from transformers.utils.generic import get_max_seqlen
-except ImportError:  # before 5.17 a tower takes its grids alone
-    vision_utils = None
 
 
 class Qwen2VL(Family):
@@ -41,7 +37,7 @@ class Qwen2VL(Family):
 
     def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
         grids = {kind: host[f"{kind}_grid_thw"] for kind, key in self.pixel_keys.items() if host.get(key) is not None}
-        if vision_utils is None or not grids or host.get("mm_token_type_ids") is None:
+        if not grids or host.get("mm_token_type_ids") is None:
             return {}
         found: dict[str, Any] = {f"{kind}_grid_thw": grid for kind, grid in grids.items()}  # read, never computed with
         if host.get("position_ids") is None:
