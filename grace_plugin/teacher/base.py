@@ -42,9 +42,8 @@ def model_inputs(
     model, host: the model and the same batch in host memory; given, what it would read back from the device is made there.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
-    device = batch["input_ids"].device
-    if model is not None and host is not None and host["input_ids"].device != device:
-        inputs |= family_of(model).host_inputs(model, host, device)
+    if model is not None and host is not None and host["input_ids"].device != batch["input_ids"].device:
+        inputs |= family_of(model).host_inputs(model, host, batch["input_ids"].device)
     return inputs
 
 

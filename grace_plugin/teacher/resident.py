@@ -54,7 +54,7 @@ class ResidentTeacher(Teacher):
     def to(self, device: torch.device) -> None:
         """Move the whole model."""
         self.model.to(device)
-        self._device = device
+        self._device = next(self.model.parameters()).device  # "cuda" has become one of them
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V_t, d_t] and bias of the output head."""

@@ -59,3 +59,11 @@ def test_a_path_that_holds_no_teacher_is_named(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(ValueError, match=r"cannot load the teacher .*no_such_model"):
         load_teacher(str(tmp_path))
+
+
+def test_a_device_without_a_number_is_the_one_its_weights_lie_on() -> None:
+    """Batches name theirs with one; unequal names would have them moved, and their grids read from the device."""
+    model, _ = build("llava")
+    teacher = ResidentTeacher(model)
+    teacher.to(torch.device("cpu", 0))
+    assert teacher._device == next(model.parameters()).device == torch.device("cpu")
