@@ -14,14 +14,20 @@ __all__ = ["Work", "ceilings", "extra_gib", "graphed", "median_ms", "paired_ms",
 Work = Callable[[], Any]
 
 
-def paired_ms(works: dict[str, Work], repeats: int = 20) -> dict[str, float]:
-    """Median times of several works in milliseconds, a call of each in turn: a clock that drifts drifts under all of them."""
+def paired_ms(works: dict[str, Work], repeats: int = 20, lead: int = 0) -> dict[str, float]:
+    """Median times of several works in milliseconds, a call of each in turn: a clock that drifts drifts under all of them.
+
+    lead: untimed calls of the same work ahead of each timed one, where a call finds what the one before it left.
+    """
     if not torch.cuda.is_available():
         timers = {name: Timer("work()", "work()", globals={"work": work}) for name, work in works.items()}
         return {name: 1000 * timer.blocked_autorange(min_run_time=0.2).median for name, timer in timers.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(3 + repeats):
         for name, work in works.items():
+            for _ in range(lead):
+                work()
+            torch.cuda.synchronize()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             work()

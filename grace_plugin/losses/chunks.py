@@ -40,7 +40,7 @@ class Teacher(NamedTuple):
     hidden: Tensor  # [N, d_t]
     head: Head
     gate: Tensor  # [N]
-    known: Tensor | None = None  # [2, N], of `entropies`: the mass of v != y at the temperature, and the logit of y
+    known: Tensor | None = None  # [2, N], of `Entropies`: the mass of v != y at the temperature, and the logit of y
 
 
 SLICE, TILE = 50688, 128

@@ -1,6 +1,6 @@
 """Entropies of the teacher's positions in Triton: logits are read once, block by block of a row.
 
-Legend: n positions of a chunk, V vocabulary. What it refuses and when it runs: as `losses.head_triton`.
+Legend: n positions of a chunk, N of all, V vocabulary. What it refuses and when it runs: as `losses.head_triton`.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grace_plugin.losses.math_triton import blocks, triton
 
-__all__ = ["entropies"]
+__all__ = ["Entropies"]
 
 if triton is not None:
     import triton.language as tl
@@ -17,7 +17,7 @@ if triton is not None:
 
     @triton.jit
     def _entropy_parts(  # type: ignore[no-untyped-def]
-        logits, targets, at_target, parts, n, stride, per_t, cap,
+        logits, targets, at_target, parts, N, stride, per_t, cap,
         V: tl.constexpr, MASSES: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
     ):  # fmt: skip
         """Of one block of a row: its largest z, and the sums of e = exp(z - top), of e (z - top), of z that are not cut, and,
@@ -30,7 +30,7 @@ if triton is not None:
         shifted = z - finite_or_zero(top)
         e = tl.exp(shifted)
         place = parts + row * SLICES + tl.program_id(1)
-        size = n * SLICES
+        size = N * SLICES
         tl.store(place, top)
         tl.store(place + size, tl.sum(e, 0))
         tl.store(place + 2 * size, tl.sum(tl.where(e > 0.0, e * shifted, 0.0), 0))
@@ -42,29 +42,54 @@ if triton is not None:
                 tl.store(at_target + row, capped(tl.load(logits + row * stride + y).to(tl.float32), cap, CAPPED))
 
 
-def entropies(
-    logits: Tensor, cap: float | None = None, targets: Tensor | None = None, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Entropy at temperature 1 in nats [n] and number of ids that are not cut [n], float32, from logits [n, V].
+class Entropies:
+    """Sums of rows of logits whose blocks are read chunk by chunk, and added up once for all of them.
 
-    With targets [n] also [2, n]: the log of the sum of exp(z / temperature) over v != y, and the capped logit of y.
+    positions: N. targets: [N] int64; None leaves the last of `sums` out. cap: c of capped logits. temperature: of what is left
+    of the target.
     """
-    n, vocabulary = logits.shape
-    shape, masses_too = blocks(vocabulary), targets is not None
-    parts = torch.empty(5, n, shape["SLICES"], dtype=torch.float32, device=logits.device)
-    known = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    if n:
+
+    def __init__(
+        self,
+        positions: int,
+        vocabulary: int,
+        device: torch.device,
+        cap: float | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self._shape, self._cap, self._targets, self._temperature = blocks(vocabulary), cap, targets, temperature
+        self._parts = torch.empty(5, positions, self._shape["SLICES"], dtype=torch.float32, device=device)
+        self._known = torch.empty(2, positions, dtype=torch.float32, device=device)
+
+    def read(self, logits: Tensor, start: int) -> None:
+        """Take the logits [n, V] of the positions from `start` on."""
+        n = logits.shape[0]
+        if not n:
+            return
+        targets = logits if self._targets is None else self._targets[start:]
         with torch.cuda.device_of(logits):  # Triton starts kernels on the current device
-            _entropy_parts[(n, shape["SLICES"])](
-                logits, logits if targets is None else targets, known[1], parts, n, logits.stride(0), 1.0 / temperature,
-                cap or 1.0, MASSES=masses_too, CAPPED=cap is not None, **shape,
+            _entropy_parts[(n, self._shape["SLICES"])](
+                logits, targets, self._known[1, start:], self._parts[0, start:], self._parts.shape[1], logits.stride(0),
+                1.0 / self._temperature, self._cap or 1.0, MASSES=self._targets is not None, CAPPED=self._cap is not None,
+                **self._shape,
             )  # fmt: skip
-    tops, masses, moments, ids, others = parts.unbind()
-    top = tops.amax(dim=1, keepdim=True)
-    below = tops - top
-    shrink = below.exp()
-    mass = (masses * shrink).sum(dim=1)
-    moment = (shrink * (moments + torch.where(masses > 0, masses * below, 0.0))).sum(dim=1)
-    if masses_too:
-        known[0] = top.squeeze(1) / temperature + (others * (below / temperature).exp()).sum(dim=1).log()
-    return mass.log() - moment / mass, ids.sum(dim=1), known if masses_too else None
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Entropy at temperature 1 in nats [N] and number of ids that are not cut [N], float32.
+
+        With targets also [2, N]: the log of the sum of exp(z / temperature) over v != y, and the capped logit of y.
+        """
+        tops, masses, moments, ids, others = self._parts.unbind()
+        top = tops.amax(dim=1, keepdim=True)
+        below = tops - top
+        shrink = below.exp()
+        mass = (masses * shrink).sum(dim=1)
+        moment = (shrink * (moments + torch.where(masses > 0, masses * below, 0.0))).sum(dim=1)
+        entropy, count = mass.log() - moment / mass, ids.sum(dim=1)
+        if self._targets is None:
+            return entropy, count, None
+        self._known[0] = (
+            top.squeeze(1) / self._temperature + (others * (below / self._temperature).exp()).sum(dim=1).log()
+        )
+        return entropy, count, self._known

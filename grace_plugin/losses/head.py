@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from grace_plugin.losses import head_triton
 from grace_plugin.losses.chunks import Settings, Teacher, eager, fused, positions_per_chunk
 from grace_plugin.losses.distill import check_temperature, confidence_gate, gate_of_entropy
-from grace_plugin.losses.entropy_triton import entropies
+from grace_plugin.losses.entropy_triton import Entropies
 from grace_plugin.losses.math_triton import scale_in_place
 from grace_plugin.losses.precision import full_precision, loss_dtype
 from grace_plugin.losses.projection import Gradients, Head, capped, check_head, check_rows, cut, targets_apart
@@ -98,23 +98,23 @@ def teacher_sums(
     chunk = positions_per_chunk(vocabulary, hidden_t.element_size()) if chunk is None else chunk
     check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk, softcap)
     dtype = loss_dtype(hidden_t)
-    gate = torch.empty(hidden_t.shape[0], dtype=dtype, device=hidden_t.device)
-    entropy = torch.empty_like(gate)
-    fused = dtype == torch.float32 and head_triton.usable(hidden_t.new_empty(0, vocabulary))
-    known = gate.new_empty(2, *gate.shape) if fused and targets is not None else None
+    positions, found = hidden_t.shape[0], None
+    gate = torch.empty(positions, dtype=dtype, device=hidden_t.device)
+    entropy, known = torch.empty_like(gate), None
+    if dtype == torch.float32 and head_triton.usable(hidden_t.new_empty(0, vocabulary)):
+        found = Entropies(positions, vocabulary, hidden_t.device, softcap, targets, temperature)
     with full_precision(hidden_t):
         head = cut(hidden_t, weight_t, bias_t, vocabulary, softcap)
-        for start in range(0, hidden_t.shape[0], chunk):
+        for start in range(0, positions, chunk):
             rows = slice(start, start + chunk)
             logits = head.logits(hidden_t[rows])
-            if fused:
-                at = None if known is None or targets is None else targets[rows]
-                nats, ids, sums = entropies(logits, softcap, at, temperature)
-                gate[rows], entropy[rows] = gate_of_entropy(nats, ids, sharpness)
-                if known is not None and sums is not None:
-                    known[:, rows] = sums
+            if found is not None:
+                found.read(logits, start)
             else:
                 gate[rows], entropy[rows] = confidence_gate(capped(logits.to(dtype), softcap), sharpness)
+        if found is not None:
+            nats, ids, known = found.sums()
+            gate, entropy = gate_of_entropy(nats, ids, sharpness)
     return gate, entropy, known
 
 

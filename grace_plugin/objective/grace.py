@@ -38,7 +38,7 @@ from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, be
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
-from grace_plugin.trainable import choose_trainable, release_masters
+from grace_plugin.trainable import choose_trainable, store_in
 from grace_plugin.vlm import capture, family_of
 
 __all__ = ["GraceObjective"]
@@ -178,7 +178,7 @@ class GraceObjective:
         return self.record
 
     def step(self, progress: float, *, skipped: bool = False) -> None:
-        """One controller update per optimizer step, after `measure`.
+        """One controller update per optimizer step, after `measure` and that step; weights are quantized for the next.
 
         progress: the learning rate as a share of its peak, in [0, 1]. skipped: the optimizer did not step, because a loss or a
         gradient was not finite.
@@ -198,6 +198,8 @@ class GraceObjective:
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
+        for attached in self.attached:
+            attached.fill_ahead()
 
     def gate_quantiles(self) -> dict[str, float]:
         """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
@@ -243,8 +245,5 @@ class GraceObjective:
         for attached in self.attached:
             attached.bake()
             attached.detach()
-        release_masters(self.student)
-        for parameter in self.student.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        store_in(dtype, self.student)
         return frozen

@@ -97,6 +97,15 @@ class Attached:
             plain = (one for one, state in pairs if state.scaling is None and state.computed_in in (None, dtype))
             fill(map(layer_of, plain), self._form, dtype)
 
+    def fill_ahead(self) -> None:
+        """Quantize now what the next forward pass would, in the dtype of the latest one, where one launch takes it together.
+
+        Called behind an optimizer's step, the host's part of it passes while the device still steps. Elsewhere it does nothing.
+        """
+        states = [self._state(linear) for linear in self._linears.values()]
+        for dtype in {s.computed_in for s in states if s.scaling is None and s.computed_in is not None}:
+            self.fill(dtype)
+
     def settle(self) -> None:
         """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""
         pending = [linear for linear in self._linears.values() if self._state(linear).pending]

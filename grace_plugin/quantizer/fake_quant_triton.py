@@ -13,12 +13,14 @@ Legend: weight [out, in] of out * in / size groups of ``size`` neighbours; code 
 """
 
 import os
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grace_plugin.quantizer.launch import Kernel
 from grace_plugin.quantizer.scales import scale_limits
 
 __all__ = [
@@ -39,13 +41,16 @@ if find_spec("triton") is not None:
 else:  # torch for CPUs comes without
     triton = None
 
-TILE = 2048
-"""Weights that a program holds at one time."""
+TILE, WARPS = 2048, 4
+"""Weights that a program holds at one time, and its warps."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs kernels in Python; it decides when they are defined."""
 
 
 def usable(weight: Tensor, stored_dtype: torch.dtype) -> bool:
     """Whether the kernels can run: bfloat16 or float32 weights on CUDA (or under Triton's interpreter), rows contiguous."""
-    placed = weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    placed = weight.is_cuda or INTERPRETED
     known = weight.dtype in (torch.bfloat16, torch.float32) and stored_dtype != torch.float64
     return triton is not None and placed and known and weight.is_contiguous()
 
@@ -155,22 +160,25 @@ if triton is not None:
             size, EXACT, WEIGHT, SCALE, ROWS, WIDTH,
         )  # fmt: skip
 
+    _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+
 
 def divides(scale: Tensor) -> bool:
     """Whether quotients need a division: float32 scales may have a significand of ones; the interpreter's fma rounds twice."""
-    return scale.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
+    return scale.dtype == torch.float32 or INTERPRETED
 
 
 def tile_of(size: int) -> dict[str, Any]:
     """A program's tile for groups of `size` weights."""
     width = min(triton.next_power_of_2(size), 1024)
-    return {"size": size, "ROWS": max(1, TILE // width), "WIDTH": width, "num_warps": 4}
+    return {"size": size, "ROWS": max(1, TILE // width), "WIDTH": width, "num_warps": WARPS}
 
 
-def _launch(weight: Tensor, scale: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
-    """Grid, number of groups and the tile's shape."""
-    groups, tile = scale.numel(), tile_of(weight.shape[1] // scale.shape[1])
-    return (triton.cdiv(groups, tile["ROWS"]),), groups, tile
+@lru_cache(1024)  # each layer asks at every call, and Triton's own helpers take microseconds
+def _launch(groups: int, size: int) -> tuple[int, tuple[int, int]]:
+    """Programs, and rows and width of a program's tile, for so many groups of `size` weights."""
+    tile = tile_of(size)
+    return -(-groups // tile["ROWS"]), (tile["ROWS"], tile["WIDTH"])
 
 
 def scales(log_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
@@ -180,7 +188,7 @@ def scales(log_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(scale.numel(), 128),)
     with torch.cuda.device_of(scale):  # Triton starts kernels on the current device
         _scales[grid](
-            log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=4
+            log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=WARPS
         )
     return scale
 
@@ -196,12 +204,12 @@ def forward(
     """w^ [out, in] in ``out_dtype``, rounded to the stored dtype on the way, and the scales in that dtype [out, groups]."""
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
     scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=weight.device)
-    grid, groups, tile = _launch(weight, log_scale)
+    groups, size = log_scale.numel(), weight.shape[1] // log_scale.shape[1]
+    programs, tile = _launch(groups, size)
+    numbers = (groups, float(limits[0]), float(limits[1]), *scale_limits(stored_dtype))
+    constants = (size, stored_type(stored_dtype), divides(scale), *tile)
     with torch.cuda.device_of(weight):
-        _forward[grid](
-            weight, log_scale, scale, out, groups, float(limits[0]), float(limits[1]), *scale_limits(stored_dtype),
-            STORED=stored_type(stored_dtype), EXACT=divides(scale), **tile,
-        )  # fmt: skip
+        _forward_kernel.start(programs, (weight, log_scale, scale, out, *numbers), constants, WARPS)
     return out, scale
 
 
@@ -214,10 +222,10 @@ def backward(
     grad_log_scale: Tensor | None,
 ) -> None:
     """Fill the gradients that are asked for from dL/dw^ = ``grad`` [out, in], contiguous; ``grad_weight`` may be ``grad``."""
-    grid, groups, tile = _launch(weight, scale)
+    groups, size = scale.numel(), weight.shape[1] // scale.shape[1]
+    programs, tile = _launch(groups, size)
     wanted = grad if grad_weight is None else grad_weight, scale if grad_log_scale is None else grad_log_scale
+    numbers = (groups, float(limits[0]), float(limits[1]))
+    constants = (size, divides(scale), grad_weight is not None, grad_log_scale is not None, *tile)
     with torch.cuda.device_of(weight):
-        _backward[grid](
-            weight, scale, grad, *wanted, groups, float(limits[0]), float(limits[1]), EXACT=divides(scale),
-            WEIGHT=grad_weight is not None, SCALE=grad_log_scale is not None, **tile,
-        )  # fmt: skip
+        _backward_kernel.start(programs, (weight, scale, grad, *wanted, *numbers), constants, WARPS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from grace_plugin.vlm import VisualTokens
 __all__ = ["CachedTeacher", "check_cached_processor", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
 
 _CHUNK = 1024
+_WORTH_THREADS = 1 << 20
 
 
 def teacher_identity(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
@@ -171,26 +173,41 @@ class CachedTeacher(Teacher):
             there = sum(map(len, parts))
             if there != here and parts:
                 raise ValueError(_other(what, here, there, self.store))
-        on_device = _together(final, positions.device)
+        states = _together([final, seen] if seen else [final], positions.device)
         if not seen:
-            return TeacherStates(on_device, on_device[:0])
+            return TeacherStates(states[0], states[0][:0])
         # a batch lists pictures before videos, a row of the store as they come
         place = visual.index.argsort().argsort()
-        return TeacherStates(on_device, _together(seen, place.device).index_select(0, place))
+        return TeacherStates(states[0], states[1].index_select(0, place))
 
 
-def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+@cache
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="grace-states")
+
+
+def _copy(place: Tensor, part: Tensor) -> None:
+    """In this thread alone, without the interpreter's lock; torch's own copy would wake all of its threads."""
+    place.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
+
+
+def _together(several: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
     """States of several rows, one after the other, on the device; to a GPU from pinned memory: nothing waits for that copy.
 
-    Each is copied once on the host, by one thread: what reads mapped files is not worth the waking of many.
+    Each is copied once on the host, out of its mapped file; from a mebibyte on by a few threads.
     """
-    shape, pinned = (sum(map(len, parts)), *parts[0].shape[1:]), device.type == "cuda"
-    states = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned)
-    bits, first = states.view(torch.uint8).numpy(), 0
-    for part in parts:
-        bits[first : first + len(part)] = part.view(torch.uint8).numpy()
-        first += len(part)
-    return states.to(device, non_blocking=True)
+    whole: list[Tensor] = []
+    jobs: list[tuple[Tensor, Tensor]] = []
+    for parts in several:
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        whole.append(torch.empty(shape, dtype=parts[0].dtype, pin_memory=device.type == "cuda"))
+        jobs += zip(whole[-1].split([len(part) for part in parts]), parts, strict=True)
+    if sum(states.nbytes for states in whole) >= _WORTH_THREADS:
+        list(_copiers().map(_copy, *zip(*jobs, strict=True)))
+    else:
+        for place, part in jobs:
+            _copy(place, part)
+    return [states.to(device, non_blocking=True) for states in whole]
 
 
 def _other(what: str, here: int, there: int, store: StateStore) -> str:

@@ -139,6 +139,22 @@ def test_weights_are_quantized_once_per_step_whatever_the_cut_and_the_checkpoint
         assert attached.quantizations == number * len(attached)
 
 
+def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) -> None:
+    asked: list[int] = []
+
+    class Scales:
+        def fill_ahead(self) -> None:
+            asked.append(llava.grace.steps)
+
+    llava.grace.attached = (Scales(), Scales())  # type: ignore[assignment]
+    try:
+        begun = llava.grace.steps
+        llava.step(llava.collate(rows(1)))
+        assert asked == [begun + 1] * 2
+    finally:
+        llava.grace.attached = ()
+
+
 def test_skipped_steps_are_counted_and_too_many_end_the_run() -> None:
     made = Set(training=TrainingRecipe(max_nonfinite_steps=2))
     batch = made.collate(rows(1, images=0))

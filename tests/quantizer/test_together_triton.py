@@ -249,3 +249,43 @@ def test_a_low_rank_update_without_a_cache_gets_none():
     for _ in range(2):
         made(torch.randn(2, 64, device=DEVICE))
     assert attached.quantizations == 0
+
+
+def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
+    made, batch = model(), torch.randn(2, 64, device=DEVICE)
+    attached = attach(linears(made), group_size=16)
+    attached.fill_ahead()
+    assert attached.quantizations == 0, "no forward pass has said in what dtype"
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        made(batch).sum().backward()
+    optimizer.step()
+    attached.fill_ahead()
+    assert attached.quantizations == 8
+    attached.fill_ahead()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        ahead = made(batch)
+    assert attached.quantizations == 8, "the forward pass found all of it"
+    attached.invalidate()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(made(batch), ahead)
+    assert attached.quantizations == 12
+
+
+def test_ahead_each_layer_is_quantized_in_the_dtype_it_computes_in():
+    made, batch = model(), torch.randn(2, 64, device=DEVICE)
+    attached = attach(linears(made), group_size=16)
+
+    def run():
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            low = made[1](made[0](batch))
+        return made[3](made[2](low.float()))
+
+    run()
+    run()
+    attached.invalidate()
+    attached.fill_ahead()
+    seen, ahead = attached.quantizations, run()
+    assert attached.quantizations == seen
+    attached.invalidate()
+    assert torch.equal(run(), ahead)
