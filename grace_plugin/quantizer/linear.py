@@ -6,9 +6,10 @@ low-rank update the weight is quantized by a function of its own (`lora`) and mu
 
 What it refuses. What `fake_quantize` refuses.
 
-What it costs. x for the backward pass, as any linear layer; w^ stands in the layer's cache, and where there is none it is saved
-as an activation is, so that checkpointing drops it. One node of autograd and one saved tensor, where quantizer and product by
-themselves are two nodes and two saved tensors: some 20 microseconds a layer and step of the host's time.
+What it costs. x for the backward pass, as any linear layer; w^ is asked of the layer's cache again, so that a graph still held
+keeps none alive, and where there is no cache it is saved as an activation is, so that checkpointing drops it. One node of
+autograd and one saved tensor, where quantizer and product by themselves are two nodes and two saved tensors: some 20
+microseconds a layer and step of the host's time.
 
 Legend: input x [..., in]; weight [out, in]; log_scale [out, groups]; bias [out].
 """
@@ -34,21 +35,21 @@ class _QuantizedLinear(torch.autograd.Function):
         value, scale = how.value(weight, log_scale)
         if input.dtype != value.dtype and autocasts(input.device.type):
             input = input.to(value.dtype)
-        ctx.how, ctx.cached = how, how.cache is not None
-        ctx.kept = Kept(weight, log_scale, scale, *([value] if ctx.cached else []))
-        ctx.save_for_backward(input, *([] if ctx.cached else [value]))
+        ctx.how, ctx.kept = how, Kept(weight, log_scale, scale)
+        ctx.save_for_backward(input, *([value] if how.cache is None else []))
         return torch.nn.functional.linear(input, value, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         input, *saved = ctx.saved_tensors
-        weight, log_scale, scale, *cached = ctx.kept.tensors()
-        (value,) = cached or saved
+        weight, log_scale, scale = ctx.kept.tensors()
         needs = ctx.needs_input_grad
         rows = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_input = (rows @ value).view_as(input) if needs[0] else None
-        grad_weight, grad_log_scale = None, None
+        grad_input, grad_weight, grad_log_scale = None, None, None
+        if needs[0]:
+            value = saved[0] if saved else ctx.how.value(weight, log_scale)[0]
+            grad_input = (rows @ value).view_as(input)
         if needs[1] or needs[2]:
             grad_value = rows.mT @ input.reshape(-1, input.shape[-1])
             grad_weight, grad_log_scale = ctx.how.gradients(weight, log_scale, scale, grad_value, (needs[1], needs[2]))

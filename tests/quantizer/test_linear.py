@@ -1,5 +1,7 @@
 """An attached layer's product as one function: the bits of torch's own product with the fake-quantized weight."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -99,7 +101,33 @@ def test_one_saved_tensor_beside_what_a_cache_holds(cache):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         y = linear(x)
     assert saved == ([x.shape] if cache else [x.shape, linear.weight.shape])
-    assert len(y.grad_fn.kept.tensors()) == (4 if cache else 3)
+    assert len(y.grad_fn.kept.tensors()) == 3
+
+
+def test_a_graph_that_is_held_keeps_no_quantized_weight_alive():
+    linear, _ = layer()
+    y = linear(torch.randn(2, 3, 16, requires_grad=True)).sum()
+    y.backward(retain_graph=True)
+    cache = linear.__dict__[STATE].cache
+    held = weakref.ref(cache._kept[1][0])
+    cache.drop()
+    assert held() is None and y.grad_fn is not None
+
+
+@pytest.mark.parametrize("change", ["dtype", "dropped", "invalidated"])
+def test_the_quantized_weight_of_the_forward_pass_is_made_again(change):
+    linear, attached = layer()
+    x = torch.randn(4, 16, requires_grad=True)
+    want = torch.autograd.grad(linear(x).square().sum(), [x, linear.weight])
+    y = linear(x).square().sum()
+    if change == "dtype":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            linear(x)
+    elif change == "dropped":
+        linear.__dict__[STATE].cache.drop()
+    else:
+        attached.invalidate()
+    assert all(map(torch.equal, torch.autograd.grad(y, [x, linear.weight]), want))
 
 
 def test_a_layer_with_a_low_rank_update_tells_in_what_it_computed():
