@@ -81,7 +81,7 @@ def release_masters(model: nn.Module) -> None:
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def store_in(dtype: torch.dtype, model: nn.Module) -> None:
+def store_in(model: nn.Module, dtype: torch.dtype) -> None:
     """`release_masters`, and every parameter in that dtype, one by one; buffers as rotary frequencies keep theirs."""
     release_masters(model)
     for parameter in model.parameters():

@@ -17,7 +17,8 @@ Work = Callable[[], Any]
 def paired_ms(works: dict[str, Work], repeats: int = 20, lead: int = 0) -> dict[str, float]:
     """Median times of several works in milliseconds, a call of each in turn: a clock that drifts drifts under all of them.
 
-    lead: untimed calls of the same work ahead of each timed one, where a call finds what the one before it left.
+    lead: untimed calls of the same work ahead of each timed one, where a call finds what the one before it left; on a CPU all
+    calls of a work follow each other.
     """
     if not torch.cuda.is_available():
         timers = {name: Timer("work()", "work()", globals={"work": work}) for name, work in works.items()}

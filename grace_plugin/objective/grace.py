@@ -245,5 +245,5 @@ class GraceObjective:
         for attached in self.attached:
             attached.bake()
             attached.detach()
-        store_in(dtype, self.student)
+        store_in(self.student, dtype)
         return frozen

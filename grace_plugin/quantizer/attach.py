@@ -52,7 +52,7 @@ class Attached:
 
     @property
     def quantizations(self) -> int:
-        """How often a weight was quantized by a forward pass so far (0 when the cache is off)."""
+        """How often a weight was quantized so far, by a forward pass or ahead of it (0 when the cache is off)."""
         caches = (self._state(linear).cache for linear in self._linears.values())
         return sum(cache.quantizations for cache in caches if cache is not None)
 

@@ -7,7 +7,8 @@ What it refuses. To guess: the value is reused only when version counters, stora
 those it was computed for. The step counter is needed because optimizers that write through ``.data`` and engines that
 swap storage leave a parameter's version untouched; ``StepCounter`` counts every step of every torch optimizer.
 
-The first cache to miss may have those of other layers filled in the same launch (``together``).
+The first cache to miss may have those of other layers filled in the same launch (``together``), which an optimizer step may
+also start ahead of the next forward pass.
 
 What it costs. One weight in compute dtype per layer (2 bytes a weight in bfloat16), which the layer's own backward
 holds anyway. Under sharding that gathers weights per layer (FSDP, ZeRO-3) it would hold the gathered model: switch it

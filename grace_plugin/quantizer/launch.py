@@ -1,8 +1,7 @@
 """Starts a Triton kernel again without asking Triton which one it is.
 
-What it does. Triton finds the compiled kernel for the types and alignments of its arguments at every start, which takes the
-host some 50 microseconds: a layer's backward pass otherwise takes it three times as long. Here the compiled kernel is kept by
-the same properties and started itself, as Triton's tutorials start theirs.
+What it does. Triton looks for the compiled kernel of its arguments' types and alignments at every start. Here it is kept by the
+same properties and started itself, as Triton's tutorials start theirs, which takes the host less time for each layer and step.
 
 What it refuses. Nothing. Where nothing is compiled (Triton's interpreter), every start is Triton's own.
 """
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Kernel"]
+__all__ = ["ALIGNED", "Kernel"]
 
 ALIGNED = 16
 """Addresses and whole numbers that are multiples of it have a kernel of their own, as has the number 1."""

@@ -1,8 +1,8 @@
 """Many layers in one launch each way: what an optimizer step asks of the host does not grow with the number of layers.
 
-What it does. The first layer of a forward pass whose kept weight is stale has all stale layers quantized at once; deferred
-gradients are settled at once. Layers of one device, dtype and group size share a launch; each number is that of a launch of
-its own.
+What it does. All stale layers are quantized at once: behind an optimizer's step (`Attached.fill_ahead`), or by the first layer of
+a forward pass whose kept weight is stale. Deferred gradients are settled at once. Layers of one device, dtype and group size
+share a launch; each number is that of a launch of its own.
 
 What it refuses. Nothing: layers that no kernel takes (a CPU, rows not contiguous, scales not in float32) are left to be done
 one by one.
@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from grace_plugin.quantizer import fake_quant_triton, together_triton
 from grace_plugin.quantizer.cache import WeightCache
 from grace_plugin.quantizer.fake_quant import gradients
+from grace_plugin.quantizer.launch import ALIGNED
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format
 from grace_plugin.quantizer.scales import code_range, stored_scale
 
 __all__ = ["Layer", "fill", "launches", "layer_of", "settle", "settle_all"]
-
-ALIGNED = 16
-"""Bytes that the kernels take an address to be a multiple of."""
 
 
 class Layer(NamedTuple):

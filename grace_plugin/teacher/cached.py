@@ -186,6 +186,9 @@ def _copiers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="grace-states")
 
 
+os.register_at_fork(after_in_child=_copiers.cache_clear)  # a forked process has none of its parent's threads
+
+
 def _copy(place: Tensor, part: Tensor) -> None:
     """In this thread alone, without the interpreter's lock; torch's own copy would wake all of its threads."""
     place.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()

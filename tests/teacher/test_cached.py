@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from grace_plugin.teacher import (
     open_store,
     supervised_positions,
 )
+from grace_plugin.teacher import cached as reading
 from grace_plugin.vlm import VisualTokens, family_of
 from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
 from tests.teacher.caches import ask, asked, build, cached_recipe, collator_of, same, video_row
@@ -282,3 +284,20 @@ def test_a_loaded_teacher_is_not_read_from_a_cache(llava: Pair, cache_of: Any, t
     loaded = load_teacher(str(llava.teacher), dtype="float32")
     with pytest.raises(ValueError, match="cached does not use the teacher that was passed"):
         run(llava, tmp_path / "out", ROWS, recipe=cached_recipe(llava, cache_of("llava")), teacher=loaded)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return reading._together([parts], torch.device("cpu"))[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_states_are_copied_by_threads_and_in_a_forked_process_by_its_own() -> None:
+    parts = [torch.randn(rows, 1024).bfloat16() for rows in (700, 0, 1, 300)]
+    assert sum(part.nbytes for part in parts) > reading._WORTH_THREADS
+    assert torch.equal(_joined(parts), torch.cat(parts))
+    child = multiprocessing.get_context("fork").Process(target=_joined, args=(parts,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, "it waited for threads that only its parent has"
+    small = [part[:5] for part in parts]
+    assert torch.equal(_joined(small), torch.cat(small))
