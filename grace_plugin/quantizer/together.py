@@ -1,8 +1,8 @@
 """Many layers in one launch each way: what an optimizer step asks of the host does not grow with the number of layers.
 
-What it does. All stale layers are quantized at once: behind an optimizer's step (`Attached.fill_ahead`), or by the first layer of
-a forward pass whose kept weight is stale. Deferred gradients are settled at once. Layers of one device, dtype and group size
-share a launch; each number is that of a launch of its own.
+What it does. All stale layers are quantized at once: behind an optimizer's step (`Attached.fill_ahead`), or by the first layer
+of a forward pass whose kept weight is stale. Deferred gradients are settled at once. Layers of one device, dtype and group
+size share a launch; each number is that of a launch of its own.
 
 What it refuses. Nothing: layers that no kernel takes (a CPU, rows not contiguous, scales not in float32) are left to be done
 one by one.
