@@ -59,12 +59,15 @@ def test_what_triton_compiles_for_is_compiled_for(other, constants, warps):
     assert first is not second and again == (*other, *constants)
 
 
-def test_numbers_up_to_31_bits_share_a_kernel():
+@pytest.mark.parametrize(
+    ("one", "other", "kernels"), [(16, (1 << 31) - 16, 1), ((1 << 31) - 16, 1 << 31, 2), (47, 1, 2), (47, 2, 1)]
+)
+def test_numbers_of_up_to_31_bits_share_a_kernel_but_for_1_and_what_is_aligned(one, other, kernels):
     function = Function()
     kernel = Kernel(function)
-    for number in (16, (1 << 31) - 16, 1 << 31):
+    for number in (one, other):
         kernel.start(1, (torch.zeros(8), number), (), 4)
-    assert len(function.compiled) == 2 and len(function.starts) == 1
+    assert len(function.compiled) == kernels and len(function.starts) == 2 - kernels
 
 
 def test_the_interpreter_is_asked_every_time():

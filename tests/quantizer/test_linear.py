@@ -104,6 +104,21 @@ def test_one_saved_tensor_beside_what_a_cache_holds(cache):
     assert len(y.grad_fn.kept.tensors()) == 3
 
 
+def test_without_a_cache_the_backward_pass_reads_what_was_saved():
+    linear, _ = layer(cache=False)
+    x = torch.randn(4, 16, requires_grad=True)
+    found = []
+    for factor in (1, 2):
+
+        def unpack(saved, factor=factor):
+            return saved * factor if saved.shape == linear.weight.shape else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+            y = linear(x).sum()
+        found.append(torch.autograd.grad(y, x)[0])
+    assert torch.equal(found[0] * 2, found[1]) and found[0].any()
+
+
 def test_a_graph_that_is_held_keeps_no_quantized_weight_alive():
     linear, _ = layer()
     y = linear(torch.randn(2, 3, 16, requires_grad=True)).sum()
