@@ -9,10 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["POSITIONS", "probe_logits", "read_probe", "write_probe"]
+__all__ = ["POSITIONS", "attention_of", "probe_logits", "read_probe", "write_probe"]
 
 POSITIONS = 16
 """Supervised positions whose logits are compared."""
+
+
+def attention_of(model: Any) -> dict[str, str]:
+    """Implementations of attention by name of the sub-config, "" for the model's own; `set_attn_implementation` takes them."""
+    config = model.config
+    parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
+    return {name: part._attn_implementation for name, part in parts.items() if part is not None}
 
 
 @torch.no_grad()

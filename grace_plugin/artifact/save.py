@@ -28,7 +28,7 @@ from grace_plugin.artifact.layout import (
     rewrite_ignore,
     source_folder,
 )
-from grace_plugin.artifact.probe import probe_logits, write_probe
+from grace_plugin.artifact.probe import attention_of, probe_logits, write_probe
 from grace_plugin.artifact.ranks import is_writer, together
 from grace_plugin.artifact.verify import check_against_run
 from grace_plugin.modifier import GraceModifier
@@ -101,6 +101,7 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
         "stored_dtype": str(modifier.saved_dtype).removeprefix("torch."),
         "environment": environment(),
         "logits_device": device,
+        "attention": attention_of(model),
         "run": modifier.objective.state_dict(),
         "forward": modifier.objective.forward_proof,
         "layers": {

@@ -154,7 +154,12 @@ def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, 
 def _compare_logits(
     folder: Path, record: dict[str, Any], model: Any, result: dict[str, Any], *, recorded_here: bool
 ) -> list[str]:
-    """Run the model on the probe; the name of the proof if it failed. The first forward turns packed layers into dense ones."""
+    """Run the model on the probe; the name of the proof if it failed. The first forward turns packed layers into dense ones.
+
+    Another implementation of attention would round otherwise, so the recorded one runs, where it is sure to be there.
+    """
+    if recorded_here and "attention" in record:
+        model.set_attn_implementation(record["attention"])
     if torch.cuda.is_available():  # kernels of another device would round otherwise
         model.to(record.get("logits_device", "cpu"))
     if not (folder / PROBE).is_file():

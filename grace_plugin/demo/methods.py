@@ -52,7 +52,7 @@ def arguments() -> dict[str, Any]:
         "max_steps": Budget.steps, "warmup_steps": Budget.warmup_steps, "learning_rate": Budget.learning_rate,
         "seed": Budget.seed, "per_device_train_batch_size": Budget.batch_size, "data_seed": Budget.seed, "logging_steps": 25,
         "use_cpu": not torch.cuda.is_available(), "dataloader_num_workers": 0,
-        "adam_beta2": 0.99, "disable_tqdm": True,
+        "adam_beta2": 0.99, "disable_tqdm": True, "bf16": multiplies_bfloat16(),
     }  # fmt: skip
 
 
@@ -62,11 +62,19 @@ def low_bit_groups(bits: int) -> dict[str, Any]:
     return {"group_0": {"targets": ["Linear"], "weights": weights}}
 
 
-def load_model(folder: Path) -> Any:
-    """A checkpoint in its stored dtype, quantized layers made dense."""
+def load_model(folder: Path, dtype: Any = "auto", attention: str | None = None) -> Any:
+    """A checkpoint, in its stored dtype unless told otherwise, quantized layers made dense."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def load_to_train(folder: Path, dtype: Any) -> Any:
+    """`load_model` for a training run: on a CPU with eager attention.
+
+    Over two dozen tokens in bfloat16 the backward pass of torch's fused attention takes 13 times as long there.
+    """
+    return load_model(folder, dtype, None if torch.cuda.is_available() else "eager")
 
 
 def multiplies_bfloat16() -> bool:
@@ -104,13 +112,8 @@ def widened(model: Any, encoded: Encoded) -> Any:
 
 
 def read_modifier(recipe: Path, bits: int) -> GraceModifier:
-    """The GraceModifier of a recipe file, its scheme replaced by groups of `bits` bits where that is not 4.
-
-    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow.
-    """
+    """The GraceModifier of a recipe file, its scheme replaced by groups of `bits` bits where that is not 4."""
     asked = grace_modifier(read_recipe(recipe))
-    if asked.teacher.dtype == "auto" and not multiplies_bfloat16():
-        asked.teacher = asked.teacher.model_copy(update={"dtype": "float32"})
     if bits == 4:
         return asked
     fields = asked.model_dump(exclude={"scheme", "config_groups", "index", "group"})
@@ -119,11 +122,15 @@ def read_modifier(recipe: Path, bits: int) -> GraceModifier:
 
 
 def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
-    """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint."""
+    """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint.
+
+    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow.
+    """
     rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
+    teacher = load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32)
     return train(
-        STUDENT, recipe=read_modifier(recipe, bits), teacher=TEACHER, dataset=rows, output_dir=output_dir,
-        callbacks=callbacks, **arguments(),
+        load_to_train(STUDENT, torch.float32), recipe=read_modifier(recipe, bits), teacher=teacher, dataset=rows,
+        output_dir=output_dir, callbacks=callbacks, **arguments(),
     )  # fmt: skip
 
 
@@ -133,7 +140,7 @@ def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
     modifier = GraceModifier(quantize=False, distill=off, relational=off, controller=off)
     rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
     return train(
-        STUDENT, recipe=modifier, dataset=rows, output_dir=output_dir, callbacks=callbacks,
+        load_to_train(STUDENT, torch.float32), recipe=modifier, dataset=rows, output_dir=output_dir, callbacks=callbacks,
         **arguments(),
     )  # fmt: skip
 

@@ -151,6 +151,19 @@ def test_a_run_of_text_alone_is_verified_on_text(family: str, pair_of: Any, tmp_
     assert failed(result.checkpoint) == ["logits_equal"]
 
 
+@pytest.mark.parametrize("attention", ["eager", {"text_config": "eager", "vision_config": "sdpa"}])
+def test_logits_are_compared_under_the_attention_that_the_run_had(llava: Pair, tmp_path: Path, attention: Any) -> None:
+    student = loaded(llava)
+    student.set_attn_implementation(attention)
+    result = run(llava, tmp_path / "out", model=student)
+    assert result.verification["logits_equal"]
+    found = grace_plugin.verify(result.checkpoint)
+    assert found["logits_equal"]
+    recorded = json.loads((result.checkpoint / RECORD).read_text())["attention"]
+    assert recorded == {"": "eager" if attention == "eager" else "sdpa", "text_config": "eager",
+                        "vision_config": "eager" if attention == "eager" else "sdpa"}  # fmt: skip
+
+
 def test_in_another_environment_logits_are_reported_and_do_not_decide(copy: Path) -> None:
     tensors = load_file(copy / PROBE)
     tensors["logits"].view(-1)[0] += 1.0
