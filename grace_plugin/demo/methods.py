@@ -52,7 +52,7 @@ def arguments() -> dict[str, Any]:
         "max_steps": Budget.steps, "warmup_steps": Budget.warmup_steps, "learning_rate": Budget.learning_rate,
         "seed": Budget.seed, "per_device_train_batch_size": Budget.batch_size, "data_seed": Budget.seed, "logging_steps": 25,
         "use_cpu": not torch.cuda.is_available(), "dataloader_num_workers": 0,
-        "adam_beta2": 0.99, "disable_tqdm": True, "bf16": multiplies_bfloat16(),
+        "adam_beta2": 0.99, "disable_tqdm": True,
     }  # fmt: skip
 
 

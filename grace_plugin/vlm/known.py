@@ -1,0 +1,213 @@
+"""Tensors on the device whose values the host has too, so that nothing waits for them to be read back.
+
+A collated batch is made in host memory and copied. Modeling code then asks the copy: how many image tokens are there, is
+anything padded, where does this mask hold. Each question stops the host until the device has caught up. `Known` is the copy
+with its original: what known tensors alone make is known as well, and what would be read is read from the host, where it is
+computed when it is asked for. Masks that select or fill rows of other tensors become lists of positions, in the backward pass
+too. Values are those of the device, bit for bit; what is not known to be so (float arithmetic, random numbers, a tensor that
+somebody else wrote to) is an ordinary tensor and is read as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map
+
+from grace_plugin.vlm.host import moved
+
+__all__ = ["Known", "known_inputs"]
+
+_READ = {
+    *("item", "tolist", "numpy", "cpu", "equal", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"),
+    *("__format__", "__contains__"),
+}
+"""What gives its caller something in host memory."""
+_SIZED = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave", "bincount"}
+"""What gives tensors whose sizes depend on values."""
+_CAST = {"to", "cuda", "as_tensor", "expand_as", "type_as"}
+"""What changes a tensor's dtype, its device or how often it stands there; of other tensors it takes these alone."""
+_MOVED = {
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "unfold", "__getitem__"),
+    *("contiguous", "clone", "detach"),
+}
+"""What puts values elsewhere."""
+_PARTS = {"unbind", "split", "chunk"}
+"""What gives a tensor's values in parts."""
+_WRITTEN = {"__setitem__", "__ior__", "__iand__"}
+"""What writes to its first tensor."""
+_COUNTED = {"split", "split_with_sizes", "new_zeros", "new_ones", "new_full", "view", "reshape", "expand", "narrow"}
+"""What takes numbers of elements behind its first tensor."""
+
+
+class Known(Tensor):
+    """A tensor with the same values in host memory, or with what computes them there; made by `Known.of`."""
+
+    _equal: Tensor | Callable[[], Tensor]
+    _written: int
+    _places: Tensor | None
+    _part_of: tuple[Known, Any] | None
+
+    @classmethod
+    def of(
+        cls, tensor: Tensor, values: Tensor | Callable[[], Tensor], part_of: tuple[Known, Any] | None = None
+    ) -> Self:
+        """`tensor` and its equal in host memory, which nobody writes to; part_of: the tensor it is a view of, and the index."""
+        with torch._C.DisableTorchFunctionSubclass():
+            made = tensor.as_subclass(cls)
+            made._part_of = part_of
+            made._note(values)
+        return made
+
+    def _note(self, values: Tensor | Callable[[], Tensor]) -> None:
+        self._equal, self._written, self._places = values, self._version, None
+
+    def host(self) -> Tensor:
+        """The values in host memory."""
+        if not isinstance(self._equal, Tensor):
+            self._equal = self._equal()
+        return self._equal
+
+    def places(self) -> Tensor:
+        """int64 [n] on the device: flat positions where a mask holds."""
+        if self._places is None:
+            self._places = moved(self.host().flatten().nonzero().squeeze(1), self.device)
+        return self._places
+
+    @classmethod
+    @torch.compiler.disable  # nothing here is worth compiling, and it would be anew for each function that it is asked for
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "__get__":  # of a property: shape, device, dtype
+                return func(*args)
+            if tree_any(_is_unknown, args[:1] if name in _CAST else (args, kwargs)):
+                done = _BY_PLACE[name](*args) if name in _BY_PLACE and not kwargs else NotImplemented
+                if done is not NotImplemented:
+                    return done
+                if name in _COUNTED:
+                    args = (*args[:1], *tree_map(_number_of, args[1:]))
+                return func(*args, **kwargs)
+            return _on_both(func, name, args, kwargs)
+
+
+def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`func` of known tensors: on the device at once, in host memory when it is asked for."""
+
+    def on_host() -> Any:
+        if name in _CAST:
+            return args[0].host().to(out.dtype).expand(out.shape)
+        return func(*tree_map(_host_of, args), **tree_map(_host_of, kwargs))
+
+    if name in _READ:
+        return on_host()
+    if name in _SIZED:
+        device = next(value.device for value in args if isinstance(value, Known))
+        return tree_map(lambda found: Known.of(moved(found, device), found), on_host())
+    if name in _WRITTEN:
+        return _write(func, *args)
+    if name == "__iter__":
+        return iter([Known.of(row, partial(_part, args[0].host, n)) for n, row in enumerate(args[0].unbind(0))])
+    if name == "__getitem__" and _rows_mask(args[1], args[0]) is not None:
+        return Known.of(_get_rows(*args), on_host)
+    out = func(*args, **kwargs)
+    if isinstance(out, tuple) and name in _PARTS:
+        return tuple(Known.of(part, partial(_part, on_host, n)) for n, part in enumerate(out))
+    exact = not out.is_floating_point() or name in _CAST | _MOVED if type(out) is Tensor else False
+    if not exact or "rand" in name or "empty" in name:
+        return out
+    return Known.of(out, on_host, (args[0], args[1]) if name == "__getitem__" else None)
+
+
+def _write(func: Any, tensor: Known, *given: Any) -> Any:
+    """Write known values to a known tensor, here and there; one that it is a part of stays known as well."""
+    noted = [(tensor, tensor.host().clone())]
+    func(noted[0][1], *tree_map(_host_of, given))
+    if tensor._part_of is not None and not _is_unknown(tensor._part_of[0]):
+        whole, index = tensor._part_of
+        noted.append((whole, whole.host().clone()))
+        noted[1][1][tree_map(_host_of, index)] = noted[0][1]
+    out = func(tensor, *given)
+    for one, values in noted:
+        one._note(values)
+    return out
+
+
+def _part(whole: Callable[[], Any], number: int) -> Tensor:
+    part: Tensor = whole()[number]
+    return part
+
+
+def _is_unknown(value: Any) -> bool:
+    return isinstance(value, Tensor) and not (isinstance(value, Known) and value._written == value._version)
+
+
+def _host_of(value: Any) -> Any:
+    return value.host() if isinstance(value, Known) else value
+
+
+def _number_of(value: Any) -> Any:
+    whole = isinstance(value, Known) and not _is_unknown(value) and value.dim() == 0 and not value.is_floating_point()
+    return int(value.host()) if whole else value
+
+
+def _rows_mask(index: Any, of: Any) -> Known | None:
+    """The mask of `of[mask]`, `of[mask, :]` or `of[mask, ...]`, known and over leading dimensions; None for another index."""
+    mask, *others = index if isinstance(index, tuple) else (index,)
+    if not all(one is Ellipsis or (isinstance(one, slice) and one == slice(None)) for one in others):
+        return None
+    if not isinstance(mask, Known) or _is_unknown(mask) or mask.dtype != torch.bool:
+        return None
+    return mask if 0 < mask.dim() <= of.dim() and mask.shape == of.shape[: mask.dim()] else None
+
+
+def _get_rows(tensor: Tensor, index: Any) -> Any:
+    """`tensor[mask]` by positions."""
+    mask = _rows_mask(index, tensor)
+    return NotImplemented if mask is None else tensor.flatten(0, mask.dim() - 1).index_select(0, mask.places())
+
+
+def _set_rows(tensor: Tensor, index: Any, value: Any) -> Any:
+    """`tensor[mask] = value` by positions."""
+    mask = _rows_mask(index, tensor)
+    if mask is None or not tensor.is_contiguous():
+        return NotImplemented
+    flat, places = tensor.view(-1, *tensor.shape[mask.dim() :]), mask.places()
+    if not isinstance(value, Tensor):
+        flat.index_fill_(0, places, value)
+    else:
+        flat.index_copy_(0, places, value.to(flat).expand(places.numel(), *flat.shape[1:]))
+    return None
+
+
+def _scatter_rows(tensor: Tensor, mask: Any, source: Tensor) -> Any:
+    """`tensor.masked_scatter(mask, source)` by positions, for a mask that takes rows whole."""
+    if not isinstance(mask, Known) or _is_unknown(mask) or mask.dim() != tensor.dim() or mask.dim() < 2:
+        return NotImplemented
+    if mask.shape[:-1] != tensor.shape[:-1] or not (mask.shape[-1] == 1 or mask.stride(-1) == 0):
+        return NotImplemented
+    places, width = Known.of(mask[..., 0], mask.host()[..., 0]).places(), tensor.shape[-1]
+    if source.numel() != places.numel() * width:  # more than it takes, or too little
+        return NotImplemented
+    return tensor.flatten(0, -2).index_copy(0, places, source.reshape(-1, width)).view_as(tensor)
+
+
+_BY_PLACE: dict[str, Callable[..., Any]] = {
+    "__getitem__": _get_rows, "__setitem__": _set_rows, "masked_scatter": _scatter_rows,
+}  # fmt: skip
+
+
+def known_inputs(inputs: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a model; those whose equals stand in the batch in host memory are known."""
+    return {
+        key: Known.of(value, host[key])
+        if isinstance(value, Tensor) and isinstance(host.get(key), Tensor) and value.device != host[key].device
+        else value
+        for key, value in inputs.items()
+    }
