@@ -83,7 +83,7 @@ class Known(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             if name == "__get__":  # of a property: shape, device, dtype
                 return func(*args)

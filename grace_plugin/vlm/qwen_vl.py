@@ -17,6 +17,7 @@ from transformers.utils.generic import get_max_seqlen
 
 from grace_plugin.vlm.base import Batch, Family
 from grace_plugin.vlm.host import moved
+from grace_plugin.vlm.known import Known
 
 __all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
 
@@ -39,7 +40,7 @@ class Qwen2VL(Family):
         grids = {kind: host[f"{kind}_grid_thw"] for kind, key in self.pixel_keys.items() if host.get(key) is not None}
         if not grids or host.get("mm_token_type_ids") is None:
             return {}
-        found: dict[str, Any] = {f"{kind}_grid_thw": grid for kind, grid in grids.items()}  # read, never computed with
+        found: dict[str, Any] = {}
         if host.get("position_ids") is None:
             asked = inspect.signature(model.model.get_rope_index).parameters
             places, _ = model.model.get_rope_index(**{name: host[name] for name in asked if host.get(name) is not None})
@@ -56,11 +57,10 @@ class Qwen2VL(Family):
         return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
 
     def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
-        """Where the tower's attention is cut: on the device, with the longest part, for kernels that cut; else for the host."""
+        """Where the tower's attention is cut, with the longest part for kernels that cut."""
+        found: dict[str, Any] = {f"cu_{which}seqlens": Known.of(moved(ends, device), ends)}
         longest = get_max_seqlen(ends, tower.config)
-        if longest is None:
-            return {f"cu_{which}seqlens": ends}
-        return {f"cu_{which}seqlens": moved(ends, device), f"max_{which}seqlen": longest}
+        return found if longest is None else {**found, f"max_{which}seqlen": longest}
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config
