@@ -42,7 +42,7 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
+def jobs_of(low_bits: Sequence[int] = (3, 2)) -> tuple[Job, ...]:
     """The rows of the table, with GRACE and round-to-nearest at `low_bits` beside those at 4; longest first, so that the
     workers end together.
     """
@@ -63,6 +63,10 @@ def prepare_worker(logs: str, questions: int, threads: int, board: MutableMappin
     import torch
 
     torch.set_num_threads(threads)
+    if (
+        not torch.cpu._is_amx_tile_supported()
+    ):  # oneDNN's float32 products, faster than MKL's; with AMX they would be rounded
+        torch.set_float32_matmul_precision("medium")
     log = os.open(os.path.join(logs, f"worker-{os.getpid()}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
