@@ -63,9 +63,8 @@ def prepare_worker(logs: str, questions: int, threads: int, board: MutableMappin
     import torch
 
     torch.set_num_threads(threads)
-    if (
-        not torch.cpu._is_amx_tile_supported()
-    ):  # oneDNN's float32 products, faster than MKL's; with AMX they would be rounded
+    # oneDNN's float32 products, faster than MKL's; with AMX it would round to bfloat16
+    if not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
     log = os.open(os.path.join(logs, f"worker-{os.getpid()}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
