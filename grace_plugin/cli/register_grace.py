@@ -128,7 +128,7 @@ def _demo(parser: ArgumentParser) -> None:
         help="interpreter of the serving environment (with vLLM)",
     )
     parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
-    told = "widths to make beside 4 bits, by GRACE and by rounding (default 3 and 2; none: the option alone)"
+    told = "widths to make beside 4 bits, by GRACE and by rounding (default 2; none: the option alone)"
     parser.add_argument(
         "--low_bits",
         "--low-bits",
@@ -136,7 +136,7 @@ def _demo(parser: ArgumentParser) -> None:
         type=int,
         nargs="*",
         choices=(2, 3, 5, 6, 7),
-        default=[3, 2],
+        default=[2],
         help=told,
     )
 

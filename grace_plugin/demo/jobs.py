@@ -42,7 +42,7 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def jobs_of(low_bits: Sequence[int] = (3, 2)) -> tuple[Job, ...]:
+def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
     """The rows of the table, with GRACE and round-to-nearest at `low_bits` beside those at 4; longest first, so that the
     workers end together.
     """

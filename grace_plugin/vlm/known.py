@@ -24,7 +24,7 @@ __all__ = ["Known", "known_inputs"]
 
 _READ = {
     *("item", "tolist", "numpy", "cpu", "equal", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"),
-    *("__format__", "__contains__"),
+    *("__format__", "__contains__", "__array__"),
 }
 """What gives its caller something in host memory."""
 _SIZED = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave", "bincount"}
@@ -40,6 +40,18 @@ _PARTS = {"unbind", "split", "chunk"}
 """What gives a tensor's values in parts."""
 _WRITTEN = {"__setitem__", "__ior__", "__iand__"}
 """What writes to its first tensor."""
+_LOOSE = {
+    "argmax",
+    "argmin",
+    "argsort",
+    "empty_like",
+    "new_empty",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "randperm",
+}
+"""What need not be the same here and there."""
 _COUNTED = {"split", "split_with_sizes", "new_zeros", "new_ones", "new_full", "view", "reshape", "expand", "narrow"}
 """What takes numbers of elements behind its first tensor."""
 
@@ -107,9 +119,10 @@ def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 
     if name in _READ:
         return on_host()
-    if name in _SIZED:
-        device = next(value.device for value in args if isinstance(value, Known))
-        return tree_map(lambda found: Known.of(moved(found, device), found), on_host())
+    if name in _LOOSE or (name in _CAST | _SIZED and not (args and isinstance(args[0], Known))):
+        return func(*args, **kwargs)
+    if name in _SIZED and not args[0].is_floating_point():  # what is large is not copied twice
+        return tree_map(lambda found: Known.of(moved(found, args[0].device), found), on_host())
     if name in _WRITTEN:
         return _write(func, *args)
     if name == "__iter__":
@@ -119,8 +132,7 @@ def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
     out = func(*args, **kwargs)
     if isinstance(out, tuple) and name in _PARTS:
         return tuple(Known.of(part, partial(_part, on_host, n)) for n, part in enumerate(out))
-    exact = not out.is_floating_point() or name in _CAST | _MOVED if type(out) is Tensor else False
-    if not exact or "rand" in name or "empty" in name:
+    if type(out) is not Tensor or (out.is_floating_point() and name not in _CAST | _MOVED):
         return out
     return Known.of(out, on_host, (args[0], args[1]) if name == "__getitem__" else None)
 
@@ -133,7 +145,9 @@ def _write(func: Any, tensor: Known, *given: Any) -> Any:
         whole, index = tensor._part_of
         noted.append((whole, whole.host().clone()))
         noted[1][1][tree_map(_host_of, index)] = noted[0][1]
-    out = func(tensor, *given)
+    out = _set_rows(tensor, *given) if len(given) == 2 else NotImplemented
+    if out is NotImplemented:
+        out = func(tensor, *given)
     for one, values in noted:
         one._note(values)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -31,6 +32,13 @@ def away(tensor: Tensor) -> Known:
     return Known.of(tensor.to(META), tensor.clone())
 
 
+def filled(ids: Any) -> Any:
+    """As modeling code takes out ids that the word table does not have."""
+    copied = ids.clone()
+    copied[ids == 7] = 0
+    return copied
+
+
 READS: dict[str, Callable[[Any], Any]] = {
     "item": lambda ids: (ids == 7).sum().item(),
     "message": lambda ids: f"{(ids == 7).sum()} tokens",
@@ -54,6 +62,9 @@ READS: dict[str, Callable[[Any], Any]] = {
     "kinds": lambda ids: ids.unique().tolist(),
     "repeats": lambda ids: torch.repeat_interleave(ids[0], ids[1]).tolist(),
     "in host memory": lambda ids: (ids.device, ids.cpu().tolist())[1],
+    "joined": lambda ids: torch.cat([ids, ids + 1]).tolist(),
+    "as numpy": lambda ids: np.asarray(ids).tolist(),
+    "filled": lambda ids: filled(ids).tolist(),
     "mixed": lambda ids: ((ids == 7) | (ids == 5) & ~(ids == 0)).tolist(),
 }
 
@@ -90,7 +101,7 @@ def test_the_host_computes_only_what_is_asked() -> None:
     "work",
     [
         lambda known: known.float().mean(), lambda known: torch.rand_like(known.float()), torch.empty_like,
-        lambda known: torch.randint_like(known, 9), lambda known: known + torch.ones_like(IDS, device=known.device),
+        lambda known: torch.randint_like(known, 9), lambda known: known.argmax(1), lambda known: known.float() * 2, lambda known: known + torch.ones_like(IDS, device=known.device),
         lambda known: torch.nn.functional.embedding(known, torch.ones(9, 4, device=known.device)),
     ],
 )  # fmt: skip
@@ -192,6 +203,16 @@ def test_a_view_is_written_through() -> None:
     known, base = Known.of(MASK.clone(), MASK), torch.zeros(5, 2)
     base.T[known] = 1.0
     assert torch.equal(base.T == 1.0, MASK)
+
+
+def test_lists_of_known_tensors_and_large_ones_are_left_to_torch() -> None:
+    pixels, numbers = (
+        Known.of(torch.randn(3, 2), torch.zeros(3, 2)),
+        [Known.of(torch.tensor(n), torch.tensor(9)) for n in (1, 2)],
+    )
+    assert type(torch.masked_select(pixels, Known.of(pixels > 0, pixels > 0))) is Tensor
+    assert torch.as_tensor(numbers).tolist() == torch.tensor(numbers).tolist() == [1, 2]
+    assert type(torch.nonzero(input=Known.of(MASK.clone(), MASK))) is Tensor
 
 
 def test_too_few_rows_are_torchs_error() -> None:
