@@ -56,10 +56,22 @@ _COUNTED = {"split", "split_with_sizes", "new_zeros", "new_ones", "new_full", "v
 """What takes numbers of elements behind its first tensor."""
 
 
+class _Values:
+    """Values in host memory, computed when they are first asked for; nobody writes to them."""
+
+    def __init__(self, values: Tensor | Callable[[], Tensor]) -> None:
+        self._values = values
+
+    def get(self) -> Tensor:
+        if not isinstance(self._values, Tensor):
+            self._values = self._values()
+        return self._values
+
+
 class Known(Tensor):
     """A tensor with the same values in host memory, or with what computes them there; made by `Known.of`."""
 
-    _equal: Tensor | Callable[[], Tensor]
+    _equal: _Values
     _written: int
     _places: Tensor | None
     _part_of: tuple[Known, Any] | None
@@ -76,13 +88,11 @@ class Known(Tensor):
         return made
 
     def _note(self, values: Tensor | Callable[[], Tensor]) -> None:
-        self._equal, self._written, self._places = values, self._version, None
+        self._equal, self._written, self._places = _Values(values), self._version, None
 
     def host(self) -> Tensor:
         """The values in host memory."""
-        if not isinstance(self._equal, Tensor):
-            self._equal = self._equal()
-        return self._equal
+        return self._equal.get()
 
     def places(self) -> Tensor:
         """int64 [n] on the device: flat positions where a mask holds."""
@@ -110,12 +120,12 @@ class Known(Tensor):
 
 
 def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`func` of known tensors: on the device at once, in host memory when it is asked for."""
+    """`func` of known tensors: on the device at once, in host memory when it is asked for, of the values they have now."""
+    taken = tree_map(_values_of, (args, kwargs))
 
     def on_host() -> Any:
-        if name in _CAST:
-            return args[0].host().to(out.dtype).expand(out.shape)
-        return func(*tree_map(_host_of, args), **tree_map(_host_of, kwargs))
+        there, options = tree_map(_got, taken)
+        return there[0].to(out.dtype).expand(out.shape) if name in _CAST else func(*there, **options)
 
     if name in _READ:
         return on_host()
@@ -126,7 +136,7 @@ def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
     if name in _WRITTEN:
         return _write(func, *args)
     if name == "__iter__":
-        return iter([Known.of(row, partial(_part, args[0].host, n)) for n, row in enumerate(args[0].unbind(0))])
+        return iter([Known.of(row, partial(_part, args[0]._equal.get, n)) for n, row in enumerate(args[0].unbind(0))])
     if name == "__getitem__" and _rows_mask(args[1], args[0]) is not None:
         return Known.of(_get_rows(*args), on_host)
     out = func(*args, **kwargs)
@@ -134,22 +144,23 @@ def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
         return tuple(Known.of(part, partial(_part, on_host, n)) for n, part in enumerate(out))
     if type(out) is not Tensor or (out.is_floating_point() and name not in _CAST | _MOVED):
         return out
-    return Known.of(out, on_host, (args[0], args[1]) if name == "__getitem__" else None)
+    return Known.of(out, on_host, (args[0], taken[0][1]) if name == "__getitem__" else None)
 
 
 def _write(func: Any, tensor: Known, *given: Any) -> Any:
-    """Write known values to a known tensor, here and there; one that it is a part of stays known as well."""
-    noted = [(tensor, tensor.host().clone())]
-    func(noted[0][1], *tree_map(_host_of, given))
-    if tensor._part_of is not None and not _is_unknown(tensor._part_of[0]):
-        whole, index = tensor._part_of
-        noted.append((whole, whole.host().clone()))
-        noted[1][1][tree_map(_host_of, index)] = noted[0][1]
+    """Write known values to a known tensor, here and there; one that it is a view of stays known as well."""
+    whole, index = tensor._part_of or (tensor, ...)
+    was_known = not _is_unknown(whole)
+    values = tensor.host().clone()
+    func(values, *tree_map(_got, tree_map(_values_of, given)))
     out = _set_rows(tensor, *given) if len(given) == 2 else NotImplemented
     if out is NotImplemented:
         out = func(tensor, *given)
-    for one, values in noted:
-        one._note(values)
+    tensor._note(values)
+    if was_known and _is_unknown(whole):  # it was written to through its view
+        written = whole.host().clone()
+        written[tree_map(_got, index)] = values
+        whole._note(written)
     return out
 
 
@@ -162,8 +173,12 @@ def _is_unknown(value: Any) -> bool:
     return isinstance(value, Tensor) and not (isinstance(value, Known) and value._written == value._version)
 
 
-def _host_of(value: Any) -> Any:
-    return value.host() if isinstance(value, Known) else value
+def _values_of(value: Any) -> Any:
+    return value._equal if isinstance(value, Known) else value
+
+
+def _got(value: Any) -> Any:
+    return value.get() if isinstance(value, _Values) else value
 
 
 def _number_of(value: Any) -> Any:

@@ -129,10 +129,22 @@ def test_known_values_written_to_a_known_tensor_stay_known() -> None:
         mask[1, 2] = True
         mask[1] &= mask[0]
     assert known.device == META and known.tolist() == plain.tolist()
-    other = known[0]
+    other, before = known[0], ~known
     known[1, 0] = True
+    assert before.tolist() == (~plain).tolist()  # of the values at the time
     with pytest.raises(Exception, match="meta"):
         other.tolist()  # may have been written to
+
+
+def test_a_copy_that_is_written_to_changes_nothing_else() -> None:
+    known, chosen = away(MASK), away(torch.tensor([1, 0]))
+    copied = known[chosen]
+    copied[0] = True
+    copied |= known
+    assert known.tolist() == MASK.tolist()
+    plain = MASK[[1, 0]]
+    plain[0] = True
+    assert copied.tolist() == (plain | MASK).tolist()
 
 
 @st.composite
