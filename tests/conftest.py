@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,3 +63,12 @@ def finished(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Finished:
         logging_steps=1,
     )
     return Finished(llava, dataset, result)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Three threads for torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)

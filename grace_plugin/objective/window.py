@@ -26,7 +26,7 @@ from grace_plugin.objective.host import Reading
 from grace_plugin.recipe import DistillRecipe, RelationalRecipe
 from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
 from grace_plugin.vlm import Family, VisualTokens
-from grace_plugin.vlm.host import moved
+from grace_plugin.vlm.host import moved, one_thread
 
 __all__ = [
     "MicroBatch",
@@ -213,18 +213,21 @@ def look(
     Raises:
         ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
     """
-    labels = labels_of(host, family, config)
-    positions = supervised_positions(labels)
-    targets = labels.flatten()[positions + 1]
-    if targets.numel() and int(targets.max()) >= vocabulary:
-        raise ValueError(
-            f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
-            "the data was tokenised with another tokenizer, or the row uses a token only one side knows"
-        )
-    seen = family.visual_tokens(config, host)
-    row = row_numbers(host)
-    bare = torch.zeros(row.shape, device=row.device).index_fill_(0, row[positions], 1.0)  # by row; there are fewer rows
-    bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
+    with one_thread(device):
+        labels = labels_of(host, family, config)
+        positions = supervised_positions(labels)
+        targets = labels.flatten()[positions + 1]
+        if targets.numel() and int(targets.max()) >= vocabulary:
+            raise ValueError(
+                f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
+                "the data was tokenised with another tokenizer, or the row uses a token only one side knows"
+            )
+        seen = family.visual_tokens(config, host)
+        row = row_numbers(host)
+        bare = torch.zeros(row.shape, device=row.device).index_fill_(
+            0, row[positions], 1.0
+        )  # by row; there are fewer rows
+        bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
     visual = VisualTokens(moved(seen.index, device), seen.sizes)
     item = MicroBatch(moved(positions, device), moved(targets, device), visual, host=host)
     counts = torch.zeros(4, dtype=torch.float32, device=device)

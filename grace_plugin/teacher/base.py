@@ -17,6 +17,7 @@ from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.quantizer.attach import Attached
 from grace_plugin.vlm import Family, VisualTokens, capture, family_of
+from grace_plugin.vlm.host import one_thread
 from grace_plugin.vlm.known import known_inputs
 
 __all__ = ["MISSING", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
@@ -44,7 +45,9 @@ def model_inputs(
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
     if model is not None and host is not None and host["input_ids"].device != batch["input_ids"].device:
-        inputs = known_inputs(inputs, host) | family_of(model).host_inputs(model, host, batch["input_ids"].device)
+        device = batch["input_ids"].device
+        with one_thread(device):
+            inputs = known_inputs(inputs, host) | family_of(model).host_inputs(model, host, device)
     return inputs
 
 

@@ -10,13 +10,12 @@ somebody else wrote to) is an ordinary tensor and is read as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map
 
 from grace_plugin.vlm.host import moved
 
@@ -41,15 +40,8 @@ _PARTS = {"unbind", "split", "chunk"}
 _WRITTEN = {"__setitem__", "__ior__", "__iand__"}
 """What writes to its first tensor."""
 _LOOSE = {
-    "argmax",
-    "argmin",
-    "argsort",
-    "empty_like",
-    "new_empty",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "randperm",
+    *("argmax", "argmin", "argsort", "empty_like", "new_empty"),
+    *("rand_like", "randn_like", "randint_like", "randperm"),
 }
 """What need not be the same here and there."""
 _COUNTED = {"split", "split_with_sizes", "new_zeros", "new_ones", "new_full", "view", "reshape", "expand", "narrow"}
@@ -109,22 +101,22 @@ class Known(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if name == "__get__":  # of a property: shape, device, dtype
                 return func(*args)
-            if tree_any(_is_unknown, args[:1] if name in _CAST else (args, kwargs)):
+            if any(map(_is_unknown, _leaves(args[:1] if name in _CAST else (args, kwargs)))):
                 done = _BY_PLACE[name](*args) if name in _BY_PLACE and not kwargs else NotImplemented
                 if done is not NotImplemented:
                     return done
                 if name in _COUNTED:
-                    args = (*args[:1], *tree_map(_number_of, args[1:]))
+                    args = (*args[:1], *_each(_number_of, args[1:]))
                 return func(*args, **kwargs)
             return _on_both(func, name, args, kwargs)
 
 
 def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`func` of known tensors: on the device at once, in host memory when it is asked for, of the values they have now."""
-    taken = tree_map(_values_of, (args, kwargs))
+    taken = _each(_values_of, (args, kwargs))
 
     def on_host() -> Any:
-        there, options = tree_map(_got, taken)
+        there, options = _each(_got, taken)
         return there[0].to(out.dtype).expand(out.shape) if name in _CAST else func(*there, **options)
 
     if name in _READ:
@@ -132,7 +124,7 @@ def _on_both(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
     if name in _LOOSE or (name in _CAST | _SIZED and not (args and isinstance(args[0], Known))):
         return func(*args, **kwargs)
     if name in _SIZED and not args[0].is_floating_point():  # what is large is not copied twice
-        return tree_map(lambda found: Known.of(moved(found, args[0].device), found), on_host())
+        return _each(lambda found: Known.of(moved(found, args[0].device), found), on_host())
     if name in _WRITTEN:
         return _write(func, *args)
     if name == "__iter__":
@@ -152,14 +144,14 @@ def _write(func: Any, tensor: Known, *given: Any) -> Any:
     whole, index = tensor._part_of or (tensor, ...)
     was_known = not _is_unknown(whole)
     values = tensor.host().clone()
-    func(values, *tree_map(_got, tree_map(_values_of, given)))
+    func(values, *_each(_got, _each(_values_of, given)))
     out = _set_rows(tensor, *given) if len(given) == 2 else NotImplemented
     if out is NotImplemented:
         out = func(tensor, *given)
     tensor._note(values)
     if was_known and _is_unknown(whole):  # it was written to through its view
         written = whole.host().clone()
-        written[tree_map(_got, index)] = values
+        written[_each(_got, index)] = values
         whole._note(written)
     return out
 
@@ -167,6 +159,22 @@ def _write(func: Any, tensor: Known, *given: Any) -> Any:
 def _part(whole: Callable[[], Any], number: int) -> Tensor:
     part: Tensor = whole()[number]
     return part
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What stands in nested arguments; torch's own pytree takes longer for it than all the rest here."""
+    if type(value) in (tuple, list, dict):
+        for one in value.values() if type(value) is dict else value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested arguments, each changed."""
+    if type(value) is dict:
+        return {key: _each(change, one) for key, one in value.items()}
+    return type(value)(_each(change, one) for one in value) if type(value) in (tuple, list) else change(value)
 
 
 def _is_unknown(value: Any) -> bool:

@@ -11,6 +11,7 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import vision_utils
 from transformers.utils.generic import get_max_seqlen
@@ -57,10 +58,14 @@ class Qwen2VL(Family):
         return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
 
     def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
-        """Where the tower's attention is cut, with the longest part for kernels that cut."""
-        found: dict[str, Any] = {f"cu_{which}seqlens": Known.of(moved(ends, device), ends)}
-        longest = get_max_seqlen(ends, tower.config)
-        return found if longest is None else {**found, f"max_{which}seqlen": longest}
+        """Where the tower's attention is cut: on the device, with the longest part, for kernels that cut; else layers read it.
+
+        What they read stays in host memory, unless data parallelism would move it to the device.
+        """
+        longest, name = get_max_seqlen(ends, tower.config), f"cu_{which}seqlens"
+        if longest is not None:
+            return {name: moved(ends, device), f"max_{which}seqlen": longest}
+        return {name: Known.of(moved(ends, device), ends) if dist.is_available() and dist.is_initialized() else ends}
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from grace_plugin.objective.host import Reading
+from grace_plugin.objective.window import look
 from grace_plugin.vlm import FAMILIES
 from grace_plugin.vlm.host import moved
 from tests.objective.parts import Set
 from tests.pairs import mixed_rows
+from tests.threads import Threads
 from tests.vlm.test_host_inputs import batch_of
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -83,6 +85,19 @@ def test_a_step_on_meta_with_packed_rows(family: str) -> None:
 def test_a_step_on_meta_with_videos(family: str) -> None:
     made = set_on("meta", family, "sdpa")
     step_on_meta(made, [batch_of(made.processor, "both")])
+
+
+def test_looking_at_a_batch_wakes_no_other_thread(threads: int) -> None:
+    made, device = Set("qwen2_vl"), torch.device("meta")
+    host = batches_of(made)[0]
+    grace = made.grace
+    with Threads() as seen:
+        look(
+            on("meta", [host])[0], host, family=grace.family, config=grace.config, vocabulary=grace.vocabulary, teacher=None,
+            distill=grace.distill, relational=grace.relational, device=device,
+        )  # fmt: skip
+    assert len(seen.found) > 5 and set().union(*seen.found.values()) == {1}
+    assert torch.get_num_threads() == threads
 
 
 def test_host_batches_change_nothing() -> None:

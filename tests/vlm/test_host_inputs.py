@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from grace_plugin.data import ConversationCollator
 from grace_plugin.teacher.base import model_inputs
 from grace_plugin.vlm import family_of
+from grace_plugin.vlm.host import one_thread
 from tests.films import films
+from tests.threads import Threads
 from tests.tiny import EVERY, build, rows
 
 GRIDS = [name for name in EVERY if name.startswith("qwen")]
@@ -97,20 +100,33 @@ def test_nothing_is_made_of_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_bounds_are_on_the_device_and_the_longest_part_for_kernels_that_cut(name: str) -> None:
+def test_bounds_are_where_they_are_read(name: str, tmp_path: Path) -> None:
+    """On the device for kernels that cut; in host memory for the others, or known beside ranks, whose engine moves tensors."""
     model, processor = build(name)
     batch, device = batch_of(processor, "images"), torch.device("meta")
     found = {}
     for attention in ("sdpa", "flash_attention_2"):
         model.model.visual.config._attn_implementation = attention
         found[attention] = family_of(model).host_inputs(model, batch, device)
-    for made in found.values():
-        assert {value.device.type for value in made.values() if isinstance(value, Tensor)} == {"meta"}
-        assert made["image_cu_seqlens"].tolist()[-1] == len(batch["pixel_values"])  # known
+    model.model.visual.config._attn_implementation = "sdpa"
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        found["ranks"] = family_of(model).host_inputs(model, batch, device)
+    finally:
+        torch.distributed.destroy_process_group()
+    bounds = {key for key in found["sdpa"] if key.startswith("image_cu_")}
+    for case, made in found.items():
+        where = {key: value.device.type for key, value in made.items() if isinstance(value, Tensor)}
+        assert {key for key, place in where.items() if place == "cpu"} == (bounds if case == "sdpa" else set())
+        assert set(where.values()) <= {"meta", "cpu"} and bounds <= where.keys()
+    for key in bounds:
+        assert found["ranks"][key].tolist() == found["sdpa"][key].tolist()
+        assert found["sdpa"][key][-1] == len(batch["pixel_values"])
     sizes = batch["image_grid_thw"].prod(1)
     assert found["flash_attention_2"]["image_max_seqlen"] == int(sizes.max())
     assert ("image_max_window_seqlen" in found["flash_attention_2"]) == ("image_cu_window_seqlens" in found["sdpa"])
-    assert not {key for key in found["sdpa"] if "max" in key}
+    assert not {key for case in ("sdpa", "ranks") for key in found[case] if "max" in key}
 
 
 def test_only_a_batch_that_is_elsewhere_needs_them() -> None:
@@ -122,7 +138,32 @@ def test_only_a_batch_that_is_elsewhere_needs_them() -> None:
     assert model_inputs(away, None, batch).keys() == here.keys()
     made = model_inputs(away, model, batch)
     assert made.keys() > here.keys() and "labels" not in made
-    assert {value.device.type for value in made.values()} == {"meta"}
+    assert {key for key, value in made.items() if value.device.type != "meta"} == {"image_cu_seqlens"}
     assert torch.equal(made["image_grid_thw"].cpu(), batch["image_grid_thw"])  # known
     llava, _ = build("llava")  # no family of grids
     assert model_inputs(away, llava, batch).keys() == here.keys()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_is_made_of_a_batch_wakes_no_other_thread(name: str, threads: int) -> None:
+    model, processor = build(name)
+    batch = batch_of(processor, "images")
+    away = {key: value.to("meta") for key, value in batch.items()}
+    with Threads() as seen:
+        model_inputs(away, model, batch)
+    assert len(seen.found) > 5 and set().union(*seen.found.values()) == {1}
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("device", "inside"), [("meta", 1), ("cuda", 1), ("cpu", 3)])
+def test_threads_are_given_back(device: str, inside: int, threads: int) -> None:
+    found = []
+
+    def work() -> None:
+        with one_thread(torch.device(device)):
+            found.append(torch.get_num_threads())
+            raise ValueError("asked for")
+
+    with pytest.raises(ValueError, match="asked for"):
+        work()
+    assert [*found, torch.get_num_threads()] == [inside, threads]
