@@ -34,7 +34,7 @@ from grace_plugin.recipe import (
     TrainingRecipe,
 )
 from grace_plugin.schemes import check_fused, check_schemes, clear_schemes, group_of, hand_over, stored_dtype
-from grace_plugin.teacher import StateStore, Teacher, check_pair, open_store, open_teacher
+from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
 from grace_plugin.trainable import lora_layers, raise_masters, release_masters
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import family_of
@@ -179,9 +179,9 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
                 chosen = linears.keys() & set(self._lora_layers)
                 attached.add_lora(sorted(chosen), rank=lora.rank, alpha=lora.alpha, seed=lora.seed)
 
-    def use_teacher(self, teacher: str | os.PathLike[str] | nn.Module | None) -> None:
-        """Take another teacher than the recipe's: a checkpoint or a loaded model; None keeps the recipe's."""
-        if isinstance(teacher, nn.Module):
+    def use_teacher(self, teacher: GivenTeacher | None) -> None:
+        """Take another teacher than the recipe's: a checkpoint, a loaded model or a `Teacher`; None keeps the recipe's."""
+        if isinstance(teacher, (nn.Module, Teacher)):
             self._given_teacher = teacher
             self.teacher = self.teacher.model_copy(update={"model": getattr(teacher, "name_or_path", None) or None})
         elif teacher is not None:

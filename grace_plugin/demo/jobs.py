@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "Result", "jobs_of", "prepare_worker", "run_job"]
+__all__ = ["SHARED", "Job", "Result", "jobs_of", "prepare_worker", "run_job"]
+
+SHARED = "teacher-states"
+"""Folder of what rows share while they are made."""
 
 _WORKER: dict[str, Any] = {}
 
@@ -44,12 +47,12 @@ class Result:
 
 def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
     """The rows of the table, with GRACE and round-to-nearest at `low_bits` beside those at 4; longest first, so that the
-    workers end together.
+    workers end together, and one GRACE row ahead of the others, which read what it asked the teacher.
     """
     return (
         Job("GRACE INT4", "grace", 4, "recipe"),
-        *(Job(f"GRACE {bits}-bit", "grace", bits) for bits in low_bits),
         Job("BF16 fine-tuned", "fine_tune", 16),
+        *(Job(f"GRACE {bits}-bit", "grace", bits) for bits in low_bits),
         Job("teacher BF16", "bundled", 16, "teacher"),
         Job("GPTQ INT4", "gptq", 4),
         Job("round-to-nearest INT4", "rtn", 4),
@@ -121,7 +124,7 @@ def run_job(job: Job, output: str, recipe: str) -> Result:
         if job.kind == "fine_tune":
             result = methods.fine_tune(folder, callbacks)
         else:
-            result = methods.grace(Path(recipe), job.bits, folder, callbacks)
+            result = methods.grace(Path(recipe), job.bits, folder, callbacks, shared=Path(output) / SHARED)
         verification, history = result.verification, result.history
     made = time.monotonic()
     model = methods.scored_model(folder, encoded[0])

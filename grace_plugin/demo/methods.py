@@ -18,6 +18,7 @@ from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.scenes import training_rows
 from grace_plugin.demo.score import Encoded
+from grace_plugin.demo.shared import SharedTeacher
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe
@@ -121,13 +122,14 @@ def read_modifier(recipe: Path, bits: int) -> GraceModifier:
     return GraceModifier(**own, config_groups=low_bit_groups(bits))
 
 
-def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
+def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shared: Path) -> TrainResult:
     """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint.
 
-    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow.
+    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow. shared: where runs on the same batches find
+    what it said of them.
     """
     rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
-    teacher = load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32)
+    teacher = SharedTeacher(load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32), shared)
     return train(
         load_to_train(STUDENT, torch.float32), recipe=read_modifier(recipe, bits), teacher=teacher, dataset=rows,
         output_dir=output_dir, callbacks=callbacks, **arguments(),

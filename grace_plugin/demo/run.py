@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grace_plugin.demo.jobs import Job, Result, jobs_of, prepare_worker, run_job
+from grace_plugin.demo.jobs import SHARED, Job, Result, jobs_of, prepare_worker, run_job
 from grace_plugin.demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
@@ -58,12 +58,15 @@ def demo(
     if not console.is_terminal:  # a log file has no width; the table needs some
         console = Console(width=120)
     jobs = jobs_of(low_bits)
-    for made in (*(job.name.replace(" ", "-") for job in jobs), "logs"):
+    for made in (*(job.name.replace(" ", "-") for job in jobs), "logs", SHARED):
         for folder in (output_dir / made, output_dir / f"{made}.run"):
             shutil.rmtree(folder, ignore_errors=True)
     (output_dir / "logs").mkdir(parents=True)
     python = Path(serve_python) if serve_python is not None else None
-    results, served = _run_jobs(jobs, output_dir, questions or QUESTIONS, recipe, python, console)
+    try:
+        results, served = _run_jobs(jobs, output_dir, questions or QUESTIONS, recipe, python, console)
+    finally:
+        shutil.rmtree(output_dir / SHARED, ignore_errors=True)
     seconds = {"serving": served["seconds"] if served else 0.0, "total": time.monotonic() - start}
     summary = summarise(results, served, seconds)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

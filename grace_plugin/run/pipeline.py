@@ -23,7 +23,7 @@ from grace_plugin.run.inputs import grace_modifier, load_processor, load_student
 from grace_plugin.run.rows import calibration_rows
 from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.teacher import check_cached_rows
+from grace_plugin.teacher import GivenTeacher, check_cached_rows
 from grace_plugin.upstream import (
     CalibrationPipeline,
     Modifier,
@@ -108,7 +108,7 @@ def oneshot(
     recipe: str | os.PathLike[str] | Recipe | Modifier,
     dataset: Any,
     output_dir: str | os.PathLike[str],
-    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    teacher: GivenTeacher | None = None,
     processor: Any = None,
     max_length: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
@@ -128,7 +128,7 @@ def oneshot(
         recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
         dataset: rows as for `train`, not a stream, or a ready DataLoader of batches.
         output_dir: where the checkpoint appears; must not hold anything.
-        teacher: replaces the recipe's `teacher.model`.
+        teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor: the student's; read from its checkpoint by default.
         max_length: longest row in tokens; a longer one is not used, nothing is cut.
         max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.

@@ -26,6 +26,7 @@ from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
+from grace_plugin.teacher import GivenTeacher
 from grace_plugin.upstream import Modifier, Recipe, create_session
 
 __all__ = ["GraceSession", "grace_session"]
@@ -77,7 +78,7 @@ def grace_session(
     recipe: str | os.PathLike[str] | Recipe | Modifier,
     *,
     total_steps: int,
-    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    teacher: GivenTeacher | None = None,
     processor: Any = None,
     teacher_processor: Any = None,
 ) -> Iterator[GraceSession]:
@@ -86,7 +87,7 @@ def grace_session(
     Args:
         student: a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier.
-        teacher: replaces the recipe's `teacher.model`.
+        teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor, teacher_processor: to compare tokenizers; read from the checkpoints by default.
 
     Raises:

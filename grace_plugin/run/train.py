@@ -27,7 +27,7 @@ from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.teacher import StateStore, check_cached_rows
+from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
 from grace_plugin.vlm import family_of
 
@@ -125,7 +125,7 @@ def train(
     recipe: str | os.PathLike[str] | Recipe | Modifier,
     dataset: Sequence[Mapping[str, Any]] | Any,
     output_dir: str | os.PathLike[str],
-    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    teacher: GivenTeacher | None = None,
     processor: Any = None,
     teacher_processor: Any = None,
     max_length: int | None = None,
@@ -145,7 +145,7 @@ def train(
         dataset: rows in the messages or the LLaVA format (`grace_plugin.data`): a list, `load_rows(...)`, a
             `datasets.Dataset`, any other sequence, or a stream.
         output_dir: where the checkpoint appears; must not hold anything.
-        teacher: replaces the recipe's `teacher.model`.
+        teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor: the student's; read from its checkpoint by default.
         teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
         max_length: longest row in tokens; a longer one is not used, nothing is cut.

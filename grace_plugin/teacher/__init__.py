@@ -1,6 +1,6 @@
 """Where the teacher's hidden states come from: a model in memory, a model in host memory, a cache, or the student itself."""
 
-from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates, model_inputs, supervised_positions
+from grace_plugin.teacher.base import MISSING, GivenTeacher, Teacher, TeacherStates, model_inputs, supervised_positions
 from grace_plugin.teacher.build import build_cache
 from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_rows, open_store
 from grace_plugin.teacher.open import check_pair, open_teacher
@@ -13,6 +13,7 @@ __all__ = [
     "MISSING",
     "CachePlan",
     "CachedTeacher",
+    "GivenTeacher",
     "OffloadedTeacher",
     "ResidentTeacher",
     "SelfTeacher",

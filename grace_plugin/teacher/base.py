@@ -5,6 +5,7 @@ Legend: B batch, S sequence, N supervised positions, M visual tokens, d_t teache
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from grace_plugin.vlm import Family, VisualTokens, capture, family_of
 from grace_plugin.vlm.host import one_thread
 from grace_plugin.vlm.known import known_inputs
 
-__all__ = ["MISSING", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
+__all__ = ["MISSING", "GivenTeacher", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
 
 MISSING = (
     "GRACE distils from a teacher and none was given: set teacher.model in the recipe, pass teacher=, or disable the distill "
@@ -98,6 +99,10 @@ class Teacher(ABC):
     def begin(self, student: nn.Module, attached: Sequence[Attached]) -> None:
         """Called once before the first step, when it is settled what of the student trains."""
         return None
+
+
+GivenTeacher = str | os.PathLike[str] | nn.Module | Teacher
+"""What may take the place of the recipe's teacher: a checkpoint, a loaded model, or a `Teacher` of one's own."""
 
 
 @torch.no_grad()

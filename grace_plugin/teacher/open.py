@@ -29,7 +29,7 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
     """Open a teacher of the asked kind.
 
     Args:
-        given: a loaded teacher that replaces the recipe's checkpoint, or None.
+        given: a loaded model that replaces the recipe's checkpoint, a `Teacher` that is used as it is, or None.
         store: opened for a cached teacher.
 
     Raises:
@@ -47,6 +47,13 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
         return CachedTeacher(store, asked)
     if given is None and asked.model is None:
         raise ValueError(MISSING)
+    if isinstance(given, Teacher):
+        if asked.kind != "resident":
+            raise ValueError(
+                f"teacher.kind: {asked.kind} does not apply to the {type(given).__name__} that was passed, which says what "
+                "it does itself; pass its model, or set kind: resident"
+            )
+        return given
     model = given if given is not None else load_teacher(str(asked.model), revision=asked.revision, dtype=asked.dtype)
     return OffloadedTeacher(model) if asked.kind == "offload" else ResidentTeacher(model)
 

@@ -1,0 +1,94 @@
+"""Rows of the demo that share the teacher's passes learn, bit for bit, what each would have learned by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from grace_plugin.data import ConversationCollator
+from grace_plugin.demo.jobs import jobs_of
+from grace_plugin.demo.shared import SharedTeacher
+from grace_plugin.teacher import ResidentTeacher, supervised_positions
+from grace_plugin.vlm import family_of
+from tests.pairs import Pair, mixed_rows, recipe_text, run
+from tests.tiny import build
+
+
+class Counted(SharedTeacher):
+    """Keeps how often its model ran."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        super().__init__(model, folder)
+        self.passes: list[int] = []
+        self.model.register_forward_hook(lambda *_: self.passes.append(1))
+
+
+def loaded(pair: Pair) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(pair.teacher, dtype=torch.float32)
+
+
+def test_a_batch_is_computed_once_and_read_as_it_was(tmp_path: Path) -> None:
+    models = [build("llava", seed=1) for _ in range(3)]
+    model, processor = models[0]
+    one, other = (Counted(made.bfloat16(), tmp_path) for made, _ in models[:2])
+    alone = ResidentTeacher(models[2][0].bfloat16())
+    collate, family = ConversationCollator(processor), family_of(model)
+    batches = [collate(mixed_rows(5)), collate(mixed_rows(4))]
+    for batch in batches:
+        asked = (batch, supervised_positions(batch["labels"]), family.visual_tokens(model.config, batch))
+        made, read, want = (teacher.states(*asked) for teacher in (one, other, alone))
+        for found in (made, read):
+            assert found.final.dtype == torch.bfloat16 and found.final.shape == want.final.shape
+            assert torch.equal(found.final, want.final) and torch.equal(found.visual, want.visual)
+    assert (len(one.passes), len(other.passes)) == (2, 0)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".safetensors"] * 2
+
+
+@pytest.mark.parametrize(("key", "more"), [("input_ids", 5), ("attention_mask", 1), ("labels", 1), ("pixel_values", 1)])
+def test_another_value_is_another_batch(tmp_path: Path, key: str, more: int) -> None:
+    model, processor = build("llava", seed=1)
+    batch = ConversationCollator(processor)(mixed_rows(4))
+    teacher = SharedTeacher(model, tmp_path)
+    asked = (supervised_positions(batch["labels"]), family_of(model).visual_tokens(model.config, batch))
+    teacher.states(batch, *asked)
+    changed = batch[key].clone()
+    changed.view(-1)[-1] += more
+    teacher.states({**batch, key: changed}, *asked)
+    teacher.states({**batch, key: batch[key].clone()}, *asked)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_runs_that_share_write_the_checkpoints_of_runs_that_do_not(llava: Pair, tmp_path: Path) -> None:
+    """Two widths, the second under a teacher that would say something else were it asked."""
+    for bits in (4, 2):
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        recipe = recipe_text(llava.teacher, scheme=None, config_groups=groups)
+        model = loaded(llava)
+        if bits == 2:
+            torch.nn.init.zeros_(model.model.language_model.layers[0].mlp.down_proj.weight)
+        found = []
+        for name, teacher in (("shared", SharedTeacher(model, tmp_path / "states")), ("alone", loaded(llava))):
+            run(llava, tmp_path / f"{name}{bits}", mixed_rows(8), recipe=recipe, teacher=teacher)
+            found.append(load_file(tmp_path / f"{name}{bits}" / "model.safetensors"))
+        shared, alone = found
+        assert shared.keys() == alone.keys() and all(torch.equal(shared[key], alone[key]) for key in shared)
+    assert len(list((tmp_path / "states").iterdir())) == 2
+
+
+def test_one_row_asks_the_teacher_before_the_others_begin() -> None:
+    assert [job.kind for job in jobs_of((3, 2))][:4] == ["grace", "fine_tune", "grace", "grace"]
+
+
+@pytest.mark.parametrize("kind", ["offload", "self"])
+def test_a_teacher_of_ones_own_has_no_other_kind(llava: Pair, tmp_path: Path, kind: str) -> None:
+    own = SharedTeacher(loaded(llava), tmp_path / "states")
+    own.name_or_path = ""
+    with pytest.raises(ValueError, match=f"teacher.kind: {kind} does not .* that was passed.*kind: resident"):
+        run(llava, tmp_path / "out", recipe=recipe_text(None, teacher={"kind": kind}), teacher=own)
+    assert not (tmp_path / "out").exists()
