@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks.speed.cached import cached_teacher
-from benchmarks.speed.timing import Work, extra_gib, paired_ms, reserved_gib
+from benchmarks.speed.timing import Work, device_ms, extra_gib, paired_ms, reserved_gib
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.recipe import TrainingRecipe
@@ -147,6 +147,7 @@ def _grace(
     found: dict[str, Any] = {**paired_ms(works, 15, lead=1), "gib": extra_gib(work)}
     if beside is not None:
         found |= {"plain_gib": extra_gib(plain), "reserved_gib": reserved_gib(work)}
+        found |= {"device_ms": device_ms(work), "plain_device_ms": device_ms(plain)}
         if resident:
             found["in_turn_reserved_gib"] = reserved_gib(lambda: work(aside=False))
         found["ratio"] = found["ms"] / (found["plain_ms"] + sum(found[name] for name in beside))

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-__all__ = ["Work", "ceilings", "extra_gib", "graphed", "median_ms", "paired_ms", "reserved_gib"]
+__all__ = ["Work", "ceilings", "device_ms", "extra_gib", "graphed", "median_ms", "paired_ms", "reserved_gib"]
 
 Work = Callable[[], Any]
 
@@ -78,6 +79,18 @@ def extra_gib(work: Work) -> float | None:
     peak = torch.cuda.max_memory_allocated() - before
     del held
     return peak / 2**30
+
+
+def device_ms(work: Work) -> float | None:
+    """Milliseconds of all kernels and copies of a call, added up by torch's profiler; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1000
 
 
 def reserved_gib(work: Work) -> float | None:
