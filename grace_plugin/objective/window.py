@@ -224,9 +224,8 @@ def look(
             )
         seen = family.visual_tokens(config, host)
         row = row_numbers(host)
-        bare = torch.zeros(row.shape, device=row.device).index_fill_(
-            0, row[positions], 1.0
-        )  # by row; there are fewer rows
+        bare = torch.zeros(row.shape, device=row.device)  # by row; there are fewer rows
+        bare.index_fill_(0, row[positions], 1.0)
         bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
     visual = VisualTokens(moved(seen.index, device), seen.sizes)
     item = MicroBatch(moved(positions, device), moved(targets, device), visual, host=host)
