@@ -29,6 +29,8 @@ class SharedTeacher(ResidentTeacher):
         OSError: the folder cannot be written to.
     """
 
+    aside = False  # files are read and written in turn
+
     def __init__(self, model: nn.Module, folder: Path) -> None:
         super().__init__(model)
         self.folder = folder
