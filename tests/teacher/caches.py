@@ -28,9 +28,10 @@ def cached_recipe(pair: Pair, folder: Path, **blocks: Any) -> str:
 
 
 def build(pair: Pair, folder: Path, dataset: Any, **options: Any) -> CachePlan:
-    """A cache of the pair's teacher in float32."""
+    """A cache of the pair's teacher in float32, on the CPU, where the teacher that it is compared with runs too."""
     teacher = TeacherRecipe(model=str(pair.teacher), dtype="float32")
-    return build_cache(pair.student, **({"teacher": teacher, "dataset": dataset, "output_dir": folder} | options))
+    given = {"teacher": teacher, "dataset": dataset, "output_dir": folder, "device": "cpu"}
+    return build_cache(pair.student, **(given | options))
 
 
 def video_row(frames: list[Any], image: Any) -> dict[str, Any]:
