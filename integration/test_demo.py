@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import grace_plugin
+from grace_plugin.demo.jobs import SHARED
 from integration.parity import INT4_KERNEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dic
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not (out / SHARED).exists()
     return json.loads((out / "summary.json").read_text())
 
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import grace_plugin
+from grace_plugin.teacher import ResidentTeacher, TeacherStates
 from tests.pairs import Pair, recipe_text, run
 from tests.tiny import build, rows, save
 
@@ -41,6 +42,30 @@ def test_a_teacher_beside_other_settings_is_refused(
     opened(made.student, made.teacher)
     with pytest.raises(ValueError, match=f"teacher and student have different {shown}"):
         opened(made.student, tmp_path / "teacher")
+
+
+class Own(ResidentTeacher):
+    """A teacher as a user writes one, which keeps how often it was asked."""
+
+    asked = 0
+
+    def states(self, *args: Any, **options: Any) -> TeacherStates:
+        self.asked += 1
+        return super().states(*args, **options)
+
+
+def test_a_teacher_of_ones_own_is_used_as_it_is(llava: Pair, tmp_path: Path) -> None:
+    """By a session and by `oneshot`; what `train` makes of one is the demo's test."""
+    recipe = recipe_text(None, oneshot={"epochs": 1.0, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 2})
+    own = Own(AutoModelForImageTextToText.from_pretrained(llava.teacher))
+    student = AutoModelForImageTextToText.from_pretrained(llava.student)
+    with grace_plugin.grace_session(student, recipe, total_steps=1, teacher=own) as grace:
+        assert grace.objective.teacher is own
+    done = grace_plugin.oneshot(
+        model=llava.student, recipe=recipe, dataset=rows(8), output_dir=tmp_path / "out", teacher=own, batch_size=2,
+        num_calibration_samples=8,
+    )  # fmt: skip
+    assert own.asked == 4 and done.verification["verified"]
 
 
 def test_a_teacher_of_another_generation_trains_a_student_when_tokenizers_agree(
