@@ -37,7 +37,7 @@ BORDER = {"llmcompressor", "compressed_tensors"}
 FAMILIES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma", "mistral", "pixtral")
 ROW_FORMAT = ("llava_format", "from_llava", "is_llava", "LLaVA format")  # of rows; any family trains on them
 BUILDS_A_FAMILY = {"demo"}  # makes its own small pair of one family, from config
-FILE_LINES, TEST_LINES, FUNCTION_LINES = 250, 500, 50
+FILE_LINES, TEST_LINES, FUNCTION_LINES = 400, 800, 60
 
 
 @lru_cache
