@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.accuracy.rules import RULES, Rule
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe
 
 __all__ = ["AFTER", "METHODS", "OFF", "POST", "Method"]
@@ -32,7 +33,8 @@ class Method:
     tokens that are, see `relation`.
     scales_alone: weights are not trained. steps: share of the study's steps. rows: of the training set, from its start; None is
     all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is none), searched
-    beside the default. tuned: take the weight that was found, else the default.
+    beside the default. tuned: take the weight that was found, else the default. rule: a candidate for
+    beta in the controller's place.
     """
 
     distill: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Method:
     searched: str = ""
     weights: tuple[float, ...] = ()
     tuned: bool = True
+    rule: Rule | None = None
 
     @property
     def taught(self) -> bool:
@@ -77,6 +80,12 @@ def _fixed(beta: float) -> dict[str, Any]:
     return {"enabled": False, "beta_min": 0.0, "beta_max": 100.0, "beta_start": beta}
 
 
+_FIXED = (0.1, 0.25, 0.3, 0.5, 0.55, 1.0, 2.0, 4.0)
+#: the two settings of the authors' published code: its script for a 2B student, and its controller's own defaults
+_PUBLISHED: tuple[dict[str, Any], ...] = (
+    {"tau": 3.0, "eta": 0.003, "beta_start": 0.5, "beta_min": 0.1, "beta_max": 1.0},
+    {"tau": 0.35, "eta": 0.0015, "beta_start": 1.0, "beta_min": 0.1, "beta_max": 5.0},
+)
 _OF_KL, _KL_WEIGHTS, _RELATION_WEIGHTS = ("kl", "modelopt"), (0.3, 3.0, 10.0), (1.0, 10.0, 30.0)
 _CE = Method(OFF, OFF, OFF, searched="ce")
 _KL = Method({"gate_sharpness": 0.0}, OFF, _fixed(1.0), plain=True, searched="kl", weights=_KL_WEIGHTS)
@@ -113,7 +122,12 @@ METHODS: dict[str, Method] = {
     "grace-layers3": replace(_GRACE, layers=((0, 1), (1, 3), (2, 6))),
     "grace-text": replace(_GRACE, layers=((2, 6),), kinds=("visual", "text")),
     "grace-text-alone": replace(_GRACE, layers=((2, 6),), kinds=("text",)),
-    **{f"grace-beta{beta}": replace(_GRACE, controller=_fixed(beta)) for beta in (0.1, 0.3, 0.55, 1.0, 2.0, 4.0)},
+    **{f"grace-beta{beta}": replace(_GRACE, controller=_fixed(beta)) for beta in _FIXED},
+    **{f"grace-default-beta{beta}": replace(_GRACE, controller=_fixed(beta), tuned=False) for beta in _FIXED},
+    **{f"grace-{name}": replace(_GRACE, rule=rule) for name, rule in RULES.items()},
+    **{f"grace-default-{name}": replace(_GRACE, rule=rule, tuned=False) for name, rule in RULES.items()},
+    **{f"grace-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers) for numbers in _PUBLISHED},
+    **{f"grace-default-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers, tuned=False) for numbers in _PUBLISHED},
     "grace-max4": replace(_GRACE, controller={"beta_max": 4.0}),
     "grace-scales": replace(_GRACE, scales_alone=True),
     **{f"grace-steps{share:g}": replace(_GRACE, steps=share) for share in (0.1, 0.4)},

@@ -25,6 +25,7 @@ from benchmarks.accuracy.formats import quantize, stored_dtype
 from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
 from benchmarks.accuracy.relation import RelationObjective
+from benchmarks.accuracy.rules import RuleObjective
 from benchmarks.accuracy.scenes import Album, Asked, Rows
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective import GraceObjective
@@ -125,6 +126,9 @@ def learn(
     if deep is not None:
         objective = RelationObjective(distill, relational, controller)
         objective.layers, objective.kinds, objective.states = method.layers, method.kinds, deep
+    if method.rule is not None:
+        objective = RuleObjective(distill, relational, controller)
+        objective.rule = method.rule
     objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=quantized.attached)
     if method.scales_alone:
         for name, parameter in model.named_parameters():
