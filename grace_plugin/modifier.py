@@ -79,6 +79,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     _lora_layers: list[str] = PrivateAttr(default_factory=list)
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
+    _export_plan: Any = PrivateAttr(None)  # what the save needs, prepared before the first step
 
     @model_validator(mode="after")
     def _learnable(self) -> GraceModifier:
@@ -110,6 +111,15 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     def saved_dtype(self) -> torch.dtype:
         """Dtype of weights and scales in the checkpoint, known after initialization."""
         return self._dtype
+
+    @property
+    def export_plan(self) -> Any:
+        """What `grace_plugin.artifact.rehearse_save` prepared for the save; None before."""
+        return self._export_plan
+
+    @export_plan.setter
+    def export_plan(self, plan: Any) -> None:
+        self._export_plan = plan
 
     def model_dump(self, **kwargs: Any) -> dict[str, Any]:
         """Plain values only, so that the saved recipe is plain YAML."""

@@ -70,6 +70,7 @@ __all__ = [
     "patch_moe_mappings",
     "remove_module_offload",
     "running_output_dir",
+    "running_processor",
     "unpack_from_int32",
 ]
 
@@ -93,15 +94,23 @@ def keep_processor_files(model: Any) -> None:
 
 
 def running_output_dir() -> str | None:
-    """Folder that upstream's running `oneshot` will save to; None when it will not save, or none is running.
+    """Folder that upstream's running `oneshot` will save to; None when it will not save, or none is running."""
+    caller = _running_oneshot()
+    return caller and caller.output_dir and os.path.join(caller.output_dir, caller.recipe_args.stage or "")
 
-    It tells neither its pipeline nor its modifiers, so it is looked for among the callers.
-    """
+
+def running_processor() -> Any:
+    """The processor or tokenizer that upstream's running `oneshot` was given or has loaded; None without one."""
+    return getattr(_running_oneshot(), "processor", None)
+
+
+def _running_oneshot() -> Any:
+    """Upstream's running `oneshot`: it tells neither its pipeline nor its modifiers, so it is found among the callers."""
     entry: Any = importlib.import_module("llmcompressor.entrypoints.oneshot").Oneshot
     frame: Any = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, entry):
-            return caller.output_dir and os.path.join(caller.output_dir, caller.recipe_args.stage or "")
+            return caller
         frame = frame.f_back
     return None

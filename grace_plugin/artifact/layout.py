@@ -4,7 +4,7 @@ config.json, model*.safetensors    pack-quantized compressed-tensors, written by
 tokenizer and processor files      the source's, byte for byte
 recipe.yaml                        the recipe with inferred values
 grace/record.json                  hashes of the final codes and scales, of all other weights, environment
-grace/probe.safetensors            a training batch (with an image if the run saw one), and the trained model's logits on it
+grace/probe.safetensors            a batch of seeded noise, or one that the user gave, and the trained model's logits on it
 verification.json                  what `verify` found
 """
 

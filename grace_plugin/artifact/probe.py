@@ -1,18 +1,121 @@
-"""Logits of a model on the run's probe: the first training batch with a supervised token and an image, or what came nearest."""
+"""The batch that a finished checkpoint is verified on, and a model's logits on it.
+
+The batch is published with the checkpoint, so it holds nothing of the training data: by default it is made of seeded noise,
+put through the run's own processor and chat template with a fixed text. A caller may give samples or a batch of their own.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["POSITIONS", "attention_of", "probe_logits", "read_probe", "write_probe"]
+from grace_plugin.data import ConversationCollator
+from grace_plugin.vlm import family_of
+
+__all__ = [
+    "POSITIONS",
+    "Probe",
+    "attention_of",
+    "check_finite",
+    "make_probe",
+    "probe_logits",
+    "read_probe",
+    "write_probe",
+]
+
+logger = logging.getLogger(__name__)
 
 POSITIONS = 16
 """Supervised positions whose logits are compared."""
+_SQUARES, _SIDE = (12, 16), 16  # of noise, each 16 pixels wide, because finer noise would be averaged away by resizing
+_QUESTION = "What does this image show?"
+_ANSWER = (
+    "It shows seeded noise. This text is the same for every checkpoint and comes from no data set, "
+    "so publishing it publishes nothing that the model was trained on."
+)
+_TOKENS = 32
+
+
+class Probe(NamedTuple):
+    """kind: "synthetic image", "synthetic text" (no processor could be used) or "given". batch: tensors in host memory."""
+
+    kind: str
+    batch: dict[str, Tensor]
+
+
+def make_probe(model: Any, processor: Any = None, given: Any = None) -> Probe:
+    """Build the probe: from `given`, else a noise image through the processor, else seeded token ids.
+
+    Args:
+        model: the student, whose family says which token ids stand for images.
+        processor: a transformers processor with a chat template; None where there is none.
+        given: samples, as in a dataset, or a collated batch with `input_ids`; it is published with the checkpoint.
+
+    Raises:
+        ValueError: nothing usable was given.
+    """
+    if given is not None:
+        return Probe("given", _given(processor, given))
+    if processor is None:
+        return Probe("synthetic text", _token_ids(model))
+    try:
+        return Probe("synthetic image", _tensors(ConversationCollator(processor)([_noise_sample()])))
+    except Exception as error:  # processors are foreign code, and a loop of one's own may never need a chat template
+        logger.warning(
+            "the processor cannot make a batch of an image and a text (%.200s); the checkpoint is verified on seeded token "
+            "ids without an image, pass probe= for samples of your own",
+            error,
+        )
+        return Probe("synthetic text", _token_ids(model))
+
+
+def _given(processor: Any, given: Any) -> dict[str, Tensor]:
+    if isinstance(given, Mapping) and isinstance(given.get("input_ids"), Tensor):
+        return _tensors(given)
+    samples = list(given) if isinstance(given, list | tuple) else []
+    if not samples:
+        raise ValueError(
+            f"probe= takes a list of samples or a collated batch with input_ids, got {type(given).__name__} "
+            f"with {len(samples)} samples"
+        )
+    if processor is None:
+        raise ValueError("probe= holds samples and there is no processor to collate them; pass processor= or a batch")
+    return _tensors(ConversationCollator(processor)(samples))
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _noise_sample() -> dict[str, Any]:
+    """One sample with an image of seeded noise; the global random state is left as it was."""
+    from PIL import Image
+
+    noise = torch.randint(0, 256, (*_SQUARES, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = noise.repeat_interleave(_SIDE, dim=0).repeat_interleave(_SIDE, dim=1)
+    user = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+    return {
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]},
+        ],
+        "images": [Image.fromarray(noise.numpy())],
+    }
+
+
+def _token_ids(model: Any) -> dict[str, Tensor]:
+    """Seeded token ids [1, 32] that stand for no image or video."""
+    placeholders = set(family_of(model).token_ids(model.config).values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    allowed = torch.tensor([i for i in range(rows) if i not in placeholders])
+    drawn = torch.randint(len(allowed), (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": allowed[drawn], "attention_mask": torch.ones_like(drawn)}
 
 
 def attention_of(model: Any) -> dict[str, str]:
@@ -24,9 +127,9 @@ def attention_of(model: Any) -> dict[str, str]:
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-    """Logits [<= POSITIONS, V] of a model, in its own dtype, at the probe's first positions that predict a label.
+    """Compute logits [<= POSITIONS, V] of a model, in its own dtype, at the probe's first positions that predict a label.
 
-    A probe without labels, or of which nothing is learned, is read at its last positions.
+    A probe without labels, or without a supervised token, is read at its last positions.
     """
     device = next(p.device for p in model.parameters())
     was_training = model.training
@@ -41,6 +144,15 @@ def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     return logits.flatten(0, 1)[picked.to(device)].cpu()
 
 
+def check_finite(logits: Tensor, model: nn.Module, kind: str) -> str | None:
+    """Say what is wrong with logits that are not finite, and which weights are not; None where all are finite."""
+    if bool(logits.isfinite().all()):
+        return None
+    named = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
+    cause = f"these weights hold NaN or Inf: {', '.join(named[:5])}" if named else "all weights are finite"
+    return f"the logits on the probe ({kind}) are not finite; {cause}"
+
+
 def write_probe(path: Path, probe: dict[str, Tensor], logits: Tensor) -> None:
     """Write the probe's inputs and the trained model's logits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +161,6 @@ def write_probe(path: Path, probe: dict[str, Tensor], logits: Tensor) -> None:
 
 
 def read_probe(path: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and logits written by `write_probe`."""
+    """Read inputs and logits written by `write_probe`."""
     tensors: dict[str, Any] = load_file(path)
     return {k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")}, tensors["logits"]

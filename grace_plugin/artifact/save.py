@@ -28,9 +28,10 @@ from grace_plugin.artifact.layout import (
     rewrite_ignore,
     source_folder,
 )
-from grace_plugin.artifact.probe import attention_of, probe_logits, write_probe
+from grace_plugin.artifact.plan import ExportPlan, rehearse_save
+from grace_plugin.artifact.probe import attention_of, check_finite, probe_logits, write_probe
 from grace_plugin.artifact.ranks import is_writer, together
-from grace_plugin.artifact.verify import check_against_run
+from grace_plugin.artifact.verify import VerificationError, check_against_run
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.upstream import modify_save_pretrained
 from grace_plugin.vlm import family_of
@@ -63,18 +64,22 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
     if hasattr(compressed_save, "_grace"):
         return cast(Callable[..., dict[str, Any]], compressed_save._grace)
 
+    plan: ExportPlan = modifier.export_plan or rehearse_save(model, modifier)
+
     def write(folder: Path, **kwargs: Any) -> None:
-        probe, device = modifier.objective.probe, next(model.parameters()).device.type
-        logits = probe_logits(model, probe) if probe is not None else None
+        device = next(model.parameters()).device.type
+        logits = probe_logits(model, plan.probe.batch)
+        wrong = check_finite(logits, model, plan.probe.kind)
+        if wrong:
+            raise VerificationError(f"nothing was written: {wrong}")
         if device != "cpu" and dist.is_available() and dist.is_initialized():
             model.to("cpu")  # upstream gives every rank rank 0's GPU afterwards, and NCCL would wait for ever
         compressed_save(str(folder), **kwargs)
         if not is_writer():
             return
         rewrite_ignore(folder, model, family_of(model).quantization_ignore())
-        if probe is not None and logits is not None:
-            write_probe(folder / PROBE, probe, logits)
-        write_record(folder, model, modifier, device)
+        write_probe(folder / PROBE, plan.probe.batch, logits)
+        write_record(folder, model, modifier, device, plan)
         copy_processor(source_folder(getattr(model, "name_or_path", "")), folder)
 
     def publish(save_directory: str | os.PathLike[str], *, own_processor: bool = True, **kwargs: Any) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
     return publish
 
 
-def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device: str) -> None:
+def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device: str, plan: ExportPlan) -> None:
     """Write what the run knows of its final weights: hashes of codes and scales per layer, and of all other weights.
 
     `forward` counts the weights that were compared with those that the forward pass multiplies by.
@@ -101,6 +106,7 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
         "stored_dtype": str(modifier.saved_dtype).removeprefix("torch."),
         "environment": environment(),
         "logits_device": device,
+        "probe": plan.probe.kind,
         "attention": attention_of(model),
         "run": modifier.objective.state_dict(),
         "forward": modifier.objective.forward_proof,

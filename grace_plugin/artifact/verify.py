@@ -3,8 +3,8 @@
 Five proofs: the packed codes and the scales on disk are those of the forward pass with the final weights (at the end of a run
 counted element by element, `codes_differing`; later by hash, `layers_with_other_codes`); the weights that the loaded model
 computes with are `code * scale` in the stored dtype; every other weight is the trained one (by hash); the loaded model's logits
-on a training batch, with an image if the run saw one, are the trained model's (a checkpoint without that batch fails);
-tokenizer and processor files are the source's (reported only, where upstream or a user called `save_pretrained`). A failed
+on the probe are finite and the trained model's (a checkpoint without its probe fails); tokenizer and processor files are the
+source's (reported only, where upstream or a user called `save_pretrained`). A failed
 proof raises, and at the end of a run nothing is left at the destination.
 
 That the forward pass multiplies by those codes and scales was compared before they were baked (`objective.freeze`);
@@ -34,7 +34,7 @@ from grace_plugin.artifact.layout import (
     file_digest,
     processor_files,
 )
-from grace_plugin.artifact.probe import probe_logits, read_probe
+from grace_plugin.artifact.probe import check_finite, probe_logits, read_probe
 from grace_plugin.artifact.ranks import is_writer
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
@@ -171,7 +171,11 @@ def _compare_logits(
     probe, expected = read_probe(folder / PROBE)
     logits = probe_logits(model, probe)
     result["logits_compared"] = logits.numel()
-    result["logits_supervised"] = "labels" not in probe or bool((probe["labels"][:, 1:] != -100).any())
+    result["probe"] = record.get("probe", "training batch")
+    wrong = check_finite(logits, model, result["probe"])
+    if wrong:
+        result["logits_note"] = wrong
+        return ["logits_finite"]
     result["logits_equal"] = torch.equal(logits, expected)
     if result["logits_equal"]:
         return []

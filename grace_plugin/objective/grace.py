@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from grace_plugin import controller as dual
 from grace_plugin.objective.freeze import freeze
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
-from grace_plugin.objective.probe import choose_probe
 from grace_plugin.objective.terms import check_gradient, head_term, visual_term
 from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, beside, gate_quantiles, look
 from grace_plugin.quantizer.attach import Attached
@@ -61,7 +60,6 @@ class GraceObjective:
         self.attached: tuple[Attached, ...] = ()
         self.steps = self.nonfinite_steps = 0
         self.record: StepRecord | None = None
-        self.probe: dict[str, Tensor] | None = None
         self._window = Window()
         self._gates: Tensor | None = None
 
@@ -136,7 +134,6 @@ class GraceObjective:
                 )  # fmt: skip
                 pending.append(item)
                 counts += seen
-                self.probe = choose_probe(self.probe, looked, item, self.family)
             all_reduce_sum(counts)
             gates = [item.gate for item in pending if item.gate is not None]
             self._gates = torch.cat(gates) if gates else None

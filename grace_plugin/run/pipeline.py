@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from grace_plugin.artifact.plan import rehearse_save
 from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
@@ -31,6 +32,7 @@ from grace_plugin.upstream import (
     active_session,
     keep_processor_files,
     running_output_dir,
+    running_processor,
 )
 from grace_plugin.upstream import oneshot as upstream_oneshot
 
@@ -57,6 +59,8 @@ class GracePipeline(CalibrationPipeline):
             destination = running_output_dir()
             if destination is not None:
                 check_destination(destination)
+            if grace.export_plan is None:
+                rehearse_save(model, grace, processor=running_processor())
             for modifier in modifiers:
                 recipe.modifiers = [modifier]
                 if isinstance(modifier, GraceModifier):
@@ -115,6 +119,7 @@ def oneshot(
     max_bad_rows: float = 0.05,
     num_calibration_samples: int = 512,
     batch_size: int = 8,
+    probe: Any = None,
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
@@ -135,6 +140,7 @@ def oneshot(
         max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
         num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
         batch_size: rows of a micro-batch.
+        probe: as for `train`.
 
     Raises:
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
@@ -148,6 +154,7 @@ def oneshot(
     student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
     folder, rows = run_folder(output_dir), None
+    rehearse_save(student, modifier, processor=processor, probe=probe)
     if not isinstance(dataset, DataLoader):
         collator = ConversationCollator(processor, max_length, max_pixels, keys=store is not None)
         rows = calibration_rows(

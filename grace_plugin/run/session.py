@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from grace_plugin.artifact.layout import source_folder
+from grace_plugin.artifact.plan import rehearse_save
 from grace_plugin.artifact.ranks import together
 from grace_plugin.artifact.save import check_destination, save_checkpoint
 from grace_plugin.modifier import GraceModifier
@@ -81,6 +82,7 @@ def grace_session(
     teacher: GivenTeacher | None = None,
     processor: Any = None,
     teacher_processor: Any = None,
+    probe: Any = None,
 ) -> Iterator[GraceSession]:
     """Check the pair and the recipe, attach the scales, and hand out the objective for `total_steps` optimizer steps.
 
@@ -89,6 +91,8 @@ def grace_session(
         recipe: path, YAML text, Recipe or GraceModifier.
         teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor, teacher_processor: to compare tokenizers; read from the checkpoints by default.
+        probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
+            noise through `processor` with a fixed text (`grace_plugin.artifact.probe`), nothing of the training data.
 
     Raises:
         ValueError: what the recipe asks for cannot be done.
@@ -101,6 +105,7 @@ def grace_session(
     with create_session() as session:
         try:
             session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
+            rehearse_save(student, modifier, processor=processor, probe=probe)
             modifier.teacher_to(next(student.parameters()).device)
             yield GraceSession(student, modifier, modifier.begin(total_steps), session)
         finally:

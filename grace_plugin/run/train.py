@@ -135,6 +135,7 @@ def train(
     resume_from_checkpoint: bool | str = False,
     activation_offloading: bool = False,
     callbacks: Sequence[Any] = (),
+    probe: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
     **training_arguments: Any,
 ) -> TrainResult:
     """Run GRACE with the Hugging Face Trainer and write a verified checkpoint.
@@ -157,6 +158,8 @@ def train(
         resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
         activation_offloading: keep in host memory what gradient checkpointing saves for backward (the value is the same).
         callbacks: further TrainerCallbacks.
+        probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
+            noise through the processor with a fixed text, so that nothing of the training data is in the checkpoint.
         training_arguments: fields of `transformers.TrainingArguments`.
 
     Raises:
@@ -180,7 +183,7 @@ def train(
     rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
-        teacher_processor=teacher_processor,
+        teacher_processor=teacher_processor, probe=probe,
     ) as session:  # fmt: skip
         if packing and session.objective.teacher is not None:
             session.objective.teacher.family.check_packing()

@@ -61,7 +61,6 @@ def test_a_step_on_meta_with_its_batches_on_the_host(family: str, attention: str
     made = set_on("meta", family, attention)
     host = batches_of(made)
     step_on_meta(made, host)
-    assert made.grace.probe is not None and {value.device.type for value in made.grace.probe.values()} == {"cpu"}
     with pytest.raises(Exception, match="meta"):
         made.grace.window(on("meta", host))  # looked at on the device, as it has to be without host batches
 

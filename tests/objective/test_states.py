@@ -220,22 +220,6 @@ def test_a_pinned_controller_is_told() -> None:
     assert made.grace.controller_logs()["share_at_bound"] == 1.0
 
 
-def test_the_probe_is_the_first_supervised_batch_with_an_image_and_until_then_what_there_is() -> None:
-    made = Set()
-    text, more, picture, later = (made.collate(rows(1, seed=s, images=i)) for s, i in ((1, 0), (4, 0), (2, 1), (3, 1)))
-    silent = {**picture, "labels": torch.full_like(picture["labels"], -100)}
-    made.grace.window([{**text, "labels": torch.full_like(text["labels"], -100)}, silent, silent])
-    assert torch.equal(made.grace.probe["pixel_values"], picture["pixel_values"])
-    assert (made.grace.probe["labels"] == -100).all()
-    made.grace.window([text, more])
-    assert "pixel_values" not in made.grace.probe
-    assert torch.equal(made.grace.probe["input_ids"], text["input_ids"])
-    made.grace.window([silent, picture, later, text])
-    assert torch.equal(made.grace.probe["pixel_values"], picture["pixel_values"])
-    assert torch.equal(made.grace.probe["input_ids"], picture["input_ids"])
-    assert made.grace.probe["pixel_values"] is not picture["pixel_values"]
-
-
 def test_finalize_bakes_the_codes_and_casts_parameters_but_no_buffer() -> None:
     made = Set(quantized=True)
     buffers = {name: b.dtype for name, b in made.student.named_buffers()}
