@@ -116,7 +116,7 @@ def test_the_checkpoint_holds_theta_in_float32_and_its_optimizer_state(interrupt
 
 def test_without_resuming_an_earlier_runs_checkpoints_are_refused(llava: Pair, interrupted: Path) -> None:
     with pytest.raises(
-        FileExistsError, match=r"out\.run holds checkpoints of an earlier run; pass resume_from_checkpoint=True"
+        FileExistsError, match=r"out\.run holds resume states of an earlier run; pass resume_from_checkpoint=True"
     ):
         go(llava, interrupted)
     assert not interrupted.exists()

@@ -6,6 +6,7 @@ take part in would hang, and the time limit fails the test. On the CPU with gloo
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from grace_plugin.run.resume import damage, states
 from integration import two_workers
 from tests.pairs import Pair, pair
 
@@ -126,3 +128,12 @@ def test_one_rank_writes_and_the_checkpoint_verifies(two: Any, folder: Path) -> 
     assert grace_plugin.verify(trained)["layers_with_other_codes"] == 0
     assert not trained.with_name(".trained.partial").exists()
     assert (trained.with_name("trained.run") / "checkpoint-2" / "grace_state.json").is_file()
+
+
+def test_two_ranks__resumed__same_bits(two: Any, folder: Path) -> None:
+    """The state of each rank is in the resume state's manifest; on the CPU, torch.load did not know a rank's device."""
+    left, right = (folder / "two" / name / "model.safetensors" for name in ("trained", "resumed"))
+    assert left.read_bytes() == right.read_bytes()
+    state = folder / "two" / "trained.run" / "checkpoint-1"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((state / "manifest.json").read_text())["files"])
+    assert [damage(one) for one in states(folder / "two" / "resumed.run")] == [""]

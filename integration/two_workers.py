@@ -131,7 +131,12 @@ def main(pair_folder: str, out: str) -> None:
     seen = {name: scenario(pair, name, folder) for name in SCENARIOS}
     result = run(
         pair, folder / "trained", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
-        **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=2,
+        **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    run(
+        pair, folder / "resumed", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
+        **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=1,
+        resume_from_checkpoint=str(folder / "trained.run" / "checkpoint-1"),
     )  # fmt: skip
     torch.save(
         {"scenarios": seen, "verification": result.verification, "history": result.history}, folder / f"{rank}.pt"

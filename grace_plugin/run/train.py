@@ -24,8 +24,10 @@ from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.devices import check_whole, one_gpu
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
 from grace_plugin.run.memory import check_optimizer
+from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
+from grace_plugin.run.states import check_saving
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
@@ -65,9 +67,9 @@ def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[s
     if (checkpointing or offload) and not given.get("gradient_checkpointing"):
         option = "activation_offloading" if offload else "gradient_checkpointing_kwargs"
         raise ValueError(f"{option} needs gradient_checkpointing=True")
-    if not resume and folder.exists() and any(folder.glob("checkpoint-*")):
+    if not resume and folder.exists() and states(folder):
         raise FileExistsError(
-            f"{folder} holds checkpoints of an earlier run; pass resume_from_checkpoint=True to go on, or remove it"
+            f"{folder} holds resume states of an earlier run; pass resume_from_checkpoint=True to go on, or remove it"
         )
     defaults = {
         "report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
@@ -82,6 +84,7 @@ def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[s
     except TypeError as error:
         raise ValueError(f"not an argument of train() or of transformers.TrainingArguments: {error}") from error
     check_optimizer(arguments)
+    check_saving(arguments)
     return one_gpu(arguments)
 
 

@@ -2,7 +2,7 @@
 
 What differs from a plain Trainer: the accumulation window is looked at before its first backward pass; the loss needs no
 division by accumulation steps; learned scales have their own parameter group (a multiple of the rate, no decay) and their own
-clip norm; a step with a non-finite loss or gradient is skipped and counted; checkpoints hold the raw state dict, so that a
+clip norm; a step with a non-finite loss or gradient is skipped and counted; resume states hold the raw state dict, so that a
 resumed run continues with the same bits.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from accelerate import DistributedType
 from accelerate.data_loader import DataLoaderShard
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
@@ -29,6 +31,7 @@ from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
+from grace_plugin.run.states import TRAINER_STATE, ResumeStates
 from grace_plugin.run.stream_loader import StreamLoader
 from grace_plugin.vlm import VISUAL_RUNS
 from grace_plugin.vlm.host import moved
@@ -78,15 +81,27 @@ class GraceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
+        self.states = ResumeStates(self)
         if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
             for attached in objective.attached:
                 attached.defer()
         self.add_callback(GraceCallback(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, and then the model as it was: accelerate leaves autocast around the forward of mixed-precision runs."""
+    def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
+        """Trainer's, and then the model as it was: accelerate leaves autocast around the forward of mixed-precision runs.
+
+        A resume state of a run that has trained to its end is restored, and nothing is trained.
+
+        Raises:
+            ValueError: no whole resume state to go on from, or one of another run.
+        """
+        state = self.states.choose(resume_from_checkpoint) if resume_from_checkpoint else None
+        if state is not None and self.states.has_ended(state):
+            self._load_from_checkpoint(str(state))
+            self.state = TrainerState.load_from_json(str(state / TRAINER_STATE))
+            return TrainOutput(self.state.global_step, math.nan, {})
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
         finally:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
@@ -192,7 +207,18 @@ class GraceTrainer(Trainer):
             self.grad_norm_finite = math.isfinite(norm)
         return norm
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------------
+    # ---- resume states ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a resume state, whole or not at all; Trainer's own writes into the folder that a resumed run reads.
+
+        The end of an epoch may ask again for the state of the same step.
+        """
+        self.store_flos()
+        folder, best = Path(self.args.output_dir), self.state.best_global_step
+        if best and ((known := folder / f"{PREFIX_CHECKPOINT_DIR}-{best}").exists() or best == self.state.global_step):
+            self.state.best_model_checkpoint = str(known)
+        self.states.save()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Raw parameters under their own names, and what GRACE adds; nothing is renamed or compressed."""
@@ -203,6 +229,14 @@ class GraceTrainer(Trainer):
         if self.stream is not None:
             state["stream"] = self.stream.state_dict()
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, for any device: torch.load knows the device "cpu", not the "cpu:0" of a rank on the CPU."""
+        if checkpoint is None:
+            return
+        place = self.args.device if self.args.world_size > 1 and self.args.device.type != "cpu" else "cpu"
+        for name, held in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            held.load_state_dict(torch.load(Path(checkpoint) / name, map_location=place, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore `_save`.

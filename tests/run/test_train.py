@@ -263,7 +263,7 @@ def test_a_resumed_run_writes_the_same_bytes(llava: Pair, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"checkpoint-1 was written by another recipe \(hash [0-9a-f]{12}, this one"):
         run(llava, tmp_path / "c", recipe=other, resume_from_checkpoint=first, **options)
     (tmp_path / "a").rename(tmp_path / "kept")
-    with pytest.raises(FileExistsError, match=r"a\.run holds checkpoints of an earlier run"):
+    with pytest.raises(FileExistsError, match=r"a\.run holds resume states of an earlier run"):
         run(llava, tmp_path / "a", **options)
 
 
