@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 __all__ = ["run"]
 
 BAD_INPUT, FAILED = 2, 1
@@ -31,21 +29,38 @@ def run(name: str, args: Namespace) -> int:
     return 0
 
 
+#: arguments of train() that a command has no option for
+_SWITCHES = ("activation_offloading",)
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, values read as YAML (so 2e-5 is a number and true a boolean).
+    """NAME=VALUE pairs of training arguments, each read as its field of TrainingArguments asks.
 
     Raises:
-        ValueError: an entry without "=".
+        ValueError: an entry without "=", a name given twice or one with an option of its own, or true or false expected.
     """
-    found = {}
+    import inspect
+
+    from grace_plugin.run.train import train
+
+    own = [name for name, one in inspect.signature(train).parameters.items() if one.kind is not one.VAR_KEYWORD]
+    found: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
+        name = name.strip()
         if not separator:
-            raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
-        try:
-            found[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except ValueError:
-            found[name] = yaml.safe_load(value)
+            raise ValueError(f"--set takes NAME=VALUE, got {pair[:200]!r}")
+        if name in found:
+            raise ValueError(f"--set gives {name} twice")
+        if name in _SWITCHES:
+            if value.lower() not in ("true", "false"):
+                raise ValueError(f"{name} takes true or false, got {value[:200]!r}")
+            found[name] = value.lower() == "true"
+        elif name in own:
+            instead = "the recipe argument" if name == "recipe" else f"--{name}"
+            raise ValueError(f"--set {name}: no field of TrainingArguments; use {instead}, or train() in Python")
+        else:
+            found[name] = value
     return found
 
 
@@ -56,13 +71,18 @@ def _show(verification: Mapping[str, Any]) -> None:
 def _train(args: Namespace) -> None:
     import grace_plugin
     from grace_plugin.data import load_rows, stream_rows
+    from grace_plugin.run.settings import read_arguments
+    from grace_plugin.run.train import run_folder
 
+    given = _settings(args.settings)
+    run_folder(args.output_dir)
+    read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
     dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
     result = grace_plugin.train(
         args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
         max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows, packing=args.packing,
         resume_from_checkpoint=args.resume_from_checkpoint,
-        **_settings(args.settings),
+        **given,
     )  # fmt: skip
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")

@@ -18,9 +18,9 @@ def check_whole(fsdp: object = None, deepspeed: object = None) -> None:
     """Refuse engines that cut the student: the loss multiplies by its head and the quantizer reads its linears, both whole.
 
     Raises:
-        ValueError: FSDP, DeepSpeed or Megatron-LM, asked for by an argument or by `accelerate launch`.
+        ValueError: FSDP, DeepSpeed, Megatron-LM or a parallelism config, asked for by an argument or by `accelerate launch`.
     """
-    asked = {"FSDP": fsdp, "DEEPSPEED": deepspeed, "MEGATRON_LM": None}
+    asked = {"FSDP": fsdp, "DEEPSPEED": deepspeed, "MEGATRON_LM": None, "PARALLELISM_CONFIG": None}
     cut = [
         name for name, given in asked.items() if given or os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
     ]

@@ -34,23 +34,10 @@ from grace_plugin.run.resume import (
 if TYPE_CHECKING:
     from grace_plugin.run.trainer import GraceTrainer
 
-__all__ = ["TRAINER_STATE", "ResumeStates", "check_saving", "choose_state"]
+__all__ = ["TRAINER_STATE", "ResumeStates", "choose_state"]
 
 TRAINER_STATE = "trainer_state.json"
 logger = logging.getLogger(__name__)
-
-
-def check_saving(arguments: Any) -> None:
-    """Refuse resume states that no run can go on from.
-
-    Raises:
-        ValueError: `save_only_model`.
-    """
-    if arguments.save_only_model:
-        raise ValueError(
-            "save_only_model leaves out optimizer and schedule, and a resumed run would start both again; leave it out, and "
-            "set save_total_limit to bound the space that resume states take"
-        )
 
 
 def choose_state(asked: bool | str | os.PathLike[str], folder: Path) -> Path:

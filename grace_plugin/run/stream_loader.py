@@ -64,6 +64,7 @@ class StreamLoader:
                 self.rows, batch_size=asked.train_batch_size, collate_fn=self.collator, drop_last=asked.dataloader_drop_last,
                 num_workers=asked.dataloader_num_workers, prefetch_factor=asked.dataloader_prefetch_factor,
                 pin_memory=asked.dataloader_pin_memory and torch.cuda.is_available(),
+                multiprocessing_context=asked.dataloader_multiprocessing_context,
             )
         )  # fmt: skip
         for _ in range(self.windows * asked.gradient_accumulation_steps):

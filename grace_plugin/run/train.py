@@ -15,19 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from grace_plugin.artifact.save import check_destination
-from grace_plugin.data import ConversationCollator
+from grace_plugin.data import ConversationCollator, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
-from grace_plugin.run.devices import check_whole, one_gpu
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
-from grace_plugin.run.memory import check_optimizer
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
-from grace_plugin.run.states import check_saving
+from grace_plugin.run.settings import check_data_options, read_arguments, shown, training_arguments
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
@@ -36,6 +33,11 @@ from grace_plugin.vlm import family_of
 __all__ = ["TrainResult", "run_folder", "train"]
 
 logger = logging.getLogger(__name__)
+_OWN = (
+    "max_length", "max_pixels", "max_bad_rows", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
+    "processor", "teacher_processor", "teacher",
+)  # fmt: skip
+"""Arguments of `train` that are none of TrainingArguments', for suggestions."""
 
 
 @dataclass(frozen=True)
@@ -54,38 +56,38 @@ class TrainResult:
 
 
 def run_folder(output_dir: str | os.PathLike[str]) -> Path:
-    """Where Trainer's files of a run lie: beside the destination."""
+    """Return the folder of Trainer's files, `<output_dir>.run`.
+
+    Raises:
+        ValueError: `output_dir` has no name of its own, as "", "." and "..".
+    """
     path = Path(output_dir)
+    if path.name in ("", ".."):
+        raise ValueError(
+            f"output_dir={shown(os.fspath(output_dir))} is no name of a new folder; take for instance student-int4"
+        )
     return path.with_name(f"{path.name}.run")
 
 
 def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any]) -> Any:
-    from transformers import TrainingArguments
-
-    check_whole(given.get("fsdp"), given.get("deepspeed"))
-    checkpointing = given.get("gradient_checkpointing_kwargs") or {}
-    if (checkpointing or offload) and not given.get("gradient_checkpointing"):
-        option = "activation_offloading" if offload else "gradient_checkpointing_kwargs"
-        raise ValueError(f"{option} needs gradient_checkpointing=True")
+    """The TrainingArguments of a run, checked; see `grace_plugin.run.settings`."""
+    asked = read_arguments(given, others=_OWN)
+    if offload and not asked.get("gradient_checkpointing"):
+        raise ValueError("activation_offloading needs gradient_checkpointing=True")
     if not resume and folder.exists() and states(folder):
         raise FileExistsError(
             f"{folder} holds resume states of an earlier run; pass resume_from_checkpoint=True to go on, or remove it"
         )
-    defaults = {
-        "report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05, "weight_decay": 0.0, "bf16": torch.cuda.is_available() and not given.get("use_cpu"),
-        "logging_nan_inf_filter": False, "disable_tqdm": None,
-    }  # fmt: skip
-    given = {**defaults, **given, "gradient_checkpointing_kwargs": {"use_reentrant": False, **checkpointing}}
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(folder), remove_unused_columns=False, label_names=["labels"], **given
-        )
-    except TypeError as error:
-        raise ValueError(f"not an argument of train() or of transformers.TrainingArguments: {error}") from error
-    check_optimizer(arguments)
-    check_saving(arguments)
-    return one_gpu(arguments)
+    return training_arguments(folder, asked, given)
+
+
+def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_rows: float) -> None:
+    """Refuse limits that no sample can meet or exceed."""
+    for name, limit in (("max_length", max_length), ("max_pixels", max_pixels)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {shown(limit)}")
+    if not 0.0 <= max_bad_rows <= 1.0:
+        raise ValueError(f"max_bad_rows is a share of the samples between 0 and 1, got {shown(max_bad_rows)}")
 
 
 def _total_steps(arguments: Any, rows: int | None) -> int:
@@ -139,7 +141,7 @@ def train(
     activation_offloading: bool = False,
     callbacks: Sequence[Any] = (),
     probe: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
-    **training_arguments: Any,
+    **given: Any,
 ) -> TrainResult:
     """Run GRACE with the Hugging Face Trainer and write a verified checkpoint.
 
@@ -163,27 +165,32 @@ def train(
         callbacks: further TrainerCallbacks.
         probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
             noise through the processor with a fixed text, so that nothing of the training data is in the checkpoint.
-        training_arguments: fields of `transformers.TrainingArguments`.
+        given: fields of `transformers.TrainingArguments`; what GRACE does with each, and the defaults that differ from
+            Trainer's, is in `grace_plugin.run.arguments`.
 
     Raises:
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
         FloatingPointError: more non-finite steps than the recipe allows.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
+    folder = run_folder(output_dir)
     check_destination(output_dir)
+    _check_limits(max_length, max_pixels, max_bad_rows)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
+    arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given)
     store = open_cache(modifier, model, processor)
-    arguments = _arguments(run_folder(output_dir), resume_from_checkpoint, activation_offloading, training_arguments)
-    if not hasattr(dataset, "__len__"):
+    stream = not hasattr(dataset, "__len__")
+    check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
+    if stream:
         _total_steps(arguments, None)
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
     reads = processor or load_processor(student)
     collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
-    rows = _rows(dataset, collator, arguments, run_folder(output_dir), max_bad_rows, store)
+    rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe,
@@ -197,7 +204,7 @@ def train(
             recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler, activation_offloading=activation_offloading,
         )  # fmt: skip
         if arguments.process_index == 0:
-            rows.begin(run_folder(output_dir))
+            rows.begin(folder)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
         _say_pinned(session.objective.controller_pinned())
         verification = session.save(output_dir)

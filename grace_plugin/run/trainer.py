@@ -22,6 +22,7 @@ from accelerate.data_loader import DataLoaderShard
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
+from transformers.integrations import deactivate_neftune
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from grace_plugin.data import SAMPLE_KEY
@@ -78,6 +79,7 @@ class GraceTrainer(Trainer):
             asked.ignore_data_skip = True  # a stream finds its place itself
         if asked is not None:
             one_gpu(asked)
+        self.config_use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", None)
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
@@ -103,6 +105,12 @@ class GraceTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
         finally:
+            if self.is_in_train and self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
+                deactivate_neftune(
+                    self.model, self.neftune_hook_handle, self.accelerator
+                )  # Trainer's own, after an error
+            if self.config_use_cache is not None:  # Trainer switches it off, and the checkpoint's config would say so
+                self.model.config.use_cache = self.config_use_cache
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
                 del model.__dict__["forward"]
