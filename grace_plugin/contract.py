@@ -112,6 +112,7 @@ CONTRACT: tuple[Contract, ...] = (
         "llmcompressor.pipelines:CalibrationPipeline.from_modifiers", _LLM, "other modifiers run their own pipelines"
     ),
     Contract("llmcompressor.recipe:Recipe.create_instance", _LLM, "recipes are read by upstream's own reader"),
+    Contract("llmcompressor.recipe:Recipe.from_dict", _LLM, "a recipe that was read and checked is given to upstream"),
     Contract("llmcompressor.recipe:Recipe.modifiers", _LLM, "the GraceModifier of a recipe is found there"),
     Contract(
         "llmcompressor.transformers.compression.compressed_tensors_utils:modify_save_pretrained",
@@ -165,6 +166,9 @@ CONTRACT: tuple[Contract, ...] = (
     Contract("compressed_tensors.quantization:QuantizationStrategy.GROUP", _CT, "learned scales are per group"),
     Contract("compressed_tensors.quantization:QuantizationStrategy.CHANNEL", _CT, "or per output channel"),
     Contract("compressed_tensors.quantization:QuantizationType.INT", _CT, "only integer schemes are learned"),
+    Contract(
+        "compressed_tensors.quantization:is_preset_scheme", _CT, "a scheme that is none is refused with the nearest"
+    ),
     Contract("compressed_tensors.utils:match_named_modules", _CT, "targets and ignore are matched by upstream's rules"),
     Contract("compressed_tensors.compressors.pack_quantized:unpack_from_int32", _CT, "verify unpacks codes with it"),
 )

@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from grace_plugin.kernels import check_kernels
@@ -32,14 +32,27 @@ from grace_plugin.recipe import (
     ServingRecipe,
     TeacherRecipe,
     TrainingRecipe,
+    check_pattern,
 )
-from grace_plugin.schemes import check_fused, check_schemes, clear_schemes, group_of, hand_over, stored_dtype
+from grace_plugin.schemes import (
+    check_fused,
+    check_groups,
+    check_patterns,
+    check_preset,
+    check_schemes,
+    clear_schemes,
+    group_of,
+    hand_over,
+    stored_dtype,
+)
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
 from grace_plugin.trainable import lora_layers, raise_masters, release_masters
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
 from grace_plugin.vlm import family_of
 
 __all__ = ["GraceModifier"]
+
+_VOID = ("start", "end", "update", "weight_observer", "input_observer", "output_observer", "observer")
 
 
 class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
@@ -80,6 +93,29 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _export_plan: Any = PrivateAttr(None)  # what the save needs, prepared before the first step
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _known_scheme(cls, value: Any) -> Any:
+        return check_preset(value)
+
+    @field_validator("config_groups", mode="before")
+    @classmethod
+    def _typed_groups(cls, value: Any) -> Any:
+        return check_groups(value)
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        return [check_pattern(name) for name in value]
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> GraceModifier:
+        # upstream's fields that nothing here reads: a run lasts as long as its loop says, and scales are learned
+        void = [name for name in _VOID if getattr(self, name) is not None]
+        if void:
+            raise ValueError(f"{', '.join(void)} has no effect on a GraceModifier; remove it from the recipe")
+        return self
 
     @model_validator(mode="after")
     def _learnable(self) -> GraceModifier:
@@ -146,6 +182,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
         raise_masters(model, self.training)  # exact, so nothing is lost when a check below fails
+        self._check_patterns(model)
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -163,6 +200,14 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         teacher_rows = teacher.head()[0].shape[0]
         self._vocabulary = check_pair(model, teacher, processors, student_rows=rows, teacher_rows=teacher_rows)
         self._teacher = teacher
+
+    def _check_patterns(self, model: nn.Module) -> None:
+        asked = {"training.freeze": self.training.freeze}
+        if self.quantize:
+            asked |= {"targets": tuple(sorted(self.resolved_targets)), "ignore": tuple(self.ignore)}
+        if self.training.lora is not None:
+            asked["training.lora.targets"] = self.training.lora.targets
+        check_patterns(asked, model)
 
     def _check_layers(self, model: nn.Module) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
         matched = dict(match_named_modules(model, self.resolved_targets, self.ignore))

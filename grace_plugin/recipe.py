@@ -14,10 +14,11 @@ recipe can be read and checked in a process without a GPU.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
     "CheckedKeys",
@@ -30,12 +31,61 @@ __all__ = [
     "ServingRecipe",
     "TeacherRecipe",
     "TrainingRecipe",
+    "check_pattern",
+    "problems",
+    "shown",
 ]
 
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+_PATTERN_LENGTH, _LISTED, _SHOWN = 1000, 8, 80
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe as a message shows it: cut, and on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing (null)", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print a long one
+        return "an integer of more than 77 digits"
+    text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _no_boolean(value: Any) -> Any:
+    # YAML reads yes, no, on and off as booleans, and pydantic would read a boolean as 1 or 0; as a word it is no number
+    return shown(value) if isinstance(value, bool) else value
+
+
+def check_pattern(pattern: str) -> str:
+    """Refuse a name or "re:" pattern that matches nothing or is no regular expression.
+
+    How long a pattern takes depends on the names it is matched with, so that is measured where they are known, by
+    `grace_plugin.schemes.check_patterns`.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if not pattern.strip() or pattern == "re:":
+        raise ValueError("must not hold an empty name")
+    if len(pattern) > _PATTERN_LENGTH:
+        raise ValueError(f"must hold names of at most {_PATTERN_LENGTH:,} characters, got {shown(pattern)}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"must hold regular expressions, and {shown(pattern)} is none: {error}") from None
+    return pattern
+
+
+Positive = Annotated[float, Field(gt=0.0, le=1.0e9, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1.0e9, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_no_boolean)]
+Steps = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(_no_boolean)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_no_boolean)]  # what every generator takes
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class Block(BaseModel):
@@ -44,12 +94,12 @@ class Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _check_keys(given: Mapping[str, Any], model: type[BaseModel], where: str, inside: str = "") -> None:
-    known = [name for name in model.model_fields if not name.endswith("_")]
+def _check_keys(given: Mapping[Any, Any], model: type[BaseModel], where: str, inside: str = "") -> None:
+    known = [name for name in model.model_fields if not name.endswith("_")]  # the others are upstream's own state
     for key, value in given.items():
-        if key not in model.model_fields:
+        if key not in known:
             near = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(str(key), known, 1))
-            raise ValueError(f"unknown key {key!r} in {where}; {near}known: {', '.join(known)}")
+            raise ValueError(f"unknown key {shown(key)} in {where}; {near}known: {', '.join(known)}")
         kind = model.model_fields[key].annotation
         for block in (kind, *get_args(kind)):
             if isinstance(value, Mapping) and isinstance(block, type) and issubclass(block, Block):
@@ -57,11 +107,75 @@ def _check_keys(given: Mapping[str, Any], model: type[BaseModel], where: str, in
 
 
 class CheckedKeys:
-    """Before a pydantic model's bases: unknown keys, also a block's, are a ValueError of one sentence with the nearest name."""
+    """Before a pydantic model's bases: what is wrong with its values is a ValueError of a sentence or a list, with the keys.
+
+    An unknown key, also a block's, is named with the nearest that is known.
+    """
 
     def __init__(self, **given: Any) -> None:
-        _check_keys(given, cast("type[BaseModel]", type(self)), type(self).__name__)
-        super().__init__(**given)
+        name = type(self).__name__
+        _check_keys(given, cast("type[BaseModel]", type(self)), name)
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ValueError(problems(error, given)) from None
+        except (TypeError, AttributeError, KeyError, NotImplementedError, OverflowError) as error:
+            # compressed-tensors' validators compare and call values before their type was checked
+            raise ValueError(
+                f"{name}: compressed-tensors cannot use what scheme, config_groups or kv_cache_scheme holds: {_cut(str(error))}"
+            ) from error
+
+
+_WANTED = {
+    "float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string", "model": "a mapping",
+    "dict": "a mapping", "list": "a list", "tuple": "a list", "finite_number": "a finite number",
+}  # fmt: skip
+
+
+def problems(error: ValidationError, given: Mapping[Any, Any]) -> str:
+    """What pydantic found in `given`, in our words: a sentence, or a list with a line for each key."""
+    wanted: dict[str, tuple[list[str], str]] = {}  # a value that fits no part of a union has an error for each part
+    told: list[str] = []
+    for one in error.errors(include_url=False):
+        path, kind = _path(one["loc"], given), one["type"]
+        if kind in ("value_error", "assertion_error"):
+            text = _cut(one["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, "))
+            named = not path or path.split(".")[0] in text
+            told.append(text if named else f"{path} {text}" if text.startswith("must ") else f"{path}: {text}")
+        elif kind == "extra_forbidden":
+            told.append(f"unknown key {path}")
+        elif kind == "missing":
+            told.append(f"{path} has no {one['loc'][-1]}".strip())
+        else:
+            word = _WANTED.get(kind) or _WANTED.get(re.sub("_(attributes_)?(type|parsing|from_float)$", "", kind))
+            word = word or _cut(one["msg"].removeprefix("Input should be "))
+            words, got = wanted.setdefault(path, ([], f", got {shown(one['input'])}"))
+            words.append(word)
+            if kind in ("literal_error", "enum") and isinstance(one["input"], str):
+                near = difflib.get_close_matches(one["input"], re.findall("'([^']*)'", word), 1)
+                wanted[path] = words, got + "".join(f"; did you mean {name!r}?" for name in near)
+    told += [f"{path} must be {' or '.join(dict.fromkeys(words))}{got}" for path, (words, got) in wanted.items()]
+    told = list(dict.fromkeys(told))
+    if len(told) == 1:
+        return told[0]
+    more = [f"and {len(told) - _LISTED} more"] if len(told) > _LISTED else []
+    return "\n".join([f"{len(told)} values cannot be used:", *(f"  {one}" for one in told[:_LISTED] + more)])
+
+
+def _path(parts: Iterable[int | str], given: Any) -> str:
+    """The keys of an error's place; what pydantic adds for the parts of a union is no key."""
+    path = ""
+    for part in parts:
+        if isinstance(given, Mapping) and part in given:
+            given, path = given[part], f"{path}.{_cut(str(part), 60)}"
+        elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+            given, path = given[part], f"{path}[{part}]"
+    return path.removeprefix(".")
+
+
+def _cut(text: str, most: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class TeacherRecipe(Block):
@@ -137,7 +251,7 @@ class RelationalRecipe(Block):
 
     enabled: bool = True
     weight: NonNegative = 3.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 400
+    warmup_steps: Steps = 400
     warmup_share: Share = 0.05
 
 
@@ -148,7 +262,7 @@ class ControllerRecipe(Block):
     beta_min: NonNegative = 0.1
     beta_max: Positive = 1.0
     beta_start: NonNegative = 0.5
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False), BeforeValidator(_no_boolean)] = 0.99
     tau: Literal["auto"] | Positive = "auto"
     eta: Literal["auto"] | Positive = "auto"
 
@@ -169,7 +283,7 @@ class ScalesRecipe(Block):
     """
 
     learning_rate_multiplier: Positive = 10.0
-    candidates: Annotated[int, Field(ge=2)] = 20
+    candidates: Annotated[int, Field(ge=2, le=10_000), BeforeValidator(_no_boolean)] = 20
     search_low: Positive = 0.3
     search_high: Positive = 1.2
     stored_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
@@ -196,8 +310,8 @@ class LoraRecipe(Block):
 
     rank: Count = 16
     alpha: Positive = 32.0
-    targets: tuple[str, ...] = ()
-    seed: int = 0
+    targets: tuple[Pattern, ...] = ()
+    seed: Seed = 0
 
 
 class TrainingRecipe(Block):
@@ -216,9 +330,9 @@ class TrainingRecipe(Block):
     method: Literal["full", "scales", "lora"] = "full"
     norms: bool = False
     lora: LoraRecipe | None = None
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[Pattern, ...] = ()
     master_weights: Literal["float32", "keep"] = "float32"
-    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 10
+    max_nonfinite_steps: Steps = 10
 
     @model_validator(mode="before")
     @classmethod
@@ -246,5 +360,5 @@ class OneshotRecipe(Block):
     gradient_accumulation_steps: Count = 1
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 1.0
-    seed: int = 0
+    seed: Seed = 0
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor"] = "adamw_torch_fused"

@@ -8,25 +8,146 @@ pack-quantized kernels take 4 and 8 bits; 2, 3, 5, 6 and 7 bits train and verify
 
 from __future__ import annotations
 
+import difflib
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grace_plugin.recipe import check_pattern, shown
 from grace_plugin.upstream import (
     QuantizationConfig,
     QuantizationMetadata,
     QuantizationStrategy,
     QuantizationType,
+    is_preset_scheme,
     match_named_modules,
 )
 from grace_plugin.vlm import matches
 
-__all__ = ["check_fused", "check_schemes", "clear_schemes", "group_of", "hand_over", "stored_dtype"]
+__all__ = [
+    "check_fused",
+    "check_groups",
+    "check_patterns",
+    "check_preset",
+    "check_schemes",
+    "clear_schemes",
+    "group_of",
+    "hand_over",
+    "stored_dtype",
+]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _WAY_OUT = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
+
+_LEARNED_PRESETS = tuple(name for name in (f"W{bits}A16" for bits in range(2, 9)) if is_preset_scheme(name))
+_TYPES: dict[str, tuple[type, ...]] = {
+    "num_bits": (int,), "type": (str,), "symmetric": (bool,), "group_size": (int,), "strategy": (str,), "dynamic": (bool, str),
+    "actorder": (str, bool), "observer": (str,), "observer_kwargs": (dict,), "block_structure": (list, str),
+}  # fmt: skip
+_KINDS = {int: "a whole number", bool: "true or false", str: "a name", dict: "a mapping", list: "a list"}
+_MATCH_SECONDS = 5.0
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for number, pattern in enumerate(patterns):
+    print(number, flush=True)
+    for name in names:
+        re.match(pattern, name)
+"""
+
+
+def check_preset(scheme: Any) -> Any:
+    """Refuse a scheme that is no preset of compressed-tensors, or a mapping whose keys are none; else return it.
+
+    Raises:
+        ValueError: names the scheme, the nearest preset and those that are learned.
+    """
+    if scheme is None:
+        return scheme
+    if not isinstance(scheme, str | Mapping) or not scheme:
+        raise ValueError(f"scheme must be the name of a preset, for instance W4A16, got {shown(scheme)}")
+    for name in [scheme] if isinstance(scheme, str) else scheme:
+        if not isinstance(name, str) or not is_preset_scheme(name):
+            near = difflib.get_close_matches(str(name)[:80].upper(), _LEARNED_PRESETS, 1)
+            raise ValueError(
+                f"scheme {shown(name)} is no preset of compressed-tensors; {''.join(f'did you mean {n!r}? ' for n in near)}"
+                f"learned: {', '.join(_LEARNED_PRESETS)}, or the same in config_groups"
+            )
+    if isinstance(scheme, str):
+        return scheme
+    # copied: upstream writes lists into the caller's mapping
+    return {name: _names(f"scheme.{name}", targets) for name, targets in scheme.items()}
+
+
+def _names(where: str, targets: Any) -> list[str]:
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of layer names or classes, got {shown(targets)}")
+    for name in names:
+        try:
+            check_pattern(name)
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
+    return names
+
+
+def check_groups(groups: Any) -> Any:
+    """Check the types of config_groups before compressed-tensors does, which compares and calls values of any type.
+
+    Raises:
+        ValueError: names the key, what it takes and what it was given.
+    """
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        where = f"config_groups.{shown(name) if not isinstance(name, str) else name}"
+        if not isinstance(group, Mapping):
+            continue
+        if "targets" in group:
+            _names(f"{where}.targets", group["targets"])
+        for part in ("weights", "input_activations", "output_activations"):
+            asked = group.get(part)
+            for key, value in asked.items() if isinstance(asked, Mapping) else ():
+                kinds = _TYPES.get(key)
+                if kinds is None or value is None:
+                    continue
+                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                    wanted = " or ".join(_KINDS[kind] for kind in kinds)
+                    raise ValueError(f"{where}.{part}.{key} must be {wanted}, got {shown(value)}")
+    return groups
+
+
+def check_patterns(asked: Mapping[str, Iterable[str]], model: nn.Module, seconds: float = _MATCH_SECONDS) -> None:
+    """Refuse a regular expression that takes too long on the names of this model's modules and parameters.
+
+    A pattern can take longer than the universe exists, and Python cannot interrupt the match from any thread but the main one;
+    whether it does depends on the names. So all are matched once in a second interpreter, with the same engine, which is
+    ended after five seconds. Without regular expressions none is started.
+
+    Args:
+        asked: patterns by the recipe's key. seconds: how long all of them may take.
+
+    Raises:
+        ValueError: names the key and the pattern.
+    """
+    patterns = [(key, pattern) for key, several in asked.items() for pattern in several if pattern.startswith("re:")]
+    if not patterns or not sys.executable:
+        return
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    given = json.dumps([[pattern[3:] for _, pattern in patterns], sorted(names)])
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
+    try:
+        subprocess.run(command, input=given.encode(), capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as late:
+        number = int((late.stdout or b"0").split()[-1])
+        key, pattern = patterns[number]
+        raise ValueError(
+            f"{key} {shown(pattern)} takes more than {seconds:.0f} s to match with the layers' names (nested or "
+            "repeated * and + try every way to split a name); write it without them, for instance re:.*mlp.*"
+        ) from None
 
 
 def check_schemes(config: QuantizationConfig) -> None:

@@ -24,6 +24,7 @@ try:
         QuantizationStatus,
         QuantizationStrategy,
         QuantizationType,
+        is_preset_scheme,
     )
     from compressed_tensors.utils import match_named_modules
     from llmcompressor import oneshot
@@ -61,6 +62,7 @@ __all__ = [
     "State",
     "active_session",
     "create_session",
+    "is_preset_scheme",
     "keep_processor_files",
     "linearize_moe",
     "load_quantizable_moe",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from grace_plugin.modifier import GraceModifier
+from grace_plugin.run.recipe_file import recipe_from
 from grace_plugin.teacher import StateStore, check_cached_processor
 from grace_plugin.upstream import Modifier, Recipe
 
@@ -37,11 +37,7 @@ def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
     Raises:
         ValueError: unreadable, an unknown key, or a scheme that is not learned.
     """
-    if isinstance(recipe, os.PathLike):
-        if not Path(recipe).is_file():
-            raise ValueError(f"no recipe at {os.fspath(recipe)}")
-        recipe = os.fspath(recipe)
-    read = Recipe.create_instance(recipe)
+    read = recipe_from(recipe)
     grace_modifier(read)
     return read
 

@@ -1,0 +1,317 @@
+"""Read a recipe from a file or a text, bounded in size and time, and say in a sentence what is wrong with it.
+
+    grace_stage:                 a key that ends in _stage
+      grace_modifiers:           a key that ends in _modifiers
+        GraceModifier:           the name of a modifier
+          scheme: W4A16          its fields
+
+PyYAML and llm-compressor's reader take more than this: of a key given twice the last, of other keys none, and aliases of
+aliases until memory ends. So the text is composed into nodes first, which takes time in proportion to its length; the nodes are
+counted as if every alias were written out, and only then are values made of them and given to upstream.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from grace_plugin.recipe import problems, shown
+from grace_plugin.upstream import Modifier, Recipe
+
+__all__ = ["recipe_from"]
+
+MOST_BYTES, MOST_VALUES, MOST_LEVELS = 2**18, 20_000, 32
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_ENDINGS = (".yaml", ".yml", ".json")
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
+_RESERVED = {"self", "type_", "allow_registered", "allow_experimental"}  # arguments of upstream's factory
+_NAMES = (
+    "GraceModifier",
+    "QuantizationModifier",
+    "GPTQModifier",
+    "AWQModifier",
+    "SmoothQuantModifier",
+    "AutoRoundModifier",
+)
+_FORM = "write grace_stage: {grace_modifiers: {GraceModifier: {scheme: W4A16, teacher: {model: ...}}}}"
+
+
+def recipe_from(given: Any) -> Recipe:
+    """A recipe from a path, a text, a modifier, several, or a recipe.
+
+    Raises:
+        ValueError: says what is wrong, with the file, the line or the key.
+    """
+    if isinstance(given, Recipe | Modifier | list):
+        return Recipe.create_instance(given)
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and _is_path(given)):
+        path = Path(given)
+        try:
+            return _recipe(_parsed(_text(path), path.suffix.lower() == ".json"))
+        except _RecipeError as error:
+            raise ValueError(f"recipe {_name(path)}: {error}") from error.__cause__
+    if isinstance(given, str):
+        try:
+            values = _parsed(given, False)
+            _check_form(values)
+        except _RecipeError as error:
+            raise ValueError(f"recipe: {error}") from None
+        return _recipe(values)
+    raise ValueError(
+        f"a recipe is a path, a YAML text, a GraceModifier or a Recipe; got {type(given).__name__}, which is none"
+    )
+
+
+class _RecipeError(ValueError):
+    """What is wrong with a recipe, without the name of its file."""
+
+
+def _name(path: Path) -> str:
+    name = str(path)
+    return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def _is_path(text: str) -> bool:
+    """Whether a string names a file; a recipe's text has lines or braces, or a colon with a space."""
+    if not text.strip() or "\n" in text or len(text) > 4096 or "\0" in text:
+        return False
+    return (
+        text.lower().endswith(_ENDINGS)
+        or os.path.exists(text)
+        or not (": " in text or text.rstrip().endswith((":", "}")))
+    )
+
+
+def _text(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        _RecipeError: no regular file of at most 256 KiB of UTF-8, or with another ending than a recipe has.
+        ValueError: no file.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never ends
+            raise _RecipeError(f"{'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}; name a YAML file")
+        if path.suffix.lower() not in _ENDINGS:
+            raise _RecipeError(f"the name ends in {shown(path.suffix)}, a recipe's in {', '.join(_ENDINGS)}")
+        if found.st_size > MOST_BYTES:
+            raise _RecipeError(
+                f"{found.st_size:,} bytes, where a recipe has at most {MOST_BYTES:,}; is it another file?"
+            )
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _RecipeError(
+            f"no UTF-8 text (at byte {error.start:,}); is it another file, or saved as UTF-16?"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"no recipe at {_name(path)}") from error
+    except OSError as error:
+        raise _RecipeError(f"cannot be read: {error.strerror}") from error
+
+
+def _parsed(text: str, is_json: bool) -> Any:
+    """The values of a text.
+
+    Raises:
+        _RecipeError: no YAML (with line and column), too much of it, a key given twice, or a value of another kind than
+            JSON has.
+    """
+    if len(text) > MOST_BYTES:
+        raise _RecipeError(f"{len(text):,} characters, where a recipe has at most {MOST_BYTES:,}")
+    try:
+        if is_json or text.lstrip().startswith("{"):
+            try:
+                value = json.loads(text, object_pairs_hook=_pairs)
+                _count(value)
+                return value
+            except json.JSONDecodeError as error:
+                if is_json:
+                    raise _RecipeError(f"no JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+            except ValueError as error:
+                if isinstance(error, _RecipeError):
+                    raise
+                raise _RecipeError("an integer of too many digits") from None
+        return _parsed_yaml(text)
+    except RecursionError:
+        raise _RecipeError(f"nested deeper than {MOST_LEVELS} levels") from None
+    except UnicodeEncodeError:
+        raise _RecipeError("half a character (a lone surrogate)") from None
+    except yaml.YAMLError as error:
+        raise _RecipeError(f"no YAML: {_yaml_fault(error, text)}") from None
+
+
+def _parsed_yaml(text: str) -> Any:
+    _check_events(text)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise _RecipeError(f"empty; {_FORM}")
+        _check_nodes(node, {})
+        try:
+            return loader.construct_document(node)
+        except (ValueError, OverflowError, AttributeError, TypeError) as error:  # an int of 5,000 digits, `!!int abc`
+            raise _RecipeError(f"a value that cannot be read: {str(error)[:200]}") from None
+    finally:
+        loader.dispose()
+
+
+def _check_events(text: str) -> None:
+    """Refuse a text that is nested too deep or holds too much, while it is read from its start: composing it is recursive, and
+    libyaml's form of that ends the process where it is too deep."""
+    level = count = 0
+    event: Any
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
+        if level > MOST_LEVELS:
+            raise _RecipeError(f"line {event.start_mark.line + 1}: nested deeper than {MOST_LEVELS} levels")
+        count += 1
+        if count > 2 * MOST_VALUES:
+            raise _RecipeError(f"more than {MOST_VALUES:,} values")
+
+
+def _yaml_fault(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.encode(errors="replace")[: error.position].count(b"\n") + 1
+        return f"line {line}: a character that is not allowed; is it another file?"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    said = " ".join(str(getattr(error, "problem", None) or getattr(error, "context", None) or error).split())[:200]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}" if mark else said
+
+
+def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, every alias written out; each node is visited once.
+
+    Raises:
+        _RecipeError: too many, one that contains itself, a key given twice, or a kind that JSON does not have.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise _RecipeError(f"{_line(node)}: an alias contains itself")
+        return sizes[id(node)]
+    if node.tag not in _TAGS:
+        if node.tag.endswith(":timestamp"):
+            raise _RecipeError(f"{_line(node)}: {shown(node.value)} is read as a date; put it in quotes")
+        raise _RecipeError(
+            f"{_line(node)}: the tag {shown(node.tag)}; a recipe holds mappings, lists, words and numbers alone"
+        )
+    sizes[id(node)] = 0
+    count, keys = 1, set()
+    for child in node.value if not isinstance(node, yaml.ScalarNode) else ():
+        for part in child if isinstance(node, yaml.MappingNode) else (child,):
+            count += _check_nodes(part, sizes)
+        if isinstance(node, yaml.MappingNode):
+            key = child[0]
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise _RecipeError(
+                    f"{_line(key)}: the key {shown(key.value)} must be a name; put it in quotes if it is one"
+                )
+            if key.value in keys:
+                raise _RecipeError(f"{_line(key)}: the key {shown(key.value)} is given twice; keep one of them")
+            keys.add(key.value)
+    if count > MOST_VALUES:
+        raise _RecipeError(f"{_line(node)}: aliases that stand for more than {MOST_VALUES:,} values")
+    sizes[id(node)] = count
+    return count
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RecipeError(f"the key {shown(twice)} is given twice; keep one of them")
+    return made
+
+
+def _count(value: Any, level: int = 0) -> int:
+    if level > MOST_LEVELS:
+        raise _RecipeError(f"nested deeper than {MOST_LEVELS} levels")
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    count = 1 + sum(_count(part, level + 1) for part in parts)
+    if count > MOST_VALUES:
+        raise _RecipeError(f"more than {MOST_VALUES:,} values")
+    return count
+
+
+def _recipe(values: Any) -> Recipe:
+    """Upstream's recipe of checked values.
+
+    Raises:
+        _RecipeError: names the key that is wrong.
+    """
+    _check_form(values)
+    try:
+        return Recipe.from_dict(values)
+    except ValidationError as error:  # of another modifier; a GraceModifier says it itself
+        fields = [given[error.title] for groups in values.values() for given in groups.values() if error.title in given]
+        raise _RecipeError(f"{error.title[:80]}: {problems(error, fields[0] if fields else {})}") from None
+    except ValueError as error:
+        raise _RecipeError(str(error)) from error
+    except Exception as error:  # another modifier's own code, which compares and calls values of any type
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise _RecipeError(
+            f"llm-compressor cannot read a modifier of the recipe ({said}); check the types of its values"
+        ) from error
+
+
+def _check_form(values: Any) -> None:
+    """Refuse what upstream's reader would pass over or fail at.
+
+    Raises:
+        _RecipeError: names the key.
+    """
+    if values is None or values == {}:
+        raise _RecipeError(f"empty; {_FORM}")
+    for stage, groups in _mapping(values, "the recipe", "").items():
+        if stage == "args" and groups == {}:
+            continue
+        _ends(stage, "_stage", "the recipe")
+        for group, modifiers in _mapping(groups, stage, "").items():
+            _ends(group, "_modifiers", stage)
+            for name, fields in _mapping(modifiers, f"{stage}.{group}", "").items():
+                where = f"{stage}.{group}.{name}"[:200]
+                if not name.endswith("Modifier"):
+                    near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, _NAMES, 1))
+                    raise _RecipeError(f"{where} is no name of a modifier{near}")
+                _check_fields(_mapping(fields, where, ", for instance {scheme: W4A16}"), name, where)
+
+
+def _check_fields(fields: Mapping[str, Any], name: str, where: str) -> None:
+    for key in fields:
+        if key in _RESERVED:
+            raise _RecipeError(f"unknown key {shown(key)} in {name}")
+    group = fields.get("group")
+    if group is not None and not isinstance(group, str):
+        raise _RecipeError(f"{where}.group must be a name, got {shown(group)}")
+
+
+def _mapping(value: Any, where: str, advice: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _RecipeError(
+            f"{where[:200]} must be a mapping{advice}, got {shown(value)}" + ("" if advice else f"; {_FORM}")
+        )
+    return value
+
+
+def _ends(key: str, ending: str, where: str) -> None:
+    if not key.endswith(ending):
+        raise _RecipeError(f"unknown key {shown(key)} in {where[:200]}, whose keys end in {ending}; {_FORM}")
