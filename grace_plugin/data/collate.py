@@ -28,6 +28,7 @@ from grace_plugin.data.conversation import Row, read_row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.data.processed_size import ProcessedSizes
 from grace_plugin.data.recent import Recent
 from grace_plugin.data.runs import visual_runs
 from grace_plugin.data.segments import Segment, Segmenter
@@ -63,6 +64,7 @@ class ConversationCollator:
         self._tokens = Tokens(self.segmenter)
         self._recent: Recent[list[Segment]] = Recent()
         pad = processor.tokenizer.pad_token_id
+        self.processed_sizes = ProcessedSizes(getattr(processor, "image_processor", None), max_pixels)
         self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,6 +82,9 @@ class ConversationCollator:
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
+        for row in rows:  # of a stream or a sequence that was not checked, an image could ask for any memory here
+            for image in row.images:
+                self.processed_sizes.check((image.height, image.width), row.name)
         text = [self.pieces(number, row) for number, row in enumerate(rows)]
         waiting = [piece for own in text for piece in own if not piece.ids]
         pictured = [piece for piece in waiting if piece.images or piece.videos]

@@ -21,6 +21,7 @@ from typing import Any
 from grace_plugin.data.faults import RowError, raise_unreadable
 from grace_plugin.data.llava_format import from_llava, is_llava
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
+from grace_plugin.data.shown import shown
 from grace_plugin.data.video import Video, decode_video
 
 __all__ = ["Row", "check_row", "check_rows", "read_row", "row_name"]
@@ -45,8 +46,8 @@ def row_name(row: Any, number: int | None = None) -> str:
     row = row if isinstance(row, Mapping) else {"messages": row}
     for key in ("id", "name"):
         if row.get(key) is not None:
-            return f"row {row[key]!r}"
-    return f"the row {str(row.get('messages'))[:200]}" if number is None else f"row {number}"
+            return f"row {shown(row[key])}"
+    return f"the row {shown(row.get('messages'), 200)}" if number is None else f"row {number}"
 
 
 def _text_part(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _parts(message: Any, name: str) -> list[dict[str, Any]]:
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowError("unknown_role", f"{name}: role {role!r} is not one of {ROLES}")
+        raise RowError("unknown_role", f"{name}: role {shown(role)} is not one of {ROLES}")
     if content is None:
         raise RowError("empty_conversation", f"{name}: a {role} turn has no content; give text or a list of parts")
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -81,7 +82,7 @@ def _parts(message: Any, name: str) -> list[dict[str, Any]]:
     for part in given:
         if part.get("type") not in PARTS:
             raise RowError(
-                "malformed", f"{name}: a {role} turn holds a part of type {part.get('type')!r}; rows take {PARTS}"
+                "malformed", f"{name}: a {role} turn holds a part of type {shown(part.get('type'))}; rows take {PARTS}"
             )
         if part["type"] != "text" and role == "assistant":
             raise RowError("malformed", f"{name}: an assistant turn holds an {part['type']}; only text can be learned")
@@ -143,7 +144,7 @@ def _fps(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         fps = math.nan
     if not (math.isfinite(fps) and fps > 0):
-        raise RowError("malformed", f"{name}: fps is {value!r}; give frames a second above 0, or leave it out")
+        raise RowError("malformed", f"{name}: fps is {shown(value)}; give frames a second above 0, or leave it out")
     return fps
 
 
@@ -165,7 +166,7 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     if messages is None or len(messages) == 0:
         raise RowError(
             "empty_conversation",
-            f"{name} has no messages; expected the messages format ({sorted(map(str, row))} found)",
+            f"{name} has no messages; expected the messages format ({shown(sorted(map(str, row)), 120)} found)",
         )
     normal = []
     for message in messages:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grace_plugin.data.shown import MESSAGE, shortened
+
 __all__ = ["REASONS", "RowError", "raise_unreadable", "unreadable"]
 
 #: reason -> what it says
@@ -23,7 +25,7 @@ REASONS: dict[str, str] = {
     "placeholder_mismatch": "another number of placeholders than of images or videos",
     "missing_file": "an image or video file that is not there",
     "unreadable_image": "an image file that cannot be decoded",
-    "image_too_large": "an image or a video frame of more pixels than the limit, or a video of many such frames",
+    "image_too_large": "an image or a frame of more pixels than the limit, or of which the processor makes more",
     "image_shape": "an image whose shape the model's processor refuses",
     "unreadable_video": "a video that cannot be decoded, or ends early, or has no picture",
     "video_unsupported": "a video for a model that takes none, or one that was decoded and that its processor refuses",
@@ -38,13 +40,14 @@ _FAULT = "__grace_fault__"
 class RowError(ValueError):
     """A row that cannot be used.
 
-    reason: a key of `REASONS`. The text names the row, what is wrong and the way out.
+    reason: a key of `REASONS`. The text names the row, what is wrong and the way out; it is cut to `MESSAGE`
+    characters, whatever of the sample it quotes.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         if reason not in REASONS:
             raise KeyError(reason)
-        super().__init__(message)
+        super().__init__(shortened(message, MESSAGE))
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:

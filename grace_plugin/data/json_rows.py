@@ -1,8 +1,14 @@
-"""Rows of JSON and JSONL files, of any types, each in its place: one that cannot be read is a fault there, to be counted."""
+"""Samples of JSON and JSONL files, of any types, each in its place: one that cannot be read is a fault there, to be counted.
+
+Two things that Python's `json` takes or refuses otherwise are faults of their sample: an integer of more digits than Python
+converts (`sys.get_int_max_str_digits()`, 4,300), and a field that is given twice, of which only the second would be used.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +16,60 @@ from typing import Any
 import numpy as np
 
 from grace_plugin.data.faults import unreadable
+from grace_plugin.data.shown import shortened, shown
 
-__all__ = ["JsonLines", "json_list", "read_json"]
+__all__ = ["JsonLines", "check_regular", "json_list", "read_json"]
+
+_BOM = b"\xef\xbb\xbf"  # which editors on Windows put before the first line
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _UnusableError(ValueError):
+    """Valid JSON that a sample must not hold."""
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _UnusableError(f"an integer of {len(text):,} digits; write it as a string, or drop it") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise _UnusableError(f"the field {shown(twice)} twice in one object; keep one of them")
+    return found
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_fields, parse_int=_integer)
+_LENIENT = json.JSONDecoder(parse_int=lambda _text: 0)  # finds the end of what the other one refused
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a dataset file that is missing or no regular file: reading a FIFO or a device may never end.
+
+    Raises:
+        ValueError: names the file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        raise ValueError(f"no dataset file at {path}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is not a regular file; give a file with the samples, or remove it from the folder")
 
 
 class JsonLines(Sequence[dict[str, Any]]):
-    """Rows of a JSONL file, read when used; blank lines do not count.
+    """Samples of a JSONL file, read when used; blank lines do not count.
 
     A line that is no JSON object or no valid UTF-8 is a fault in its place, named by its line number.
     """
 
     def __init__(self, path: Path) -> None:
+        check_regular(path)
         self.path = path
         offsets, numbers, place = [], [], 0
         with path.open("rb") as file:
@@ -43,13 +92,15 @@ class JsonLines(Sequence[dict[str, Any]]):
 
 
 def _line(line: bytes, where: str) -> dict[str, Any]:
-    """The row of a JSONL line, or a fault in its place."""
+    """The sample of a JSONL line, or a fault in its place."""
     try:
-        return _object(json.loads(line.decode("utf-8")), where)
+        return _object(_STRICT.decode(line.removeprefix(_BOM).decode("utf-8")), where)
     except UnicodeDecodeError as error:
         return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
+    except _UnusableError as error:
+        return unreadable("not_json", f"{where} holds {error}")
     except (json.JSONDecodeError, RecursionError) as error:
-        return unreadable("not_json", f"{where} is not JSON: {error}")
+        return unreadable("not_json", f"{where} is not JSON: {shortened(error)}")
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -57,19 +108,61 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def json_list(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_row` to find in their row."""
+    """Samples of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_row` to find in their sample.
+
+    Raises:
+        ValueError: no list, or not JSON, with line, column and the number of the sample.
+    """
+    check_regular(path)
+    text = path.read_bytes().removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
+    place, rows = _after_space(text, 0), list[dict[str, Any]]()
+    if not text.startswith("[", place):
+        raise ValueError(f"{path} {_no_list(text)}")
+    place = _after_space(text, place + 1)
+    while not text.startswith("]", place):
+        where = f"{path}, row {len(rows)}"
+        try:
+            row, place = _item(text, place, where)
+            rows.append(row)
+            place = _after_space(text, place)
+            if text.startswith(",", place):
+                place = _after_space(text, place + 1)
+            elif not text.startswith("]", place):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {shortened(error)}; mend the file") from error
+    if _after_space(text, place + 1) != len(text):
+        raise ValueError(f"{path} is not JSON: there is more after its list; one object a line is called .jsonl")
+    return rows
+
+
+def _after_space(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches the empty string as well
+
+
+def _item(text: str, place: int, where: str) -> tuple[dict[str, Any], int]:
+    """An item of a list, or a fault in its place, and where it ends."""
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8", errors="surrogateescape"))
+        found, end = _STRICT.raw_decode(text, place)
+        return _object(found, where), end
+    except _UnusableError as error:
+        return unreadable("not_json", f"{where} holds {error}"), _LENIENT.raw_decode(text, place)[1]
+
+
+def _no_list(text: str) -> str:
+    """What is wrong with a file that does not begin as a list."""
+    try:
+        found, end = _LENIENT.raw_decode(text, _after_space(text, 0))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}, not a list of rows")
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows)]
+        return f"is not JSON: {shortened(error)}"
+    more = "; one object a line is called .jsonl" if isinstance(found, dict) and end < len(text.rstrip()) else ""
+    return f"holds a {type(found).__name__}, not a list of rows{more}"
 
 
 def read_json(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of JSON and JSONL files, each file opened when it is reached."""
+    """The samples of JSON and JSONL files, each file opened when it is reached."""
     for file in files:
+        check_regular(file)
         if file.suffix == ".json":
             yield from json_list(file)
             continue

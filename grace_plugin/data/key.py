@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from PIL import Image
 
 from grace_plugin.data.conversation import check_row
 from grace_plugin.data.faults import RowError
-from grace_plugin.data.media import PUT_IT
+from grace_plugin.data.media import media_source, shown_source
+from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import Video
 
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
@@ -34,16 +35,15 @@ def _digest(content: bytes) -> str:
 
 def _media(item: Any, name: str) -> Any:
     """What stands for a picture, a video or a frame in the key's text."""
-    if isinstance(item, Mapping):
-        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
-    if isinstance(item, (str, Path)):
+    if isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)):
+        source = media_source(item, "image", name)
+        if isinstance(source, bytes):
+            return _digest(source)
         try:
-            with Path(item).open("rb") as file:
+            with source.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise RowError("missing_file", f"{name}: cannot read {str(item)!r}: {error}; {PUT_IT}") from error
-    if isinstance(item, bytes):
-        return _digest(item)
+            raise RowError("missing_file", f"{name}: cannot read {shown_source(item)}: {shortened(error)}") from error
     if isinstance(item, Image.Image):
         turned = dict(item.getexif()).get(0x0112, 1)
         return [item.mode, item.size, turned, _digest(item.tobytes())]

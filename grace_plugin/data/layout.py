@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.shown import shortened
 
 __all__ = ["Layout", "Written"]
 
@@ -90,7 +91,7 @@ class Layout:
             except Exception as error:  # processors raise what they like
                 raise RowError(
                     "image_shape",
-                    f"{name}: the model's processor refuses an image of {size[1]} x {size[0]} pixels: {error}",
+                    f"{name}: the model's processor refuses an image of {size[1]} x {size[0]} pixels: {shortened(error)}",
                 ) from error
         return self._known[size, alone]
 

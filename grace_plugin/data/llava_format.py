@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.shown import shown
 
 __all__ = ["from_llava", "is_llava"]
 
@@ -73,7 +74,7 @@ def from_llava(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         said = turn.get("from")
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise RowError("unknown_role", f"{name}: from {turn.get('from')!r} is not one of {tuple(ROLES)}")
+            raise RowError("unknown_role", f"{name}: from {shown(turn.get('from'))} is not one of {tuple(ROLES)}")
         messages.append({"role": role, "content": _parts(turn["value"], kinds if role == "user" else ())})
     found = {f"{kind}s": value or [] for kind, value in attached.items()}
     return {"id": row.get("id"), "fps": row.get("fps"), "messages": messages, **found}

@@ -20,6 +20,7 @@ from grace_plugin.data.conversation import Row, check_row, read_row, row_name
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.media import decode_image, image_size
+from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import DecoderMissingError
 
 __all__ = ["Entry", "Measure"]
@@ -89,12 +90,14 @@ class Measure:
         except Exception as error:  # fields of types that nobody thought of; one row never ends the look at all of them
             return Entry(
                 reason="malformed",
-                message=f"{name} cannot be read: {type(error).__name__}: {error}; mend or drop it",
+                message=f"{name} cannot be read: {type(error).__name__}: {shortened(error)}; mend or drop it",
                 mark=mark,
             )
 
     def _count(self, row: Row) -> Entry:
         sizes = [image_size(image, row.name, self.collator.max_pixels) for image in row.images]
+        for size in sizes:
+            self.collator.processed_sizes.check(size, row.name)
         if self.decode:
             for image in row.images:
                 decode_image(image, row.name, self.collator.max_pixels)
@@ -122,7 +125,8 @@ class Measure:
             raise
         except Exception as error:  # processors raise what they like, here of a video that was decoded
             raise RowError(
-                "video_unsupported", f"{row.name}: the model's processor refuses its video: {error}; drop the row"
+                "video_unsupported",
+                f"{row.name}: the model's processor refuses its video: {shortened(error)}; drop the row",
             ) from error
         finally:
             collator.max_length = limit

@@ -1,29 +1,46 @@
 """Image files to pixels: RGB, upright, bounded, and never half read (videos: `video.py`).
 
-Sizes are looked at before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
+An image is a PIL image, a path, a `file://` URL, a data URI (`data:image/png;base64,...`), the bytes of a file, or
+{"bytes", "path"}. Files are read where they are regular files: a FIFO or a device could be read for ever. Web addresses are
+refused: a run that downloads while it trains is neither reproducible nor bounded.
+
+`FORMATS` are the formats read from files and bytes. Pillow knows more, among them EPS, which it hands to Ghostscript, an
+interpreter for programs. A PIL image that is given as an object is used whatever it was opened from.
+
+Sizes are inspected before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
 is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
-transparency is dropped). A truncated file is a fault, never a half-grey picture. An animated file gives its first frame.
-`max_pixels` is the only limit: Pillow's own, which has no way out for a run, does not stand while a file is read here.
+transparency is dropped). A truncated file is a fault, never a half-grey image. An animated file gives its first frame.
+`max_pixels` is the only limit: Pillow's own, which a run cannot change, does not apply while a file is read here.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import os
+import re
+import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.shown import shortened, shown
 
-__all__ = ["DEFAULT_MAX_PIXELS", "decode_image", "image_size"]
+__all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image", "image_size", "is_path", "media_source", "shown_source"]
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 192 MB once decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 PUT_IT = "put the file there, or pass images= (--images) with the folder that paths are relative to"
 WAY_OUT = "scale it down, or raise max_pixels (--max_pixels)"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -31,7 +48,94 @@ _ORIENTATION = 0x0112
 _LAZY = ("PNG", "JPEG", "TIFF", "BMP", "PPM")  # formats of which opening decodes nothing
 _SINGLE = ("PNG", "JPEG")  # formats whose file is closed once it is decoded, unless it is animated
 _LIMIT = threading.RLock()  # Pillow's limit is one for the process
-_BROKEN = (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError)
+_URL = re.compile(r"(data:|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
+_PATH_SHOWN = 160  # characters of a path in a message
+
+
+def is_path(value: str) -> bool:
+    """Whether a string in an image or video field is a path, and no data URI or URL."""
+    return _URL.match(value) is None
+
+
+def shown_source(given: Any) -> str:
+    """Return how messages name an image or a video: its path, the beginning of its data URI, or "in the row"."""
+    if isinstance(given, Mapping):
+        given = given.get("path")
+    if isinstance(given, str):
+        return shown(given, _PATH_SHOWN if is_path(given) else 40)
+    return shown(str(given), _PATH_SHOWN) if isinstance(given, os.PathLike) else "in the row"
+
+
+def _from_url(url: str, kind: str, name: str) -> Path | bytes:
+    """The file or the bytes that a data URI or a `file://` URL means."""
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        header, _, content = url.partition(",")
+        if not header.lower().endswith(";base64"):
+            raise RowError(
+                "malformed",
+                f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it",
+            )
+        try:
+            return base64.b64decode("".join(content.split()), validate=True)
+        except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
+            raise RowError(
+                f"unreadable_{kind}", f"{name}: cannot read {kind} {shown_source(url)}: damaged base64: {error}"
+            ) from error
+    parts = urlsplit(url) if scheme == "file" else None
+    if parts is not None and parts.netloc in ("", "localhost"):
+        return Path(url2pathname(parts.path))
+    raise RowError(
+        "missing_file",
+        f"{name}: {kind} {shown_source(url)} is an address, and nothing is downloaded during a run; download it first and "
+        "give its path",
+    )
+
+
+def media_source(given: Any, kind: str, name: str) -> Path | bytes:
+    """Return the regular file, or the bytes, that a sample gives for an image or a video.
+
+    Args:
+        given: a path, a `file://` URL, a data URI, bytes, or {"bytes", "path"}.
+        kind: "image" or "video"; decides the reason that an error is counted by.
+        name: how errors speak of the sample.
+
+    Raises:
+        RowError: another type, a file that is missing or not regular, a damaged data URI, a web address.
+    """
+    if isinstance(given, Mapping) and (given.get("bytes") is not None or given.get("path")):
+        given = given["bytes"] if given.get("bytes") is not None else given["path"]
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return bytes(given)
+    if not isinstance(given, (str, os.PathLike)):
+        article, objects = ("an", "a PIL image") if kind == "image" else ("a", "a list of frames")
+        raise RowError(
+            "malformed",
+            f"{name}: {article} {kind} is of type {type(given).__name__}; give a path, bytes, a data URI or {objects}",
+        )
+    try:
+        path = _from_url(given, kind, name) if isinstance(given, str) and not is_path(given) else Path(given)
+    except RowError:
+        raise
+    except ValueError as error:  # urlsplit's, of brackets that do not match
+        raise RowError(
+            "malformed", f"{name}: {kind} {shown_source(given)} is no address: {shortened(error)}"
+        ) from error
+    if isinstance(path, bytes):
+        return path
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a null byte
+        raise RowError(
+            "missing_file", f"{name}: cannot read {kind} {shown_source(given)}: no such file; {PUT_IT}"
+        ) from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise RowError(
+            "missing_file",
+            f"{name}: cannot read {kind} {shown_source(given)}: it is {what}, not a regular file; {PUT_IT}",
+        )
+    return path
 
 
 @contextmanager
@@ -47,38 +151,31 @@ def _pillow_limit(max_pixels: int | None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _opened(image: Any, name: str, max_pixels: int | None) -> Image.Image:
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(form for form in FORMATS if form in Image.OPEN)
+
+
+def _opened(image: Any, name: str) -> Image.Image:
     """An image opened; not decoded, but by formats that decode when opened. To be called within the limit."""
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path")):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    if not isinstance(image, (str, Path, io.BytesIO)):
-        raise RowError("malformed", f"{name}: an image is a {type(image).__name__}; give a path or a PIL image")
+    source = media_source(image, "image", name)
     try:
-        return Image.open(image)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Image.DecompressionBombError:
-        if isinstance(image, io.BytesIO):
-            image.seek(0)
-        with _pillow_limit(None), Image.open(image, formats=_LAZY) as whole:  # our own message needs its size
+        again = io.BytesIO(source) if isinstance(source, bytes) else source
+        with _pillow_limit(None), Image.open(again, formats=_LAZY) as whole:  # our own message needs its size
             return whole
-    except (OSError, ValueError):
-        if isinstance(image, io.BytesIO) or Path(image).is_file():
-            raise
-        raise RowError("missing_file", f"{name}: cannot read image {str(image)!r}: no such file; {PUT_IT}") from None
-
-
-def _shown(image: Any) -> str:
-    if isinstance(image, Mapping):
-        image = image.get("path") or "in the row"
-    return repr(str(image)) if isinstance(image, (str, Path)) else "in the row"
 
 
 def _check_pixels(width: int, height: int, image: Any, name: str, max_pixels: int | None) -> None:
     if max_pixels is not None and width * height > max_pixels:
         raise RowError(
             "image_too_large",
-            f"{name}: image {_shown(image)} has {width} x {height} = {width * height:,} pixels and the limit is "
+            f"{name}: image {shown_source(image)} has {width} x {height} = {width * height:,} pixels and the limit is "
             f"{max_pixels:,}; {WAY_OUT}",
         )
 
@@ -89,9 +186,12 @@ def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> 
     if isinstance(error, Image.DecompressionBombError) or isinstance(error.__context__, Image.DecompressionBombError):
         return RowError(
             "image_too_large",
-            f"{name}: image {_shown(image)} holds a picture above the limit of {max_pixels:,} pixels; {WAY_OUT}",
+            f"{name}: image {shown_source(image)} holds an image above the limit of {max_pixels:,} pixels; {WAY_OUT}",
         )
-    return RowError("unreadable_image", f"{name}: cannot read image {_shown(image)}: {error}")
+    said = shortened(error)
+    if isinstance(error, UnidentifiedImageError):
+        said = f"it is damaged or in none of the formats that are read ({', '.join(_formats())}); convert it"
+    return RowError("unreadable_image", f"{name}: cannot read image {shown_source(image)}: {said}")
 
 
 def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -102,26 +202,31 @@ def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXEL
     """
     try:
         with _pillow_limit(max_pixels):
-            opened = _opened(image, name, max_pixels)
+            opened = _opened(image, name)
         width, height = opened.size
         _check_pixels(width, height, image, name, max_pixels)
         turned = opened.getexif().get(_ORIENTATION) in _TRANSPOSED
         if not isinstance(image, Image.Image):
             opened.close()
-    except (*_BROKEN, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins raise errors of any type for damaged files
         raise _faulty(error, image, name, max_pixels) from error
     return (width, height) if turned else (height, width)
 
 
 def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """An image as upright 8-bit RGB; `image` is a path, a PIL image or {"bytes", "path"}.
+    """Return an image as upright 8-bit RGB.
+
+    Args:
+        image: a PIL image, a path, a `file://` URL, a data URI, bytes, or {"bytes", "path"}.
+        name: how errors speak of the sample.
+        max_pixels: largest image in pixels; None for no limit.
 
     Raises:
-        RowError: missing, unreadable, truncated, or above the limit; names the row and the file.
+        RowError: missing, not a regular file, unreadable, truncated, or above the limit; names the sample and the file.
     """
     try:
         with _pillow_limit(max_pixels):
-            opened = _opened(image, name, max_pixels)
+            opened = _opened(image, name)
             _check_pixels(*opened.size, image, name, max_pixels)
             if opened.mode == "RGB" and opened is image and not opened.getexif().get(_ORIENTATION):
                 return opened
@@ -130,7 +235,7 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         animated = getattr(opened, "is_animated", False)
         alone = opened.format in _SINGLE and not animated  # of others a copy lets go of the file
         return _rgb(opened if alone and not turned else ImageOps.exif_transpose(opened))
-    except (*_BROKEN, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins raise errors of any type for damaged files
         raise _faulty(error, image, name, max_pixels) from error
 
 
@@ -141,6 +246,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
         top = 65535.0 if image.mode.startswith("I;16") or (values.size and values.max() > 255) else 255.0
         if image.mode == "F" and values.size and values.max() <= 1.0:
             top = 1.0

@@ -22,6 +22,7 @@ from grace_plugin.data.index import index_file, number_of, scan
 from grace_plugin.data.measure import Entry
 from grace_plugin.data.mix import Rows
 from grace_plugin.data.order import shuffled
+from grace_plugin.data.shown import shown
 
 __all__ = ["BadRowsError", "Prepared", "is_scannable", "prepare"]
 
@@ -87,9 +88,8 @@ def _duplicates(entries: list[Entry], rows: Sequence[Any]) -> tuple[list[Entry],
             earlier = first.setdefault((entry.mark, entry.digest), number)
             if earlier != number:
                 places = number_of(rows, number), number_of(rows, earlier)
-                message = (
-                    f"row {rows[number]['id']!r} (number {places[0]}) repeats row number {places[1]}; drop one of them"
-                )
+                named = f"row {shown(rows[number]['id'])} (number {places[0]})"
+                message = f"{named} repeats row number {places[1]}; drop one of them"
                 entry = entry._replace(reason="duplicate", message=message)
             elif entry.mark in marks:
                 repeated.append((number, marks[entry.mark]))
@@ -101,9 +101,16 @@ def _duplicates(entries: list[Entry], rows: Sequence[Any]) -> tuple[list[Entry],
 def _listed(repeated: list[tuple[int, int]], rows: Sequence[Any]) -> list[dict[str, Any]]:
     """The first rows that repeat an id, for the report."""
     return [
-        {"id": rows[number]["id"], "number": number_of(rows, number), "first": number_of(rows, earlier)}
+        {"id": _plain(rows[number]["id"]), "number": number_of(rows, number), "first": number_of(rows, earlier)}
         for number, earlier in repeated[:_REPEATED]
     ]
+
+
+def _plain(value: Any) -> Any:
+    """An id as JSON can hold it, cut where it is long."""
+    if isinstance(value, str):
+        return value if len(value) <= 80 else shown(value)
+    return value if isinstance(value, int) and value.bit_length() <= 64 else shown(value)
 
 
 def _too_long(entry: Entry, number: int, collator: ConversationCollator) -> Entry:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from grace_plugin.data.conversation import Row
 from grace_plugin.data.faults import RowError
+from grace_plugin.data.shown import shortened
 
 __all__ = ["Segment", "Segmenter"]
 
@@ -124,7 +125,7 @@ class Segmenter:
         except RowError:
             raise
         except Exception as error:  # jinja's errors, and what a template raises itself
-            raise RowError("template", f"{row.name}: the chat template cannot render it: {error}") from error
+            raise RowError("template", f"{row.name}: the chat template cannot render it: {shortened(error)}") from error
         self._check(cut, row)
         found = [piece for text, learned in cut for piece in _split(text, learned, literals)]
         end = self.processor.tokenizer.eos_token

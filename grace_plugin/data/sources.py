@@ -12,7 +12,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.data.json_rows import JsonLines, json_list, read_json
+from grace_plugin.data.json_rows import JsonLines, check_regular, json_list, read_json
+from grace_plugin.data.media import is_path
 from grace_plugin.data.mix import Rows, RowSet, read_mix
 
 __all__ = ["load_rows", "stream_rows"]
@@ -39,12 +40,10 @@ def load_rows(source: str, images: str | None = None) -> Rows:
             RowSet(entry.name, rows, weight=entry.weight, cap=entry.cap, seed=entry.seed, fingerprint=rows.fingerprint)
             for entry, rows in sets
         )
-    if path.suffix in FILES:
-        if not path.is_file():
-            raise ValueError(f"no dataset file at {path}")
+    if path.suffix in FILES and not path.is_dir():
         return Rows([_file(path, images)])
     if path.is_dir() and not _saved(path):
-        files = sorted(file for file in path.iterdir() if file.suffix in FILES)
+        files = _files_in(path)
         if files:
             return Rows(_file(file, images) for file in files)
     dataset = _dataset(source)
@@ -70,11 +69,9 @@ def stream_rows(source: str, images: str | None = None) -> Any:
             f"{source} is a mix, and the weights and caps of a mix need all of its rows; leave streaming out, or stream one of "
             "its sets"
         )
-    files = (
-        [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FILES) if path.is_dir() else []
-    )
-    if path.suffix in FILES and not files:
-        raise ValueError(f"no dataset file at {path}")
+    files = _files_in(path) if path.is_dir() else [path] if path.suffix in FILES or path.is_file() else []
+    for file in files:
+        check_regular(file)
     kinds = {file.suffix == ".parquet" for file in files}
     if len(kinds) > 1:
         raise ValueError(f"{path} holds JSON and parquet files; stream one kind, or leave streaming out")
@@ -126,12 +123,18 @@ def _local(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() and not _saved(Path(name)) else None
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """The dataset files of a folder; what is no regular file is refused when it is read."""
+    return sorted(file for file in folder.iterdir() if file.suffix in FILES and not file.is_dir())
+
+
 def _saved(path: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote it."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _file(path: Path, images: str | None) -> RowSet:
+    check_regular(path)
     folder = _folder(images) or path.parent
     stat = path.stat()
     mark = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {folder.resolve()}".encode()).hexdigest()
@@ -180,11 +183,11 @@ def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def join(value: Any) -> Any:
         if isinstance(value, str):
-            return str(folder / value)
+            return str(folder / value) if is_path(value) else value
         if isinstance(value, (list, tuple)):
             return [join(item) for item in value]
         if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
-            return {**value, "path": str(folder / value["path"])}
+            return {**value, "path": join(value["path"])}
         return value
 
     keys = [key for key in ("image", "images", "video", "videos") if row.get(key)]

@@ -1,5 +1,9 @@
 """Videos to frames: lists of frames as they are, files sampled in time, upright, bounded, and never half read.
 
+Frames that are given as numbers are read by one rule. An array or a list of arrays is [F, H, W, 3]; a torch tensor or a list
+of tensors is [F, 3, H, W], as torchvision gives them. Integers are 0 to 255. Floats are 0 to 1 where no value of the video is
+above 1, else 0 to 255; they are rounded. Other shapes, and values outside these ranges, are refused.
+
 A file is decoded by PyAV (`pip install grace-plugin[video]`), whose wheel brings its own FFmpeg; torchvision's and
 torchcodec's decoders are not used. Without PyAV a row that names a file stops the run before training, with this way out:
 that is a fault of the environment, and counted as a fault of rows it would silently drop every video of a mix.
@@ -11,7 +15,8 @@ frame in memory beside those kept. Phone videos are turned as their display matr
 Refused and counted: a file that is no video, has no video track (sound alone, or sound with a cover picture), ends inside a
 frame, or before the frames of its index (MP4, AVI), or half a second before its stated duration (others); frames of several
 sizes; a frame above `max_pixels` (from the header, before decoding), or kept frames that together exceed 16 times
-`max_pixels`. A file cannot make the decoder open network addresses.
+`max_pixels`; a FIFO or a device; frames whose long side is more than 200 times the short one, which some processors enlarge
+beyond any memory. A file cannot make the decoder open network addresses.
 
 Legend: F frames kept, H height, W width.
 """
@@ -21,19 +26,22 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from grace_plugin.data.faults import RowError
-from grace_plugin.data.media import DEFAULT_MAX_PIXELS, PUT_IT, decode_image
+from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image, media_source, shown_source
+from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DecoderMissingError", "Video", "decode_video"]
 
 _FILM = 16  # kept frames of a file may hold this many times `max_pixels` together
+_LONGEST = 200  # times the short side that the long side of a frame may be
 _SHORT = 0.5  # seconds by which a file may end before its stated duration
 _ONE_SECOND_GRID = 1e-6  # of a frame: times are fractions, their products floats
 
@@ -57,67 +65,124 @@ class Video:
 
 
 def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS, fps: float = 2.0) -> Video:
-    """A video as frames of one size.
+    """Return a video as frames of one size.
 
     Args:
-        video: a list of frames (as `decode_image` takes them), an array [F, H, W, 3], a `Video`, or a file, a path or
-            {"bytes", "path"}.
-        name: how errors speak of the row.
+        video: a list of frames (images as `decode_image` takes them, or arrays), an array [F, H, W, 3], a tensor
+            [F, 3, H, W], a `Video`, or a file: a path, a `file://` URL, a data URI, bytes or {"bytes", "path"}.
+        name: how errors speak of the sample.
         max_pixels: largest frame in pixels; None for no limit.
         fps: frames a second; of the frames given, or wanted from a file.
 
     Raises:
-        RowError: no frames, frames of different size, above the limit, or a file that is missing or cannot be decoded.
+        RowError: no frames, frames of different size or of no known form, above the limit, or a file that is missing or cannot
+            be decoded.
         DecoderMissingError: a file, and no PyAV.
     """
     if isinstance(video, Video):
         return video
-    if isinstance(video, (str, Path)):
-        return _from_file(Path(video), repr(str(video)), name, max_pixels, fps)
-    if isinstance(video, Mapping):
-        shown = repr(str(video.get("path") or "in the row"))
-        content = video.get("bytes")
-        source = io.BytesIO(content) if content is not None else Path(str(video.get("path")))
-        return _from_file(source, shown, name, max_pixels, fps)
-    if not hasattr(video, "__iter__") or isinstance(video, bytes):
-        raise RowError(
-            "malformed",
-            f"{name}: a video is a {type(video).__name__}; give a path, {{bytes, path}} or a list of frames",
-        )
-    frames = list(video)
-    if not frames:
+    if not isinstance(video, (list, tuple, np.ndarray, torch.Tensor)):
+        return _from_file(media_source(video, "video", name), shown_source(video), name, max_pixels, fps)
+    if len(getattr(video, "shape", (0,))) == 0:
+        raise RowError("malformed", f"{name}: a video is one number; {_FRAMES_ARE}")
+    if len(video) == 0:
         raise RowError("unreadable_video", f"{name}: a video has no frames")
-    pixels = [f if isinstance(f, np.ndarray) else np.asarray(decode_image(f, name, max_pixels)) for f in frames]
-    shapes = {frame.shape for frame in pixels}
+    frames = [_frame(frame, len(video), name, max_pixels) for frame in video]
+    shapes = {frame.shape for frame in frames}
     if len(shapes) > 1:
-        raise RowError("unreadable_video", f"{name}: the frames of a video differ in size: {sorted(shapes)}")
-    return Video(np.stack(pixels).astype(np.uint8, copy=False), fps, tuple(range(len(pixels))), len(pixels))
+        raise RowError(
+            "unreadable_video", f"{name}: the frames of a video differ in size: {shown(sorted(shapes), _SHAPES_SHOWN)}"
+        )
+    return Video(_bytes(frames, name), fps, tuple(range(len(frames))), len(frames))
 
 
-def _pyav(shown: str, name: str) -> Any:
+_FRAMES_ARE = "give images, an array [F, H, W, 3] or a tensor [F, 3, H, W]"
+_SHAPES_SHOWN = 120
+
+
+def _frame(frame: Any, count: int, name: str, max_pixels: int | None) -> np.ndarray:
+    """One frame of `count`, [H, W, 3], its numbers as they are given."""
+    if isinstance(frame, torch.Tensor):
+        shape = tuple(frame.shape)
+        if frame.ndim == 3 and shape[0] == 3 and frame.dtype != torch.bfloat16:
+            frame = frame.detach().cpu().permute(1, 2, 0).numpy()
+        elif frame.ndim == 3 and shape[0] == 3:  # numpy has no bfloat16
+            frame = frame.detach().cpu().float().permute(1, 2, 0).numpy()
+        else:
+            raise RowError("malformed", f"{name}: a frame of a video is a tensor of shape {list(shape)}; {_FRAMES_ARE}")
+    elif not isinstance(frame, np.ndarray):
+        frame = np.asarray(decode_image(frame, name, max_pixels))
+    if frame.ndim != 3 or frame.shape[-1] != 3 or 0 in frame.shape:
+        raise RowError(
+            "malformed", f"{name}: a frame of a video is an array of shape {list(frame.shape)}; {_FRAMES_ARE}"
+        )
+    check_frame(f"{name}: a video", frame.shape[1], frame.shape[0], count, max_pixels)
+    return frame
+
+
+def _bytes(frames: list[np.ndarray], name: str) -> np.ndarray:
+    """uint8 [F, H, W, 3] of frames of one shape, whatever numbers they hold."""
+    kinds = {frame.dtype for frame in frames}
+    if kinds == {np.dtype(np.uint8)}:
+        return np.stack(frames)
+    if any(kind.kind not in "biuf" for kind in kinds):
+        raise RowError(
+            "malformed", f"{name}: the frames of a video are of type {shown(sorted(map(str, kinds)))}; give uint8"
+        )
+    low, high = min(float(frame.min()) for frame in frames), max(float(frame.max()) for frame in frames)
+    if not (low >= 0.0 and high <= 255.0):  # also where they are NaN
+        raise RowError(
+            "unreadable_video",
+            f"{name}: the values of a video are from {low:g} to {high:g}; give integers or floats from 0 to 255, or floats "
+            "from 0 to 1",
+        )
+    unit = high <= 1.0 and all(kind.kind in "bf" for kind in kinds)
+    scale = 255.0 if unit else 1.0
+    return np.stack([np.rint(frame * np.float32(scale)).astype(np.uint8) for frame in frames])
+
+
+def check_frame(what: str, width: int, height: int, frames: int, max_pixels: int | None) -> None:
+    """Refuse frames above the limit, alone or all that are kept, and frames of an extreme shape.
+
+    Raises:
+        RowError: `what` is too large.
+    """
+    if max_pixels is not None and (width * height > max_pixels or frames * width * height > _FILM * max_pixels):
+        raise RowError(
+            "image_too_large",
+            f"{what} has frames of {width} x {height} = {width * height:,} pixels, {frames} of them kept; the limit is "
+            f"{max_pixels:,} for one and {_FILM * max_pixels:,} together. Scale it down, give the row a lower fps, "
+            "or raise max_pixels (--max_pixels)",
+        )
+    if max(width, height) > _LONGEST * max(1, min(width, height)):
+        raise RowError(
+            "image_shape",
+            f"{what} has frames of {width} x {height} pixels; a side may be {_LONGEST} times as long as the other. Crop them",
+        )
+
+
+def _pyav(named: str, name: str) -> Any:
     try:
         return importlib.import_module("av")
     except ImportError as error:
         raise DecoderMissingError(
-            f"{name}: video {shown} is a file and PyAV, which decodes it, is not installed; "
+            f"{name}: video {named} is a file and PyAV, which decodes it, is not installed; "
             "`pip install grace-plugin[video]` (or `pip install av`), or give videos as lists of frames"
         ) from error
 
 
-def _from_file(source: Path | io.BytesIO, shown: str, name: str, max_pixels: int | None, fps: float) -> Video:
-    if isinstance(source, Path) and not source.is_file():
-        raise RowError("missing_file", f"{name}: cannot read video {shown}: no such file; {PUT_IT}")
+def _from_file(source: Path | bytes, named: str, name: str, max_pixels: int | None, fps: float) -> Video:
     if not (math.isfinite(fps) and fps > 0):
         raise RowError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
-    av = _pyav(shown, name)
-    given = str(source) if isinstance(source, Path) else source
+    av = _pyav(named, name)
+    given = str(source) if isinstance(source, Path) else io.BytesIO(source)
     try:
         with av.open(given, options={"protocol_whitelist": "file"}) as container:
-            return _sampled(_Reader(container, shown, name, max_pixels), fps)
+            return _sampled(_Reader(container, named, name, max_pixels), fps)
     except RowError:
         raise
     except Exception as error:  # FFmpeg's errors are many, and damaged metadata raises others
-        raise RowError("unreadable_video", f"{name}: cannot read video {shown}: {error}") from error
+        raise RowError("unreadable_video", f"{name}: cannot read video {named}: {shortened(error)}") from error
 
 
 class _Reader:
@@ -141,14 +206,7 @@ class _Reader:
 
     def check_size(self, width: int, height: int, frames: int = 1) -> None:
         """Refuse a frame, or all frames kept so far, above the limit."""
-        limit = self.max_pixels
-        if limit is not None and (width * height > limit or frames * width * height > _FILM * limit):
-            raise RowError(
-                "image_too_large",
-                f"{self.name}: video {self.shown} has frames of {width} x {height} = {width * height:,} pixels, {frames} of "
-                f"them kept; the limit is {limit:,} for one and {_FILM * limit:,} together. Scale it down, give the row a "
-                "lower fps, or raise max_pixels (--max_pixels)",
-            )
+        check_frame(f"{self.name}: video {self.shown}", width, height, frames, self.max_pixels)
 
     def frames(self) -> Iterator[tuple[float, Any]]:
         """(seconds from the first frame, frame) in order of showing, to the end, which must be where the file says."""

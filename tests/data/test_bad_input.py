@@ -141,9 +141,7 @@ def test_a_picture_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> Non
     content[6:8] = (16, 16)
     path.write_bytes(content)
     assert decode_image(str(path), "r", 4096).size == (64, 64)
-    with pytest.raises(
-        RowError, match=r"holds a picture above the limit of 4,095 pixels; .*raise max_pixels"
-    ) as caught:
+    with pytest.raises(RowError, match=r"holds an image above the limit of 4,095 pixels; .*raise max_pixels") as caught:
         decode_image(str(path), "r", 4095)
     assert caught.value.reason == "image_too_large"
 

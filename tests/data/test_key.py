@@ -55,7 +55,7 @@ def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
     assert len({sample_key({**row, "images": [way]}) for way in ways}) == 1
     row["images"][0].rotate(90).save(paths[1])
     assert sample_key({**row, "images": [paths[0]]}) != sample_key({**row, "images": [paths[1]]})
-    with pytest.raises(RowError, match=r"row 7: cannot read '.*none\.png'"):
+    with pytest.raises(RowError, match=r"row 7: cannot read image '.*none\.png'"):
         sample_key({**row, "images": [tmp_path / "none.png"]}, 7)
 
 

@@ -123,8 +123,10 @@ def test_a_truncated_picture_is_named_with_its_path(tmp_path: Path) -> None:
 
 
 def test_something_else_than_a_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"row 'r': an image is a bytes; give a path or a PIL image"):
-        read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [b"x"], "id": "r"})
+    with pytest.raises(
+        ValueError, match=r"row 'r': an image is of type int; give a path, bytes, a data URI or a PIL image"
+    ):
+        read_row({"messages": [user(IMAGE, "q"), ANSWER], "images": [7], "id": "r"})
 
 
 def test_check_rows_counts_up_to_its_limit_and_names_the_row() -> None:
