@@ -121,7 +121,9 @@ def _rows(
 
 def _say_pinned(pinned: bool) -> None:
     if pinned:
-        logger.warning("the controller spent more than a quarter of its steps at a bound of beta; see share_at_bound in the log")
+        logger.warning(
+            "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
+        )
 
 
 def train(

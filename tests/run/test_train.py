@@ -329,5 +329,5 @@ def test_pinned_warning__a_quarter_of_the_steps__text_and_threshold_agree(
     with caplog.at_level(logging.WARNING):
         _say_pinned(is_pinned(state))
     assert [record.getMessage() for record in caplog.records] == [
-        "the controller spent more than a quarter of its steps at a bound of beta; see share_at_bound in the log"
+        "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
     ] * warned
