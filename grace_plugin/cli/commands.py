@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +14,71 @@ from typing import Any
 
 __all__ = ["run"]
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+_LONGEST = 4000  # characters of a message
 
 
 def run(name: str, args: Namespace) -> int:
-    """Exit status of a command: 0, 2 for input that cannot be used, 1 for a run that failed."""
+    """Exit status of a command: 0, 2 for input that cannot be used, 1 for a run that failed, 130 for one that was interrupted.
+
+    What is expected to go wrong is said in a sentence. Anything else is a fault of this package and keeps its traceback.
+    """
+    from grace_plugin.run.outputs import kept_streams
+
+    with kept_streams():
+        try:
+            COMMANDS[name](args)
+        except KeyboardInterrupt:
+            print(f"grace {name}: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            return _told(name, error)
+        return 0
+
+
+def _told(name: str, error: Exception) -> int:
+    """Say what ended a command; returns its exit status."""
+    from safetensors import SafetensorError
+
     from grace_plugin import VerificationError
 
-    try:
-        COMMANDS[name](args)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        print(f"grace {name}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (VerificationError, FloatingPointError, RuntimeError) as error:
-        print(f"grace {name} failed: {error}", file=sys.stderr)
+    unusable = (ValueError, FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    status, said = FAILED, _sentence(error)
+    if isinstance(error, (*unusable, SafetensorError)):
+        status = BAD_INPUT
+    elif isinstance(
+        error, NotImplementedError | RecursionError
+    ):  # kinds of RuntimeError that nobody raises on purpose here
+        status = 0
+    elif not isinstance(error, (VerificationError, FloatingPointError, RuntimeError, OSError, MemoryError)):
+        status = 0
+    if not status:
+        traceback.print_exception(error)
+        print(
+            f"grace {name}: {type(error).__name__} is not expected here and a fault of grace_plugin; please report it with the "
+            "lines above and the command",
+            file=sys.stderr,
+        )
         return FAILED
-    return 0
+    failed = "" if status == BAD_INPUT else " failed"
+    print(f"grace {name}{failed}: {said}", file=sys.stderr)
+    return status
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message: the system's words and the file for its own; cut where it is endless."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        text = ": ".join([error.strerror or type(error).__name__, *files])
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += "; free some space on that disk, or give a folder on another, and run the command again"
+    elif isinstance(error, MemoryError):
+        text = "the machine's memory does not hold this; use fewer workers, smaller batches or a smaller dataset"
+    elif type(error).__name__ == "SafetensorError":
+        text = f"a weights file cannot be read ({text}); it is cut or damaged: fetch or write it again"
+    text = text or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
 #: arguments of train() that a command has no option for

@@ -58,12 +58,12 @@ def data_check(args: Namespace) -> None:
     from grace_plugin.data import BadRowsError, ConversationCollator, load_rows, prepare
     from grace_plugin.data.page import write_page
 
-    start, console = time.monotonic(), Console(file=sys.stdout)
+    start, console = time.monotonic(), Console(file=sys.stdout, markup=False)
     folder = Path(args.output_dir)
     collator = ConversationCollator(_processor(args.model), args.max_length, args.max_pixels)
     rows = load_rows(args.dataset, args.images)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
         task = progress.add_task("looking at every row", total=len(rows))
         found = prepare(
             rows, collator, max_bad_rows=1.0, workers=args.workers, decode=not args.headers_only,

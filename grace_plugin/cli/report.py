@@ -25,7 +25,7 @@ def report(args: Namespace) -> None:
             "say what to report on: a training (grace report student-int4) or two checkpoints (grace report --compare "
             "bf16-student student-int4 --dataset rows.jsonl)"
         )
-    console, page = Console(file=sys.stdout), Path(args.output_dir) / "page.html"
+    console, page = Console(file=sys.stdout, markup=False), Path(args.output_dir) / "page.html"
     if args.compare is not None:
         _damage(args, console)
     else:
@@ -43,7 +43,7 @@ def _damage(args: Namespace, console: Console) -> None:
     from grace_plugin.report import damage
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int) -> None:

@@ -36,7 +36,7 @@ def teacher_cache(args: Namespace) -> None:
 
     modifier = grace_modifier(read_recipe(Path(args.recipe)))
     modifier.use_teacher(args.teacher)
-    console, tasks = Console(file=sys.stdout), dict[str, TaskID]()
+    console, tasks = Console(file=sys.stdout, markup=False), dict[str, TaskID]()
 
     def announce(plan: CachePlan) -> None:
         if plan.seconds is not None:
@@ -51,7 +51,7 @@ def teacher_cache(args: Namespace) -> None:
         )
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
 
         def show(what: str, done: int, of: int) -> None:
             if what not in tasks:

@@ -149,7 +149,11 @@ class StreamedRows(IterableDataset[Any]):
     def write_report(self, device: torch.device | None = None) -> dict[str, Any]:
         """Write `report` as `data_report.json`, on the first rank, and return it."""
         found = self.report(device)
+        self.save_report(found)
+        return found
+
+    def save_report(self, found: dict[str, Any]) -> None:
+        """Write what `report` gave, on the first rank."""
         if self.folder is not None and self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return found

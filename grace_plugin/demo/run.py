@@ -54,9 +54,9 @@ def demo(
     if serve_python is not None and not Path(serve_python).exists():
         raise ValueError(f"no serving interpreter at {serve_python}; `make env` builds one")
     start = time.monotonic()
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:  # a log file has no width; the table needs some
-        console = Console(width=120)
+        console = Console(width=120, markup=False)
     jobs = jobs_of(low_bits)
     for made in (*(job.name.replace(" ", "-") for job in jobs), "logs", SHARED):
         for folder in (output_dir / made, output_dir / f"{made}.run"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grace_plugin.run.metrics import append_metrics, begin_metrics
+from grace_plugin.run.metrics import MetricsFile
 from grace_plugin.upstream import LifecycleCallbacks, active_session
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class GraceCallback(TrainerCallback):
         self.trainer = trainer
         self._skipped = False
         self._progress = 0.0
+        self._metrics = MetricsFile(Path(trainer.args.output_dir))
 
     @property
     def _in_session(self) -> bool:
@@ -41,11 +42,11 @@ class GraceCallback(TrainerCallback):
             student: Any = self.trainer.objective.student
             student.disable_input_require_grads()
         if state.is_world_process_zero:
-            begin_metrics(Path(args.output_dir), state.log_history)
+            self._metrics.begin(state.log_history)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            append_metrics(Path(args.output_dir), state.log_history[-1])
+            self._metrics.append(state.log_history[-1])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._in_session:

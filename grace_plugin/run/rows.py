@@ -17,6 +17,7 @@ from grace_plugin.data import (
     is_scannable,
     prepare,
 )
+from grace_plugin.run.outputs import SideOutput
 from grace_plugin.run.stream_loader import StreamLoader
 
 __all__ = ["TrainingRows", "calibration_rows", "training_rows"]
@@ -41,7 +42,8 @@ class TrainingRows:
     def begin(self, folder: Path) -> None:
         """Write the report, now that the run begins and nothing can be refused any more; one process should."""
         if isinstance(self.dataset, Prepared):
-            self.dataset.write_report(folder)
+            prepared = self.dataset
+            SideOutput(f"the report on the data in {folder}").write(lambda: prepared.write_report(folder))
 
     def finish(self) -> dict[str, Any]:
         """The report at the end of the run; a stream is counted only now, over all ranks, each of which takes part."""

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from grace_plugin.data import ConversationCollator, StreamedRows
 from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.run.outputs import SideOutput
 
 __all__ = ["StreamLoader"]
 
@@ -49,7 +50,9 @@ class StreamLoader:
 
     def write_report(self) -> dict[str, Any]:
         """What became of the rows of all ranks so far, each of which takes part; the first writes it."""
-        return self.rows.write_report(self.arguments.device)
+        found = self.rows.report(self.arguments.device)
+        SideOutput("the report on the data").write(lambda: self.rows.save_report(found))
+        return found
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._behind, self._batches = self.windows > 0, self._begin()

@@ -32,6 +32,7 @@ from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
+from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import TRAINER_STATE, ResumeStates
 from grace_plugin.run.stream_loader import StreamLoader
 from grace_plugin.vlm import VISUAL_RUNS
@@ -103,7 +104,8 @@ class GraceTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(state / TRAINER_STATE))
             return TrainOutput(self.state.global_step, math.nan, {})
         try:
-            return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
+            with kept_streams():  # Trainer prints its log, and its progress
+                return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
         finally:
             if self.is_in_train and self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
                 deactivate_neftune(

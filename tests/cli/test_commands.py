@@ -204,7 +204,7 @@ def test_limits_of_rows_are_taken_from_the_command(
         ({"--output_dir": "full"}, "full exists and is not empty"),
         (
             {"recipe": "typo.yaml"},
-            "grace train: unknown key 'temperture' in distill; did you mean 'temperature'? known: ",
+            "grace train: recipe typo.yaml: unknown key 'temperture' in distill; did you mean 'temperature'? known: ",
         ),
     ],
 )
