@@ -1,9 +1,10 @@
 """What lies where in a checkpoint, and the small files GRACE adds to it.
 
 config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
-tokenizer and processor files      the source's, byte for byte
-recipe.yaml                        the recipe with inferred values
-grace/record.json                  hashes of the final codes and scales, of all other weights, environment
+tokenizer and processor files      those of the processor that the run trained with (the source's byte for byte, if it is that)
+generation_config.json             the source's, byte for byte
+recipe.yaml                        the recipe with inferred values, without local paths
+grace/record.json                  hashes of the final codes and scales, of all other weights, of every file; environment
 grace/probe.safetensors            a batch of seeded noise, or one that the user gave, and the trained model's logits on it
 verification.json                  what `verify` found
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from importlib.metadata import version
@@ -19,28 +21,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+from grace_plugin.teacher.source import open_checkpoint
+
 __all__ = [
+    "CONFIG",
+    "GENERATION",
     "PROBE",
+    "RECIPE",
     "RECORD",
     "VERIFICATION",
     "dense_digests",
     "digest",
     "environment",
     "file_digest",
-    "processor_files",
+    "fingerprint",
+    "is_local",
+    "provenance",
     "rewrite_ignore",
     "source_folder",
+    "strip_paths",
 ]
 
 RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "verification.json"
-
-#: files of a source checkpoint that the model's own save writes, or that describe its weights
-_NOT_PROCESSOR = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|index\.json|md|png|jpg|gitattributes|py)$"
-    r"|(config|generation_config|verification)\.json$|recipe\.yaml$|\..*|LICENSE.*|training_args.*|trainer_state.*"
-)
+RECIPE, GENERATION, CONFIG = "recipe.yaml", "generation_config.json", "config.json"
 
 
 def digest(tensor: Tensor) -> str:
@@ -52,7 +58,8 @@ def digest(tensor: Tensor) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
@@ -100,9 +107,58 @@ def source_folder(source: str | Path) -> Path:
         raise ValueError(f"cannot find the processor files of {str(source)!r}: {error}") from error
 
 
-def processor_files(folder: Path) -> list[Path]:
-    """Tokenizer, processor and template files of a source checkpoint, by exclusion of everything else."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and not _NOT_PROCESSOR.fullmatch(p.name))
+def is_local(name: str) -> bool:
+    """Whether a model's name is a path on this machine and no hub id."""
+    return name.startswith((".", "~", os.sep)) or os.path.isabs(name) or Path(name).exists()
+
+
+def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
+    """What a record says of a model: hub id or folder name, and the fingerprint of its files (None where there are none).
+
+    Args:
+        name: hub id or path; None for a model that was passed loaded and has no name.
+        paths: whether a local path is kept.
+    """
+    if not name:
+        return {}
+    local = is_local(name)
+    found: dict[str, Any] = {"name": Path(name).resolve().name if local else name, "fingerprint": fingerprint(name)}
+    return found | ({"path": name} if local and paths else {})
+
+
+def fingerprint(source: str | Path) -> dict[str, str] | None:
+    """Commit of a hub snapshot, or digests of the config and the weights files of a folder; None where it has neither."""
+    try:
+        return open_checkpoint(str(source)).known_by()
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return None
+
+
+def strip_paths(folder: Path) -> None:
+    """Replace local paths of models in the checkpoint's recipe by the names of their folders."""
+    path = folder / RECIPE
+    if not path.is_file():
+        return
+    content = yaml.safe_load(path.read_text())
+    if _strip(content):
+        path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=1000))
+
+
+def _strip(value: Any) -> bool:
+    if isinstance(value, list):
+        return any([_strip(item) for item in value])
+    if not isinstance(value, dict):
+        return False
+    changed, teacher = False, value.get("teacher")
+    if isinstance(teacher, str):
+        teacher = value["teacher"] = {"model": teacher}
+    if isinstance(teacher, dict):
+        for key in ("model", "cache"):
+            given = teacher.get(key)
+            if isinstance(given, str) and is_local(given):
+                teacher[key] = Path(given).resolve().name
+                changed = True
+    return any([_strip(item) for item in value.values()]) or changed
 
 
 def rewrite_ignore(folder: Path, model: nn.Module, patterns: list[str]) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from grace_plugin.artifact.destination import check_space, rehearse
+from grace_plugin.artifact.layout import GENERATION, provenance, source_folder
 from grace_plugin.artifact.probe import Probe, make_probe
+from grace_plugin.artifact.processor import ProcessorFiles, left_out, plan_processor
 from grace_plugin.modifier import GraceModifier
 
-__all__ = ["ExportPlan", "rehearse_save"]
+__all__ = ["ExportPlan", "checkpoint_bytes", "rehearse_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,26 +27,63 @@ logger = logging.getLogger(__name__)
 class ExportPlan:
     """What goes into a checkpoint in addition to the trained weights.
 
-    probe: the batch that the checkpoint is verified on.
+    probe: the batch that the checkpoint is verified on. processor: tokenizer and processor files. generation: content of
+    generation_config.json, None for a model without one. student, teacher: names and fingerprints, with paths if
+    `record_paths`.
     """
 
     probe: Probe
+    processor: ProcessorFiles
+    generation: bytes | None
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+    record_paths: bool = False
 
 
-def rehearse_save(model: Any, modifier: GraceModifier, *, processor: Any = None, probe: Any = None) -> ExportPlan:
+def rehearse_save(
+    model: Any,
+    modifier: GraceModifier,
+    *,
+    processor: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    run_folder: str | os.PathLike[str] | None = None,
+    probe: Any = None,
+    record_paths: bool = False,
+) -> ExportPlan:
     """Try everything that a save needs, leave nothing behind, and keep the plan on the modifier until the save.
 
     Args:
         model: the student, with a real `name_or_path`.
         modifier: of the run.
-        processor: what the run trains with; read from the student's folder by default.
+        processor: what the run trains with, and so what is saved; the student's own by default.
+        output_dir: where the checkpoint will go, if that is known: stage, rename and free space are tried there.
+        run_folder: where the run's own files will go.
         probe: samples or a batch to verify the checkpoint on, published with it; seeded noise by default.
+        record_paths: whether recipe and record in the checkpoint keep local paths; else names and fingerprints alone.
 
     Raises:
+        FileExistsError: something is at the destination.
         ValueError: something that the save needs is missing or cannot be used.
     """
+    if output_dir is not None:
+        check_space(rehearse(output_dir, run_folder), checkpoint_bytes(model))
+    name = str(getattr(model, "name_or_path", ""))
+    source = source_folder(name)
+    given = plan_processor(source, processor, model.get_input_embeddings().weight.shape[0])
     reads = processor if processor is not None else _processor_of(model)
-    plan = ExportPlan(make_probe(model, reads, probe))
+    _try_config(model)
+    plan = ExportPlan(
+        probe=make_probe(model, reads, probe),
+        processor=given,
+        generation=_generation(model, source),
+        student=provenance(name, paths=record_paths),
+        teacher=provenance(modifier.teacher.model, paths=record_paths),
+        record_paths=record_paths,
+    )
+    others = left_out(source)
+    if others:
+        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
+        logger.warning("not copied from the student's folder into the checkpoint: %s%s", ", ".join(others[:20]), more)
     modifier.export_plan = plan
     return plan
 
@@ -57,3 +103,75 @@ def _processor_of(model: Any) -> Any:
             error,
         )
         return None
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the weights in the checkpoint: packed codes and 16-bit scales, 16 bits for all others.
+
+    A model whose layers have no scheme yet is counted with 4 bits a weight, the least that it may need.
+    """
+    modules: list[Any] = list(model.modules())
+    schemes: dict[int, Any] = {
+        id(module.weight): module.quantization_scheme.weights
+        for module in modules
+        if getattr(module, "quantization_scheme", None) is not None and getattr(module, "weight", None) is not None
+    }
+    if not schemes:
+        return sum(p.numel() for p in model.parameters()) // 2
+    total = 0.0
+    for parameter in model.parameters():
+        scheme = schemes.get(id(parameter))
+        if scheme is None:
+            total += 2 * parameter.numel()
+            continue
+        total += parameter.numel() * scheme.num_bits / 8 + 2 * parameter.numel() / (scheme.group_size or 128)
+    return int(total)
+
+
+def _try_config(model: Any) -> None:
+    """Save a copy of the model's config, which refuses what transformers does not write.
+
+    Raises:
+        ValueError: transformers' own sentence.
+    """
+    with tempfile.TemporaryDirectory(prefix="grace-config-") as folder:
+        try:
+            copy.deepcopy(model.config).save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"the student's config cannot be saved: {_first_line(error)}") from error
+
+
+def _generation(model: Any, source: Path) -> bytes | None:
+    """generation_config.json of the checkpoint: the student's file byte for byte, unless the loaded model has another one.
+
+    Models are shipped with files that transformers reads and refuses to write, so an unchanged one is copied, not saved.
+
+    Raises:
+        ValueError: the file cannot be read, or the model's own settings cannot be saved.
+    """
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return None
+    file, own = source / GENERATION, getattr(model, "generation_config", None)
+    if file.is_file():
+        try:
+            stored = GenerationConfig.from_pretrained(source).to_dict()
+            if own is None or stored == own.to_dict():
+                return file.read_bytes()
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read: {_first_line(error)}; repair or remove it") from error
+    if own is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="grace-generation-") as folder:
+        try:
+            own.save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(
+                f"the student's generation_config cannot be saved: {_first_line(error)}; correct model.generation_config"
+            ) from error
+        return (Path(folder) / GENERATION).read_bytes()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

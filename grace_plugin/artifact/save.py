@@ -1,63 +1,54 @@
 """Write a finished run as a checkpoint, or write nothing.
 
-The checkpoint goes to a temporary folder beside its destination through llm-compressor's own save path, gets the source's
-processor files byte for byte, is verified by reloading it, and only then renamed. Whatever fails ends the run with the error
-and leaves no folder behind.
+The checkpoint goes to a temporary folder through llm-compressor's own save path, gets the files that `plan` has prepared, is
+verified by reloading it, and only then appears at its destination. Whatever fails ends the run with the error and leaves no
+folder behind.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
 
+from grace_plugin.artifact.destination import Destination, check_space, locate
 from grace_plugin.artifact.layout import (
+    CONFIG,
+    GENERATION,
     PROBE,
     RECORD,
     dense_digests,
     digest,
     environment,
-    file_digest,
-    processor_files,
     rewrite_ignore,
-    source_folder,
+    strip_paths,
 )
-from grace_plugin.artifact.plan import ExportPlan, rehearse_save
+from grace_plugin.artifact.plan import ExportPlan, checkpoint_bytes, rehearse_save
 from grace_plugin.artifact.probe import attention_of, check_finite, probe_logits, write_probe
+from grace_plugin.artifact.processor import is_processor_file
 from grace_plugin.artifact.ranks import is_writer, together
+from grace_plugin.artifact.record import files_below, read_sealed, write_sealed
 from grace_plugin.artifact.verify import VerificationError, check_against_run
 from grace_plugin.modifier import GraceModifier
-from grace_plugin.upstream import modify_save_pretrained
+from grace_plugin.upstream import modify_save_pretrained, running_output_dir
 from grace_plugin.vlm import family_of
 
-__all__ = ["check_destination", "install_save", "save_checkpoint"]
-
-
-def check_destination(output_dir: str | os.PathLike[str]) -> Path:
-    """A destination that does not exist or is empty.
-
-    Raises:
-        FileExistsError: something lies there; nothing is touched.
-    """
-    path = Path(output_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty; choose another output_dir or remove it")
-    return path
+__all__ = ["install_save", "save_checkpoint"]
 
 
 def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str, Any]]:
     """Make `model.save_pretrained` write a verified GRACE checkpoint, or nothing, and return the function behind it.
 
     Called before the session ends, for upstream's own `oneshot(output_dir=...)` and for users who save the model themselves.
-    The source's processor files are copied; their hashes are recorded by `save_checkpoint` alone, so that somebody who saves a
-    processor of his own behind it still has a checkpoint that verifies. Where several ranks train on GPUs the model is in host
-    memory afterwards.
+    Processor files are recorded as unproven where a user calls `save_pretrained`, so that somebody who saves a processor of
+    their own afterwards still has a checkpoint that verifies; `save_checkpoint` and upstream's `oneshot` prove them. Where
+    several ranks train on GPUs the model is in host memory afterwards.
     """
     modify_save_pretrained(model)
     compressed_save: Callable[..., None] = model.save_pretrained
@@ -74,15 +65,17 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
             raise VerificationError(f"nothing was written: {wrong}")
         if device != "cpu" and dist.is_available() and dist.is_initialized():
             model.to("cpu")  # upstream gives every rank rank 0's GPU afterwards, and NCCL would wait for ever
-        compressed_save(str(folder), **kwargs)
+        with _plain_generation_config(model):
+            compressed_save(str(folder), **kwargs)
         if not is_writer():
             return
         rewrite_ignore(folder, model, family_of(model).quantization_ignore())
         write_probe(folder / PROBE, plan.probe.batch, logits)
         write_record(folder, model, modifier, device, plan)
-        copy_processor(source_folder(getattr(model, "name_or_path", "")), folder)
+        complete(folder, plan)
 
     def publish(save_directory: str | os.PathLike[str], *, own_processor: bool = True, **kwargs: Any) -> dict[str, Any]:
+        own_processor = own_processor and running_output_dir() is None
         return _publish(model, modifier, save_directory, write, own_processor=own_processor, **kwargs)
 
     def save_pretrained(save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -102,7 +95,9 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
     device: "cpu" or "cuda", where the probe's logits were computed.
     """
     record = {
-        "source": str(getattr(model, "name_or_path", "")),
+        "student": plan.student,
+        "teacher": plan.teacher,
+        "processor": plan.processor.kind,
         "stored_dtype": str(modifier.saved_dtype).removeprefix("torch."),
         "environment": environment(),
         "logits_device": device,
@@ -116,22 +111,36 @@ def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device
         },
         "dense": dense_digests(model, set(modifier.frozen)),
     }
-    path = folder / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_sealed(folder / RECORD, record)
 
 
-def copy_processor(source: Path, folder: Path) -> None:
-    """Copy the source's processor files byte for byte."""
-    for file in processor_files(source):
-        shutil.copy2(file, folder / file.name)
+def complete(folder: Path, plan: ExportPlan) -> None:
+    """Add the files that are not the model's own, take local paths out of the recipe, and give every file the umask's mode.
+
+    Weights are written with mode 0600, whatever the umask; a checkpoint is to be read by whom the umask lets read.
+    """
+    for name, content in plan.processor.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    if plan.generation is not None:
+        (folder / GENERATION).write_bytes(plan.generation)
+    if not plan.record_paths:
+        strip_paths(folder)
+    mode = folder.stat().st_mode & 0o666  # `mkdir` has followed the umask
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
-def record_processor(source: Path, folder: Path) -> None:
-    """Add the hashes of the source's processor files to the record."""
-    record = json.loads((folder / RECORD).read_text())
-    record["processor_files"] = {file.name: file_digest(file) for file in processor_files(source)}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+def record_files(folder: Path, *, own_processor: bool) -> None:
+    """Add the hashes of all files to the record; with `own_processor` those of the processor are kept apart, unproven."""
+    record = read_sealed(folder / RECORD)
+    files = files_below(folder)
+    record["unproven"] = {n: sha for n, sha in files.items() if own_processor and is_processor_file(n)}
+    record["files"] = {name: sha for name, sha in files.items() if name not in record["unproven"]}
+    record["config"] = json.loads((folder / CONFIG).read_text())
+    write_sealed(folder / RECORD, record)
+    (folder / RECORD).chmod(folder.stat().st_mode & 0o666)
 
 
 def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -146,38 +155,56 @@ def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str |
     return install_save(model, modifier)(output_dir, own_processor=False)
 
 
+@contextmanager
+def _plain_generation_config(model: Any) -> Iterator[None]:
+    """Let the model be saved whatever its generation config says: the plan's file takes the place of the one written here."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.generation_config = own
+
+
 def _publish(
     model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str], write: Callable[..., None], *,
     own_processor: bool, **kwargs: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write to a temporary folder beside the destination, verify it there, and rename it."""
+    """Write to a temporary folder, verify it there, and let it appear at the destination."""
     if not kwargs.get("save_compressed", True):
         raise ValueError("a GRACE checkpoint is written packed; call save_pretrained without save_compressed=False")
     device = next(model.parameters()).device
-    destination = together(lambda: check_destination(output_dir), device)
-    partial = destination.with_name(f".{destination.name}.partial")
-    source = source_folder(getattr(model, "name_or_path", ""))
+    destination = together(lambda: locate(output_dir), device)
+    needed = checkpoint_bytes(model)
 
-    def write_partial() -> None:
+    def write_stage() -> None:
         if is_writer():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-        write(partial, **kwargs)
-        if is_writer() and not own_processor:
-            record_processor(source, partial)
+            _prepare(destination, needed)
+        write(destination.stage, **kwargs)
+        if is_writer():
+            record_files(destination.stage, own_processor=own_processor)
 
-    def rename() -> None:
+    def publish() -> None:
         if is_writer():
-            if destination.exists():
-                destination.rmdir()
-            partial.rename(destination)
+            destination.publish()
 
     try:
-        together(write_partial, device)
-        verification = together(lambda: check_against_run(partial, modifier.frozen, source), device)
-        together(rename, device)
+        together(write_stage, device)
+        verification = together(lambda: check_against_run(destination.stage, modifier.frozen), device)
+        together(publish, device)
         return verification
     except BaseException:
         if is_writer():
-            shutil.rmtree(partial, ignore_errors=True)
+            destination.clear()
         raise
+
+
+def _prepare(destination: Destination, needed: int) -> None:
+    destination.clear()
+    check_space(destination, needed)
+    destination.stage.parent.mkdir(parents=True, exist_ok=True)
+    destination.stage.mkdir()

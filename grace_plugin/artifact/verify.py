@@ -1,17 +1,20 @@
 """Prove that a checkpoint on disk is what was trained, bit for bit.
 
-Five proofs: the packed codes and the scales on disk are those of the forward pass with the final weights (at the end of a run
-counted element by element, `codes_differing`; later by hash, `layers_with_other_codes`); the weights that the loaded model
-computes with are `code * scale` in the stored dtype; every other weight is the trained one (by hash); the loaded model's logits
-on the probe are finite and the trained model's (a checkpoint without its probe fails); tokenizer and processor files are the
-source's (reported only, where upstream or a user called `save_pretrained`). A failed
-proof raises, and at the end of a run nothing is left at the destination.
+First the files: the record has not been edited, every file of the folder is in it with the SHA-256 it was written with, and no
+file is there that it does not know (a model card, a license and what git keeps aside). `config.json` is also compared field by
+field, to name what was changed. Then the model: the packed codes and the scales on disk are those of the forward pass with the
+final weights (at the end of a run counted element by element, `codes_differing`; later by hash, `layers_with_other_codes`); the
+weights that the loaded model computes with are `code * scale` in the stored dtype; every other weight is the trained one (by
+hash); the loaded model's logits on the probe are finite and the trained model's. A failed proof raises, and at the end of a run
+nothing is left at the destination.
 
 That the forward pass multiplies by those codes and scales was compared before they were baked (`objective.freeze`);
 `forward_weights_differing` repeats what the run recorded.
 
-Logits are compared bit by bit where the environment is the one that wrote the record; elsewhere their largest difference is
-reported and does not decide, because kernels differ between machines.
+Logits are compared bit by bit where the environment is the one that wrote the record. Elsewhere kernels add in another order,
+so they are compared within `LOGIT_BOUND`.
+
+What it does not prove: who wrote the checkpoint. Hashes find edits; whoever edits a file can write a new record as well.
 """
 
 from __future__ import annotations
@@ -24,31 +27,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.artifact.layout import (
-    PROBE,
-    RECORD,
-    VERIFICATION,
-    dense_digests,
-    digest,
-    environment,
-    file_digest,
-    processor_files,
-)
+from grace_plugin.artifact.files import compare_files
+from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, dense_digests, digest, environment, fingerprint
 from grace_plugin.artifact.probe import check_finite, probe_logits, read_probe
+from grace_plugin.artifact.processor import processor_files
 from grace_plugin.artifact.ranks import is_writer
+from grace_plugin.artifact.record import read_sealed, write_sealed
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
 from grace_plugin.vlm import FAMILIES
 
-__all__ = ["VerificationError", "check_against_run", "verify"]
+__all__ = ["LOGIT_BOUND", "VerificationError", "check_against_run", "verify"]
+
+LOGIT_BOUND = {"bfloat16": 0.06, "float16": 0.01, "float32": 1e-4}
+"""Largest difference of a logit in another environment, as a share of the largest recorded logit, by stored dtype."""
 
 
 class VerificationError(RuntimeError):
-    """A checkpoint is not what was trained; the message lists the proofs that failed."""
+    """A checkpoint is not what was trained; the message says which proofs failed."""
 
 
 def load(folder: Path) -> Any:
-    """The checkpoint as transformers loads it: quantized layers still packed, dtype as stored."""
+    """Load the checkpoint as transformers does: quantized layers still packed, dtype as stored."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with FAMILIES[AutoConfig.from_pretrained(folder).model_type].reading():
@@ -70,12 +70,14 @@ def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (codes.clone(), scales.clone()) for name, codes, scales in each_packed_layer(model)}
 
 
-def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]], source: Path) -> dict[str, Any]:
+def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Verify a checkpoint against the codes and scales in memory, element by element, and write `verification.json`.
 
     Raises:
         VerificationError: lists the proofs that failed.
     """
+    record = read_sealed(folder / RECORD)
+    files, sentences = compare_files(folder, record)
     model = load(folder)
     stored = packed_layers(model)
     codes_differing = scales_differing = 0
@@ -84,41 +86,70 @@ def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]], so
         codes_differing += _differing(codes, found_codes)
         scales_differing += _differing(scales, found_scales)
     result = {
+        **files,
         "layers": len(frozen),
         "layers_stored": len(stored),
         "codes": sum(codes.numel() for codes, _ in frozen.values()),
         "codes_differing": codes_differing,
         "scales_differing": scales_differing,
     }
-    return _conclude(folder, result, model, stored, source, recorded_here=True)
+    _prove_model(record, result, model, stored, folder, recorded_here=True)
+    return _conclude(folder, result, sentences)
 
 
 def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
-    """Verify a checkpoint on disk against the record its run left in it, and write `verification.json`.
+    """Verify a checkpoint on disk against the record its run left in it, and write `verification.json` where that is possible.
 
     Args:
         checkpoint: folder written by `train` or `oneshot`.
-        source: folder of the BF16 student, to compare processor files with as well as with their recorded hashes.
+        source: folder of the BF16 student: its weights must be those that the run trained from, and processor files that the
+            run took from it must be its own.
 
     Raises:
-        FileNotFoundError: the folder holds no GRACE record.
-        VerificationError: lists the proofs that failed.
+        FileNotFoundError: no such folder, no GRACE record in it, or no folder at `source`.
+        ValueError: `source` is another student than the run's.
+        VerificationError: says in a sentence each which proofs failed.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; give the folder of a checkpoint that GRACE wrote")
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"{folder} holds no {RECORD}: it was not written by GRACE, or the run did not end")
-    record = json.loads((folder / RECORD).read_text())
-    model = load(folder)
-    stored = packed_layers(model)
+    if source is not None and not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"there is no source folder {source}; give the folder of the BF16 student or leave it out"
+        )
+    try:
+        record = read_sealed(folder / RECORD)
+    except ValueError as error:
+        return _conclude(folder, {"failed": ["record"]}, [str(error)])
+    try:
+        return _verify(folder, record, Path(source) if source is not None else None)
+    except (KeyError, TypeError, AttributeError) as error:
+        sentence = f"{RECORD} is not what GRACE writes: {type(error).__name__} {str(error)[:100]}"
+        return _conclude(folder, {"failed": ["record"]}, [sentence])
+
+
+def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[str, Any]:
+    result, sentences = compare_files(folder, record)
+    if source is not None:
+        sentences += _compare_source(folder, record, source, result)
+    if set(result["failed"]) - {"weights_changed"}:
+        return _conclude(folder, result, sentences)
+    try:
+        model = load(folder)
+        stored = packed_layers(model)
+    except Exception as error:  # whatever reads damaged weights: safetensors, transformers, compressed-tensors
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        result["failed"].append("load")
+        return _conclude(folder, result, [*sentences, f"the weights cannot be loaded: {text}"])
     missing = [name for name in record["layers"] if name not in stored]
     hashes = {name: {"codes": digest(c), "scales": digest(s)} for name, (c, s) in stored.items()}
     differing = {
-        kind: [
-            name for name in record["layers"] if name in stored and hashes[name][kind] != record["layers"][name][kind]
-        ]
+        kind: [n for n in record["layers"] if n in stored and hashes[n][kind] != record["layers"][n][kind]]
         for kind in ("codes", "scales")
     }
-    result: dict[str, Any] = {
+    result |= {
         "layers": len(record["layers"]),
         "layers_stored": len(stored),
         "codes": sum(codes.numel() for codes, _ in stored.values()),
@@ -126,10 +157,8 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
         "layers_with_other_scales": len(differing["scales"]) + len(missing),
         "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
     }
-    here = environment() == record["environment"]
-    original = Path(record["source"]) if source is None and "processor_files" not in record else source
-    compared = Path(original) if original is not None and Path(original).is_dir() else None
-    return _conclude(folder, result, model, stored, compared, recorded_here=here)
+    _prove_model(record, result, model, stored, folder, recorded_here=environment() == record["environment"])
+    return _conclude(folder, result, sentences)
 
 
 def _differing(expected: Tensor, found: Tensor) -> int:
@@ -138,17 +167,66 @@ def _differing(expected: Tensor, found: Tensor) -> int:
     return int((expected != found.to(expected.device)).sum())
 
 
-def _check_processor(folder: Path, record: dict[str, Any], source: Path | None, result: dict[str, Any]) -> list[str]:
-    """Compare processor files with their recorded hashes and with a given source; the name of the proof if it failed."""
-    expected = list(record.get("processor_files", {}).items())  # none where upstream's own oneshot saved
-    if source is not None:
-        expected += [(file.name, file_digest(file)) for file in processor_files(source)]
-    if not expected:
+def _compare_source(folder: Path, record: dict[str, Any], source: Path, result: dict[str, Any]) -> list[str]:
+    """Compare a given source with the student that the run recorded, and its processor files with the checkpoint's.
+
+    Raises:
+        ValueError: another student.
+    """
+    recorded, found = record["student"].get("fingerprint"), fingerprint(source)
+    if found is None or (recorded is not None and found != recorded):
+        names = sorted(
+            name
+            for name in {**(recorded or {}), **(found or {})}
+            if (found or {}).get(name) != (recorded or {}).get(name)
+        )
+        raise ValueError(
+            f"{source} is not the student that the run trained from ({record['student'].get('name')}): "
+            f"{', '.join(names[:5]) or 'it holds no checkpoint'} differ{'' if len(names) > 1 else 's'}"
+        )
+    if record["processor"] != "source":
+        result["source_note"] = "the run was given a processor of its own, so processor files are not the source's"
         return []
-    found = {name: file_digest(folder / name) for name, _ in expected if (folder / name).is_file()}
-    changed = sorted({name for name, sha in expected if found.get(name) != sha})
-    result["processor_files"], result["processor_files_changed"] = len({name for name, _ in expected}), changed
-    return ["processor_files_changed"] if changed and "processor_files" in record else []
+    names = [file.relative_to(source).as_posix() for file in processor_files(source)]
+    changed = [n for n in names if not (folder / n).is_file() or (folder / n).read_bytes() != (source / n).read_bytes()]
+    if not changed or result["files_not_proven"]:
+        return []
+    result["processor_files_changed"] = sorted({*result["processor_files_changed"], *changed})
+    result["failed"] += [] if "processor_files_changed" in result["failed"] else ["processor_files_changed"]
+    return [f"processor files are not the source's: {', '.join(changed)}"]
+
+
+def _prove_model(
+    record: dict[str, Any],
+    result: dict[str, Any],
+    model: Any,
+    stored: dict[str, tuple[Tensor, Tensor]],
+    folder: Path,
+    *,
+    recorded_here: bool,
+) -> None:
+    """Compare codes, scales, dense weights, logits and the weights that are computed with; failures go into `result`."""
+    counts = ("codes_differing", "scales_differing", "layers_with_other_codes", "layers_with_other_scales")
+    failed = result["failed"]
+    failed += [key for key in counts if result.get(key)]
+    result["forward_weights_differing"] = record["forward"].get("weights_differing")
+    found = dense_digests(model, set(stored))
+    result["dense"] = len(record["dense"])
+    result["dense_differing"] = sorted(
+        name for name in record["dense"].keys() | found.keys() if record["dense"].get(name) != found.get(name)
+    )
+    failed += ["dense_differing"] if result["dense_differing"] else []
+    failed += ["layers_stored"] if result["layers"] != result["layers_stored"] else []
+    try:
+        failed += _compare_logits(folder, record, model, result, recorded_here=recorded_here)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        result["logits_note"] = f"the model cannot run on the probe: {str(error)[:200]}"
+        failed.append("logits_compared")
+        return
+    modules = dict(model.named_modules())  # dense by now
+    dense = ((modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items())
+    result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
+    failed += ["weights_differing"] if result["weights_differing"] else []
 
 
 def _compare_logits(
@@ -158,20 +236,14 @@ def _compare_logits(
 
     Another implementation of attention would round otherwise, so the recorded one runs, where it is sure to be there.
     """
-    if recorded_here and "attention" in record:
+    if recorded_here:
         model.set_attn_implementation(record["attention"])
     if torch.cuda.is_available():  # kernels of another device would round otherwise
-        model.to(record.get("logits_device", "cpu"))
-    if not (folder / PROBE).is_file():
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-        result["logits_compared"] = 0
-        result["logits_note"] = f"{PROBE}, which every run writes, is missing: there are no logits to compare"
-        return ["logits_compared"]
+        model.to(record["logits_device"])
     probe, expected = read_probe(folder / PROBE)
     logits = probe_logits(model, probe)
     result["logits_compared"] = logits.numel()
-    result["probe"] = record.get("probe", "training batch")
+    result["probe"] = record["probe"]
     wrong = check_finite(logits, model, result["probe"])
     if wrong:
         result["logits_note"] = wrong
@@ -179,45 +251,43 @@ def _compare_logits(
     result["logits_equal"] = torch.equal(logits, expected)
     if result["logits_equal"]:
         return []
-    result["logits_largest_difference"] = float((logits.float() - expected.float()).abs().max())
+    if logits.shape != expected.shape:
+        result["logits_note"] = f"{tuple(logits.shape)} logits where the run recorded {tuple(expected.shape)}"
+        return ["logits_equal"]
+    difference = float((logits.float() - expected.float()).abs().max())
+    result["logits_largest_difference"] = difference
     if recorded_here:
         return ["logits_equal"]
-    result["logits_note"] = "recorded in another environment; the difference is reported and does not decide"
-    return []
-
-
-def _conclude(
-    folder: Path,
-    result: dict[str, Any],
-    model: Any,
-    stored: dict[str, tuple[Tensor, Tensor]],
-    source: Path | None,
-    *,
-    recorded_here: bool,
-) -> dict[str, Any]:
-    """Logits, dense weights and processor files; then the verdict, written and raised."""
-    counts = ("codes_differing", "scales_differing", "layers_with_other_codes", "layers_with_other_scales")
-    failed = [key for key in counts if result.get(key)]
-    record = json.loads((folder / RECORD).read_text())
-    result["forward_weights_differing"] = record.get("forward", {}).get("weights_differing")
-    found = dense_digests(model, set(stored))
-    result["dense"] = len(record["dense"])
-    result["dense_differing"] = sorted(
-        name for name in record["dense"].keys() | found.keys() if record["dense"].get(name) != found.get(name)
+    bound = LOGIT_BOUND[record["stored_dtype"]] * float(expected.float().abs().max())
+    result["logits_bound"] = bound
+    result["logits_note"] = (
+        f"recorded in another environment: logits may differ by {bound:.4g} and differ by {difference:.4g}"
     )
-    failed += ["dense_differing"] if result["dense_differing"] else []
-    if result["layers"] != result["layers_stored"]:
-        failed.append("layers_stored")
-    failed += _compare_logits(folder, record, model, result, recorded_here=recorded_here)
-    modules = dict(model.named_modules())  # dense by now
-    dense = ((modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items())
-    result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
-    failed += ["weights_differing"] if result["weights_differing"] else []
-    failed += _check_processor(folder, record, source, result)
-    result["failed"] = failed
+    return [] if difference <= bound else ["logits_within_bound"]
+
+
+def _conclude(folder: Path, result: dict[str, Any], sentences: list[str]) -> dict[str, Any]:
+    """Write the verdict where that is possible, and raise it where it is no.
+
+    A verdict that was edited since it was written fails this verification and is replaced.
+    """
+    failed = result["failed"]
+    if (folder / VERIFICATION).is_file():
+        try:
+            read_sealed(folder / VERIFICATION)
+        except ValueError as error:
+            failed.append("verdict")
+            sentences.append(str(error))
     result["verified"] = not failed
     if is_writer():
-        (folder / VERIFICATION).write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            write_sealed(folder / VERIFICATION, result)
+        except OSError as error:
+            result["verification_note"] = f"{VERIFICATION} could not be written: {error.strerror}"
     if failed:
-        raise VerificationError(f"{folder} is not what was trained: {', '.join(failed)}; details: {json.dumps(result)}")
+        rest = [name for name in failed if name not in ("record", "verdict", "load") and not name.startswith("files_")]
+        told = "; ".join(sentences) or f"{', '.join(rest)}; details: {json.dumps(result)}"
+        if sentences and rest:
+            told += f" ({', '.join(rest)})"
+        raise VerificationError(f"{folder} is not what was trained: {told}")
     return result

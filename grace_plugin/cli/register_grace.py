@@ -101,7 +101,7 @@ def _teacher_cache(parser: ArgumentParser) -> None:
 
 def _verify(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder written by train or oneshot")
-    parser.add_argument("--source", help="folder of the BF16 student, to compare tokenizer and processor files")
+    parser.add_argument("--source", help="folder of the BF16 student that the run trained from, to compare with")
 
 
 def _report(parser: ArgumentParser) -> None:

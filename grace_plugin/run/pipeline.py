@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from grace_plugin.artifact.plan import rehearse_save
-from grace_plugin.artifact.save import check_destination, install_save, save_checkpoint
+from grace_plugin.artifact.destination import check_space, rehearse
+from grace_plugin.artifact.plan import checkpoint_bytes, rehearse_save
+from grace_plugin.artifact.save import install_save, save_checkpoint
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.modifier import GraceModifier
@@ -58,7 +59,7 @@ class GracePipeline(CalibrationPipeline):
                 raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
             destination = running_output_dir()
             if destination is not None:
-                check_destination(destination)
+                check_space(rehearse(destination), checkpoint_bytes(model))
             if grace.export_plan is None:
                 rehearse_save(model, grace, processor=running_processor())
             for modifier in modifiers:
@@ -120,6 +121,7 @@ def oneshot(
     num_calibration_samples: int = 512,
     batch_size: int = 8,
     probe: Any = None,
+    record_paths: bool = False,
 ) -> TrainResult:
     """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
 
@@ -140,13 +142,13 @@ def oneshot(
         max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
         num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
         batch_size: rows of a micro-batch.
-        probe: as for `train`.
+        probe, record_paths: as for `train`.
 
     Raises:
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
-    check_destination(output_dir)
+    rehearse(output_dir, run_folder(output_dir))
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
@@ -154,7 +156,7 @@ def oneshot(
     student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
     folder, rows = run_folder(output_dir), None
-    rehearse_save(student, modifier, processor=processor, probe=probe)
+    rehearse_save(student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths)
     if not isinstance(dataset, DataLoader):
         collator = ConversationCollator(processor, max_length, max_pixels, keys=store is not None)
         rows = calibration_rows(

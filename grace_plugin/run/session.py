@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import nn
 
+from grace_plugin.artifact.destination import check_destination
 from grace_plugin.artifact.layout import source_folder
 from grace_plugin.artifact.plan import rehearse_save
 from grace_plugin.artifact.ranks import together
-from grace_plugin.artifact.save import check_destination, save_checkpoint
+from grace_plugin.artifact.save import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.layers import PARAMETER
@@ -83,6 +84,8 @@ def grace_session(
     processor: Any = None,
     teacher_processor: Any = None,
     probe: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    record_paths: bool = False,
 ) -> Iterator[GraceSession]:
     """Check the pair and the recipe, attach the scales, and hand out the objective for `total_steps` optimizer steps.
 
@@ -90,12 +93,16 @@ def grace_session(
         student: a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier.
         teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
-        processor, teacher_processor: to compare tokenizers; read from the checkpoints by default.
+        processor: what the batches are made with, so what is saved with the checkpoint; the student's own by default.
+        teacher_processor: to compare tokenizers; read from the teacher's checkpoint by default.
         probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
             noise through `processor` with a fixed text (`grace_plugin.artifact.probe`), nothing of the training data.
+        output_dir: where `save` will write, if that is known: destination and free space are tried before the first step.
+        record_paths: keep local paths of student and teacher in the checkpoint's recipe and record.
 
     Raises:
-        ValueError: what the recipe asks for cannot be done.
+        FileExistsError: something is at `output_dir`.
+        ValueError: what the recipe asks for cannot be done, or the checkpoint could not be saved.
     """
     student = load_student(student)
     source_folder(getattr(student, "name_or_path", ""))
@@ -105,7 +112,9 @@ def grace_session(
     with create_session() as session:
         try:
             session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
-            rehearse_save(student, modifier, processor=processor, probe=probe)
+            rehearse_save(
+                student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths
+            )
             modifier.teacher_to(next(student.parameters()).device)
             yield GraceSession(student, modifier, modifier.begin(total_steps), session)
         finally:

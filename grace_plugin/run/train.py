@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from grace_plugin.artifact.save import check_destination
+from grace_plugin.artifact.destination import rehearse
 from grace_plugin.data import ConversationCollator, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
@@ -141,6 +141,7 @@ def train(
     activation_offloading: bool = False,
     callbacks: Sequence[Any] = (),
     probe: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    record_paths: bool = False,
     **given: Any,
 ) -> TrainResult:
     """Run GRACE with the Hugging Face Trainer and write a verified checkpoint.
@@ -165,6 +166,8 @@ def train(
         callbacks: further TrainerCallbacks.
         probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
             noise through the processor with a fixed text, so that nothing of the training data is in the checkpoint.
+        record_paths: keep local paths of student and teacher in the checkpoint's recipe and record, which else hold their names
+            and fingerprints.
         given: fields of `transformers.TrainingArguments`; what GRACE does with each, and the defaults that differ from
             Trainer's, is in `grace_plugin.run.arguments`.
 
@@ -174,7 +177,7 @@ def train(
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     folder = run_folder(output_dir)
-    check_destination(output_dir)
+    rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_rows)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
@@ -193,7 +196,7 @@ def train(
     rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
-        teacher_processor=teacher_processor, probe=probe,
+        teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
     ) as session:  # fmt: skip
         if packing and session.objective.teacher is not None:
             session.objective.teacher.family.check_packing()

@@ -1,0 +1,200 @@
+"""Where a checkpoint goes: checked and rehearsed before the first step, so that a bad destination costs no training.
+
+A checkpoint is written to a temporary folder and appears whole. Where the destination does not exist, the temporary folder is
+next to it and renamed. Where it is an empty folder (made by the user, behind a symbolic link, or a mount point, which no rename
+can replace), the temporary folder is inside it and the files are moved up, the folder with the record last: a destination
+without `grace/record.json` holds no finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from grace_plugin.artifact.ranks import is_writer
+
+__all__ = ["Destination", "check_destination", "check_space", "locate", "rehearse", "sync"]
+
+_INSIDE = ".grace-partial"
+_RESERVE = 16 * 2**20  # of free disk, for the small files and the file system's own needs
+GIB = 2**30
+
+
+class Destination(NamedTuple):
+    """path: as given. folder: with links resolved. stage: temporary folder. inside: whether `stage` is in `folder`."""
+
+    path: Path
+    folder: Path
+    stage: Path
+    inside: bool
+
+    def clear(self) -> None:
+        """Remove the temporary folder, of this run or of one that was killed."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Make the staged checkpoint appear: by one rename, or moved in with the record last."""
+        sync(self.stage)
+        if not self.inside:
+            self.stage.rename(self.folder)
+            return
+        names = sorted(path.name for path in self.stage.iterdir())
+        moved: list[Path] = []
+        try:
+            for name in sorted(names, key=lambda name: (name == "grace", name)):
+                (self.stage / name).rename(self.folder / name)
+                moved.append(self.folder / name)
+        except BaseException:
+            for path in moved:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+        self.stage.rmdir()
+
+
+def check_destination(output_dir: str | os.PathLike[str]) -> Path:
+    """Return a destination that does not exist or is an empty folder.
+
+    Raises:
+        FileExistsError: something is there; nothing is touched.
+        ValueError: no name, one that is too long, or a symbolic link to nothing.
+    """
+    path = Path(output_dir)
+    if not os.fspath(output_dir):
+        raise ValueError("output_dir is empty; name the folder that the checkpoint goes to")
+    _check_names(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path} is a symbolic link to {os.readlink(path)}, which does not exist; create that folder or remove the link"
+        )
+    if path.exists() and (not path.is_dir() or any(entry.name != _INSIDE for entry in path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; choose another output_dir or remove it")
+    return path
+
+
+def _name_limit(path: Path) -> int:
+    near = next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))
+    try:
+        return os.pathconf(near, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return 255
+
+
+def _check_names(path: Path, name: str | None = None) -> None:
+    for part in [name] if name else path.parts:
+        length = len(os.fsencode(part))
+        if length > 255 and length > _name_limit(Path("/")):
+            raise ValueError(
+                f"the name {part[:60]!r}... has {length} bytes, more than a file system takes; use a shorter one"
+            )
+
+
+def locate(output_dir: str | os.PathLike[str]) -> Destination:
+    """Check a destination and say where its checkpoint is staged; the same on every rank, nothing is touched.
+
+    Raises:
+        FileExistsError, ValueError: as `check_destination`.
+    """
+    path = check_destination(output_dir)
+    folder = path.resolve()
+    if folder.is_dir():
+        return Destination(path, folder, folder / _INSIDE, True)
+    name = f".{folder.name}.partial"
+    if len(os.fsencode(name)) > 255:
+        name = f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:32]}.partial"
+    return Destination(path, folder, folder.with_name(name), False)
+
+
+def rehearse(output_dir: str | os.PathLike[str], run_folder: str | os.PathLike[str] | None = None) -> Destination:
+    """Try the stage, the rename and the run folder, and leave nothing behind; one process of a run tries, all check.
+
+    Raises:
+        FileExistsError: something is at the destination.
+        ValueError: no checkpoint can be written there; says why.
+    """
+    found = locate(output_dir)
+    if run_folder is not None:
+        _check_names(Path(run_folder), Path(run_folder).name)
+    if not is_writer() or os.environ.get("RANK", "0") != "0":
+        return found
+    if found.stage.is_symlink() or (found.stage.exists() and not found.stage.is_dir()):
+        raise ValueError(f"{found.stage} is in the place of the temporary folder of {found.path}; move it away")
+    try:
+        _try_stage(found)
+        if run_folder is not None:
+            _try_folder(Path(run_folder))
+    except OSError as error:
+        where = error.filename or found.path
+        raise ValueError(
+            f"no checkpoint can be written to {found.path}: {error.strerror or error} ({where}); choose another output_dir"
+        ) from error
+    return found
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create a folder and what it needs; returns what was created, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _try_stage(found: Destination) -> None:
+    parent = found.stage.parent
+    created = _make_parents(parent)
+    trial = parent / f".grace-{uuid.uuid4().hex}"
+    aim = trial.with_suffix(".moved") if found.inside else found.folder
+    try:
+        trial.mkdir()
+        try:
+            (trial / "file").write_bytes(b"grace")
+            (trial / "file").unlink()
+            trial.rename(aim)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        aim.rmdir()
+    finally:
+        for folder in created:
+            folder.rmdir()
+
+
+def _try_folder(folder: Path) -> None:
+    if folder.is_dir():
+        trial = folder / f".grace-{uuid.uuid4().hex}"
+        trial.write_bytes(b"grace")
+        trial.unlink()
+        return
+    for created in _make_parents(folder):
+        created.rmdir()
+
+
+def check_space(found: Destination, needed: int) -> None:
+    """Refuse a destination whose file system has less free space than the checkpoint needs.
+
+    needed: bytes.
+
+    Raises:
+        ValueError: names the folder and both sizes.
+    """
+    near = next(folder for folder in (found.stage.parent, *found.stage.parents) if folder.is_dir())
+    free = shutil.disk_usage(near).free
+    if free < needed + _RESERVE:
+        raise ValueError(
+            f"the checkpoint needs about {(needed + _RESERVE) / GIB:.2f} GiB and {near} has {free / GIB:.2f} GiB free; free "
+            "some space or choose another output_dir"
+        )
+
+
+def sync(folder: Path) -> None:
+    """Ask the file system to write every file and folder below `folder` to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some network file systems take no fsync of a folder
+            if not path.is_dir():
+                raise
+        finally:
+            os.close(handle)
