@@ -48,7 +48,8 @@ from grace_plugin.schemes import (
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
 from grace_plugin.trainable import lora_layers, raise_masters, release_masters
 from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
-from grace_plugin.vlm import family_of
+from grace_plugin.vlm import check_depth, family_of
+from grace_plugin.vlm.loading import check_finite, check_model
 
 __all__ = ["GraceModifier"]
 
@@ -173,7 +174,11 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             ValueError: names the offender and the way out.
         """
         model: Any = state.model
+        check_model(model, "student")
         family = family_of(model)
+        if self.relational.enabled:
+            check_depth(model.config, "student")
+        check_finite(dict(model.named_parameters()), "student")
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
         self.scales = self.scales.model_copy(update={"stored_dtype": str(self._dtype).removeprefix("torch.")})
         self._student = model
@@ -197,6 +202,8 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             return
         given = self._given_teacher if self._given_teacher is not None else state.teacher_model
         teacher = open_teacher(self.teacher, model, given, self.open_store())
+        if self.relational.enabled:
+            check_depth(teacher.config, "teacher")
         teacher_rows = teacher.head()[0].shape[0]
         self._vocabulary = check_pair(model, teacher, processors, student_rows=rows, teacher_rows=teacher_rows)
         self._teacher = teacher
@@ -241,6 +248,12 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             self.teacher = self.teacher.model_copy(update={"model": getattr(teacher, "name_or_path", None) or None})
         elif teacher is not None:
             self.teacher = self.teacher.model_copy(update={"model": os.fspath(teacher)})
+
+    @property
+    def named_teacher(self) -> str | None:
+        """The teacher's checkpoint where the run will read one by name; None where it needs none or was given a model."""
+        reads = self._needs_teacher and self.teacher.kind != "self" and self._given_teacher is None
+        return self.teacher.model if reads else None
 
     @property
     def _needs_teacher(self) -> bool:

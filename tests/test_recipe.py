@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from grace_plugin import recipe as blocks
+from grace_plugin.run.inputs import check_modifiers
 from grace_plugin.run.train import grace_modifier, read_recipe, recipe_hash
 from grace_plugin.upstream import ModifierFactory, Recipe
 from tests.conftest import Finished
@@ -173,6 +174,43 @@ def test_exactly_one_grace_modifier_is_needed(names: list[str]) -> None:
     message = rf"holds {names.count('GraceModifier')} GraceModifier.*{names[0]}.*needs exactly one"
     with pytest.raises(ValueError, match=message):
         read_recipe(yaml.safe_dump(stages))
+
+
+LANGUAGE = r"re:.*language_model.*proj$"
+ALONGSIDE: dict[str, dict[str, object]] = {
+    "QuantizationModifier": {"scheme": "W8A16", "targets": ["re:.*multi_modal_projector.*"]},
+    "GPTQModifier": {"scheme": "W4A16", "targets": ["Linear"]},
+    "SmoothQuantModifier": {},
+    "QuIPModifier": {},
+    "SparseGPTModifier": {"sparsity": 0.5, "targets": [LANGUAGE]},
+    "WandaPruningModifier": {"sparsity": 0.5, "targets": [LANGUAGE]},
+    "MagnitudePruningModifier": {
+        "init_sparsity": 0.0,
+        "final_sparsity": 0.5,
+        "start": 0.0,
+        "end": 1.0,
+        "targets": [LANGUAGE],
+    },
+}
+
+
+def with_modifier(name: str, arguments: dict[str, object], *, first: bool) -> str:
+    both: list[tuple[str, dict[str, object]]] = [("GraceModifier", {"scheme": "W4A16"}), (name, arguments)]
+    return yaml.safe_dump({"s_stage": {"s_modifiers": dict(reversed(both) if first else both)}}, sort_keys=False)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ALONGSIDE)
+def test_read_recipe__another_modifier_of_upstream__refused_by_name(name: str, first: bool) -> None:
+    with pytest.raises(ValueError, match=rf"GraceModifier and {name} cannot be in one recipe: GRACE quantizes alone"):
+        read_recipe(with_modifier(name, ALONGSIDE[name], first=first))
+
+
+def test_read_recipe__constant_pruning__trains_alongside_but_not_in_oneshot() -> None:
+    """Its masks follow the events of training steps, which `oneshot` gives to GRACE alone."""
+    read = read_recipe(with_modifier("ConstantPruningModifier", {"targets": [LANGUAGE], "start": 0.0}, first=True))
+    with pytest.raises(ValueError, match="GraceModifier and ConstantPruningModifier cannot be in one recipe"):
+        check_modifiers(read, oneshot=True)
 
 
 def test_a_teacher_may_be_a_plain_name() -> None:

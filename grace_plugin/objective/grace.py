@@ -23,7 +23,7 @@ Cost beside the student: a teacher forward, the teacher's head once more for the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from grace_plugin.quantizer.attach import Attached
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
 from grace_plugin.trainable import choose_trainable, store_in
-from grace_plugin.vlm import capture, family_of
+from grace_plugin.vlm import capture, check_depth, family_of
 
 __all__ = ["GraceObjective"]
 
@@ -83,13 +83,16 @@ class GraceObjective:
             attached: learned scales put on the student's linears, one entry per format; empty without quantization.
 
         Raises:
-            ValueError: no teacher where one is needed, one that cannot teach this student, an unknown family, or fewer than
-                one step.
+            ValueError: no teacher where one is needed, one that cannot teach this student, a decoder of one layer with the
+                relational term, an unknown family, or fewer than one step.
         """
         if self.needs_teacher and teacher is None:
             raise ValueError(MISSING)
         if total_steps < 1:
             raise ValueError(f"a run needs at least 1 optimizer step, got total_steps={total_steps}")
+        if self.relational.enabled:
+            for role, model in (("student", student), ("teacher", teacher)):
+                check_depth(cast(Any, model).config, role)
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
@@ -155,15 +158,18 @@ class GraceObjective:
         item = self._window.pending.pop(0)
         with capture(self._text_model) as caught:
             model(**model_inputs(batch, self.student, item.host), use_cache=False, logits_to_keep=1)
-        assert caught.final is not None and caught.penultimate is not None
-        read = [caught.final, *([caught.penultimate] if self.relational.enabled and item.visual.sizes else [])]
-        check_gradient(read)
+        assert caught.final is not None
+        relates = self.relational.enabled and item.visual.sizes
+        check_gradient(
+            [state for state in (caught.final, caught.penultimate if relates else None) if state is not None]
+        )
         head = self.student.get_output_embeddings()  # type: ignore[operator]
         loss = head_term(
             self._window, item, caught.final, head, self.teacher,
             asked=self.distill, vocabulary=self.vocabulary, beta=self.beta, softcap=self.family.softcap(self.config),
         )  # fmt: skip
         if self.relational.enabled:
+            assert caught.penultimate is not None  # `prepare` has checked the depth
             loss = loss + visual_term(self._window, item, caught.penultimate, omega=self.omega)
         if not self._window.pending:
             self._window.close()

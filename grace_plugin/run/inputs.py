@@ -13,9 +13,20 @@ from torch import nn
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.recipe_file import recipe_from
 from grace_plugin.teacher import StateStore, check_cached_processor
-from grace_plugin.upstream import Modifier, Recipe
+from grace_plugin.upstream import Modifier, QuantizationMixin, Recipe
+from grace_plugin.vlm import check_depth
+from grace_plugin.vlm.loading import check_checkpoint, check_model, load_model
 
-__all__ = ["grace_modifier", "load_processor", "load_student", "open_cache", "read_recipe", "recipe_hash"]
+__all__ = [
+    "check_models",
+    "check_modifiers",
+    "grace_modifier",
+    "load_processor",
+    "load_student",
+    "open_cache",
+    "read_recipe",
+    "recipe_hash",
+]
 
 
 def grace_modifier(recipe: Recipe) -> GraceModifier:
@@ -31,14 +42,48 @@ def grace_modifier(recipe: Recipe) -> GraceModifier:
     return found[0]
 
 
+_TRAINS_ALONGSIDE = {
+    "ConstantPruningModifier"
+}  # of llm-compressor's own: acts on the events of training steps, by masks
+
+
+def check_modifiers(recipe: Recipe, *, oneshot: bool = False) -> None:
+    """Refuse modifiers that GRACE cannot run with: they would quantize a second time, change weights whose scales are being
+    learned, or do nothing because no calibration runs.
+
+    Args:
+        recipe: with one GraceModifier. Modifiers that are not llm-compressor's own are the caller's responsibility, unless they
+            quantize.
+        oneshot: whether each modifier runs a pipeline of its own, and no training events reach the others.
+
+    Raises:
+        ValueError: names every such modifier and how to get its effect.
+    """
+    allowed = set() if oneshot else _TRAINS_ALONGSIDE
+    refused = []
+    for modifier in recipe.modifiers:
+        kind = type(modifier)
+        upstreams = kind.__module__.partition(".")[0] == "llmcompressor" and kind.__name__ not in allowed
+        if not isinstance(modifier, GraceModifier) and (upstreams or isinstance(modifier, QuantizationMixin)):
+            refused.append(kind.__name__)
+    if refused:
+        raise ValueError(
+            f"GraceModifier and {', '.join(refused)} cannot be in one recipe: GRACE quantizes alone, and what another modifier "
+            "does to weights or schemes would not be what was trained. Say all that is quantized in GraceModifier's scheme or "
+            "config_groups; run a modifier that transforms or prunes weights before, by itself, and give its result as "
+            "the student"
+        )
+
+
 def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
     """A recipe from a path, YAML text, a modifier or a recipe, checked.
 
     Raises:
-        ValueError: unreadable, an unknown key, or a scheme that is not learned.
+        ValueError: unreadable, an unknown key, a scheme that is not learned, or modifiers that GRACE cannot run with.
     """
     read = recipe_from(recipe)
     grace_modifier(read)
+    check_modifiers(read)
     return read
 
 
@@ -46,6 +91,22 @@ def recipe_hash(modifier: GraceModifier) -> str:
     """SHA-256 of everything the recipe asks for; a checkpoint is resumed only under the same."""
     asked = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def check_models(modifier: GraceModifier, student: str | os.PathLike[str] | nn.Module) -> None:
+    """Check the files of student and teacher, where they are not loaded yet, before anything is.
+
+    Raises:
+        ValueError: names the file, the method or the weights that do not fit.
+    """
+    asked, named, found = modifier.teacher, modifier.named_teacher, {}
+    if not isinstance(student, nn.Module):
+        found["student"] = check_checkpoint(os.fspath(student), "student")
+    if named is not None:
+        found["teacher"] = check_checkpoint(named, "teacher", revision=asked.revision, kind=asked.kind)
+    if modifier.relational.enabled:
+        for role, config in found.items():
+            check_depth(config, role)
 
 
 def open_cache(
@@ -68,22 +129,17 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
     method: the recipe's `training.method`.
 
     Raises:
-        ValueError: nothing loadable there, or a model that an earlier run has saved.
+        ValueError: nothing loadable there, weights that load in part, a quantized checkpoint, an adapter, or a model that an
+            earlier run has saved.
     """
     if isinstance(model, nn.Module):
         if getattr(getattr(model, "save_pretrained", None), "_grace", False):
             raise ValueError(
                 "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint anew"
             )
+        check_model(model, "student")
         return model
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        return AutoModelForImageTextToText.from_pretrained(
-            os.fspath(model), dtype=torch.float32 if method == "full" else "auto"
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the student {os.fspath(model)!r}: {error}") from error
+    return load_model(os.fspath(model), "student", dtype=torch.float32 if method == "full" else "auto")
 
 
 def load_processor(student: Any) -> Any:

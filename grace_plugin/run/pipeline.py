@@ -1,7 +1,8 @@
 """`oneshot(pipeline="grace")`: the same objective over upstream's calibration loader.
 
 The pipeline trains for the epochs and rate of the recipe's `oneshot` block with the same Trainer as `train`. A loader without
-labels supervises every text token. Other modifiers of the recipe run their own pipelines, in the recipe's order.
+labels supervises every text token. A caller's own modifiers in the recipe run their own pipelines, in the recipe's order;
+llm-compressor's are refused (`run.inputs.check_modifiers`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from grace_plugin.artifact.save import install_save, save_checkpoint
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.modifier import GraceModifier
-from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
+from grace_plugin.run.inputs import (
+    check_models,
+    check_modifiers,
+    grace_modifier,
+    load_processor,
+    load_student,
+    open_cache,
+    read_recipe,
+    recipe_hash,
+)
 from grace_plugin.run.rows import calibration_rows
 from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
@@ -48,13 +58,14 @@ class GracePipeline(CalibrationPipeline):
         """Run every modifier of the active recipe, GRACE with training steps.
 
         Raises:
-            ValueError: no calibration data, or a recipe without exactly one GraceModifier.
+            ValueError: no calibration data, or a recipe without exactly one GraceModifier or with one that it cannot run with.
             FileExistsError: upstream's `oneshot` would save where something lies.
         """
         recipe = active_session().lifecycle.recipe
         grace = grace_modifier(recipe)
         modifiers = list(recipe.modifiers)
         try:
+            check_modifiers(recipe, oneshot=True)
             if dataloader is None:
                 raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
             destination = running_output_dir()
@@ -150,9 +161,11 @@ def oneshot(
     """
     rehearse(output_dir, run_folder(output_dir))
     read = read_recipe(recipe)
+    check_modifiers(read, oneshot=True)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
     store = open_cache(modifier, model, processor)
+    check_models(modifier, model)
     student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
     folder, rows = run_folder(output_dir), None

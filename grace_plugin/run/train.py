@@ -20,7 +20,15 @@ from torch import nn
 from grace_plugin.artifact.destination import rehearse
 from grace_plugin.data import ConversationCollator, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
-from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, open_cache, read_recipe, recipe_hash
+from grace_plugin.run.inputs import (
+    check_models,
+    grace_modifier,
+    load_processor,
+    load_student,
+    open_cache,
+    read_recipe,
+    recipe_hash,
+)
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
@@ -184,6 +192,7 @@ def train(
     modifier.use_teacher(teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given)
     store = open_cache(modifier, model, processor)
+    check_models(modifier, model)
     stream = not hasattr(dataset, "__len__")
     check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
     if stream:

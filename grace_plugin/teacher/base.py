@@ -31,7 +31,10 @@ MISSING = (
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What is kept of one teacher pass: `final` [N, d_t] and `visual` [M, d_t], in the teacher's dtype."""
+    """What is kept of one teacher pass: `final` [N, d_t] and `visual` [M, d_t], in the teacher's dtype.
+
+    `visual` is [0, d_t] for a decoder of one layer and a cache without visual tokens, which serve runs without relation.
+    """
 
     final: Tensor
     visual: Tensor
@@ -112,7 +115,9 @@ def states_of(
     """The states of one forward pass, `forward(**inputs)`, of the model whose decoder is `text_model`; on inputs' device."""
     with capture(text_model) as caught:
         forward(**inputs, use_cache=False, logits_to_keep=1)
-    assert caught.final is not None and caught.penultimate is not None
+    assert caught.final is not None
     final = caught.final.flatten(0, 1).index_select(0, positions.to(caught.final.device))
+    if caught.penultimate is None:  # one layer: `check_depth` has refused a relational term
+        return TeacherStates(final.to(positions.device), final[:0].to(positions.device))
     seen = caught.penultimate.flatten(0, 1).index_select(0, visual.index.to(caught.penultimate.device))
     return TeacherStates(final.to(positions.device), seen.to(positions.device))

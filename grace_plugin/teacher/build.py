@@ -38,7 +38,8 @@ from grace_plugin.teacher.store import (
     ShardWriter,
     write_store,
 )
-from grace_plugin.vlm import family_of
+from grace_plugin.vlm import check_depth, family_of
+from grace_plugin.vlm.loading import check_checkpoint, check_finite
 
 __all__ = ["build_cache"]
 
@@ -81,6 +82,9 @@ def build_cache(
         raise ValueError(f"batch_size and shard_bytes are at least 1, got {batch_size} and {shard_bytes}")
     student = open_checkpoint(os.fspath(model), role="student")
     source = open_checkpoint(teacher.model, teacher.revision)
+    check_checkpoint(teacher.model, "teacher", revision=teacher.revision)  # all of it runs here, not the head alone
+    if visual:
+        check_depth(source.config, "teacher")
     collator = ConversationCollator(processor or _processor(student), max_length, max_pixels, keys=True)
     check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
     settings = processor_settings(collator.processor)
@@ -146,7 +150,9 @@ class _Runner:
         self, student: Checkpoint, source: Checkpoint, asked: TeacherRecipe, device: str | torch.device | None
     ) -> None:
         self.family, self.config = family_of(student), student.config
-        self.teacher = ResidentTeacher(load_teacher(source.name_or_path, revision=source.revision, dtype=asked.dtype))
+        loaded_teacher = load_teacher(source.name_or_path, revision=source.revision, dtype=asked.dtype)
+        check_finite(dict(loaded_teacher.named_parameters()), "teacher")
+        self.teacher = ResidentTeacher(loaded_teacher)
         for loaded, read in zip(self.teacher.head(), source.head(asked.dtype), strict=True):
             same = loaded is None if read is None else loaded is not None and torch.equal(loaded.cpu(), read)
             if not same:
@@ -162,6 +168,11 @@ class _Runner:
         positions, visual = supervised_positions(batch["labels"]), self.family.visual_tokens(self.config, batch)
         states = self.teacher.states(batch, positions, visual)
         finals = states.final.split(_per_row(positions, rows, length))
+        if not len(
+            states.visual
+        ):  # no visual token in the batch, or a decoder of one layer, which has no states of them
+            yield from zip(batch[SAMPLE_KEY], finals, [states.visual] * rows, strict=True)
+            return
         order = visual.index.argsort()
         seen = states.visual.index_select(0, order).split(_per_row(visual.index, rows, length))
         yield from zip(batch[SAMPLE_KEY], finals, seen, strict=True)

@@ -24,6 +24,7 @@ from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates
 from grace_plugin.teacher.source import Checkpoint, open_checkpoint
 from grace_plugin.teacher.store import REBUILD, StateStore, differing
 from grace_plugin.vlm import VisualTokens
+from grace_plugin.vlm.loading import check_finite
 
 __all__ = ["CachedTeacher", "check_cached_processor", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
 
@@ -129,6 +130,7 @@ class CachedTeacher(Teacher):
         checkpoint = open_checkpoint(asked.model, asked.revision)
         self.store, self.config, self.name_or_path = store, checkpoint.config, checkpoint.name_or_path
         self._head = checkpoint.head(asked.dtype)
+        check_finite({"lm_head.weight": self._head[0]}, "teacher")
 
     @property
     def head_bytes(self) -> int:

@@ -21,6 +21,7 @@ from grace_plugin.vlm import (
     load_video_processor,
     shared_vocabulary,
 )
+from grace_plugin.vlm.loading import check_finite, check_model
 
 __all__ = ["check_pair", "open_teacher"]
 
@@ -54,7 +55,12 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
                 "it does itself; pass its model, or set kind: resident"
             )
         return given
-    model = given if given is not None else load_teacher(str(asked.model), revision=asked.revision, dtype=asked.dtype)
+    if given is None:
+        given = load_teacher(str(asked.model), revision=asked.revision, dtype=asked.dtype, kind=asked.kind)
+    else:
+        check_model(given, "teacher")
+    check_finite(dict(given.named_parameters()), "teacher")
+    model = given
     return OffloadedTeacher(model) if asked.kind == "offload" else ResidentTeacher(model)
 
 

@@ -17,26 +17,31 @@ from torch import Tensor, nn
 
 from grace_plugin.teacher.base import Teacher, TeacherStates, model_inputs, states_of
 from grace_plugin.vlm import VisualTokens, family_of
+from grace_plugin.vlm.loading import load_model
 
 __all__ = ["OffloadedTeacher", "ResidentTeacher", "load_teacher"]
 
 
-def load_teacher(source: str, *, revision: str = "main", dtype: str = "auto") -> nn.Module:
-    """Load a teacher checkpoint for inference.
+def load_teacher(source: str, *, revision: str = "main", dtype: str = "auto", kind: str = "resident") -> nn.Module:
+    """Load a teacher checkpoint for inference, whole.
+
+    A teacher in compressed-tensors or FP8 becomes dense, and so does an offloaded one in bitsandbytes: it takes the memory of
+    its unquantized weights.
+
+    Args:
+        kind: the recipe's `teacher.kind`.
 
     Raises:
-        ValueError: nothing loadable at `source`; the message says how to name a teacher.
+        ValueError: nothing loadable at `source`, weights that load in part, or a quantization that this kind cannot use; the
+            message says how to name a teacher.
     """
-    from transformers import AutoModelForImageTextToText
-
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model = load_model(source, "teacher", revision=revision, dtype=dtype, kind=kind)
+    except ValueError as error:
         raise ValueError(
-            f"cannot load the teacher {source!r}: {error}. Set teacher.model in the recipe to a folder or hub id, "
-            "or pass a loaded model as teacher="
+            f"{error}. Set teacher.model in the recipe to a folder or hub id, or pass a loaded model as teacher="
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 class ResidentTeacher(Teacher):

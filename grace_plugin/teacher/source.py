@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grace_plugin.vlm.checkpoint_files import checkpoint_file
+from grace_plugin.vlm.loading import check_checkpoint
+
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECE, _PLACES = 65536, 16
-
-
-def _file(source: str, revision: str, name: str) -> Path | None:
-    """A file of a checkpoint on this machine, None where the checkpoint has none of that name."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found)
 
 
 def _digest(file: Path) -> str:
@@ -79,22 +72,28 @@ class Checkpoint:
         """The commit of a hub snapshot, or digests of the folder's files by name."""
         from transformers.utils.hub import extract_commit_hash
 
-        config = _file(self.name_or_path, self.revision, "config.json")
+        config = checkpoint_file(self.name_or_path, "config.json", self.revision)
         assert config is not None
         commit = extract_commit_hash(str(config), None)
         if commit is not None:
             return {"commit": commit}
         names = ["config.json", _INDEX, *sorted(set(self._tensors().values()))]
-        files = {name: _file(self.name_or_path, self.revision, name) for name in names}
+        files = {name: checkpoint_file(self.name_or_path, name, self.revision) for name in names}
         return {name: _digest(file) for name, file in files.items() if file is not None}
 
     def head(self, asked: str) -> tuple[Tensor, Tensor | None]:
         """Weight [V_t, d_t] and bias of the output head; no other tensor of the checkpoint is read.
 
         Raises:
-            ValueError: no tensor of that name, more than one, or its file is missing.
+            ValueError: no tensor of that name, more than one, a quantized one, or its file is missing.
         """
         tensors = self._tensors()
+        packed = [n for n in tensors if re.search(r"lm_head\.weight_\w+$", n)]
+        if packed:
+            raise ValueError(
+                f"the head of the teacher {self.name_or_path!r} is quantized ({packed[0]}), so it cannot be read alone; use "
+                "teacher.kind: resident or offload, or take a teacher with an unquantized head"
+            )
         name = self._one([n for n in tensors if n.endswith("lm_head.weight")])
         name = name or self._one([n for n in tensors if n.endswith("embed_tokens.weight")])
         if name is None:
@@ -112,14 +111,14 @@ class Checkpoint:
 
     def _tensors(self) -> dict[str, str]:
         """File of each tensor by the tensor's name."""
-        index = _file(self.name_or_path, self.revision, _INDEX)
+        index = checkpoint_file(self.name_or_path, _INDEX, self.revision)
         if index is not None:
             return json.loads(index.read_text())["weight_map"]
         with self._opened(_WEIGHTS) as file:
             return dict.fromkeys(file.keys(), _WEIGHTS)
 
     def _opened(self, name: str) -> Any:
-        file = _file(self.name_or_path, self.revision, name)
+        file = checkpoint_file(self.name_or_path, name, self.revision)
         if file is None:
             raise ValueError(
                 f"the teacher {self.name_or_path!r} has no {name}; its head is read from safetensors files"
@@ -136,15 +135,9 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str, revision: str = "main", *, role: str = "teacher") -> Checkpoint:
-    """Read a checkpoint's config alone.
+    """Read a checkpoint's config alone; how it is quantized and whether an adapter lies next to it is checked.
 
     Raises:
-        ValueError: nothing readable at `source`.
+        ValueError: nothing readable at `source`, or a checkpoint that cannot be a student or a cached teacher.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the {role} {source!r}: {error}") from error
-    return Checkpoint(source, revision, config)
+    return Checkpoint(source, revision, check_checkpoint(source, role, revision=revision, kind="cached"))

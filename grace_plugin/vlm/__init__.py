@@ -1,6 +1,6 @@
 """Families of vision-language models: one small file for each arrangement of visual tokens, and a registry."""
 
-from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, matches
+from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, check_depth, matches
 from grace_plugin.vlm.pair import (
     check_image_processors,
     check_pixels,
@@ -18,6 +18,7 @@ __all__ = [
     "Family",
     "VisualTokens",
     "capture",
+    "check_depth",
     "check_image_processors",
     "check_pixels",
     "family_of",

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VISUAL_RUNS", "Capture", "Family", "VisualTokens", "capture", "matches", "runs"]
+__all__ = ["VISUAL_RUNS", "Capture", "Family", "VisualTokens", "capture", "check_depth", "matches", "runs"]
 
 Batch = Mapping[str, Any]
 VISUAL_RUNS = "visual_runs"
@@ -44,7 +44,10 @@ class VisualTokens:
 
 @dataclass
 class Capture:
-    """Hidden states of one forward pass: `final` is the decoder's normed output, `penultimate` the output of layer L-2."""
+    """Hidden states of one forward pass: `final` is the decoder's normed output, `penultimate` the output of layer L-2.
+
+    A decoder of one layer has no penultimate state; `check_depth` refuses it where one is read.
+    """
 
     final: Tensor | None = None
     penultimate: Tensor | None = None
@@ -195,20 +198,33 @@ def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 
+def check_depth(config: Any, role: str) -> None:
+    """Refuse a decoder without a penultimate layer, which the relational term reads.
+
+    Args:
+        config: of a model. role: "student" or "teacher".
+
+    Raises:
+        ValueError: the decoder has fewer than two layers.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers < 2:
+        raise ValueError(
+            f"the {role}'s decoder has {layers} layer(s); the relational term needs at least 2, because it "
+            "reads the last but one: set relational: {enabled: false}"
+        )
+
+
 @contextmanager
 def capture(text_model: nn.Module) -> Iterator[Capture]:
     """Collect the decoder's final (normed) and penultimate hidden states of the forward pass run inside.
 
     The penultimate state is the output of decoder layer L-2, counted in this model's own depth, before the final norm. Only
-    the first pass is kept, so that the recomputation of activation checkpointing changes nothing.
-
-    Raises:
-        ValueError: a decoder of fewer than two layers has no penultimate layer.
+    the first pass is kept, so that the recomputation of activation checkpointing changes nothing. Of a decoder of one layer the
+    final states alone are collected.
     """
     layers = text_model.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
-    if len(layers) < 2:
-        raise ValueError(f"the decoder has {len(layers)} layer(s); the relational term needs at least 2")
     caught = Capture()
 
     def keep(slot: str) -> Any:
@@ -218,10 +234,9 @@ def capture(text_model: nn.Module) -> Iterator[Capture]:
 
         return hook
 
-    handles = [
-        layers[len(layers) - 2].register_forward_hook(keep("penultimate")),
-        text_model.get_submodule("norm").register_forward_hook(keep("final")),
-    ]
+    handles = [text_model.get_submodule("norm").register_forward_hook(keep("final"))]
+    if len(layers) > 1:
+        handles.append(layers[len(layers) - 2].register_forward_hook(keep("penultimate")))
     try:
         yield caught
     finally:

@@ -30,8 +30,9 @@ def family_of(model: Any) -> Family:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
+        built = (getattr(config, "architectures", None) or [type(model).__name__])[0]
         raise ValueError(
-            f"model family '{model_type}' ({type(model).__name__}) is not known to grace_plugin; known: {sorted(FAMILIES)}. "
+            f"model family '{model_type}' ({built}) is not known to grace_plugin; known: {sorted(FAMILIES)}. "
             f"Add a subclass of Family to the file of families laid out alike, or in a new grace_plugin/vlm/{model_type}.py, "
             "and to registry.py; or call register_family with your own"
         )

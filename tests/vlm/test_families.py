@@ -14,7 +14,7 @@ from torch import nn
 from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import FAMILIES as REGISTRY
-from grace_plugin.vlm import Family, capture, check_pixels, family_of, register_family
+from grace_plugin.vlm import Family, capture, check_depth, check_pixels, family_of, register_family
 from tests.pairs import mixed_rows
 from tests.tiny import FAMILIES, build, rows
 
@@ -253,13 +253,16 @@ def test_capture_removes_its_hooks_when_the_pass_fails() -> None:
     assert not any(module._forward_hooks for module in decoder.modules())
 
 
-def test_a_decoder_of_one_layer_is_refused() -> None:
+def test_capture__one_layer__final_states_alone() -> None:
     model, _ = build("llava", layers=1)
-    with (
-        pytest.raises(ValueError, match=r"1 layer\(s\); the relational term needs at least 2"),
-        capture(model.model.language_model),
+    with torch.no_grad(), capture(model.model.language_model) as caught:
+        states = model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states
+    assert torch.equal(caught.final, states[-1]) and caught.penultimate is None
+    with pytest.raises(
+        ValueError, match=r"the teacher's decoder has 1 layer\(s\); the relational term needs at least 2"
     ):
-        pass
+        check_depth(model.config, "teacher")
+    check_depth(build("llava", layers=2)[0].config, "teacher")
 
 
 @pytest.mark.parametrize(
