@@ -4,7 +4,7 @@ Under tensor parallelism of t, vLLM cuts o_proj and down_proj along their inputs
 A cut input width that the group does not divide has no kernel at all and is refused. Marlin wants outputs in multiples of 64
 and inputs in multiples of 128, Machete 128 and 64, the CPU kernel 32 and 32; a layer that only the CPU kernel takes is a
 warning.
-Widths other than 4 and 8 bits are not served by vLLM: a warning as well.
+Widths other than 4 and 8 bits need the package humming-kernels next to vLLM, on CUDA: a warning as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["check_kernels"]
 
 logger = logging.getLogger(__name__)
 
-SERVED_BITS = (4, 8)
+SERVED_BITS = (4, 8)  # by kernels that are in vLLM itself; humming-kernels adds 2, 3, 5, 6 and 7
 CUT_ALONG_INPUT = ("o_proj", "down_proj")
 #: kernel: (inputs in multiples of, outputs in multiples of)
 GPU_KERNELS = {"Marlin": (128, 64), "Machete": (64, 128)}
@@ -60,7 +60,8 @@ def check_kernels(
     warnings = []
     if odd:
         warnings.append(
-            f"vLLM serves {SERVED_BITS} bits; {sorted(odd)} bits train and verify, transformers alone runs them"
+            f"{sorted(odd)} bits: vLLM serves them on CUDA where humming-kernels is installed (pip install humming-kernels); "
+            "its CPU build does not"
         )
     if slow:
         warnings.append(

@@ -2,8 +2,8 @@
 
 Learned: integer weights of 2 to 8 bits, symmetric, one scale per group of input channels or per output channel, no activation
 quantization. Everything else is refused with the field that does not fit. 8 bits want `scales.stored_dtype: float16`: code *
-scale does not fit into bfloat16, the dtype of most students, and is refused there (`quantizer.scales.check_format`). vLLM's
-pack-quantized kernels take 4 and 8 bits; 2, 3, 5, 6 and 7 bits train and verify, and are served by transformers only.
+scale does not fit into bfloat16, the dtype of most students, and is refused there (`quantizer.scales.check_format`). On CUDA
+vLLM serves 4 and 8 bits by itself and 2 to 8 bits with the package humming-kernels installed; its CPU build serves 4 bits.
 """
 
 from __future__ import annotations

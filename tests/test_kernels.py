@@ -45,7 +45,7 @@ def test_inputs_are_cut_for_o_and_down_only() -> None:
 def test_layers_and_bits_without_a_gpu_kernel_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
     found = check_kernels({(4, 32): layers(k_proj=(96, 64), q_proj=(128, 64)), (3, 128): layers(up_proj=(128, 128))})
     assert len(found) == 2
-    assert "[3] bits" in found[0]
+    assert "[3] bits" in found[0] and "humming-kernels" in found[0] and "transformers alone" not in found[0]
     assert "k_proj (96 in, 64 out)" in found[1]
     assert "q_proj" not in found[1]
     assert [record.getMessage() for record in caplog.records] == found

@@ -3,7 +3,7 @@
 The pair is the scene study's: teacher and student start from its trained members, the tower stays frozen, and both learn the
 known pictures' captions by cross-entropy before any method does. A question is a known picture in a view that training does not
 show (`captions.draw`), and right as in the scene study: greedy decoding gives the whole caption. Questions lie picture by
-picture, as many for each, which the record says (`cluster`), so that intervals draw pictures.
+picture, as many for each, which the record says (`cluster`).
 
 Beside it stands what is known of other pictures (`held_out`): how often a held-out picture's caption has a higher mean
 log-probability per token (end of turn included) than 15 captions of other held-out pictures, and the nats per token of its own.
@@ -35,9 +35,9 @@ __all__ = ["CAPTION_SIZES", "TOLD", "CaptionWork", "choice_accuracy", "likelihoo
 OTHERS = 15
 TOLD = (
     "Captions of known pictures in views that training does not show (shifted further, in another light, a part covered): "
-    "right where greedy decoding gives the whole caption. Intervals draw pictures with all their views. Held-out choice is "
-    "about pictures whose captions were not trained on: how often, percent, a picture's own caption is more probable per token "
-    f"than each of {OTHERS} captions of others of them ({100 / (OTHERS + 1):.2f} by chance)."
+    "right where greedy decoding gives the whole caption. Held-out choice is about pictures whose captions were not trained "
+    "on: how often, percent, a picture's own caption is more probable per token than each of "
+    f"{OTHERS} captions of others of them ({100 / (OTHERS + 1):.2f} by chance)."
 )
 
 #: test_rows and validation_rows are questions, at least: each picture has as many

@@ -1,7 +1,8 @@
 """The methods that are compared: what each changes of GRACE's recipe, and the search it is given.
 
-Every trained method is searched alike: six learning rates at the weight its recipe has by default, then, for those that have
-a term with a weight, three other weights at the best rate; seed 0, validation questions.
+Every trained method of a data set is searched alike: learning rates at the weight its recipe has by default, then, for those
+that have a term with a weight, other weights at the best rate; seed 0, validation questions. Scenes have six rates and three
+weights, captions four rates and two weights (`Size.rates`, `Size.weights`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class Method:
     weights: tuple[float, ...] = ()
     tuned: bool = True
     rule: Rule | None = None
+
+    @property
+    def weight(self) -> float | None:
+        """Return the weight it trains with: of its relation, or of its KL where it has none; None without either."""
+        if self.relational != OFF:
+            return float(RelationalRecipe(**self.relational).weight)
+        return float(self.controller["beta_start"]) if self.searched in _OF_KL else None
 
     @property
     def taught(self) -> bool:

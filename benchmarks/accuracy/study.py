@@ -4,17 +4,18 @@ A row is `SETTING/METHOD/SEED`, for instance `w2g128/grace/0`; `tower`, `teacher
 `w2g128/grace@0.0006/0` and `w2g128/grace@w10/0` are rows of the search (a learning rate at the default weight, a weight at the
 best rate): scored on validation questions, seed 0. `w4g128/grace+gptq/0` is the BF16 student trained by GRACE
 (`bf16/grace/0`), then GPTQ. Every trained method has the same students to start from, the same questions in the same order, the
-same number of steps and the same search.
+same number of steps and, on one data set, the same search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.accuracy.methods import AFTER, METHODS, POST
 from benchmarks.accuracy.pair import Shape
 
-__all__ = ["SETTINGS", "SIZES", "Row", "Size", "group_of_rows"]
+__all__ = ["SETTINGS", "SIZES", "Row", "Size", "best_of", "group_of_rows"]
 
 #: bits and group size of each setting; None is one scale per output channel
 SETTINGS: dict[str, tuple[int, int | None] | None] = {
@@ -170,6 +171,21 @@ SIZES: dict[str, Size] = {
         steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, weights=1, calibration=8,
     ),
 }  # fmt: skip
+
+
+def best_of(rates: Mapping[Row, float], weights: Mapping[Row, float]) -> tuple[Row, float | None]:
+    """Return the search's row of the best rate, and the best weight; None where no weight is better than the default.
+
+    Args:
+        rates: validation accuracy of each rate at the default weight.
+        weights: validation accuracy of each other weight at the best rate.
+
+    Of rates or weights that are equally good the first is taken.
+    """
+    best = max(rates, key=lambda one: rates[one])
+    better = max(weights, key=lambda one: weights[one], default=None)
+    return best, better.weight if better is not None and weights[better] > rates[best] else None
+
 
 _PAIR = [Row("pair", "tower", 0), Row("pair", "teacher", 0)]
 _MAIN = ("w2g128", "bf16", "w4g128")

@@ -5,9 +5,13 @@ Everything printed is read from the rows; a row that failed is listed with its e
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.blind import FILE
+from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plot import picture
 from benchmarks.accuracy.rows import Store
 from benchmarks.accuracy.statistics import Group, collect, compare
@@ -16,6 +20,8 @@ __all__ = ["write_table"]
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- accuracy: made by python -m benchmarks.accuracy --table -->", "<!-- accuracy: end -->"
+CAPTIONS_BEGIN = "<!-- captions: made by python -m benchmarks.accuracy --set captions --table -->"
+CAPTIONS_END = "<!-- captions: end -->"
 SHOWN = {
     "bf16": "BF16", "w8g128": "8 bits, group 128", "w4g128": "4 bits, group 128", "w4row": "4 bits, per row",
     "w3g128": "3 bits, group 128", "w3row": "3 bits, per row", "w2g128": "2 bits, group 128", "w2g32": "2 bits, group 32",
@@ -27,11 +33,11 @@ NAMES = {
     "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
     "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
     "grace+gptq": "BF16 + GRACE, then GPTQ", "torchao": "torchao QAT", "modelopt": "ModelOpt QAT + plain KL",
-    "grace-calibration": "GRACE on 512 rows, a tenth of the steps",
+    "grace-calibration": "GRACE on 512 rows, a tenth of the steps", "grace-default": "GRACE at its defaults",
 }  # fmt: skip
 ORDER = (
     "rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "torchao", "modelopt", "ce", "kl",
-    "grace-calibration", "grace",
+    "grace-calibration", "grace-default", "grace",
 )  # fmt: skip
 PARTS = {
     "grace-beta": "beta fixed at", "grace-k": "gate sharpness",
@@ -53,9 +59,25 @@ CHANGED = {
     "kl-teacher-small": "plain KL, smaller teacher", "kl-teacher-large": "plain KL, larger teacher",
     "grace-layer-last": "relation after the last layer", "grace-layers2": "relation after two layers",
     "grace-layers3": "relation after three layers", "grace-text": "relation on text tokens too",
-    "grace-text-alone": "relation on text tokens alone", "grace-default": "relation at its default weight",
+    "grace-text-alone": "relation on text tokens alone",
     "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
 }  # fmt: skip
+READING = (
+    "Differences are paired by seed, on the same questions, with 95 % t-intervals over the seeds that both rows have. An "
+    "interval holds other seeds, not other questions, images or teachers; over two seeds it is wide, or narrow by chance. One "
+    "seed has no interval. A weight is that of the relation (of KL for methods without one): searched, but for GRACE at its "
+    "defaults."
+)
+BLIND = "without the image: each question's most frequent answer in training"
+#: comparisons that no other table has and that the README speaks of: the first row minus the second
+FURTHER = (
+    (("w4g128", "grace"), ("bf16", "grace")), (("w2g128", "grace"), ("bf16", "grace")),
+    *((("w4g128", "grace-calibration"), ("w4g128", one)) for one in ("rtn", "gptq", "awq", "autoround")),
+    *((("w2g128", "grace-calibration"), ("w2g128", one)) for one in ("gptq", "autoround")),
+    *((("w2g128", one), ("w2g128", "kl")) for one in ("kl-frozen", "modelopt", "kl-teacher-small", "kl-teacher-large")),
+    (("w2g128", "grace-text-alone"), ("w2g128", "grace-norelation")), (("w2g128", "ce"), ("bf16", "ce")),
+    *((("w4g128", one), ("w4g128", "gptq")) for one in ("ce", "kl")), (("w2g128", "ce"), ("w2g128", "gptq")),
+)  # fmt: skip
 Groups = dict[tuple[str, str], Group]
 
 
@@ -64,7 +86,19 @@ def name_of(setting: str, method: str) -> str:
     if method == "ce":
         return "fine-tuned" if setting == "bf16" else "QAT alone"
     told = NAMES.get(method, method)
-    return told if setting in ("bf16", "pair") or method not in ("kl", "grace") else f"QAT + {told}"
+    trained = setting not in ("bf16", "pair") and method in ("kl", "grace", "grace-default")
+    return f"QAT + {told}" if trained else told
+
+
+def label_of(group: Group) -> str:
+    """Name a group in a table: its method, and the weight that its seeds trained with where the method has one to search."""
+    known = group.method in (*NAMES, "ce")
+    told = name_of(group.setting, group.method) if known else changed_part(group.method)
+    method = METHODS.get(group.method)
+    if method is None or method.weight is None or not group.records:
+        return told
+    used = sorted({record.get("weight_used") or record.get("weight") or method.weight for record in group.records})
+    return f"{told}, weight {' and '.join(f'{one:g}' for one in used)}"
 
 
 def changed_part(method: str) -> str:
@@ -76,14 +110,17 @@ def changed_part(method: str) -> str:
 
 
 def closed(groups: Groups, setting: str) -> str:
-    """How much of the way from the fine-tuned BF16 student to the teacher GRACE goes, as a sentence."""
-    needed = [groups.get(key) for key in (("bf16", "ce"), (setting, "grace"), ("pair", "teacher"))]
-    if any(group is None for group in needed):
+    """How much of the way from the fine-tuned BF16 student to the teacher GRACE goes, as a sentence. Where the
+    interval of its lead over that student holds 0, or there is none, the sentence says that instead.
+    """
+    start, ours, top = (groups.get(key) for key in (("bf16", "ce"), (setting, "grace"), ("pair", "teacher")))
+    if start is None or ours is None or top is None or top.mean <= start.mean or not {*start.seeds} & {*ours.seeds}:
         return ""
-    low, ours, top = (group.mean for group in needed if group is not None)
-    if top <= low:
-        return ""
-    return f"GRACE closes {100 * (ours - low) / (top - low):.0f} % of the way from the fine-tuned BF16 student to the teacher."
+    lead = compare(ours, start)
+    if not lead.decided:
+        return f"GRACE is not told apart from the fine-tuned BF16 student: {lead} points."
+    share = 100 * (ours.mean - start.mean) / (top.mean - start.mean)
+    return f"GRACE closes {share:.0f} % of the way from the fine-tuned BF16 student to the teacher (its lead: {lead} points)."
 
 
 def _spread(group: Group) -> str:
@@ -95,12 +132,29 @@ def _line(group: Group, against: Group | None) -> str:
     types = types if group.held_out is None else f"{group.held_out:.1f} | {types}"
     apart = against is None or against is group or (group.method != "teacher" and not {*group.seeds} & {*against.seeds})
     difference = "" if apart or against is None else str(compare(against, group))
-    return (
-        f"| {name_of(group.setting, group.method)} | {_spread(group)} | {len(group.seeds)} | {difference} | {types} |"
-    )
+    return f"| {label_of(group)} | {_spread(group)} | {len(group.seeds)} | {difference} | {types} |"
 
 
-def main_table(groups: Groups) -> list[str]:
+def blind_line(blind: dict[str, Any] | None, types: Sequence[str]) -> list[str]:
+    """Return the line of the baseline that sees no image, with a cell for each of `types`; none where it was not computed."""
+    if blind is None:
+        return []
+    cells = " | ".join(f"{100 * blind['by_type'][one]:.1f}" if one in blind["by_type"] else "" for one in types)
+    return [f"| {BLIND} | {100 * blind['accuracy']:.2f} | | | {cells} |"]
+
+
+def missing_default(groups: Groups, setting: str) -> str:
+    """Say where GRACE at its defaults is when a setting has a GRACE row and no such row; empty otherwise."""
+    ours = groups.get((setting, "grace"))
+    if ours is None or not ours.records or (setting, "grace-default") in groups:
+        return ""
+    default = METHODS["grace"].weight
+    if all((record.get("weight_used") or record.get("weight") or default) == default for record in ours.records):
+        return "as GRACE: the search chose the default weight"
+    return "not run"
+
+
+def main_table(groups: Groups, blind: dict[str, Any] | None = None) -> list[str]:
     """One section for each setting that has a GRACE row or another main row."""
     pair = [group for (setting, _), group in groups.items() if setting == "pair" and group.method != "tower"]
     if not pair:
@@ -109,12 +163,14 @@ def main_table(groups: Groups) -> list[str]:
     head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {' | '.join(types)} |"]
     head.append("|---|---|---|---|" + "---|" * len(types))
     lines = ["## The pair", "", *head, *(_line(group, None) for group in sorted(pair, key=lambda g: -g.mean))]
+    lines += blind_line(blind, types)
     for setting, told in SHOWN.items():
         found = [groups[setting, method] for method in ORDER if (setting, method) in groups]
         if len(found) > 1:
             ours = groups.get((setting, "grace"))
             beside = [groups["pair", m] for m in ("student", "teacher") if ("pair", m) in groups and ours is not None]
             lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*beside, *found))]
+            lines += ["", f"GRACE at its defaults: {said}."] if (said := missing_default(groups, setting)) else []
             lines += ["", way] if (way := closed(groups, setting)) else []
     return lines
 
@@ -161,6 +217,19 @@ def ablation_table(groups: Groups) -> list[str]:
     return head + lines if lines else []
 
 
+def further_table(groups: Groups) -> list[str]:
+    """Return the comparisons of `FURTHER` whose two rows are there and have a seed in common."""
+    lines = []
+    for first, second in FURTHER:
+        ours, other = groups.get(first), groups.get(second)
+        if ours is not None and other is not None and {*ours.seeds} & {*other.seeds}:
+            told = " | ".join(f"{SHOWN.get(one.setting, 'the pair')}: {label_of(one)}" for one in (ours, other))
+            found = compare(ours, other)
+            lines.append(f"| {told} | {found} | {found.seeds} |")
+    head = ["", "## Further comparisons", "", "| | minus | points | seeds |", "|---|---|---|---|"]
+    return head + lines if lines else []
+
+
 def search_table(records: list[dict[str, Any]]) -> list[str]:
     """Validation accuracy of every rate, and of every weight at the best rate."""
     found: dict[tuple[str, str], dict[str, float]] = {}
@@ -189,24 +258,71 @@ def failure_table(records: list[dict[str, Any]]) -> list[str]:
     return ["", "## Failed", "", "| row | error |", "|---|---|", *lines] if lines else []
 
 
-def readme_section(groups: Groups) -> str:
+def readme_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
     """The short table: by setting, mean ± sd and GRACE's lead over each method."""
     lines = [
-        "| | accuracy % ± sd over seeds | GRACE of the same bits minus the row, points (paired, 95 %) |",
-        "|---|---|---|",
+        "| | accuracy % ± sd | seeds | GRACE (searched) of the same bits minus the row, points (95 % t-interval over seeds) |",
+        "|---|---|---|---|",
     ]
     for method in ("teacher", "student"):
         if ("pair", method) in groups:
-            lines.append(f"| {NAMES[method]} | {_spread(groups['pair', method])} | |")
+            group = groups["pair", method]
+            lines.append(f"| {NAMES[method]} | {_spread(group)} | {len(group.seeds)} | |")
+    lines += [f"| {BLIND} | {100 * blind['accuracy']:.2f} | | |"] if blind is not None else []
     for setting in ("bf16", "w4g128", "w2g128"):
         ours = groups.get((setting, "grace"))
         for method in ORDER:
             group = groups.get((setting, method))
             if group is not None and ours is not None:
                 difference = "" if group is ours else str(compare(ours, group))
-                lines.append(f"| {SHOWN[setting]}: {name_of(setting, method)} | {_spread(group)} | {difference} |")
+                told = f"{SHOWN[setting]}: {label_of(group)}"
+                lines.append(f"| {told} | {_spread(group)} | {len(group.seeds)} | {difference} |")
+        if missing := missing_default(groups, setting):
+            lines.append(f"| {SHOWN[setting]}: {name_of(setting, 'grace-default')} | {missing} | | |")
     ways = [f"{SHOWN[setting]}: {way}" for setting in ("bf16", "w4g128", "w2g128") if (way := closed(groups, setting))]
     return "\n".join([*lines, "", *(f"- {way}" for way in ways)])
+
+
+def captions_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
+    """The README's table of captions: methods by setting, and GRACE minus each trained method."""
+    settings = ("bf16", "w4g128", "w2g128")
+    lines = [
+        f"| captions, % ± sd | {' | '.join(SHOWN[setting] for setting in settings)} |",
+        "|---|" + "---|" * len(settings),
+    ]
+    if ("pair", "teacher") in groups:
+        lines.append(f"| teacher | {_spread(groups['pair', 'teacher'])} | | |")
+    lines += [f"| {BLIND} | {100 * blind['accuracy']:.2f} | | |"] if blind is not None else []
+    told = {
+        "rtn": "student, rounded to nearest", "gptq": "GPTQ", "ce": "cross-entropy (QAT)", "kl": "plain KL",
+        "grace-default": "GRACE at its defaults", "grace": "GRACE",
+    }  # fmt: skip
+    for method, name in told.items():
+        cells = []
+        for setting in settings:
+            group = groups.get(("pair", "student") if (setting, method) == ("bf16", "rtn") else (setting, method))
+            weight = (
+                label_of(group).rpartition(", weight ")
+                if group is not None and method in ("kl", "grace")
+                else ("",) * 3
+            )
+            cell = missing_default(groups, setting) if method == "grace-default" else ""
+            cells.append(
+                _spread(group) + (f" (weight {weight[2]})" if weight[1] else "") if group is not None else cell
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for method in ("ce", "kl"):
+        both = [(groups.get((setting, "grace")), groups.get((setting, method))) for setting in settings]
+        cells = [str(compare(ours, one)) if ours is not None and one is not None else "" for ours, one in both]
+        lines.append(f"| GRACE minus {told[method]}, points | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _into_readme(section: str, begin: str, end: str) -> None:
+    """Put a section between its two marks in the README."""
+    if README.is_file() and begin in (old := README.read_text()):
+        before, _, rest = old.partition(begin)
+        README.write_text(f"{before}{begin}\n{section}\n{end}{rest.partition(end)[2]}")
 
 
 def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...] = ()) -> str:
@@ -220,17 +336,17 @@ def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...]
     revisions = sorted({record["revision"] for record in records})
     hours = sum(record["seconds"] for record in records) / 3600
     told = (*told, *sorted({record["pictures"] + "." for record in records if "pictures" in record}))
-    drawn = "pictures" if any(group.cluster > 1 for group in groups.values()) else "questions"
+    blind = json.loads((results / FILE).read_text()) if (results / FILE).is_file() else None
     head = [
         "# Accuracy study", "", f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
-        f"{', '.join(revisions)}. Differences are paired, with 95 % bootstrap intervals over {drawn} and seeds "
-        "(few seeds are drawn from, so the intervals are a little narrow).", "", *(line for one in told for line in (one, "")),
+        f"{', '.join(revisions)}. {READING}", "", *(line for one in told for line in (one, "")),
     ]  # fmt: skip
     parts = [
         *head,
-        *main_table(groups),
+        *main_table(groups, blind),
         *rounding_table(groups),
         *ablation_table(groups),
+        *further_table(groups),
         *search_table(records),
         *failure_table(records),
     ]
@@ -238,7 +354,8 @@ def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...]
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(text)
     (results / "accuracy.svg").write_text(picture(groups, name_of, SHOWN, ORDER))
-    if readme and README.is_file() and BEGIN in (old := README.read_text()):
-        before, _, rest = old.partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{readme_section(groups)}\n{END}{rest.partition(END)[2]}")
+    if readme and any("held_out" in record for record in records):
+        _into_readme(captions_section(groups, blind), CAPTIONS_BEGIN, CAPTIONS_END)
+    elif readme:
+        _into_readme(readme_section(groups, blind), BEGIN, END)
     return text

@@ -22,7 +22,7 @@ from benchmarks.accuracy.photos import Photos, load
 from benchmarks.accuracy.relation import deep_states
 from benchmarks.accuracy.rows import Store, scored
 from benchmarks.accuracy.scenes import Album, draw
-from benchmarks.accuracy.study import Row, Size
+from benchmarks.accuracy.study import Row, Size, best_of
 from benchmarks.accuracy.train import NAMING, from_scratch, learn, order_of
 
 __all__ = ["TRAIN_SEED", "Work"]
@@ -182,13 +182,11 @@ class Work:
             }
             for rows in (row.rates(self.size), row.weights(self.size))
         )
-        best = max(rates, key=lambda one: rates[one])
+        best, weight = best_of(rates, weights)
         assert best.rate is not None
         said = {f"{one.rate:g}": value for one, value in rates.items()}
         if row.weight is not None:
             return best.rate, row.weight, said
-        better = max(weights, key=lambda one: weights[one], default=None)
-        weight = better.weight if better is not None and weights[better] > rates[best] else None
         return best.rate, weight, said | {f"w{one.weight:g}": value for one, value in weights.items()}
 
     def _trained(self, row: Row) -> dict[str, Any]:
@@ -204,7 +202,8 @@ class Work:
             model, teacher, method, row.setting, self.rows["student"], self.albums["student"], self.text, order=order,
             rate=rate, scales=scales, deep=self.deep(method),
         )  # fmt: skip
-        said |= {"rate": rate, "weight": weight, "search": search, "steps": steps, "photos": size.photos["student"]}
+        used = {"weight": weight if method.weight == weight else None, "weight_used": method.weight}
+        said |= {"rate": rate, **used, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun
         if row.kept:
             model = self._keep(model, row, frozen)

@@ -129,7 +129,9 @@ def _rows(
 
 def _say_pinned(pinned: bool) -> None:
     if pinned:
-        logger.warning("the controller spent most of the run at a bound of beta; see share_at_bound in the log")
+        logger.warning(
+            "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
+        )
 
 
 def train(

@@ -20,7 +20,6 @@ from benchmarks.accuracy.pool import make_all
 from benchmarks.accuracy.rows import Store, answers_of, scored
 from benchmarks.accuracy.scenes import NUMBERS, PLURALS, TYPES, Album, compose, draw, sentences
 from benchmarks.accuracy.served import questions_of
-from benchmarks.accuracy.statistics import Group, compare
 from benchmarks.accuracy.study import SIZES, Row, group_of_rows
 from benchmarks.accuracy.table import write_table
 from benchmarks.accuracy.work import Work
@@ -136,23 +135,6 @@ def test_scores_are_those_of_generated_answers() -> None:
             do_sample=False, pad_token_id=pair.PAD, eos_token_id=pair.EOS,
         )  # fmt: skip
         assert found[number] == (out[0, at[number] :].tolist() == wanted)
-
-
-def group(right: np.ndarray, method: str) -> Group:
-    return Group("bf16", method, tuple(range(len(right))), right, ())
-
-
-def test_intervals_hold_questions_and_seeds() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.random((5, 4000)) < 0.6
-    better = base | (rng.random(base.shape) < 0.05)
-    told = compare(group(better, "a"), group(base, "b"))
-    assert told.low < told.points < told.high and told.decided
-    assert told.points == pytest.approx(100 * (better.mean() - base.mean()))
-    apart = base.copy()
-    apart[0] |= rng.random(4000) < 0.9  # one seed alone makes the difference: seeds must widen the interval
-    assert not compare(group(apart, "a"), group(base, "b")).low > 0.5
-    assert str(compare(group(base, "a"), group(base, "b"))) == "+0.00 [+0.00, +0.00]"
 
 
 def test_names_of_rows_are_read_and_refused() -> None:

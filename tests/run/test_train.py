@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from datasets import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import grace_plugin
+from grace_plugin.controller import ControllerSettings, is_pinned, start
+from grace_plugin.run.train import _say_pinned
 from grace_plugin.upstream import Modifier, ModifierFactory
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run, structure
@@ -314,3 +318,16 @@ def test_a_mixed_precision_run_leaves_no_autocast_on_the_model(llava: Pair, tmp_
     recipe = recipe_text(llava.teacher, teacher={"model": str(llava.teacher)})
     assert run(llava, tmp_path / "out", recipe=recipe, **options).verification["logits_equal"]
     assert during[0] and not during[-1]  # the last pass is the checkpoint's probe
+
+
+@pytest.mark.parametrize(("at_bound", "warned"), [(25, False), (26, True)])
+def test_pinned_warning__a_quarter_of_the_steps__text_and_threshold_agree(
+    at_bound: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = replace(start(ControllerSettings(tau=1.0, eta=1.0), 100), counted=100, steps_at_bound=at_bound)
+    assert state.controlled == 100
+    with caplog.at_level(logging.WARNING):
+        _say_pinned(is_pinned(state))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
+    ] * warned
