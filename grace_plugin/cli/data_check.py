@@ -38,6 +38,17 @@ def _tables(report: dict[str, Any], console: Console) -> None:
             f"{', ...' if report['repeated_ids'] > 5 else ''}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+    for key, told in (
+        ("unused_fields", "fields that nothing reads"),
+        (
+            "spelled_special_tokens",
+            "special tokens that samples spell and that stay text (--special_tokens allows some)",
+        ),
+    ):
+        if report[key]:
+            listed = ", ".join(f"{name} ({count:,})" for name, count in list(report[key].items())[:20])
+            more = ", ..." if len(report[key]) > 20 else ""
+            console.print(f"{told}: {listed}{more}", markup=False, soft_wrap=True)
     if report["rejected"]:
         reasons = Table("reason", "rows", title="rows that cannot be used")
         for reason, count in report["rejected"].items():
@@ -53,7 +64,8 @@ def data_check(args: Namespace) -> None:
     """Look at every row, print the tables, write report, list and page.
 
     Raises:
-        ValueError: nothing readable, or more rows than `--max_bad_rows` that cannot be used (the page is written first).
+        ValueError: nothing readable, no sample that can be used, or more than `--max_bad_rows` that cannot (the page is written
+            first).
     """
     from grace_plugin.data import BadRowsError, ConversationCollator, load_rows, prepare
     from grace_plugin.data.page import write_page
@@ -81,6 +93,9 @@ def data_check(args: Namespace) -> None:
     )
     _tables(found.report, console)
     console.print(f"{page} and the report beside it, in {time.monotonic() - start:.1f} s", soft_wrap=True)
+    if not found.report["usable"]:
+        first = next((entry.message for entry in found.entries if entry.reason), "")
+        raise BadRowsError(f"no sample can be used; the first: {first}")
     bad = 1.0 - found.report["usable"] / found.report["rows"]
     if bad > args.max_bad_rows:
         raise BadRowsError(

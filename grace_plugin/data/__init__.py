@@ -3,6 +3,7 @@
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Row, check_row, check_rows, read_row
 from grace_plugin.data.faults import REASONS, RowError
+from grace_plugin.data.given import as_samples
 from grace_plugin.data.key import SAMPLE_KEY, processor_settings, sample_key
 from grace_plugin.data.mix import draw_rows
 from grace_plugin.data.order import RowSampler, epoch_order, rank_batches
@@ -20,6 +21,7 @@ __all__ = [
     "RowError",
     "RowSampler",
     "StreamedRows",
+    "as_samples",
     "check_row",
     "check_rows",
     "draw_rows",

@@ -18,6 +18,7 @@ Legend: B batch, S longest row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -32,8 +33,9 @@ from grace_plugin.data.processed_size import ProcessedSizes
 from grace_plugin.data.recent import Recent
 from grace_plugin.data.runs import visual_runs
 from grace_plugin.data.segments import Segment, Segmenter
+from grace_plugin.data.shown import shown
 from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Tokens
-from grace_plugin.vlm import VISUAL_RUNS
+from grace_plugin.vlm import VISUAL_RUNS, bounded_size
 
 __all__ = ["IGNORE_INDEX", "ConversationCollator", "Piece"]
 
@@ -50,22 +52,32 @@ class ConversationCollator:
         max_pixels: largest image in pixels; None for no limit.
         keys: put each row's `sample_key` into the batch, a list of strings that no model takes.
         packed: one sequence for all rows, with `position_ids` instead of `attention_mask`.
+        special_tokens: special tokens that samples may write; any other that a sample spells stays text.
+        vocabulary: token ids that may be used, 0 to `vocabulary` - 1; None for all that the tokenizer has.
+        context: tokens that the model takes, None for no limit.
+
+    Raises:
+        ValueError: no chat template, or `special_tokens` that the tokenizer does not have.
     """
 
     def __init__(
         self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS, *,
-        keys: bool = False, packed: bool = False,
+        keys: bool = False, packed: bool = False, special_tokens: Sequence[str] = (), vocabulary: int | None = None,
+        context: int | None = None,
     ) -> None:  # fmt: skip
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
         self.max_length, self.max_pixels, self.keys, self.packed = max_length, max_pixels, keys, packed
-        self.segmenter = Segmenter(processor)
+        self.vocabulary, self.context = vocabulary, context
+        self.segmenter = Segmenter(processor, special_tokens=_token_list(special_tokens))
         self._tokens = Tokens(self.segmenter)
         self._recent: Recent[list[Segment]] = Recent()
         pad = processor.tokenizer.pad_token_id
         self.processed_sizes = ProcessedSizes(getattr(processor, "image_processor", None), max_pixels)
-        self._pad = {"input_ids": 0 if pad is None else pad, "labels": IGNORE_INDEX}
+        # attention masks padding, but every model looks its id up: one that only the student has would fail in the teacher
+        known = pad is not None and (vocabulary is None or pad < vocabulary)
+        self._pad = {"input_ids": pad if known else 0, "labels": IGNORE_INDEX}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """[rows] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
@@ -77,11 +89,12 @@ class ConversationCollator:
         """
         batch = self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows])
         if self.keys:
-            batch[SAMPLE_KEY] = [sample_key(row) for row in rows]
+            batch[SAMPLE_KEY] = [sample_key(row, special_tokens=self.segmenter.special_tokens) for row in rows]
         return batch
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
+        rows = [self._bounded(row) for row in rows]
         for row in rows:  # of a stream or a sequence that was not checked, an image could ask for any memory here
             for image in row.images:
                 self.processed_sizes.check((image.height, image.width), row.name)
@@ -112,6 +125,9 @@ class ConversationCollator:
             batch[key] = self._join(
                 [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
             )
+        if self.vocabulary is not None and highest_id(batch["input_ids"]) >= self.vocabulary:
+            for own, row in zip(text, rows, strict=True):
+                self.check_ids(row.name, max(highest_id(piece.ids["input_ids"]) for piece in own))
         labels = [[piece.labels() for piece in own] for own in text]
         if self.packed:
             labels = [[torch.cat(own).index_fill(0, torch.tensor([0]), IGNORE_INDEX)] for own in labels]
@@ -122,7 +138,7 @@ class ConversationCollator:
         return batch
 
     def check_length(self, name: str, length: int) -> None:
-        """Refuse a row of more than `max_length` tokens.
+        """Refuse a row of more than `max_length` tokens, or of more than the model's context.
 
         Raises:
             RowError: names the row and both lengths.
@@ -133,6 +149,50 @@ class ConversationCollator:
                 f"{name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
                 "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
             )
+        if self.context is not None and length > self.context:
+            raise RowError(
+                "too_long",
+                f"{name} has {length} tokens and the model's context is {self.context} (max_position_embeddings); shorten the "
+                "sample, lower the image resolution, or set rope scaling in the model's config",
+            )
+
+    def check_ids(self, name: str, highest: int) -> None:
+        """Refuse a sample with a token id that the models do not have; `highest` is its largest.
+
+        Raises:
+            RowError: names the sample, the token and the limit.
+        """
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            token = self.processor.tokenizer.convert_ids_to_tokens(highest)
+            raise RowError(
+                "outside_vocabulary",
+                f"{name} has the token {shown(token)} with id {highest}; the student's ids, or those that it shares with its "
+                f"teacher, end at {self.vocabulary - 1}. Remove that text, or take the token out of the tokenizer",
+            )
+
+    def _bounded(self, row: Row) -> Row:
+        """The row with those images resized whose parts ask for a size of their own."""
+        bounds = row.bounds if row.images else []
+        if not any(bounds):
+            return row
+        images = [
+            image.resize(self.bounded_size((image.height, image.width), asked, row.name)[::-1]) if asked else image
+            for image, asked in zip(row.images, bounds, strict=True)
+        ]
+        return replace(row, images=tuple(images))
+
+    def bounded_size(self, size: tuple[int, int], asked: Mapping[str, int], name: str) -> tuple[int, int]:
+        """Return (height, width) of an image of `size` whose part asks for bounds of its own.
+
+        Raises:
+            RowError: the processor takes none for single images, or the bounds are outside its own.
+        """
+        if not asked:
+            return size
+        try:
+            return bounded_size(getattr(self.processor, "image_processor", None), size, asked)
+        except ValueError as error:
+            raise RowError("unknown_field", f"{name} gives {', '.join(asked)} for an image: {error}") from error
 
     def count_tokens(self, pieces: Sequence[Piece], written: Sequence[Sequence[str]]) -> list[int]:
         """Tokens of each piece, with `written` in the places of its images."""
@@ -170,9 +230,9 @@ class ConversationCollator:
             ]
         return given
 
-    def _segments(self, row: Row) -> list[Segment]:
-        """The row's segments, remembered by what the row says."""
-        said = repr((row.messages, len(row.images), len(row.videos)))
+    def segments(self, row: Row) -> list[Segment]:
+        """Return the row's segments, remembered by what the row says."""
+        said = repr((row.messages, len(row.images), len(row.videos), row.tools))
         found = self._recent.get(said)
         if found is None:
             found = self.segmenter.segments(row)
@@ -189,7 +249,7 @@ class ConversationCollator:
         images, videos = list(row.images), list(row.videos)
         pieces: list[Piece] = []
         before = ""
-        for segment in self._segments(row):
+        for segment in self.segments(row):
             piece = Piece(number, segment.text, segment.learned, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
@@ -207,3 +267,16 @@ class ConversationCollator:
             if self._start and pieces[0].ids:
                 pieces.insert(0, Piece(number, "", False, ids={"input_ids": torch.tensor(self._start)}))
         return pieces
+
+
+def highest_id(ids: Tensor) -> int:
+    """Return the largest of some token ids; -1 for none."""
+    return int(ids.max()) if ids.numel() else -1
+
+
+def _token_list(given: Sequence[str]) -> tuple[str, ...]:
+    """`special_tokens` as a tuple; one string is taken for one token."""
+    tokens = (given,) if isinstance(given, str) else tuple(given or ())
+    if not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"special_tokens is {shown(given)}; give a list of texts")
+    return tokens

@@ -1,44 +1,71 @@
-"""A row of data: a conversation in the TRL messages format with its images and videos.
+"""A sample: a conversation with its images and videos, in one form whatever format it came in.
 
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]},
                   {"role": "assistant", "content": [{"type": "text", "text": "..."}]}],
      "images": [PIL.Image | path | {"bytes": ..., "path": ...}], "videos": [[frame, ...] | path | {"bytes": ...}], "fps": 2.0}
 
-Content may also be a plain string, and a row in the LLaVA format (`conversations`) is translated first. The k-th image
-placeholder of the conversation takes the k-th image, and so for videos. Where every message is a plain string there is no
-place for a placeholder, and the row's images stand at the beginning of the first user turn, as TRL puts them. Only assistant
-turns are learned from. Refused with the row named and the reason to count it by (`faults.REASONS`): placeholders and images
-that do not match in number, unknown roles, turns out of order, empty turns, text that is not valid Unicode.
+Other formats are translated first (`formats.py`). The k-th image placeholder of the conversation takes the k-th image, and so
+for videos. A placeholder is a content part; a part may hold its image itself (`parts.py`). Where the content of a user turn
+is a plain string and the sample has the field `images`, the tags `<image>` in it are placeholders, in order; where no string
+has a tag, the sample's images stand at the beginning of the first user turn, as TRL puts them. In a sample without that field
+a tag is text. So it is for `videos` and `<video>`, but for the place of videos without a tag, which is not guessed.
+
+Only assistant turns are learned from, and of those not the ones that say `train: false` or `weight: 0` (`turns.py`). Which
+fields a sample may have is in `schema.py`. Refused with the sample named and the reason to count it by (`faults.REASONS`):
+placeholders and images that do not match in number, unknown roles, turns out of order, empty turns, invalid Unicode.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from grace_plugin.data.faults import RowError, raise_unreadable
-from grace_plugin.data.llava_format import from_llava, is_llava
+from grace_plugin.data.formats import to_messages
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
+from grace_plugin.data.parts import BOUNDS, media_value
+from grace_plugin.data.schema import is_empty
 from grace_plugin.data.shown import shown
+from grace_plugin.data.turns import check_order, read_tools, read_turn
 from grace_plugin.data.video import Video, decode_video
 
 __all__ = ["Row", "check_row", "check_rows", "read_row", "row_name"]
 
-ROLES = ("system", "user", "assistant")
-PARTS = ("text", "image", "video")
+KINDS = ("image", "video")
+_BOXES = ("<bbox>", "<ref-object>")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checked row: `messages` with content as lists of parts, `images` and `videos` in placeholder order, `name` to say."""
+    """A checked row: `messages` with content as lists of parts, `images` and `videos` in placeholder order, `name` to say.
+
+    tools: what the assistant may call. unused: names of fields that nothing reads.
+    """
 
     name: str
     messages: tuple[dict[str, Any], ...]
     images: tuple[Any, ...]
     videos: tuple[Any, ...] = ()
     fps: float = 2.0
+    tools: tuple[dict[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def bounds(self) -> list[dict[str, int]]:
+        """What each image's part says of its size in pixels; empty for most."""
+        parts = [part for message in self.messages for part in message["content"] if part["type"] == "image"]
+        return [{key: part[key] for key in BOUNDS if key in part} for part in parts]
+
+    def as_sample(self) -> dict[str, Any]:
+        """Return the sample in the form that `check_row` gives back unchanged."""
+        return {
+            "id": self.name.removeprefix("row "), "messages": list(self.messages), "images": list(self.images),
+            "videos": list(self.videos), "fps": self.fps, "tools": list(self.tools),
+        }  # fmt: skip
 
 
 def row_name(row: Any, number: int | None = None) -> str:
@@ -47,94 +74,50 @@ def row_name(row: Any, number: int | None = None) -> str:
     for key in ("id", "name"):
         if row.get(key) is not None:
             return f"row {shown(row[key])}"
-    return f"the row {shown(row.get('messages'), 200)}" if number is None else f"row {number}"
+    return f"the row {shown(row.get('messages'))}" if number is None else f"row {number}"
 
 
-def _text_part(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RowError("malformed", f"{name}: a {role} turn holds a text part without text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "invalid_utf8",
-            f"{name}: the text of a {role} turn is not valid UTF-8 at character {error.start}; mend the file",
-        ) from error
-    return {"type": "text", "text": text}
+def _listed(row: Mapping[str, Any], kind: str, name: str) -> list[Any] | None:
+    """The sample's own list of images or videos; None when it has no such field."""
+    many, one = row.get(f"{kind}s"), row.get(kind)
+    if isinstance(one, str) and not one:
+        one = None
+    if many is not None and (isinstance(many, (str, bytes, Mapping)) or not hasattr(many, "__iter__")):
+        raise RowError("malformed", f"{name}: {kind}s is a {type(many).__name__}; give a list")
+    if one is not None and not is_empty(many):
+        raise RowError("malformed", f"{name} has {kind} and {kind}s; give one of them")
+    if one is None:
+        return None if many is None else [media_value(value) for value in many if value is not None]
+    several = kind == "image" and isinstance(one, (list, tuple))
+    return [media_value(value) for value in (one if several else [one])]
 
 
-def _parts(message: Any, name: str) -> list[dict[str, Any]]:
-    """Content of a message as a list of parts."""
-    if not isinstance(message, Mapping):
-        raise RowError(
-            "malformed", f"{name}: a message is a {type(message).__name__}; give an object with role and content"
-        )
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RowError("unknown_role", f"{name}: role {shown(role)} is not one of {ROLES}")
-    if content is None:
-        raise RowError("empty_conversation", f"{name}: a {role} turn has no content; give text or a list of parts")
-    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(given, (list, tuple)) or not all(isinstance(part, Mapping) for part in given):
-        raise RowError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
-    parts = []
-    for part in given:
-        if part.get("type") not in PARTS:
-            raise RowError(
-                "malformed", f"{name}: a {role} turn holds a part of type {shown(part.get('type'))}; rows take {PARTS}"
-            )
-        if part["type"] != "text" and role == "assistant":
-            raise RowError("malformed", f"{name}: an assistant turn holds an {part['type']}; only text can be learned")
-        parts.append(_text_part(part, role, name) if part["type"] == "text" else {"type": part["type"]})
-    texts = ["x" if part["type"] != "text" else part["text"] for part in parts]
-    if not "".join(texts).strip() if role == "assistant" else not "".join(texts):
-        raise RowError("empty_conversation", f"{name}: a {role} turn is empty; give text, or drop the turn")
-    return parts
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values are one image or video: the same path, bytes, pixels or frames."""
+    if one is other:
+        return True
+    equal = one == other  # of PIL images: their pixels
+    return equal if isinstance(equal, bool) else bool(np.all(equal))
 
 
-def _check_order(messages: list[dict[str, Any]], name: str) -> None:
-    """System first if at all, then user and assistant in turn, the assistant last."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if roles[-1] != "assistant":
-        raise RowError(
-            "roles_out_of_order",
-            f"{name} ends with a {roles[-1]} turn; the last turn must be the assistant's to learn from it",
-        )
-    if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise RowError(
-            "roles_out_of_order",
-            f"{name}: roles stand in the order {', '.join(roles)}; user and assistant take turns, after one system turn",
-        )
-
-
-def _attached(row: Mapping[str, Any], kind: str, messages: list[dict[str, Any]], name: str) -> tuple[Any, ...]:
-    """The row's images or videos, as many as the conversation has placeholders for."""
-    given = row.get(f"{kind}s")
-    if given is None and row.get(kind) is not None:
-        given = [row[kind]]
-    if given is not None and (isinstance(given, (str, bytes)) or not hasattr(given, "__iter__")):
-        raise RowError("malformed", f"{name}: {kind}s is a {type(given).__name__}; give a list")
-    attached = tuple(given) if given is not None else ()
-    placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
-    if placeholders != len(attached):
+def _attached(kind: str, listed: list[Any] | None, inline: list[Any], name: str) -> tuple[Any, ...]:
+    """The sample's images or videos, one for each placeholder; `inline` has None for a part that holds none itself."""
+    given, bare = listed or [], sum(value is None for value in inline)
+    if given and inline and not bare:
+        if len(given) == len(inline) and all(map(_is_same, given, inline)):
+            return tuple(inline)
         raise RowError(
             "placeholder_mismatch",
-            f"{name} has {placeholders} {kind} placeholder(s) and {len(attached)} {kind}(s); "
-            f'give one {{"type": "{kind}"}} part per {kind}, in order',
+            f"{name} holds {len(inline)} {kind}(s) in its content and {len(given)} other(s) in {kind}s; give each once",
         )
-    return attached
-
-
-def _with_images(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
-    """Put a placeholder for each image before the text of the first user turn, where all messages are plain strings."""
-    given = row.get("images") if row.get("images") is not None else [row.get("image")]
-    if not isinstance(given, (list, tuple)) or not all(isinstance(m["content"], str) for m in row["messages"]):
-        return
-    first = next((message for message in messages if message["role"] == "user"), None)
-    if first is not None:
-        first["content"] = [{"type": "image"} for image in given if image is not None] + first["content"]
+    if bare != len(given):
+        raise RowError(
+            "placeholder_mismatch",
+            f"{name} has {bare} {kind} placeholder(s) and {len(given)} {kind}(s); "
+            f'give one {{"type": "{kind}"}} part, or one <{kind}> in plain text, per {kind}, in order',
+        )
+    rest = iter(given)
+    return tuple(next(rest) if value is None else value for value in inline)
 
 
 def _fps(value: Any, name: str) -> float:
@@ -148,34 +131,57 @@ def _fps(value: Any, name: str) -> float:
     return fps
 
 
+def _rate(row: Mapping[str, Any], media: list[tuple[str, Any, Any]], name: str) -> float:
+    """The sample's frames a second: its own field, or what the parts of its videos say alike."""
+    videos = [fps for kind, _, fps in media if kind == "video"]
+    told = {_fps(fps, name) for fps in [row.get("fps"), *videos] if fps is not None}
+    if len(told) > 1 or (row.get("fps") is None and told and None in videos):
+        raise RowError("malformed", f"{name} asks for several values of fps; give one for all of its videos")
+    return told.pop() if told else 2.0
+
+
+def _check_boxes(row: Mapping[str, Any], messages: list[dict[str, Any]], name: str) -> None:
+    """Refuse tags that another tool replaces by the sample's `objects`."""
+    if is_empty(row.get("objects")):
+        return
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if any(tag in text for text in texts for tag in _BOXES):
+        raise RowError(
+            "unknown_field",
+            f"{name} has the tags <bbox> or <ref-object> in its text, and `objects` is not read; write the boxes into the text "
+            "as the model reads them (special tokens: special_tokens=)",
+        )
+
+
 def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     """Normalise a row without opening its images.
 
     Raises:
-        RowError (a ValueError): names the row, what is wrong with it and the way out.
+        RowError (a ValueError): names the row, what is wrong with it and how to fix it.
     """
     name = row_name(row, number)
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"{name} is a {type(row).__name__}, not an object")
     raise_unreadable(row)
-    if is_llava(row):
-        row = from_llava(row, name)
-    messages = row.get("messages")
-    if messages is not None and (isinstance(messages, (str, Mapping)) or not hasattr(messages, "__len__")):
-        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
-    if messages is None or len(messages) == 0:
-        raise RowError(
-            "empty_conversation",
-            f"{name} has no messages; expected the messages format ({shown(sorted(map(str, row)), 120)} found)",
-        )
-    normal = []
-    for message in messages:
-        parts = _parts(message, name)
-        normal.append({"role": message["role"], "content": parts})
-    _check_order(normal, name)
-    _with_images(row, normal)
-    images, videos = (_attached(row, kind, normal, name) for kind in ("image", "video"))
-    return Row(name, tuple(normal), images, videos, _fps(row.get("fps"), name))
+    made, unused = to_messages(row, name)
+    listed = {kind: _listed(made, kind, name) for kind in KINDS}
+    kinds = tuple(kind for kind in KINDS if listed[kind] is not None)
+    messages, media, plain = [], [], []
+    for turn in made["messages"]:
+        message, found, said_plainly = read_turn(turn, name, kinds)
+        messages.append(message)
+        media += found
+        plain.append(said_plainly)
+    check_order(messages, name)
+    _check_boxes(row, messages, name)
+    inline = {kind: [value for one, value, _ in media if one == kind] for kind in KINDS}
+    if all(plain) and listed["image"] and not inline["image"]:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image"} for _ in listed["image"]] + first["content"]
+        inline["image"] = [None] * len(listed["image"])
+    images, videos = (_attached(kind, listed[kind], inline[kind], name) for kind in KINDS)
+    tools = read_tools(row.get("tools"), name)
+    return Row(name, tuple(messages), images, videos, _rate(made, media, name), tools, unused)
 
 
 def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Row:
@@ -192,7 +198,7 @@ def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: i
     videos: tuple[Video, ...] = tuple(
         decode_video(video, checked.name, max_pixels, checked.fps) for video in checked.videos
     )
-    return Row(checked.name, checked.messages, images, videos, checked.fps)
+    return replace(checked, images=images, videos=videos)
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], limit: int = 1000) -> int:

@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "invalid_utf8": "the row holds bytes or characters that are not valid UTF-8",
     "empty_conversation": "no messages, or a turn without content",
     "malformed": "fields of another type or name than the format's",
+    "unknown_field": "a field that would change what is learned or seen, and that nothing here reads",
     "unknown_role": "a role the format does not know",
     "roles_out_of_order": "turns that do not alternate, or do not end with the assistant",
     "placeholder_mismatch": "another number of placeholders than of images or videos",
@@ -30,7 +31,8 @@ REASONS: dict[str, str] = {
     "unreadable_video": "a video that cannot be decoded, or ends early, or has no picture",
     "video_unsupported": "a video for a model that takes none, or one that was decoded and that its processor refuses",
     "template": "a conversation the model's chat template cannot render, or renders without its images",
-    "too_long": "more tokens than max_length",
+    "too_long": "more tokens than max_length or than the model's context",
+    "outside_vocabulary": "a token that the model, or its teacher, has no embedding for",
     "no_supervised_tokens": "nothing of the row is learned",
     "duplicate": "the same id and content as an earlier row",
 }

@@ -23,12 +23,13 @@ from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.key import processor_settings
 from grace_plugin.data.measure import Entry, Measure
 from grace_plugin.data.mix import Rows
+from grace_plugin.data.parts import inline_media
 from grace_plugin.data.video import DecoderMissingError
 
 __all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
 _CHUNK = 64
-_VERSION = 3
+_VERSION = 4
 
 
 def cache_folder() -> Path:
@@ -41,7 +42,9 @@ def cache_folder() -> Path:
 def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, folder: Path | None = None) -> Path:
     """The index of a dataset for a processor."""
     settings = processor_settings(collator.processor)
-    parts: list[Any] = [_VERSION, fingerprint, decode, collator.max_pixels, collator.segmenter.template, settings]
+    segmenter = collator.segmenter
+    parts: list[Any] = [_VERSION, fingerprint, decode, collator.max_pixels, segmenter.template, settings]
+    parts.append(sorted(segmenter.special_tokens))
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return (folder or cache_folder()) / f"{key}.jsonl"
 
@@ -61,8 +64,10 @@ def _files(value: Any) -> Iterator[str]:
 def stamp(row: Any) -> str:
     """Digest of size and modification time of the files a row names; "" when it names none."""
     marks = []
-    for key in ("image", "images", "video", "videos"):
-        for path in _files(row.get(key)) if isinstance(row, Mapping) else ():
+    named = [row.get(key) for key in ("image", "images", "video", "videos")] if isinstance(row, Mapping) else []
+    named += [part[key] for part, key in inline_media(row)] if isinstance(row, Mapping) else []
+    for value in named:
+        for path in _files(value):
             try:
                 found = os.stat(path)
                 marks.append(f"{found.st_size} {found.st_mtime_ns}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,11 @@ def _media(item: Any, name: str) -> Any:
     return [_media(frame, name) for frame in item]
 
 
-def sample_key(row: Mapping[str, Any], number: int | None = None) -> str:
+def sample_key(row: Mapping[str, Any], number: int | None = None, special_tokens: Sequence[str] = ()) -> str:
     """64 hexadecimal digits: SHA-256 of the checked conversation, its pictures and videos; ids and names do not count.
+
+    special_tokens: those that samples may write. Of them only the ones that this sample writes count, for the others change
+    nothing in it.
 
     Raises:
         RowError (a ValueError): a row that cannot be used, or media that cannot be read, named.
@@ -65,6 +68,12 @@ def sample_key(row: Mapping[str, Any], number: int | None = None) -> str:
     parts |= {kind: [_media(item, checked.name) for item in getattr(checked, kind)] for kind in ("images", "videos")}
     if checked.videos:
         parts["fps"] = checked.fps
+    if checked.tools:
+        parts["tools"] = checked.tools
+    said = str((checked.messages, checked.tools)) if special_tokens else ""
+    written = sorted(token for token in special_tokens if repr(token)[1:-1] in said)
+    if written:
+        parts["special_tokens"] = written
     return _digest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from grace_plugin.data.collate import IGNORE_INDEX, ConversationCollator
+from grace_plugin.data.collate import IGNORE_INDEX, ConversationCollator, highest_id
 from grace_plugin.data.conversation import Row, check_row, read_row, row_name
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.layout import Layout
@@ -30,7 +30,8 @@ class Entry(NamedTuple):
     """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
     mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
-    ("" for none). film: frames of its longest video, 0 for a row without.
+    ("" for none). film: frames of its longest video, 0 for a row without. highest: its largest token id. unused: names of
+    fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line.
     """
 
     tokens: int = 0
@@ -43,6 +44,9 @@ class Entry(NamedTuple):
     digest: str = ""
     stamp: str = ""
     film: int = 0
+    highest: int = -1
+    unused: str = ""
+    spelled: str = ""
 
 
 def _content(value: Any) -> Any:
@@ -79,7 +83,13 @@ class Measure:
                 mark = _digest(row["id"])
                 digest = _digest(dict(row))
             found = self._run(row, number) if checked.videos else self._count(checked)
-            return found._replace(mark=mark, digest=digest)
+            spelled = [part.text for part in self.collator.segments(checked) if part.literal]
+            return found._replace(
+                mark=mark,
+                digest=digest,
+                unused="\n".join(checked.unused),
+                spelled="\n".join(filter(str.isprintable, spelled)),
+            )
         except RowError as fault:
             text = str(fault)
             return Entry(
@@ -96,6 +106,8 @@ class Measure:
 
     def _count(self, row: Row) -> Entry:
         sizes = [image_size(image, row.name, self.collator.max_pixels) for image in row.images]
+        bounds = row.bounds if sizes else []
+        sizes = [self.collator.bounded_size(size, asked, row.name) for size, asked in zip(sizes, bounds, strict=True)]
         for size in sizes:
             self.collator.processed_sizes.check(size, row.name)
         if self.decode:
@@ -108,7 +120,9 @@ class Measure:
         counts = self.collator.count_tokens(pieces, [[one.text for one in own] for own in shown])
         counts = [count + sum(one.cut for one in own) for count, own in zip(counts, shown, strict=True)]
         supervised = sum(count for count, piece in zip(counts, pieces, strict=True) if piece.learned)
-        return Entry(sum(counts), sum(one.visual for own in shown for one in own), supervised, len(sizes))
+        highest = max((highest_id(piece.ids["input_ids"]) for piece in pieces), default=-1)
+        visual = sum(one.visual for own in shown for one in own)
+        return Entry(sum(counts), visual, supervised, len(sizes), highest=highest)
 
     def _run(self, given: Mapping[str, Any], number: int) -> Entry:
         """A row through the collator itself."""
@@ -118,7 +132,9 @@ class Measure:
             raise RowError(
                 "video_unsupported", f"{row.name} has a video and the model's processor takes none; drop the row"
             )
-        limit, collator.max_length = collator.max_length, None
+        # lengths and ids are checked against the run's limits afterwards: an entry outlives them in the index
+        limits = collator.max_length, collator.context, collator.vocabulary
+        collator.max_length = collator.context = collator.vocabulary = None
         try:
             batch = collator.encode([row])
         except RowError:
@@ -129,9 +145,10 @@ class Measure:
                 f"{row.name}: the model's processor refuses its video: {shortened(error)}; drop the row",
             ) from error
         finally:
-            collator.max_length = limit
+            collator.max_length, collator.context, collator.vocabulary = limits
         ids = batch["input_ids"][0]
         visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
         learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
         film = max((len(video.frames) for video in row.videos), default=0)
-        return Entry(len(ids), sum(visual.values()), learned, len(row.images) + len(row.videos), film=film)
+        pictures = len(row.images) + len(row.videos)
+        return Entry(len(ids), sum(visual.values()), learned, pictures, film=film, highest=highest_id(ids))

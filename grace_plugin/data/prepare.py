@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from grace_plugin.data.collate import ConversationCollator
+from grace_plugin.data.faults import RowError
+from grace_plugin.data.given import as_samples
 from grace_plugin.data.index import index_file, number_of, scan
 from grace_plugin.data.measure import Entry
 from grace_plugin.data.mix import Rows
@@ -113,12 +115,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int) and value.bit_length() <= 64 else shown(value)
 
 
-def _too_long(entry: Entry, number: int, collator: ConversationCollator) -> Entry:
+def _within_limits(entry: Entry, number: int, collator: ConversationCollator) -> Entry:
+    """The entry, with the reason if its row is outside the run's own limits, which no index knows."""
     try:
         collator.check_length(f"row {number}", entry.tokens)
-    except ValueError as fault:
-        return entry._replace(reason="too_long", message=str(fault))
+        collator.check_ids(f"row {number}", entry.highest)
+    except RowError as fault:
+        return entry._replace(reason=fault.reason, message=str(fault))
     return entry
+
+
+def _counted(lines: Iterable[str]) -> dict[str, int]:
+    """How often each line occurs, most frequent first."""
+    return dict(Counter(line for text in lines for line in text.splitlines()).most_common())
 
 
 def spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
@@ -160,7 +169,7 @@ def prepare(
     """Look at every row, report, and keep those that can be used.
 
     Args:
-        rows: a `Rows`, a list or a `datasets.Dataset`.
+        rows: a `Rows`, a list or a `datasets.Dataset`, or what `as_samples` makes one of.
         folder: where report and list are written when the dataset is refused for more rows than an error can name; of a
             dataset that is taken, `write_report` writes them.
         max_bad_rows: largest share of rows that may be dropped, 0 for none.
@@ -173,6 +182,9 @@ def prepare(
         BadRowsError (a ValueError): names counts, the first rows and the files.
         ValueError: no rows at all.
     """
+    rows = as_samples(rows)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("the dataset is a stream, whose samples cannot be inspected ahead; take a list of them")
     if len(rows) == 0:
         raise ValueError("the dataset has no rows")
     if not 0.0 <= max_bad_rows <= 1.0:
@@ -180,7 +192,9 @@ def prepare(
     mark = getattr(rows, "fingerprint", None) if isinstance(rows, Rows) else getattr(rows, "_fingerprint", None)
     file = index_file(mark, collator, decode, cache) if mark is not None else None
     entries = scan(rows, collator, workers=workers, decode=decode, file=file, write=write, progress=progress)
-    entries = [e if e.reason else _too_long(e, number_of(rows, number), collator) for number, e in enumerate(entries)]
+    entries = [
+        e if e.reason else _within_limits(e, number_of(rows, number), collator) for number, e in enumerate(entries)
+    ]
     entries, repeated = _duplicates(entries, rows)
     names, set_of, weights, seeds = _set_names(rows)
     owner = np.array([set_of(number) for number in range(len(rows))])
@@ -191,6 +205,7 @@ def prepare(
     report = {
         "rows": len(rows), "usable": len(used), "usable_share": round(len(used) / len(rows), 6),
         "rejected": dict(Counter(entry.reason for entry in entries if entry.reason).most_common()),
+        "unused_fields": _counted(e.unused for e in used), "spelled_special_tokens": _counted(e.spelled for e in used),
         "repeated_ids": len(repeated), "repeated": _listed(repeated, rows),
         "rows_without_images": sum(entry.pictures == 0 for entry in used),
         "images_and_videos": sum(entry.pictures for entry in used), "rows_per_epoch": len(taken),

@@ -9,26 +9,39 @@ end of text is added there and learned.
 
 What a row says is text, also when it spells a special token: before rendering, every such string in the row's own text is
 replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
-tokenised without special tokens. The end-of-turn mark that the template writes stays what it is.
+tokenised without special tokens. The end-of-turn mark that the template writes stays what it is. `special_tokens` lists those
+that samples may write as tokens, for instance the marks of a grounding model's boxes.
+
+A turn that says `train: false` is rendered as any other and not learned. A template that leaves out what a sample says (the
+system turn, a tool's answer, the reasoning, the tools) would train on something else than the sample, so that is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from grace_plugin.data.conversation import Row
 from grace_plugin.data.faults import RowError
-from grace_plugin.data.shown import shortened
+from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["Segment", "Segmenter"]
 
 _OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000  # noncharacters around an index in a private plane
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KINDS = ("image", "video")
+_TEMPLATED = ("reasoning_content", "tool_calls")  # fields of a turn that only some templates write
+
+
+class _Cut(NamedTuple):
+    """A run of rendered text: whether it is an assistant's turn, and whether that turn is learned."""
+
+    text: str
+    answer: bool = False
+    learned: bool = False
 
 
 class Segment(NamedTuple):
@@ -44,10 +57,24 @@ class Segmenter:
     """Cuts rows for one processor; `processor` must have a chat template.
 
     marks: take what is learned from the template's generation marks where it has them; False renders turns apart always.
+    special_tokens: special tokens that samples may write; any other that a sample spells stays text.
+
+    Raises:
+        ValueError: one of `special_tokens` is no special token of this processor, or stands for images or videos.
     """
 
     processor: Any
     marks: bool = True
+    special_tokens: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for token in self.special_tokens:
+            if token not in self.protected:
+                raise ValueError(f"special_tokens: {shown(token)} is no special token of the model's tokenizer")
+            if token in self._visual_tokens:
+                raise ValueError(
+                    f"special_tokens: {shown(token)} stands for an image or a video; give an image part in its place"
+                )
 
     @cached_property
     def template(self) -> str:
@@ -66,15 +93,19 @@ class Segmenter:
         tokenizer = self.processor.tokenizer
         strings = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         strings |= {str(token) for token in tokenizer.all_special_tokens}
-        for kind in KINDS:
-            token = getattr(self.processor, f"{kind}_token", None)
-            strings |= {token} if isinstance(token, str) else set()
-        strings |= {text for text in self.placeholders.values() if text}
+        strings |= self._visual_tokens
         return {text: tokenizer.convert_tokens_to_ids(text) for text in strings if text.strip()}
 
     @cached_property
+    def _visual_tokens(self) -> set[str]:
+        """Strings that stand for images and videos."""
+        named = {getattr(self.processor, f"{kind}_token", None) for kind in KINDS}
+        return {text for text in (*named, *self.placeholders.values()) if isinstance(text, str) and text}
+
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.protected, key=len, reverse=True)
+        hidden = set(self.protected) - set(self.special_tokens)
+        longest_first = sorted(hidden, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, [*longest_first, _OPEN, _CLOSE])))
 
     @cached_property
@@ -107,8 +138,9 @@ class Segmenter:
         rendered, _ = render_jinja_template(conversations=[list(messages)], chat_template=self.template, **self._named)
         return str(rendered[0])
 
-    def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+        more = {"tools": tools} if tools else {}
+        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **more)
 
     def segments(self, row: Row) -> list[Segment]:
         """The row in segments; their texts joined are the rendered conversation.
@@ -117,48 +149,99 @@ class Segmenter:
             RowError: the template cannot render the row, rewrites earlier turns, drops images, or leaves nothing to learn.
         """
         literals: list[str] = []
-        messages = [
-            {**m, "content": [self._guard(part, literals) for part in m["content"]]} for m in row.messages
-        ]  # fmt: skip
+        messages = [self._guarded(message, literals) for message in row.messages]
+        tools = self._hidden(list(row.tools), literals)
+        trains = [message.get("train", True) for message in row.messages if message["role"] == "assistant"]
+        marked = self.marks and self.has_marks
         try:
-            cut = self._marked(messages) if self.marks and self.has_marks else self._apart(messages, row.name)
+            cut = (self._marked if marked else self._apart)(messages, tools, trains, row.name)
+            self._check_written(messages, tools, "".join(part.text for part in cut), row.name)
         except RowError:
             raise
         except Exception as error:  # jinja's errors, and what a template raises itself
             raise RowError("template", f"{row.name}: the chat template cannot render it: {shortened(error)}") from error
         self._check(cut, row)
-        found = [piece for text, learned in cut for piece in _split(text, learned, literals)]
+        found = [piece for part in cut for piece in _split(part.text, part.learned, literals)]
         end = self.processor.tokenizer.eos_token
-        behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1][1])
-        closed = any(token in "".join(text for text, _ in cut[behind:]) for token in self.protected)
-        if end and not closed and not any(cut[behind - 1][0].endswith(token) for token in self.protected):
-            found.append(Segment(end, True))
+        behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
+        closed = any(token in "".join(part.text for part in cut[behind:]) for token in self.protected)
+        if end and not closed and not any(cut[behind - 1].text.endswith(token) for token in self.protected):
+            found.append(Segment(end, cut[behind - 1].learned))
         return found
 
-    def _guard(self, part: dict[str, Any], literals: list[str]) -> dict[str, Any]:
-        if part["type"] != "text" or not self._pattern.search(part["text"]):
-            return part
+    def _hidden(self, value: Any, literals: list[str]) -> Any:
+        """A value whose texts, at any depth, have every string that would become a special token replaced."""
+        if isinstance(value, str):
 
-        def hide(match: re.Match[str]) -> str:
-            literals.append(match.group())
-            return f"{_OPEN}{chr(_FIRST + len(literals) - 1)}{_CLOSE}"
+            def hide(match: re.Match[str]) -> str:
+                literals.append(match.group())
+                return f"{_OPEN}{chr(_FIRST + len(literals) - 1)}{_CLOSE}"
 
-        return {**part, "text": self._pattern.sub(hide, part["text"])}
+            return self._pattern.sub(hide, value)
+        if isinstance(value, dict):
+            return {self._hidden(key, literals): self._hidden(part, literals) for key, part in value.items()}
+        return [self._hidden(part, literals) for part in value] if isinstance(value, (list, tuple)) else value
 
-    def _marked(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    def _guarded(self, message: dict[str, Any], literals: list[str]) -> dict[str, Any]:
+        """A turn as the template gets it: its own spelling of special tokens hidden, and nothing of ours."""
+        parts = [
+            {"type": "text", "text": self._hidden(part["text"], literals)}
+            if part["type"] == "text"
+            else {"type": part["type"]}
+            for part in message["content"]
+        ]
+        more = {
+            key: self._hidden(message[key], literals) for key in (*_TEMPLATED, "tool_call_id", "name") if key in message
+        }
+        # templates with tools join a tool's answer to the text around it, so it has to be text
+        content = "".join(p["text"] for p in parts) if message["role"] == "tool" and _are_texts(parts) else parts
+        return {"role": message["role"], "content": content, **more}
+
+    def _check_written(self, messages: list[dict[str, Any]], tools: Any, text: str, name: str) -> None:
+        """Refuse a template that leaves out what the sample says."""
+        for message in messages:
+            content = message["content"]
+            said = (
+                [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+            )
+            for part in said:
+                if part.strip() not in text:
+                    raise RowError(
+                        "template",
+                        f"{name}: the chat template leaves out or rewrites the text of a {message['role']} turn",
+                    )
+        told = "drop it, or give the processor a chat template that writes it"
+        for place, message in enumerate(messages):
+            for key in (key for key in _TEMPLATED if key in message):
+                bare = [{k: v for k, v in m.items() if k != key} if m is message else m for m in messages]
+                if self._render(bare, tools=tools) == self._render(messages, tools=tools):
+                    raise RowError(
+                        "template", f"{name}: the chat template leaves out {key} of turn {place + 1}; {told}"
+                    )
+        if tools and self._render(messages, tools=tools) == self._render(messages):
+            raise RowError("template", f"{name}: the chat template leaves out the tools; {told}")
+
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
         """Cut at the template's own marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True, **self._named
-        )
-        text, done, cut = rendered[0], 0, []
-        for start, end in spans[0]:
+            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True,
+            **({"tools": tools} if tools else {}), **self._named,
+        )  # fmt: skip
+        text, done, cut = rendered[0], 0, list[_Cut]()
+        if not all(trains) and len(spans[0]) != len(trains):
+            raise RowError(
+                "template",
+                f"{name}: the chat template marks {len(spans[0])} answers of {len(trains)} assistant turns, so that it is not "
+                "known which of them is not to be learned",
+            )
+        for number, (start, end) in enumerate(spans[0]):
             begin = start - len(self._generated_space(text[done:start]))
             answer = text[begin:end].rstrip()
-            cut += [(text[done:begin], False), (answer, True)]
+            cut += [_Cut(text[done:begin]), _Cut(answer, True, all(trains) or trains[number])]
             done = begin + len(answer)
-        return [*cut, (text[done:].rstrip(), False)]
+        return [*cut, _Cut(text[done:].rstrip())]
 
     def _generated_space(self, prompt: str) -> str:
         """White space at the end of a prompt that serving leaves to the model: what follows the generation prompt."""
@@ -176,35 +259,38 @@ class Segmenter:
             return ""
         return prompt[len(bare) :] if prompt.startswith(bare) else ""
 
-    def _apart(self, messages: list[dict[str, Any]], name: str) -> list[tuple[str, bool]]:
+    def _apart(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
         """Cut where generation would start, turn by turn."""
-        done, cut = "", []
+        done, cut = "", list[_Cut]()
         for end, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:end], prompt=True)
-            full = self._render(messages[: end + 1])
+            prompt = self._render(messages[:end], prompt=True, tools=tools)
+            full = self._render(messages[: end + 1], tools=tools)
             if not (prompt.startswith(done) and full.startswith(prompt)):
                 raise RowError(
                     "template",
                     f"{name}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt",
                 )
             answer = full[len(prompt) :].rstrip()
-            cut += [(prompt[len(done) :], False), (answer, True)]
+            cut += [_Cut(prompt[len(done) :]), _Cut(answer, True, trains[len(cut) // 2])]
             done = prompt + answer
         return cut
 
-    def _check(self, cut: list[tuple[str, bool]], row: Row) -> None:
+    def _check(self, cut: list[_Cut], row: Row) -> None:
         for kind, given in (("image", row.images), ("video", row.videos)):
-            written = self.count("".join(text for text, _ in cut), kind) if given else 0
+            written = self.count("".join(part.text for part in cut), kind) if given else 0
             if written != len(given):
                 raise RowError(
                     "template" if self.placeholders[kind] else "video_unsupported",
                     f"{row.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
                     f"this model's template takes no {kind}s there",
                 )
-        if not any(learned and text.strip() for text, learned in cut):
-            raise RowError("no_supervised_tokens", f"{row.name}: the chat template marks nothing of it as learned")
+        if not any(part.learned and part.text.strip() for part in cut):
+            told = "the chat template marks nothing of it as learned"
+            if any(part.answer and part.text.strip() for part in cut):
+                told = "no assistant turn of it is to be learned (train, weight, or answers in a prompt); drop it"
+            raise RowError("no_supervised_tokens", f"{row.name}: {told}")
 
     def count(self, text: str, kind: str) -> int:
         """Placeholders of a kind in rendered text (a row's own spelling of one is hidden or cut apart by then)."""
@@ -221,6 +307,10 @@ class Segmenter:
             return list(ids)
         apart = [tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"] for c in text]
         return [i for part in apart for i in part if i == unknown or i not in kept]
+
+
+def _are_texts(parts: list[dict[str, Any]]) -> bool:
+    return all(part["type"] == "text" for part in parts)
 
 
 def _difference(bare: str, full: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from grace_plugin.data.json_rows import JsonLines, check_regular, json_list, read_json
 from grace_plugin.data.media import is_path
 from grace_plugin.data.mix import Rows, RowSet, read_mix
+from grace_plugin.data.parts import inline_media
 
 __all__ = ["load_rows", "stream_rows"]
 
@@ -179,16 +180,38 @@ def _undecoded(dataset: Any) -> Any:
 
 
 def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with its image and video paths, at any depth of list, put behind `folder`; web addresses are no paths."""
+    """The row with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+
+    Web addresses, data URIs and file URLs are no paths and stay as they are.
+    """
 
     def join(value: Any) -> Any:
         if isinstance(value, str):
             return str(folder / value) if is_path(value) else value
         if isinstance(value, (list, tuple)):
             return [join(item) for item in value]
-        if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
-            return {**value, "path": join(value["path"])}
+        if isinstance(value, dict) and value.get("bytes") is None:
+            return {**value, **{key: join(value[key]) for key in ("path", "url") if isinstance(value.get(key), str)}}
         return value
 
     keys = [key for key in ("image", "images", "video", "videos") if row.get(key)]
-    return {**row, **{key: join(row[key]) for key in keys}}
+    found = {**row, **{key: join(row[key]) for key in keys}}
+    held = {id(part): part for part, _ in inline_media(row)}  # parts that hold an image themselves
+    if not held:
+        return found
+
+    def turn(given: Any) -> Any:
+        content = given.get("content") if isinstance(given, dict) else None
+        if not isinstance(content, (list, tuple)):
+            return given
+        fields = ("image", "video", "path", "url", "image_url", "video_url")
+        parts = [
+            {**part, **{key: join(part[key]) for key in fields if part.get(key)}} if id(part) in held else part
+            for part in content
+        ]
+        return {**given, "content": parts}
+
+    turns = [
+        key for key in ("messages", "conversations", "prompt", "completion") if isinstance(row.get(key), (list, tuple))
+    ]
+    return {**found, **{key: [turn(given) for given in row[key]] for key in turns}}

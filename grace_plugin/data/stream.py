@@ -98,9 +98,9 @@ class StreamedRows(IterableDataset[Any]):
             if not reason:
                 try:
                     self.collator.check_length(f"row {number}", entry.tokens)
+                    self.collator.check_ids(f"row {number}", entry.highest)
                     read = read_row(row, number, max_pixels=self.collator.max_pixels)
-                    yield {"id": read.name.removeprefix("row "), "messages": list(read.messages),
-                           "images": list(read.images), "videos": list(read.videos), "fps": read.fps}  # fmt: skip
+                    yield read.as_sample()
                     continue
                 except RowError as fault:
                     reason, message = fault.reason, str(fault)

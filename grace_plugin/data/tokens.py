@@ -6,6 +6,7 @@ through the tokenizer in one call, and only those not tokenised lately: answers 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +82,7 @@ class Tokens:
         """Fill the ids of pieces with images and videos (padding and anchors taken off again); what belongs to the pixels."""
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
-            self.segmenter.processor(
+            self._padding_processor(
                 text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)], padding=True,
                 padding_side="right", add_special_tokens=False, return_tensors="pt", **pixels,
             )
@@ -92,6 +93,20 @@ class Tokens:
             skip = len(self.ids(anchor)) if anchor else 0
             piece.fill({key: value[number, skip:length] for key, value in along.items()})
         return {key: value for key, value in out.items() if isinstance(value, Tensor)}
+
+    @cached_property
+    def _padding_processor(self) -> Any:
+        """The processor, able to pad: its tensors need texts of one length, also where the tokenizer names no pad token.
+
+        Which token pads does not matter, for what is padded is cut off again.
+        """
+        processor = self.segmenter.processor
+        if processor.tokenizer.pad_token is not None:
+            return processor
+        able, tokenizer = copy.copy(processor), copy.deepcopy(processor.tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        able.tokenizer = tokenizer
+        return able
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""

@@ -43,7 +43,7 @@ def blind_row(
     messages = [
         {**turn, "content": [part for part in turn["content"] if part["type"] == "text"]} for turn in checked.messages
     ]
-    blind = {"id": row.get("id"), "messages": messages, "images": [], "videos": []}
+    blind = {"id": row.get("id"), "messages": messages, "images": [], "videos": [], "tools": list(checked.tools)}
     batch = collator([blind])
     left = sum(int((batch["input_ids"] == token).sum()) for token in family.token_ids(config).values())
     if left:

@@ -12,6 +12,7 @@ from grace_plugin.data import (
     Prepared,
     RowSampler,
     StreamedRows,
+    as_samples,
     check_rows,
     draw_rows,
     is_scannable,
@@ -75,6 +76,12 @@ def _warn(kept: Prepared, folder: Path) -> None:
     report = kept.report
     if report["rejected"]:
         logger.warning("%d of %d rows are not used; see %s", report["rows"] - report["usable"], report["rows"], folder)
+    if report["unused_fields"]:
+        named = ", ".join(f"{name} ({count})" for name, count in list(report["unused_fields"].items())[:20])
+        logger.warning("fields of samples that nothing reads (samples that have them): %s", named)
+    if report["spelled_special_tokens"]:
+        named = ", ".join(f"{name} ({count})" for name, count in list(report["spelled_special_tokens"].items())[:20])
+        logger.warning("special tokens that samples spell and that stay text (special_tokens= allows some): %s", named)
     if not report["images_and_videos"]:
         logger.warning("no row has an image or a video: the relational term is absent from this run")
 
@@ -93,6 +100,7 @@ def calibration_rows(
         BadRowsError (a ValueError): more than `share` of the drawn rows cannot be used.
         ValueError: a stream, no rows, or a count or batch size below 1.
     """
+    dataset = as_samples(dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             "oneshot draws its rows and a stream cannot be drawn from; take rows of it first, for instance "
@@ -120,6 +128,7 @@ def training_rows(
         BadRowsError (a ValueError): more than `share` of the rows cannot be used.
         ValueError: no rows, or a first row that cannot be used.
     """
+    dataset = as_samples(dataset)
     if not hasattr(dataset, "__len__"):
         rows = StreamedRows(
             dataset,

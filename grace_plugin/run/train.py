@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from grace_plugin.artifact.destination import rehearse
-from grace_plugin.data import ConversationCollator, is_scannable
+from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.inputs import (
     check_models,
@@ -159,8 +159,9 @@ def train(
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier.
-        dataset: rows in the messages or the LLaVA format (`grace_plugin.data`): a list, `load_rows(...)`, a
-            `datasets.Dataset`, any other sequence, or a stream.
+        dataset: samples in one of the formats of `grace_plugin.data.formats`: a list, a path or `load_rows(...)`, a
+            `datasets.Dataset` or `DatasetDict`, a pandas DataFrame, a dict of lists, any other sequence, or a stream. A
+            generator is refused, since it can be read only once.
         output_dir: where the checkpoint appears; must not hold anything.
         teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor: the student's; read from its checkpoint by default.
@@ -194,6 +195,7 @@ def train(
     modifier.use_teacher(teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given)
     store = open_cache(modifier, model, processor)
+    dataset = as_samples(dataset)
     check_models(modifier, model)
     stream = not hasattr(dataset, "__len__")
     check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from grace_plugin.data import SAMPLE_KEY, ConversationCollator, is_scannable, prepare, processor_settings
+from grace_plugin.data import (
+    SAMPLE_KEY,
+    ConversationCollator,
+    as_samples,
+    is_scannable,
+    prepare,
+    processor_settings,
+)
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
@@ -91,6 +98,7 @@ def build_cache(
     identity = {"teacher": teacher_identity(source, teacher.dtype), "processor": settings, "visual": visual}
     visual = check_folder(folder, identity)
     identity["visual"] = visual
+    dataset = as_samples(dataset)
     if not is_scannable(dataset):
         raise ValueError("a cache needs rows that can be looked at first; save these as parquet and give those")
     rows = prepare(

@@ -1,6 +1,7 @@
 """Families of vision-language models: one small file for each arrangement of visual tokens, and a registry."""
 
 from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, check_depth, matches
+from grace_plugin.vlm.bounds import bounded_size
 from grace_plugin.vlm.pair import (
     check_image_processors,
     check_pixels,
@@ -17,6 +18,7 @@ __all__ = [
     "Capture",
     "Family",
     "VisualTokens",
+    "bounded_size",
     "capture",
     "check_depth",
     "check_image_processors",

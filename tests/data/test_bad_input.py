@@ -65,7 +65,9 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "two questions": ({"messages": talk()[:1] + talk()}, "roles_out_of_order"),
     "a system turn in the middle": (
         {"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
-    "a tool's turn": ({"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "unknown_role"),
+    "a tool's turn without its call": (
+        {"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
+    "a function's turn": ({"messages": [{"role": "function", "content": "x"}, talk()[1]]}, "unknown_role"),
     "an unknown speaker": (
         {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
     "a lone surrogate": ({"messages": talk(text="a\udce9b")}, "invalid_utf8"),

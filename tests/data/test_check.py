@@ -126,8 +126,10 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
         "--workers",
         "0",
     ]
-    assert check(*given) == 0
-    printed = capsys.readouterr().out
+    assert check(*given) == commands.BAD_INPUT
+    shown = capsys.readouterr()
+    assert "no sample can be used; the first: row 0 has no messages" in shown.err
+    printed = shown.out
     assert "0 of 2 rows can be used" in printed
     assert "the relational term would be absent" in printed
     assert "empty_conversation" in (tmp_path / "out" / "page.html").read_text()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import IterableDataset
 from transformers import AutoProcessor
 
 import grace_plugin
@@ -68,7 +69,11 @@ def test_too_many_broken_rows_stop_it_before_the_first_step(llava: Pair, tmp_pat
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (iter(rows(2)), {}, r"a stream cannot be drawn from; .*islice\(stream, 512\)"),
+        (
+            IterableDataset.from_generator(lambda: iter(rows(2))),
+            {},
+            r"a stream cannot be drawn from; .*islice\(stream, 512\)",
+        ),
         ([], {}, "the dataset has no rows"),
         (rows(2), {"num_calibration_samples": 0}, "num_calibration_samples and batch_size are at least 1, got 0 and 4"),
         (rows(2), {"max_pixels": 5}, r"2 image_too_large.*limit is 5"),

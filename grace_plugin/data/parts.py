@@ -1,0 +1,177 @@
+"""Content parts and the images and videos in them, in every form that is common, as one form.
+
+    {"type": "text", "text": ...}                         also input_text, output_text
+    {"type": "image"}                                     takes the sample's next image
+    {"type": "image", "image" | "url" | "path" | "base64" | "bytes": ...}
+    {"type": "image_url" | "input_image", "image_url": ... | {"url": ...}}
+    {"type": "video"}, {"type": "video", "video": ...}, {"type": "video_url", "video_url": ...}
+
+An image is a path, a `PIL.Image`, bytes, {"bytes", "path"}, a data URI or a file URI. A web address is refused: what lies there
+can change between two epochs, and a step would wait for it. An image part may also say `min_pixels`, `max_pixels`, or
+`resized_height` and `resized_width`, which are bounds for this image alone (`grace_plugin.vlm.bounds`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from grace_plugin.data.faults import RowError
+from grace_plugin.data.media import is_path
+from grace_plugin.data.schema import check_turn_fields, is_empty
+from grace_plugin.data.shown import shown
+
+__all__ = ["BOUNDS", "inline_media", "media_value", "read_parts"]
+
+BOUNDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_KINDS = {
+    "text": "text", "input_text": "text", "output_text": "text", "image": "image", "image_url": "image",
+    "input_image": "image", "video": "video", "video_url": "video", "input_video": "video",
+}  # fmt: skip
+_VALUES = {
+    "image": ("image", "image_url", "url", "path", "base64", "bytes"),
+    "video": ("video", "video_url", "url", "path"),
+}
+_TOOL_PARTS = ("tool_use", "tool_result", "tool_call")
+
+
+def _from_base64(text: str, name: str) -> dict[str, Any]:
+    try:
+        return {"bytes": base64.b64decode("".join(text.split()), validate=True), "path": None}
+    except (binascii.Error, ValueError) as error:
+        raise RowError(
+            "unreadable_image", f"{name}: base64 is {shown(text, 40)}, which is no base64: {error}"
+        ) from error
+
+
+def media_value(value: Any) -> Any:
+    """Return an image or a video as `media.py` and `video.py` read it, from any form that a part or a list may hold."""
+    if isinstance(value, Mapping):
+        found = value.get("url") or value.get("path")
+        return found if value.get("bytes") is None and isinstance(found, str) else value
+    if isinstance(value, (list, tuple)):
+        return [media_value(frame) for frame in value]
+    return value
+
+
+def _value_of(part: Mapping[str, Any], kind: str, where: str) -> Any:
+    """The image or video that a part holds itself; None for one that takes the sample's next."""
+    given = {key: part[key] for key in _VALUES[kind] if not is_empty(part.get(key))}
+    if not given:
+        return None
+    if "bytes" in given and set(given) <= {"bytes", "path"}:
+        return {"bytes": part["bytes"], "path": part.get("path")}
+    if len(given) > 1:
+        raise RowError("malformed", f"{where} gives its {kind} as {' and as '.join(sorted(given))}; give it once")
+    ((key, value),) = given.items()
+    if key == "base64":
+        if not isinstance(value, str):
+            raise RowError("malformed", f"{where}: base64 is a {type(value).__name__}; give text")
+        return _from_base64(value, where) if is_path(value) else value
+    return media_value(value)
+
+
+def _bounds(part: Mapping[str, Any], where: str) -> dict[str, int]:
+    """What a part says of its image's size in pixels."""
+    found = {key: part[key] for key in BOUNDS if part.get(key) is not None}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RowError("malformed", f"{where}: {key} is {shown(value)}; give a whole number of pixels above 0")
+    if ("resized_height" in found) != ("resized_width" in found):
+        raise RowError("malformed", f"{where} gives one of resized_height and resized_width; give both")
+    if found.get("min_pixels", 0) > found.get("max_pixels", found.get("min_pixels", 0)):
+        raise RowError(
+            "malformed", f"{where}: min_pixels {found['min_pixels']} is above max_pixels {found['max_pixels']}"
+        )
+    return found
+
+
+def _kind_of(part: Mapping[str, Any], role: str, name: str) -> str:
+    given = part.get("type")
+    if given is None:  # some formats name the part by its one field
+        found = [kind for key, kind in _KINDS.items() if not is_empty(part.get(key))]
+        if len(found) == 1:
+            return found[0]
+    kind = _KINDS.get(given) if isinstance(given, str) else None
+    if kind is None:
+        told = "; give tool_calls in the assistant's turn and a turn of role tool" if given in _TOOL_PARTS else ""
+        raise RowError(
+            "malformed",
+            f"{name}: a {role} turn holds a part of type {shown(given)}; samples take text, image, video{told}",
+        )
+    return kind
+
+
+def _text(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RowError("malformed", f"{name}: a {role} turn holds a text part without text")
+    check_text(text, f"the text of a {role} turn", name)
+    check_turn_fields(part, ("type", "text"), f"{name}: a text part of a {role} turn")
+    return {"type": "text", "text": text}
+
+
+def check_text(text: str, where: str, name: str) -> None:
+    """Refuse text with a lone surrogate, which no tokenizer takes.
+
+    Raises:
+        RowError: names the place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "invalid_utf8", f"{name}: {where} is not valid UTF-8 at character {error.start}; correct the file"
+        ) from error
+
+
+def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]]]:
+    """Return the parts of a turn in one form, and (kind, value or None, frames a second or None) of its images and videos.
+
+    Args:
+        given: the turn's content as a list of parts.
+
+    Raises:
+        RowError: a part that cannot be read.
+    """
+    if not isinstance(given, (list, tuple)) or not all(isinstance(part, Mapping) for part in given):
+        raise RowError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
+    parts: list[dict[str, Any]] = []
+    media: list[tuple[str, Any, Any]] = []
+    for part in given:
+        kind = _kind_of(part, role, name)
+        if kind == "text":
+            parts.append(_text(part, role, name))
+            continue
+        if role == "assistant":
+            raise RowError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be learned")
+        where = f"{name}: an {kind} part" if kind == "image" else f"{name}: a {kind} part"
+        more = (*BOUNDS, "detail") if kind == "image" else ("fps",)
+        for said in (part, *(part[key] for key in _VALUES[kind] if isinstance(part.get(key), Mapping))):
+            if said.get("detail") not in (None, "", "auto"):
+                raise RowError(
+                    "unknown_field",
+                    f"{where} asks for detail {shown(said['detail'])}, which is not read; say max_pixels instead",
+                )
+            if said is not part:
+                check_turn_fields(said, ("url", "path", "bytes", "detail"), where)
+        check_turn_fields(part, ("type", "text", *_VALUES[kind], *more), where)
+        parts.append({"type": kind, **(_bounds(part, where) if kind == "image" else {})})
+        media.append((kind, _value_of(part, kind, where), part.get("fps")))
+    return parts, media
+
+
+def inline_media(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield each content part of a sample that holds an image or video by itself, with the field that holds it."""
+    for key in ("messages", "conversations", "prompt", "completion"):
+        turns = row.get(key)
+        for turn in turns if isinstance(turns, (list, tuple)) else ():
+            content = turn.get("content") if isinstance(turn, Mapping) else None
+            for part in content if isinstance(content, (list, tuple)) else ():
+                if isinstance(part, Mapping):
+                    for field in {*_VALUES["image"], *_VALUES["video"]} - {"base64", "bytes"}:
+                        if isinstance(part.get(field), (str, os.PathLike, Mapping, list, tuple)) and part[field]:
+                            yield part, field
