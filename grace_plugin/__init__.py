@@ -7,7 +7,7 @@ does nothing else. Importing it again changes nothing.
 from grace_plugin.artifact import VerificationError, verify
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
-from grace_plugin.run import GraceSession, TrainResult, grace_session, oneshot, train
+from grace_plugin.run import GraceSession, TrainResult, grace_session, oneshot, train, train_from
 from grace_plugin.run.pipeline import register_pipeline
 from grace_plugin.upstream import ModifierFactory
 
@@ -20,6 +20,7 @@ __all__ = [
     "grace_session",
     "oneshot",
     "train",
+    "train_from",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -85,34 +85,43 @@ def _sentence(error: Exception) -> str:
 _SWITCHES = ("activation_offloading",)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs of training arguments, each read as its field of TrainingArguments asks.
+def _pairs(pairs: list[str]) -> dict[str, str]:
+    """NAME=VALUE pairs as a mapping.
 
     Raises:
-        ValueError: an entry without "=", a name given twice or one with an option of its own, or true or false expected.
+        ValueError: an entry without "=", or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes NAME=VALUE, got {pair[:200]!r}")
+        if name in found:
+            raise ValueError(f"--set gives {name} twice")
+        found[name] = value
+    return found
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments of --set or of a file, their values left to their fields of TrainingArguments.
+
+    Raises:
+        ValueError: a name that has an option of its own, or a switch that is neither true nor false.
     """
     import inspect
 
     from grace_plugin.run.train import train
 
     own = [name for name, one in inspect.signature(train).parameters.items() if one.kind is not one.VAR_KEYWORD]
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        name = name.strip()
-        if not separator:
-            raise ValueError(f"--set takes NAME=VALUE, got {pair[:200]!r}")
-        if name in found:
-            raise ValueError(f"--set gives {name} twice")
+    found = dict(given)
+    for name, value in given.items():
         if name in _SWITCHES:
-            if value.lower() not in ("true", "false"):
-                raise ValueError(f"{name} takes true or false, got {value[:200]!r}")
-            found[name] = value.lower() == "true"
+            if str(value).lower() not in ("true", "false"):
+                raise ValueError(f"{name} takes true or false, got {str(value)[:200]!r}")
+            found[name] = str(value).lower() == "true"
         elif name in own:
             instead = "the recipe argument" if name == "recipe" else f"--{name}"
-            raise ValueError(f"--set {name}: no field of TrainingArguments; use {instead}, or train() in Python")
-        else:
-            found[name] = value
+            raise ValueError(f"{name} is no field of TrainingArguments; use {instead}, or train() in Python")
     return found
 
 
@@ -121,21 +130,36 @@ def _show(verification: Mapping[str, Any]) -> None:
 
 
 def _train(args: Namespace) -> None:
+    import inspect
+
     import grace_plugin
     from grace_plugin.data import load_rows, stream_rows
+    from grace_plugin.run.manifest import read_yaml_mapping
     from grace_plugin.run.settings import read_arguments
     from grace_plugin.run.train import run_folder
 
-    given = _settings(args.settings)
     run_folder(args.output_dir)
+    if args.run_file is None:
+        missing = [name for name, value in (("a recipe", args.recipe), ("--model", args.model), ("--dataset", args.dataset))
+                   if value is None]  # fmt: skip
+        if missing:
+            raise ValueError(f"give {' and '.join(missing)}, or --from run.yaml")
+    from_file = read_yaml_mapping(args.config, "file of training arguments") if args.config else {}
+    given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
-    dataset = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
-    result = grace_plugin.train(
-        args.model, recipe=Path(args.recipe), dataset=dataset, output_dir=args.output_dir, teacher=args.teacher,
-        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows, packing=args.packing,
-        resume_from_checkpoint=args.resume_from_checkpoint,
-        **given,
-    )  # fmt: skip
+    known = inspect.signature(grace_plugin.train).parameters
+    names = ("model", "teacher", "max_length", "max_pixels", "max_bad_rows", "packing", "resume_from_checkpoint")
+    given |= {
+        name: value for name in names if (value := getattr(args, name)) != known[name].default and value is not None
+    }
+    if args.recipe is not None:
+        given["recipe"] = Path(args.recipe)
+    if args.dataset is not None:
+        given["dataset"] = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
+    if args.run_file is not None:
+        result = grace_plugin.train_from(args.run_file, output_dir=args.output_dir, **given)
+    else:
+        result = grace_plugin.train(output_dir=args.output_dir, **given)
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")
 

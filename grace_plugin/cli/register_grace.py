@@ -27,11 +27,14 @@ def _max_pixels(parser: ArgumentParser, then: str = "rows with a larger one are 
 
 
 def _train(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML recipe with a GraceModifier")
-    parser.add_argument("--model", required=True, help="BF16 student: folder or hub id")
-    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("recipe", nargs="?", help="YAML recipe with a GraceModifier")
+    parser.add_argument("--model", help="BF16 student: folder or hub id")
+    parser.add_argument("--dataset", help=DATASET)
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
+    parser.add_argument("--from", dest="run_file", metavar="RUN_YAML",
+                        help="run.yaml of an earlier run, or its folder: the same run, but for what is given here")  # fmt: skip
+    parser.add_argument("--config", help="YAML file of training arguments, named as for --set, which wins")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
     _max_pixels(parser)

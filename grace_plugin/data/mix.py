@@ -104,7 +104,12 @@ class RowSet:
 
 
 class Rows(Sequence[Any]):
-    """The rows of one or more sets, one set behind the other, each row once."""
+    """The rows of one or more sets, one set behind the other, each row once.
+
+    source: what `load_rows` was given (path, images), so that a run can be repeated; None for rows made otherwise.
+    """
+
+    source: dict[str, Any] | None = None
 
     def __init__(self, sets: Iterable[RowSet]) -> None:
         self.sets = tuple(sets)

@@ -23,7 +23,7 @@ FILES = (".json", ".jsonl", ".parquet")
 
 
 def load_rows(source: str, images: str | None = None) -> Rows:
-    """Rows of a dataset, to be looked at by `prepare`.
+    """Rows of a dataset, to be looked at by `prepare`; `source` of the result says where they come from.
 
     Args:
         source: `rows.json`, `rows.jsonl`, `rows.parquet`, a folder of such files, a folder written by
@@ -34,6 +34,12 @@ def load_rows(source: str, images: str | None = None) -> Rows:
     Raises:
         ValueError: nothing readable there.
     """
+    found = _load(source, images)
+    found.source = {"path": str(source), **({"images": str(images)} if images is not None else {})}
+    return found
+
+
+def _load(source: str, images: str | None) -> Rows:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         sets = [(entry, load_rows(entry.path, entry.images)) for entry in read_mix(path)]
@@ -89,7 +95,9 @@ def stream_rows(source: str, images: str | None = None) -> Any:
     except (FileNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"cannot stream {source!r}: {error}. {_STREAMED}") from error
     folder = _folder(images) or (path.parent if path.is_file() else path if files else _local(name))
-    return _undecoded(found).map(_Resolve(folder)) if folder else _undecoded(found)
+    found = _undecoded(found).map(_Resolve(folder)) if folder else _undecoded(found)
+    found.source = {"path": str(source), "streaming": True, **({"images": str(images)} if images is not None else {})}
+    return found
 
 
 _NAMED = "hub-id[:[config:]split]"

@@ -7,162 +7,30 @@ as its field asks. Everything here happens before a model is loaded, and each fa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
-from enum import Enum
-from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from grace_plugin.run.arguments import ARGUMENTS, DEFAULTS, NEEDS, SCHEDULE_FREE_DEFAULTS, Rule
 from grace_plugin.run.devices import check_whole, one_gpu
+from grace_plugin.run.field_types import check_name_known, default_of, fields, shown, typed
 from grace_plugin.run.memory import check_optimizer
 
-__all__ = ["check_data_options", "check_name_known", "read_arguments", "shown", "training_arguments"]
+__all__ = [
+    "arguments_to_record",
+    "check_data_options",
+    "read_arguments",
+    "training_arguments",
+]
 
-_EMPTY = ("null", "~", "None")
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    dict: "a mapping",
-    list: "a list",
-    str: "text",
-}
 _OPTIMIZER_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
-
-
-def shown(value: Any) -> str:
-    """A user's value for a message, at most 200 characters of it."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-@cache
-def _fields() -> dict[str, dataclasses.Field[Any]]:
-    """The fields of the installed TrainingArguments by name."""
-    return {field.name: field for field in dataclasses.fields(TrainingArguments)}
-
-
-@cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(TrainingArguments)
-
-
-def _default(name: str) -> Any:
-    field = _fields()[name]
-    return field.default_factory() if callable(field.default_factory) else field.default
-
-
-# ---- names --------------------------------------------------------------------------------------------------------------
-
-
-def check_name_known(name: str, others: Iterable[str] = ()) -> None:
-    """Refuse a name that no field of TrainingArguments has.
-
-    Args:
-        name: as given.
-        others: further names that would have been right, for the suggestion.
-
-    Raises:
-        ValueError: names the closest known name.
-    """
-    if name in _fields() and name in ARGUMENTS:
-        return
-    if name in _fields():
-        raise ValueError(f"{name} is new in this version of transformers and not yet checked with GRACE; leave it out")
-    close = difflib.get_close_matches(name, [*_fields(), *others], n=1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    raise ValueError(f"{shown(name)} is not an argument of train() or of transformers.TrainingArguments{meant}")
-
-
-# ---- types --------------------------------------------------------------------------------------------------------------
-
-
-def _arms(kind: Any) -> tuple[Any, ...]:
-    """The types of a union without their parameters (dict[str, Any] as dict), or the type alone."""
-    found = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return tuple(get_origin(arm) or arm for arm in found)
-
-
-def _choices(name: str) -> list[str]:
-    """What a text field can be, if its field or its enumeration says so."""
-    found = [arm for arm in _arms(_types()[name]) if isinstance(arm, type) and issubclass(arm, Enum)]
-    members = [member.value for member in found[0]] if found else _fields()[name].metadata.get("choices") or ()
-    return [str(member) for member in members]
-
-
-def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
-    """Text as its field asks: an empty value, a mapping, a list, true or false; any other stays text."""
-    if NoneType in arms and text in _EMPTY:
-        return None
-    if bool in arms and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if (dict in arms and text.lstrip().startswith("{")) or (list in arms and text.lstrip().startswith("[")):
-        try:
-            return _numbers(yaml.safe_load(text))
-        except yaml.YAMLError:
-            return text
-    return text
-
-
-def _numbers(value: Any) -> Any:
-    """The value with text such as 1e-6, which YAML 1.1 does not take for a number, as numbers."""
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and value:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _typed(name: str, value: Any) -> Any:
-    """The value in its field's type.
-
-    Raises:
-        ValueError: it has another type, or is none of the field's choices.
-    """
-    kind = _types()[name]
-    arms = _arms(kind)
-    if isinstance(value, str):
-        value = _read_text(value, arms)
-    elif isinstance(value, Mapping):
-        value = _numbers(dict(value))
-    choices = _choices(name)
-    usable = [choice for choice in choices if choice not in ARGUMENTS[name].values]
-    wanted = [f"one of {', '.join(usable)}"] if choices else [_KINDS[arm] for arm in arms if arm in _KINDS]
-    if dict in arms:
-        wanted = [_KINDS[dict]]  # text would be the path of a JSON file
-    fault = f"{name} takes {' or '.join(wanted)}, got {shown(value)}"
-    if isinstance(value, bool) and bool not in arms:  # Python's True is an int, and nobody means 1 by it
-        raise ValueError(fault)
-    if choices and value is not None:
-        text = str(getattr(value, "value", value))
-        if text not in choices:
-            close = difflib.get_close_matches(text, usable, n=1)
-            raise ValueError(fault + (f"; did you mean {close[0]}?" if close else ""))
-        return text
-    try:
-        read = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(fault) from error
-    if isinstance(read, str) and dict in arms:
-        raise ValueError(fault)
-    return read
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------------
@@ -185,7 +53,7 @@ def _check_range(name: str, value: Any, rule: Rule) -> None:
 
 def _check_rule(name: str, value: Any, rule: Rule) -> None:
     if rule.status == "refused":
-        allowed = rule.accepted if name in ("remove_unused_columns",) else (_default(name), *rule.accepted)
+        allowed = rule.accepted if name in ("remove_unused_columns",) else (default_of(name), *rule.accepted)
         if not any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in allowed):
             said = "..." if name.endswith("token") else shown(value)  # a secret stays out of logs
             raise ValueError(f"{name}={said} cannot be used: {rule.reason}")
@@ -202,7 +70,7 @@ def _check_needs(given: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     for name, (other, values, wanted) in NEEDS.items():
         if name not in given or given[name] in (None, False, {}):
             continue
-        found = asked.get(other, _default(other))
+        found = asked.get(other, default_of(other))
         held = found if isinstance(found, list) else [found]
         met = (
             any(value in values for value in held)
@@ -263,15 +131,15 @@ def read_arguments(given: Mapping[str, Any], others: Iterable[str] = ()) -> dict
         rule = ARGUMENTS[name]
         read[name] = value
         if rule.status != "refused":
-            read[name] = _typed(name, value)
+            read[name] = typed(name, value)
         elif isinstance(value, str):
             with contextlib.suppress(ValueError):  # the refusal says more than the type
-                read[name] = _typed(name, value)
+                read[name] = typed(name, value)
         _check_rule(name, read[name], rule)
     defaults = DEFAULTS | {"bf16": torch.cuda.is_available() and not read.get("use_cpu")}
     if _schedule_free(read):
         defaults |= SCHEDULE_FREE_DEFAULTS
-    asked = {name: value for name, value in (defaults | read).items() if name in _fields()}
+    asked = {name: value for name, value in (defaults | read).items() if name in fields()}
     _check_needs(read, asked)
     _check_reports(asked["report_to"])
     return asked
@@ -308,13 +176,13 @@ def _check_optimizer_fields(arguments: TrainingArguments, given: Mapping[str, An
             raise ValueError(f"optim={name} needs optim_target_modules, for instance all-linear")
         return
     for field in _OPTIMIZER_FIELDS:
-        if field not in given or given[field] == _default(field):
+        if field not in given or given[field] == default_of(field):
             continue
         try:
             asked = made()
         except ValueError as error:
             raise ValueError(f"optim={name}: cannot use {field}={shown(given[field])}: {error}") from error
-        setattr(arguments, field, _default(field))
+        setattr(arguments, field, default_of(field))
         unread = made() == asked
         setattr(arguments, field, given[field])
         if unread:
@@ -359,6 +227,15 @@ def training_arguments(folder: Path, asked: Mapping[str, Any], given: Mapping[st
     _check_schedule(arguments)
     _check_optimizer_fields(arguments, {name: asked[name] for name in given if name in asked})
     return one_gpu(arguments)
+
+
+def arguments_to_record(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training arguments that differ from Trainer's defaults, or from those of train(), as plain values.
+
+    Args:
+        asked: the result of `read_arguments`.
+    """
+    return {name: value for name, value in asked.items() if name in DEFAULTS or value != default_of(name)}
 
 
 def check_data_options(arguments: TrainingArguments, *, stream: bool, scanned: bool) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from grace_plugin.artifact.destination import rehearse
 from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.run.field_types import shown
 from grace_plugin.run.inputs import (
     check_models,
     grace_modifier,
@@ -29,10 +30,11 @@ from grace_plugin.run.inputs import (
     read_recipe,
     recipe_hash,
 )
+from grace_plugin.run.manifest import RunInputs, changed, write_run_file
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
-from grace_plugin.run.settings import check_data_options, read_arguments, shown, training_arguments
+from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
@@ -77,9 +79,10 @@ def run_folder(output_dir: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name}.run")
 
 
-def _arguments(folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any]) -> Any:
+def _arguments(
+    folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any], asked: Mapping[str, Any]
+) -> Any:
     """The TrainingArguments of a run, checked; see `grace_plugin.run.settings`."""
-    asked = read_arguments(given, others=_OWN)
     if offload and not asked.get("gradient_checkpointing"):
         raise ValueError("activation_offloading needs gradient_checkpointing=True")
     if not resume and folder.exists() and states(folder):
@@ -96,6 +99,14 @@ def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_rows: 
             raise ValueError(f"{name} must be at least 1, got {shown(limit)}")
     if not 0.0 <= max_bad_rows <= 1.0:
         raise ValueError(f"max_bad_rows is a share of the samples between 0 and 1, got {shown(max_bad_rows)}")
+
+
+def _check_dataset(dataset: Any, arguments: Any) -> None:
+    """Refuse options that the kind of dataset does not have, and a stream without a number of steps."""
+    stream = not hasattr(dataset, "__len__")
+    check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
+    if stream:
+        _total_steps(arguments, None)
 
 
 def _total_steps(arguments: Any, rows: int | None) -> int:
@@ -132,6 +143,17 @@ def _say_pinned(pinned: bool) -> None:
         logger.warning(
             "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
         )
+
+
+def _fit(
+    trainer: GraceTrainer, folder: Path, rows: TrainingRows, content: Mapping[str, Any], resume: bool | str
+) -> None:
+    """Write what the run was given, and train."""
+    if trainer.args.process_index == 0:
+        rows.begin(folder)
+        write_run_file(folder, content)
+    trainer.train(resume_from_checkpoint=resume or None)
+    _say_pinned(trainer.objective.controller_pinned())
 
 
 def train(
@@ -188,25 +210,30 @@ def train(
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     folder = run_folder(output_dir)
+    asked = read_arguments(given, others=_OWN)
     rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_rows)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
-    arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given)
+    arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
+    inputs = RunInputs(
+        model, read, dataset, asked, teacher, world_size=arguments.world_size,
+        objects={"processor": processor, "teacher_processor": teacher_processor, "probe": probe, "callbacks": tuple(callbacks)},
+        limits=changed(train, max_length=max_length, max_pixels=max_pixels, max_bad_rows=max_bad_rows, packing=packing,
+                       activation_offloading=activation_offloading, record_paths=record_paths),
+    )  # fmt: skip
     store = open_cache(modifier, model, processor)
     dataset = as_samples(dataset)
     check_models(modifier, model)
-    stream = not hasattr(dataset, "__len__")
-    check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
-    if stream:
-        _total_steps(arguments, None)
+    _check_dataset(dataset, arguments)
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
     reads = processor or load_processor(student)
     collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
     rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
+    content = inputs.content if arguments.process_index == 0 else {}
     with grace_session(
         student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
@@ -219,9 +246,6 @@ def train(
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream,
             recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler, activation_offloading=activation_offloading,
         )  # fmt: skip
-        if arguments.process_index == 0:
-            rows.begin(folder)
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-        _say_pinned(session.objective.controller_pinned())
+        _fit(trainer, folder, rows, content, resume_from_checkpoint)
         verification = session.save(output_dir)
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())

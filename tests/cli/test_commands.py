@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import (
@@ -194,7 +195,7 @@ def test_limits_of_rows_are_taken_from_the_command(
             {"--set": 'lr_scheduler_kwargs={"min_lr": 1e-6}'},
             "lr_scheduler_type=cosine does not take lr_scheduler_kwargs=",
         ),
-        ({"--set": "output_dir="}, "--set output_dir: no field of TrainingArguments; use --output_dir"),
+        ({"--set": "output_dir="}, "output_dir is no field of TrainingArguments; use --output_dir"),
         ({"--set": "activation_offloading=maybe"}, "activation_offloading takes true or false, got 'maybe'"),
         ({"--set": "push_to_hub=true"}, "push_to_hub=True cannot be used: it would upload the run folder"),
         ({"--set": "save_strategy=best"}, "save_strategy=best cannot be used"),
@@ -235,7 +236,34 @@ def test_bad_input_is_one_sentence_and_status_2(
 
 def test_settings_stay_text_for_their_fields_and_switches_of_train_are_read() -> None:
     given = ["learning_rate=2e-5", "run_name=a=b", "activation_offloading=false"]
-    assert commands._settings(given) == {"learning_rate": "2e-5", "run_name": "a=b", "activation_offloading": False}
+    assert commands._settings(commands._pairs(given)) == {
+        "learning_rate": "2e-5",
+        "run_name": "a=b",
+        "activation_offloading": False,
+    }
+
+
+def test_a_file_of_training_arguments_is_taken_and_set_wins(
+    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = written(llava, tmp_path)
+    (tmp_path / "args.yaml").write_text("learning_rate: 2e-4\nmax_steps: 7\nuse_cpu: true\ndisable_tqdm: true\n")
+    given = [str(recipe), "--model", str(llava.student), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    given += ["--config", str(tmp_path / "args.yaml"), "--set", "max_steps=1"]
+    assert in_process(monkeypatch, "train", *given) == 0
+    content = yaml.safe_load((tmp_path / "out.run/run.yaml").read_text())
+    assert (content["arguments"]["learning_rate"], content["arguments"]["max_steps"]) == (2e-4, 1)
+    (tmp_path / "args.yaml").write_text("learning_rate: [1]\n")
+    given[given.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert in_process(monkeypatch, "train", *given) == 2
+    assert "learning_rate takes a number, got [1]" in capsys.readouterr().err
+
+
+def test_a_training_without_its_arguments_says_which_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, "train", "--output_dir", str(tmp_path / "out"), "--model", "m") == 2
+    assert capsys.readouterr().err == "grace train: give a recipe and --dataset, or --from run.yaml\n"
 
 
 @pytest.mark.parametrize("spelling", ["--serve_python", "--serve-python"])

@@ -1,0 +1,294 @@
+"""`run.yaml`: everything a training run was given, so that it can be run again.
+
+The file is written into the run folder when the run begins, and without local paths into the checkpoint. It holds the arguments
+of `train` that differ from their defaults, the recipe, the training arguments, where model, teacher and dataset were read from
+with a fingerprint of each, and the versions. Objects of Python (a loaded model, a list of samples) cannot be written: their
+entry says `given: true`, and they have to be given again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from torch import nn
+
+from grace_plugin.artifact.layout import environment
+from grace_plugin.data import is_scannable, processor_settings
+from grace_plugin.data.mix import Rows
+from grace_plugin.run.settings import arguments_to_record
+from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.upstream import Recipe
+
+__all__ = [
+    "RUN_FILE",
+    "RunInputs",
+    "changed",
+    "checkpoint_digest",
+    "dataset_digest",
+    "read_run_file",
+    "read_yaml_mapping",
+    "run_text",
+    "without_paths",
+    "write_run_file",
+]
+
+RUN_FILE = "run.yaml"
+VERSION = 1
+_FIRST = 256  # samples of a sequence that makes them when asked for
+_LARGEST = 2**20  # bytes of a run file
+logger = logging.getLogger(__name__)
+
+
+# ---- fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def _content(value: Any) -> Any:
+    """What stands for a value that JSON does not know."""
+    if isinstance(value, Image.Image):
+        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+    return str(value)
+
+
+def _media(value: Any) -> Any:
+    """Media with each path as the name and size of its file, so that a folder can be moved."""
+    if isinstance(value, (str, os.PathLike)):
+        name = os.fspath(value)
+        return [os.path.basename(name), os.path.getsize(name) if os.path.isfile(name) else None]
+    if isinstance(value, Mapping):
+        return {key: _media(entry) if key == "path" and entry is not None else entry for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_media(entry) for entry in value]
+    return value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_content).encode()).hexdigest()
+
+
+def _samples(dataset: Any) -> Iterator[Any]:
+    """Samples of a dataset with their media undecoded where that is possible."""
+    if hasattr(dataset, "with_format") and not isinstance(dataset, Rows):  # a datasets.Dataset would decode its images
+        for batch in dataset.with_format("arrow").iter(batch_size=256):
+            yield from batch.to_pylist()
+    else:
+        count = len(dataset) if is_scannable(dataset) else min(len(dataset), _FIRST)
+        yield from (dataset[number] for number in range(count))
+
+
+def dataset_digest(dataset: Any) -> str | None:
+    """Return a digest of a dataset's samples in their order and of the weights of its sets; None for a stream.
+
+    Fields count with their content, media in files with name and size of the file, so a dataset that was copied or touched has
+    the same digest. Of a sequence that makes its samples when asked for, the first 256 count.
+    """
+    if not hasattr(dataset, "__len__"):
+        return None
+    found = hashlib.sha256(str(len(dataset)).encode())
+    if isinstance(dataset, Rows):
+        found.update(json.dumps([[one.weight, len(one)] for one in dataset.sets]).encode())
+    for sample in _samples(dataset):
+        if isinstance(sample, Mapping):
+            keys = ("image", "images", "video", "videos")
+            sample = {key: _media(entry) if key in keys else entry for key, entry in sample.items()}
+        found.update(_digest(sample).encode())
+    return found.hexdigest()
+
+
+def checkpoint_digest(source: str, revision: str = "main") -> str | None:
+    """Return a digest of a checkpoint's files, or of its commit on the hub; None where it has no safetensors files."""
+    try:
+        return _digest(open_checkpoint(source, revision, role="model").known_by())
+    except ValueError:
+        return None
+
+
+# ---- what a run was given -----------------------------------------------------------------------------------------------
+
+
+def _place(source: str | os.PathLike[str]) -> str:
+    """A local path as an absolute one, so that the run can be repeated from another folder; a hub id as it is."""
+    text = os.fspath(source)
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """The entry of an object of Python."""
+    found = {"given": True, "class": type(value).__name__}
+    if getattr(value, "name_or_path", None):
+        found["name"] = os.path.basename(str(value.name_or_path).rstrip("/"))
+    return found
+
+
+@dataclass
+class RunInputs:
+    """What `train` was given.
+
+    recipe: read, with the teacher that was passed, before anything is inferred. asked: of `read_arguments`. objects: objects of
+    Python by the name of their argument. limits: further arguments of `train` that differ from their defaults.
+    """
+
+    model: Any
+    recipe: Recipe
+    dataset: Any
+    asked: Mapping[str, Any]
+    teacher: Any = None
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """Plain values for YAML."""
+        given = {name: _object(value) for name, value in self.objects.items() if value is not None and value != ()}
+        if "processor" in given:
+            given["processor"]["fingerprint"] = _digest(processor_settings(self.objects["processor"]))
+        recipe = self._recipe()
+        return {
+            "version": VERSION,
+            "model": self._model(),
+            **self._teacher(recipe),
+            "recipe": recipe,
+            "dataset": self._dataset(),
+            **given,
+            **self.limits,
+            "arguments": arguments_to_record(self.asked),
+            "environment": {**environment(), "processes": self.world_size},
+        }
+
+    def _teacher(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        if self.teacher is not None and not isinstance(self.teacher, (str, os.PathLike)):
+            return {"teacher": _object(self.teacher)}
+        asked = teacher_block(recipe)
+        if not asked.get("model"):
+            return {}
+        found = checkpoint_digest(asked["model"], asked.get("revision") or "main")
+        return {"teacher": {"path": asked["model"], "fingerprint": found}}
+
+    def _model(self) -> dict[str, Any]:
+        if isinstance(self.model, nn.Module):
+            return _object(self.model)
+        return {"path": _place(self.model), "fingerprint": checkpoint_digest(os.fspath(self.model))}
+
+    def _dataset(self) -> dict[str, Any]:
+        source = getattr(self.dataset, "source", None)
+        found: dict[str, Any] = _object(self.dataset) if source is None else dict(source)
+        for key in ("path", "images"):
+            if found.get(key):
+                found[key] = _place(found[key])
+        if hasattr(self.dataset, "__len__"):
+            found["samples"] = len(self.dataset)
+        return found | {"fingerprint": dataset_digest(self.dataset)}
+
+    def _recipe(self) -> dict[str, Any]:
+        """The recipe in full, teacher and cache by absolute paths."""
+        recipe = yaml.safe_load(self.recipe.yaml())
+        asked = teacher_block(recipe)
+        asked |= {key: _place(asked[key]) for key in ("model", "cache") if asked.get(key)}
+        return recipe
+
+
+def teacher_block(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher block of a recipe as upstream writes it: stages of groups of modifiers."""
+    for stage in recipe.values():
+        for modifiers in stage.values() if isinstance(stage, Mapping) else ():
+            if isinstance(modifiers, Mapping) and "GraceModifier" in modifiers:
+                return (modifiers["GraceModifier"] or {}).get("teacher") or {}
+    return {}
+
+
+def changed(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
+    """The values that differ from the defaults of a function's arguments."""
+    defaults = inspect.signature(function).parameters
+    return {name: value for name, value in values.items() if value != defaults[name].default}
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------------
+
+
+def without_paths(content: Any) -> Any:
+    """The content with the last name of each absolute path in place of the path."""
+    if isinstance(content, Mapping):
+        return {key: without_paths(value) for key, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str) and os.path.isabs(content):
+        return os.path.basename(content.rstrip("/"))
+    return content
+
+
+def run_text(content: Mapping[str, Any]) -> str:
+    """Text of a run file."""
+    head = "# what this run was given; again: grace train --from run.yaml --output_dir NEW\n"
+    return head + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `run.yaml`, whole or not at all; a disk that takes no file costs a warning, not the run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{RUN_FILE}"
+        partial.write_text(run_text(content), encoding="utf-8")
+        partial.replace(folder / RUN_FILE)
+    except OSError as error:
+        logger.warning("%s was not written: %s", folder / RUN_FILE, error)
+
+
+def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a small YAML file that holds a mapping.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+
+    Raises:
+        ValueError: missing, too large, no YAML, no mapping, or with aliases, which could stand for gigabytes.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no {what} at {file}")
+    if file.stat().st_size > _LARGEST:
+        raise ValueError(f"{file} is no {what}: it has more than {_LARGEST} bytes")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError(f"{file}: YAML aliases (*name) are not read; write the values out")
+        read = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is not a readable YAML file: {said}") from error
+    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+        raise ValueError(f"{file} is no {what}: it holds a {type(read).__name__}, not names with values")
+    return read
+
+
+def read_run_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a run file; a run folder or a checkpoint stands for the file in it.
+
+    Raises:
+        ValueError: unreadable, or not what a run writes.
+    """
+    file = Path(path)
+    file = file / RUN_FILE if file.is_dir() else file
+    read = read_yaml_mapping(file, "run file")
+    missing = {"version", "model", "recipe", "dataset", "arguments"} - set(read)
+    if missing or not isinstance(read.get("arguments"), dict):
+        raise ValueError(f"{file} is no run file: it has no {', '.join(sorted(missing)) or 'mapping of arguments'}")
+    if read["version"] != VERSION:
+        raise ValueError(f"{file} has version {read['version']!r}; this version of grace_plugin reads {VERSION}")
+    return read

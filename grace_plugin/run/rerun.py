@@ -1,0 +1,125 @@
+"""Run a training again from the `run.yaml` that it wrote: the same bits on the same machine."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from grace_plugin.artifact.layout import environment
+from grace_plugin.data import load_rows, stream_rows
+from grace_plugin.run.field_types import shown
+from grace_plugin.run.manifest import checkpoint_digest, dataset_digest, read_run_file
+from grace_plugin.run.train import TrainResult, train
+
+__all__ = ["train_from"]
+
+logger = logging.getLogger(__name__)
+
+
+def _given_again(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a run that needs objects of Python which are not here.
+
+    Raises:
+        ValueError: names them.
+    """
+    missing = [
+        f"{name}= ({entry.get('class')}{' of ' + entry['name'] if entry.get('name') else ''})"
+        for name, entry in recorded.items()
+        if isinstance(entry, Mapping) and entry.get("given") is True and name not in given
+    ]
+    if missing:
+        raise ValueError(
+            f"the run was given objects that a file cannot hold; call grace_plugin.train_from with {', '.join(missing)}"
+        )
+
+
+def _check_same(what: str, place: Any, recorded: Any, now: Any, *, given: bool) -> None:
+    """Compare fingerprints; what the user gives may be another one, and that is said.
+
+    Raises:
+        ValueError: what is read from the recorded place is another one, or none.
+    """
+    if recorded is None or recorded == now:
+        return
+    if given:
+        logger.warning("%s is not the one of the run: this is another training", what)
+        return
+    found = "another one is there" if now is not None else "nothing readable is there"
+    raise ValueError(f"the {what} of the run was read from {shown(place)}, and {found} now; give {what}= (--{what})")
+
+
+def _say_environment(recorded: Mapping[str, Any], processes: int) -> None:
+    """Warn of versions, device, threads or processes that differ: the last bits may too."""
+    now = {**environment(), "processes": processes}
+    differing = [f"{key} {value} -> {now.get(key)}" for key, value in recorded.items() if now.get(key) != value]
+    if differing:
+        logger.warning("not the environment of the run, so the bits may differ: %s", ", ".join(differing))
+
+
+def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **given: Any) -> TrainResult:
+    """Run a training again.
+
+    Args:
+        run_file: `run.yaml`, or the run folder or checkpoint that holds one. That of a checkpoint has no local paths: give
+            `model=`, `dataset=` and, where the recipe names a local teacher, `teacher=`.
+        output_dir: where the checkpoint appears; must not hold anything.
+        given: arguments of `train` that replace what is recorded. Without any, the run is the same, bit for bit on the same
+            machine with as many processes and threads.
+
+    Returns:
+        The result of `train`.
+
+    Raises:
+        ValueError: no run file; a model, teacher or dataset that is not the recorded one any more; objects that have to be
+            given again.
+    """
+    recorded = read_run_file(run_file)
+    _given_again(recorded, given)
+    options = {
+        name: value
+        for name, value in recorded.items()
+        if name not in ("version", "model", "teacher", "recipe", "dataset", "arguments", "environment")
+        and not (isinstance(value, Mapping) and value.get("given") is True)
+    }
+    known = inspect.signature(train).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{os.fspath(run_file)} has entries that train() does not take: {', '.join(unknown)[:200]}")
+    options |= recorded["arguments"]
+    if "max_steps" in given or "num_train_epochs" in given:  # one of the two stands for the length
+        options = {name: value for name, value in options.items() if name not in ("max_steps", "num_train_epochs")}
+    if "recipe" not in given:
+        options["recipe"] = yaml.safe_dump(recorded["recipe"], sort_keys=False)
+        _checkpoint("teacher", recorded.get("teacher") or {}, given)
+    options["model"] = _checkpoint("model", recorded["model"], given)
+    options["dataset"] = _dataset(recorded["dataset"], given)
+    _say_environment(recorded.get("environment") or {}, int(os.environ.get("WORLD_SIZE", "1")))
+    return train(**{"output_dir": output_dir, **options, **given})
+
+
+def _checkpoint(what: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """The model or teacher of the run, or the one that is given in its place, compared."""
+    place = given.get(what, recorded.get("path"))
+    if isinstance(place, (str, os.PathLike)):
+        found = checkpoint_digest(os.fspath(place))
+        _check_same(what, place, recorded.get("fingerprint"), found, given=what in given)
+    return place
+
+
+def _dataset(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """The dataset of the run, read again from its place, or the one that is given, compared."""
+    dataset, place = given.get("dataset"), recorded.get("path")
+    if "dataset" not in given:
+        try:
+            dataset = (stream_rows if recorded.get("streaming") else load_rows)(str(place), recorded.get("images"))
+        except ValueError as error:
+            raise ValueError(f"the dataset of the run cannot be read: {error}; give dataset= (--dataset)") from error
+    if recorded.get("fingerprint") is not None:
+        found = dataset_digest(dataset)
+        _check_same("dataset", place, recorded["fingerprint"], found, given="dataset" in given)
+    return dataset

@@ -1,0 +1,189 @@
+"""`run.yaml` holds what a run was given, and a run from it gives the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+import grace_plugin
+from grace_plugin.data import load_rows, stream_rows
+from grace_plugin.run.manifest import dataset_digest, read_run_file, without_paths
+from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run
+from tests.tiny import rows
+
+
+def write_rows(folder: Path, count: int = 6) -> Path:
+    """A JSONL dataset with images next to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(mixed_rows(count)):
+        for place, image in enumerate(row["images"]):
+            image.save(folder / f"{number}-{place}.png")
+        names = [f"{number}-{place}.png" for place in range(len(row["images"]))]
+        lines.append(json.dumps({**row, "images": names}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+OPTIONS: dict[str, Any] = {
+    "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear",
+    "warmup_steps": 1, "weight_decay": 0.1, "seed": 3, "max_length": 400,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from files; its checkpoint is `out`."""
+    folder = tmp_path_factory.mktemp("first")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe_text(llava.teacher, relational={"weight": 1.0}))
+    run(llava, folder / "out", load_rows(str(write_rows(folder / "data"))), recipe=recipe, **OPTIONS)
+    recipe.unlink()  # what is in it is in run.yaml
+    return folder
+
+
+def test_a_run_writes_what_it_was_given(llava: Pair, first: Path) -> None:
+    content = read_run_file(first / "out.run")
+    assert content["model"]["path"] == str(llava.student) and len(content["model"]["fingerprint"]) == 64
+    assert content["teacher"]["path"] == str(llava.teacher) and len(content["teacher"]["fingerprint"]) == 64
+    asked = content["recipe"]["grace_stage"]["grace_modifiers"]["GraceModifier"]
+    assert asked["relational"]["weight"] == 1.0 and asked["ignore"] == []
+    assert content["dataset"] | {"fingerprint": ""} == {
+        "path": str(first / "data/rows.jsonl"), "samples": 6, "fingerprint": ""
+    }  # fmt: skip
+    assert content["max_length"] == 400 and "max_pixels" not in content and "packing" not in content
+    wanted = {
+        "num_train_epochs": 2.0, "lr_scheduler_type": "linear", "seed": 3, "save_strategy": "no", "learning_rate": 1e-3,
+        "use_cpu": True, "per_device_train_batch_size": 2, "warmup_steps": 1.0,
+    }  # fmt: skip
+    assert content["arguments"].items() >= wanted.items()
+    assert not {"max_steps", "output_dir", "adam_beta1", "label_names"} & content["arguments"].keys()
+    assert content["environment"]["processes"] == 1 and content["environment"]["torch"]
+
+
+def test_a_run_from_its_file_gives_the_same_bits(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.cli.test_commands import in_process
+
+    monkeypatch.chdir(tmp_path)
+    assert in_process(monkeypatch, "train", "--from", str(first / "out.run/run.yaml"), "--output_dir", "again") == 0
+    left, right = (folder / "model.safetensors" for folder in (first / "out", tmp_path / "again"))
+    assert left.read_bytes() == right.read_bytes()
+    one, two = read_run_file(first / "out.run"), read_run_file(tmp_path / "again.run")
+    assert one == two
+    assert "verified checkpoint: again" in capsys.readouterr().out
+
+
+def test_an_argument_replaces_what_is_recorded(first: Path, tmp_path: Path) -> None:
+    result = grace_plugin.train_from(first / "out.run", output_dir=tmp_path / "out", max_steps=1, seed=4)
+    assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
+    content = read_run_file(tmp_path / "out.run")
+    assert (content["arguments"]["max_steps"], content["arguments"]["seed"]) == (1, 4)
+    assert "num_train_epochs" not in content["arguments"]
+
+
+@pytest.mark.parametrize("changed", ["an answer", "a picture"])
+def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Path, changed: str) -> None:
+    shutil.copytree(first / "data", tmp_path / "data")
+    content = yaml.safe_load((first / "out.run/run.yaml").read_text())
+    content["dataset"]["path"] = str(tmp_path / "data/rows.jsonl")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    if changed == "an answer":
+        lines = (tmp_path / "data/rows.jsonl").read_text()
+        (tmp_path / "data/rows.jsonl").write_text(lines.replace("is", "was", 1))
+    else:
+        with next((tmp_path / "data").glob("*.png")).open("ab") as picture:
+            picture.write(b"\0")
+    with pytest.raises(
+        ValueError, match=r"the dataset of the run was read from .*, and another one is there now; give"
+    ):
+        grace_plugin.train_from(tmp_path / "run.yaml", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_file_without_paths_asks_for_them(
+    llava: Pair, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = without_paths(read_run_file(first / "out.run"))
+    text = yaml.safe_dump(content)
+    assert str(llava.student.parent) not in text and str(first) not in text and "rows.jsonl" in text
+    (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"the teacher of the run was read from 'teacher', and nothing readable is there"
+    ):
+        grace_plugin.train_from("run.yaml", output_dir="out")
+    with pytest.raises(ValueError, match=r"the model of the run was read from 'student', .* give model= \(--model\)"):
+        grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher)
+    with pytest.raises(ValueError, match=r"the dataset of the run cannot be read: .*rows.jsonl.* give dataset="):
+        grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher, model=llava.student)
+
+
+def test_objects_are_named_and_have_to_be_given_again(llava: Pair, tmp_path: Path) -> None:
+    held = rows(4)
+    result = run(llava, tmp_path / "a", held, model=loaded(llava), max_steps=1)
+    content = read_run_file(tmp_path / "a.run")
+    assert content["model"] == {"given": True, "class": "LlavaForConditionalGeneration", "name": "student"}
+    assert content["dataset"]["class"] == "list" and len(content["dataset"]["fingerprint"]) == 64
+    with pytest.raises(ValueError, match=r"train_from with model= \(LlavaFor.* of student\), dataset= \(list\)"):
+        grace_plugin.train_from(tmp_path / "a.run", output_dir=tmp_path / "b")
+    again = grace_plugin.train_from(tmp_path / "a.run", output_dir=tmp_path / "b", model=loaded(llava), dataset=held)
+    left, right = (r.checkpoint / "model.safetensors" for r in (result, again))
+    assert left.read_bytes() == right.read_bytes()
+
+
+def test_the_digest_of_a_dataset_follows_its_content_alone(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    one = dataset_digest(load_rows(str(file)))
+    assert one == dataset_digest(load_rows(str(tmp_path / "b/rows.jsonl")))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(reversed(lines)))
+    assert one != dataset_digest(load_rows(str(file)))
+    held = rows(2)
+    assert dataset_digest(held) == dataset_digest(rows(2)) != dataset_digest(rows(2, seed=5))
+    texts = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
+    assert dataset_digest(Dataset.from_list(texts)) == dataset_digest(Dataset.from_list(texts))
+    assert dataset_digest(Dataset.from_list(texts)) != dataset_digest(Dataset.from_list(texts[::-1]))
+    assert dataset_digest(stream_rows(str(file))) is None
+
+
+def test_the_weights_of_a_mix_are_part_of_its_digest(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    found = set()
+    for weight in (1, 2):
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sets": [{"path": "rows.jsonl", "weight": weight}]}))
+        found.add(dataset_digest(load_rows(str(tmp_path / "mix.yaml"))))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "no run file at .*run.yaml"),
+        ("", "is no run file: it holds a NoneType"),
+        ("a: [", "is not a readable YAML file"),
+        ("- 1", "is no run file: it holds a list"),
+        ("a: &x [1]\nb: *x", r"YAML aliases \(\*name\) are not read"),
+        ("model: {}", "is no run file: it has no arguments, dataset, recipe, version"),
+        ("{version: 7, model: {}, recipe: {}, dataset: {}, arguments: {}}", "has version 7; this version .* reads 1"),
+        ("{version: 1, model: {}, recipe: {}, dataset: {}, arguments: 3}", "it has no mapping of arguments"),
+        ("a: " + "x" * 2**20, "it has more than 1048576 bytes"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_that_no_run_wrote_is_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=sentence) as raised:
+        grace_plugin.train_from(tmp_path, output_dir=tmp_path / "out") if text is not None else read_run_file(
+            tmp_path / "run.yaml"
+        )
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
