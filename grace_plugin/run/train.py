@@ -223,10 +223,10 @@ def train(
         limits=changed(train, max_length=max_length, max_pixels=max_pixels, max_bad_rows=max_bad_rows, packing=packing,
                        activation_offloading=activation_offloading, record_paths=record_paths),
     )  # fmt: skip
+    _check_dataset(dataset, arguments)
     store = open_cache(modifier, model, processor)
     dataset = as_samples(dataset)
     check_models(modifier, model)
-    _check_dataset(dataset, arguments)
     student = load_student(model, modifier.training.method)
     if packing:
         family_of(student).check_packing()
