@@ -4,6 +4,7 @@ The index is one JSON line per row, in order, appended in chunks: a scan that wa
 line. Its name is a hash of the dataset's fingerprint and of everything of the processor that decides tokens, so another model,
 another template or a changed file starts another index. Each line carries a stamp of the size and time of the row's picture and
 video files: a row whose files were put in place, changed or removed since is looked at again, at the cost of one `stat` a file.
+Each line also carries a hash of its sample and is used for no other (`index_file.py` says why).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from grace_plugin.data.collate import ConversationCollator
+from grace_plugin.data.index_file import IndexFile
 from grace_plugin.data.key import processor_settings
 from grace_plugin.data.measure import Entry, Measure
 from grace_plugin.data.mix import Rows
@@ -29,7 +31,7 @@ from grace_plugin.data.video import DecoderMissingError
 __all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
 _CHUNK = 64
-_VERSION = 4
+_VERSION = 5
 
 
 def cache_folder() -> Path:
@@ -78,11 +80,15 @@ def stamp(row: Any) -> str:
 
 @dataclass
 class _Chunks(Dataset[list[Entry]]):
-    """The entries of chunk i; one that is known is kept while the row's files are as they were."""
+    """The entries of chunk i; one that is known is kept where it is this sample's and the files it names are as they were.
+
+    hashed: give each entry its sample's hash, as an index needs it.
+    """
 
     rows: Sequence[Any]
     measure: Measure
     known: list[Entry]
+    hashed: bool
 
     def __len__(self) -> int:
         return -(-len(self.rows) // _CHUNK)
@@ -92,14 +98,43 @@ class _Chunks(Dataset[list[Entry]]):
 
     def entry(self, i: int) -> Entry:
         """The entry of row i."""
-        known = self.known[i] if i < len(self.known) else None
+        if not self.hashed:
+            return self.measure(self.rows[i], number_of(self.rows, i))
+        known, sample = self.known[i] if i < len(self.known) else None, sample_hash(self.rows, i)
+        if known is not None and (
+            known.sample != sample or not sample
+        ):  # of another place, or of a file that was written over
+            known = None
         if known is not None and not known.stamp:
             return known
         row = self.rows[i]
         mark = stamp(row)
         if known is not None and known.stamp == mark:
             return known
-        return self.measure(row, number_of(self.rows, i))._replace(stamp=mark)
+        return self.measure(row, number_of(self.rows, i))._replace(stamp=mark, sample=sample)
+
+
+def _bytes_of(value: Any) -> str:
+    """What stands for a value of a sample that JSON does not know."""
+    return hashlib.blake2b(value, digest_size=12).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+_ENCODER = json.JSONEncoder(default=_bytes_of)
+
+
+def sample_hash(rows: Sequence[Any], index: int) -> str:
+    """24 hexadecimal digits of a sample's content as it is stored; of a line of a file without parsing it."""
+    stored = rows.stored(index) if isinstance(rows, Rows) else rows[index]
+    if not isinstance(stored, bytes):
+        try:
+            stored = _ENCODER.encode(stored).encode()
+        except (
+            TypeError,
+            ValueError,
+            RecursionError,
+        ):  # keys of odd types, loops; such a sample is inspected every time
+            return ""
+    return hashlib.blake2b(stored, digest_size=12).hexdigest()
 
 
 def number_of(rows: Sequence[Any], index: int) -> int:
@@ -112,9 +147,13 @@ def _quiet_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _entries(rows: Sequence[Any], measure: Measure, known: list[Entry], workers: int) -> Iterator[list[Entry]]:
+def _as_they_are(entries: list[Entry]) -> list[Entry]:
+    return entries  # the default walks through every field of them
+
+
+def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
     loader = DataLoader(
-        _Chunks(rows, measure, known), batch_size=None, shuffle=False, num_workers=workers,
+        chunks, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_they_are,
         worker_init_fn=_quiet_worker, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     try:
@@ -122,25 +161,6 @@ def _entries(rows: Sequence[Any], measure: Measure, known: list[Entry], workers:
     except DecoderMissingError as error:  # from a worker it comes with the worker's traceback as its text
         said = [line for line in str(error).splitlines() if line.strip()][-1]
         raise DecoderMissingError(said.partition(f"{DecoderMissingError.__name__}: ")[2] or said) from None
-
-
-def _resume(file: Path, rows: int, write: bool) -> list[Entry]:
-    """The entries already on disk; a torn last line is cut off, an index of another length is begun anew."""
-    if not file.is_file():
-        return []
-    found, size = [], 0
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                found.append(Entry(*json.loads(line)))
-            except (ValueError, TypeError):
-                break
-            size += len(line)
-    if len(found) > rows:
-        found, size = [], 0
-    if write:
-        os.truncate(file, size)
-    return found
 
 
 def scan(
@@ -160,24 +180,13 @@ def scan(
     Returns:
         One entry per row, in order.
     """
-    known = _resume(file, len(rows), write) if file is not None else []
-    if write and file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
-    for chunk in _entries(rows, Measure(collator, decode), known, workers):
-        fresh = chunk[max(0, len(known) - len(entries)) :]
-        entries += chunk
-        if write and file is not None and fresh:
-            _write(file, fresh, "a")
-        if progress is not None:
-            progress(len(entries), len(rows))
-    if write and file is not None and entries[: len(known)] != known:
-        whole = file.with_suffix(".new")
-        _write(whole, entries, "w")
-        whole.replace(file)
+    with IndexFile(file, len(rows), write) as index:
+        for chunk in _entries(_Chunks(rows, Measure(collator, decode), index.known, file is not None), workers):
+            index.append(chunk[max(0, len(index.known) - len(entries)) :])
+            entries += chunk
+            if progress is not None:
+                progress(len(entries), len(rows))
+        if entries[: len(index.known)] != index.known:
+            index.replace(entries)
     return entries
-
-
-def _write(file: Path, entries: list[Entry], mode: Literal["a", "w"]) -> None:
-    with file.open(mode, encoding="utf-8") as out:
-        out.writelines(json.dumps(list(entry)) + "\n" for entry in entries)

@@ -7,6 +7,7 @@ converts (`sys.get_int_max_str_digits()`, 4,300), and a field that is given twic
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
@@ -71,24 +72,34 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __init__(self, path: Path) -> None:
         check_regular(path)
         self.path = path
-        offsets, numbers, place = [], [], 0
+        offsets, numbers, lengths, place = [], [], [], 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     offsets.append(place)
                     numbers.append(number)
+                    lengths.append(len(line))
                 place += len(line)
         self.offsets, self.numbers = np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._last: tuple[int, bytes] = (-1, b"")
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.readline()
-        return _line(line, f"{self.path}, line {self.numbers[index]}")
+        return _line(self.stored(index), f"{self.path}, line {self.numbers[index]}")
+
+    def stored(self, index: int) -> bytes:
+        """The bytes of the index-th sample's line."""
+        if self._last[0] != index:  # a sample is hashed and then parsed
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._last = index, os.pread(handle, int(self.lengths[index]), int(self.offsets[index]))
+            finally:
+                os.close(handle)
+        return self._last[1]
 
 
 def _line(line: bytes, where: str) -> dict[str, Any]:

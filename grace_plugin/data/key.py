@@ -40,7 +40,7 @@ def _media(item: Any, name: str) -> Any:
         if isinstance(source, bytes):
             return _digest(source)
         try:
-            with source.open("rb") as file:
+            with open(source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise RowError("missing_file", f"{name}: cannot read {shown_source(item)}: {shortened(error)}") from error

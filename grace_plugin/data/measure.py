@@ -31,7 +31,8 @@ class Entry(NamedTuple):
 
     mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
     ("" for none). film: frames of its longest video, 0 for a row without. highest: its largest token id. unused: names of
-    fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line.
+    fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line. sample: hash of its
+    content as stored, for an index.
     """
 
     tokens: int = 0
@@ -47,6 +48,7 @@ class Entry(NamedTuple):
     highest: int = -1
     unused: str = ""
     spelled: str = ""
+    sample: str = ""
 
 
 def _content(value: Any) -> Any:

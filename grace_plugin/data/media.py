@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -66,7 +65,7 @@ def shown_source(given: Any) -> str:
     return shown(str(given), _PATH_SHOWN) if isinstance(given, os.PathLike) else "in the row"
 
 
-def _from_url(url: str, kind: str, name: str) -> Path | bytes:
+def _from_url(url: str, kind: str, name: str) -> str | bytes:
     """The file or the bytes that a data URI or a `file://` URL means."""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
@@ -84,7 +83,7 @@ def _from_url(url: str, kind: str, name: str) -> Path | bytes:
             ) from error
     parts = urlsplit(url) if scheme == "file" else None
     if parts is not None and parts.netloc in ("", "localhost"):
-        return Path(url2pathname(parts.path))
+        return url2pathname(parts.path)
     raise RowError(
         "missing_file",
         f"{name}: {kind} {shown_source(url)} is an address, and nothing is downloaded during a run; download it first and "
@@ -92,8 +91,8 @@ def _from_url(url: str, kind: str, name: str) -> Path | bytes:
     )
 
 
-def media_source(given: Any, kind: str, name: str) -> Path | bytes:
-    """Return the regular file, or the bytes, that a sample gives for an image or a video.
+def media_source(given: Any, kind: str, name: str) -> str | bytes:
+    """Return the path of the regular file, or the bytes, that a sample gives for an image or a video.
 
     Args:
         given: a path, a `file://` URL, a data URI, bytes, or {"bytes", "path"}.
@@ -103,18 +102,22 @@ def media_source(given: Any, kind: str, name: str) -> Path | bytes:
     Raises:
         RowError: another type, a file that is missing or not regular, a damaged data URI, a web address.
     """
-    if isinstance(given, Mapping) and (given.get("bytes") is not None or given.get("path")):
+    if (
+        not isinstance(given, str)
+        and isinstance(given, Mapping)
+        and (given.get("bytes") is not None or given.get("path"))
+    ):
         given = given["bytes"] if given.get("bytes") is not None else given["path"]
     if isinstance(given, (bytes, bytearray, memoryview)):
         return bytes(given)
-    if not isinstance(given, (str, os.PathLike)):
+    if not isinstance(given, str) and not isinstance(given, os.PathLike):
         article, objects = ("an", "a PIL image") if kind == "image" else ("a", "a list of frames")
         raise RowError(
             "malformed",
             f"{name}: {article} {kind} is of type {type(given).__name__}; give a path, bytes, a data URI or {objects}",
         )
     try:
-        path = _from_url(given, kind, name) if isinstance(given, str) and not is_path(given) else Path(given)
+        path = _from_url(given, kind, name) if isinstance(given, str) and not is_path(given) else os.fspath(given)
     except RowError:
         raise
     except ValueError as error:  # urlsplit's, of brackets that do not match

@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from grace_plugin.data.json_rows import JsonLines
 from grace_plugin.data.order import shuffled
 
 __all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
@@ -102,6 +103,11 @@ class RowSet:
         row = self.rows[int(self.chosen[index])]
         return resolve(row, self.folder) if self.folder is not None and isinstance(row, dict) else row
 
+    def stored(self, index: int) -> Any:
+        """The index-th row that is used as it is stored: the bytes of its line, where it is one."""
+        place = int(self.chosen[index])
+        return self.rows.stored(place) if isinstance(self.rows, (JsonLines, Rows)) else self.rows[place]
+
 
 class Rows(Sequence[Any]):
     """The rows of one or more sets, one set behind the other, each row once.
@@ -121,9 +127,19 @@ class Rows(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        place = self.number(range(len(self))[index])
+        owner, place = self._place(range(len(self))[index])
+        return owner.row(place)
+
+    def _place(self, index: int) -> tuple[RowSet, int]:
+        """The set of a row, and its place there."""
+        place = self.number(index)
         owner = bisect_right(self._ends, place)
-        return self.sets[owner].row(place - (self._ends[owner - 1] if owner else 0))
+        return self.sets[owner], place - (self._ends[owner - 1] if owner else 0)
+
+    def stored(self, index: int) -> Any:
+        """A row as it is stored: the bytes of its line, where it is one."""
+        owner, place = self._place(index)
+        return owner.stored(place)
 
     def set_of(self, index: int) -> int:
         """Number of the set a row belongs to."""

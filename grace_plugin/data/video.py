@@ -28,7 +28,6 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,11 +170,11 @@ def _pyav(named: str, name: str) -> Any:
         ) from error
 
 
-def _from_file(source: Path | bytes, named: str, name: str, max_pixels: int | None, fps: float) -> Video:
+def _from_file(source: str | bytes, named: str, name: str, max_pixels: int | None, fps: float) -> Video:
     if not (math.isfinite(fps) and fps > 0):
         raise RowError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
     av = _pyav(named, name)
-    given = str(source) if isinstance(source, Path) else io.BytesIO(source)
+    given = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with av.open(given, options={"protocol_whitelist": "file"}) as container:
             return _sampled(_Reader(container, named, name, max_pixels), fps)

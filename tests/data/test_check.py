@@ -104,13 +104,13 @@ def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path
     """One index serves both: the run's own look at the rows, with its own collator, begins no other."""
     given = [str(mixed.mix), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
     assert check(*given, "--max_length", "4000") == 0
-    (index,) = (tmp_path / "cache").iterdir()
+    (index,) = (tmp_path / "cache").glob("*.jsonl")
     before = index.read_bytes()
     collator = ConversationCollator(AutoProcessor.from_pretrained(model), max_length=40)
     found = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=1.0)
     assert found.report["index"] == str(index)
     assert found.report["rejected"]["too_long"] > 0
-    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [before]
+    assert [path.read_bytes() for path in (tmp_path / "cache").glob("*.jsonl")] == [before]
 
 
 def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(

@@ -274,7 +274,7 @@ def test_parquet_and_saved_datasets_are_indexed(tmp_path: Path, kind: str) -> No
     collator = ConversationCollator(PROCESSORS["qwen2_vl"])
     found = prepare(load_rows(str(source)), collator, cache=tmp_path / "cache")
     assert len(found) == 6
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*.jsonl"))) == 1
     expected = collator(rows(6))
     batch = collator([found[place] for place in range(6)])
     assert all(np.array_equal(batch[key], expected[key]) for key in expected)
