@@ -39,8 +39,13 @@ from grace_plugin.vlm import FAMILIES
 
 __all__ = ["LOGIT_BOUND", "VerificationError", "check_against_run", "verify"]
 
-LOGIT_BOUND = {"bfloat16": 0.06, "float16": 0.01, "float32": 1e-4}
-"""Largest difference of a logit in another environment, as a share of the largest recorded logit, by stored dtype."""
+LOGIT_BOUND = {"bfloat16": 0.15, "float16": 0.02, "float32": 1e-4}
+"""Largest difference of a logit in another environment, as a share of the largest recorded logit, by stored dtype.
+
+Measured on random models of 3 and 24 layers, which amplify rounding more than trained ones: 1 to 8 threads differ by 0, other
+kernels (without oneDNN) by up to 0.033 and 0.0072, another implementation of attention by up to 0.060 and 0.0084 (bfloat16,
+float16). A doubled rope_theta differs by 0.43 and more.
+"""
 
 
 class VerificationError(RuntimeError):
