@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from grace_plugin.data import (
     SAMPLE_KEY,
     ConversationCollator,
+    Prepared,
     as_samples,
     is_scannable,
     prepare,
@@ -43,6 +45,9 @@ from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
 from grace_plugin.teacher.source import Checkpoint, open_checkpoint
 from grace_plugin.teacher.store import (
     ShardWriter,
+    building,
+    holds_states,
+    restore_store,
     write_store,
 )
 from grace_plugin.vlm import check_depth, family_of
@@ -95,38 +100,78 @@ def build_cache(
     collator = ConversationCollator(processor or _processor(student), max_length, max_pixels, keys=True)
     check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
     settings = processor_settings(collator.processor)
-    identity = {"teacher": teacher_identity(source, teacher.dtype), "processor": settings, "visual": visual}
-    visual = check_folder(folder, identity)
-    identity["visual"] = visual
+    identity: dict[str, Any] = {
+        "teacher": teacher_identity(source, teacher.dtype),
+        "processor": settings,
+        "visual": visual,
+    }
+    made_with = {"teacher": teacher.model, "revision": teacher.revision, **_versions()}
+    with ExitStack() as held:
+        locked = holds_states(folder)
+        if locked:
+            held.enter_context(building(folder))
+            restore_store(folder)
+        identity["visual"] = check_folder(folder, identity)
+        rows = _checked(dataset, collator, max_bad_rows, workers, progress)
+
+        def planned() -> tuple[CachePlan, list[int]]:
+            dropped, width = drop_damaged(folder) if locked else (), source.state_bytes(teacher.dtype)
+            plan, missing = plan_cache(rows, folder, width, identity["visual"], family_of(student))
+            return replace(plan, dropped=dropped), missing
+
+        plan, missing = planned()
+        check_disk(folder, plan)
+        if announce is not None:
+            announce(plan)
+        if missing:
+            runner = _Runner(student, source, teacher, device)
+            if not locked:  # nothing is written before, and another build may have begun here in the meantime
+                held.enter_context(building(folder))
+                locked = True
+                identity["visual"] = check_folder(folder, identity)
+                missing = planned()[1]
+            write_store(folder, identity, made_with)
+            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+            with ShardWriter(folder, shard_bytes) as writer:
+                _run(runner, rows, batches, collator, workers, writer, plan, announce, progress)
+    return replace(plan, seconds=time.monotonic() - started)
+
+
+def _checked(
+    dataset: Any, collator: ConversationCollator, max_bad_rows: float, workers: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Prepared:  # fmt: skip
+    """The dataset's samples, each checked as for training.
+
+    Raises:
+        ValueError: a stream, or too many that cannot be used.
+    """
     dataset = as_samples(dataset)
     if not is_scannable(dataset):
         raise ValueError("a cache needs rows that can be looked at first; save these as parquet and give those")
-    rows = prepare(
+    return prepare(
         dataset, collator, max_bad_rows=max_bad_rows, workers=workers,
         progress=None if progress is None else lambda done, of: progress("looking at every row", done, of),
     )  # fmt: skip
-    dropped, width = drop_damaged(folder), source.width * source.dtype(teacher.dtype).itemsize
-    plan, missing = plan_cache(rows, folder, width, visual, family_of(student))
-    plan = replace(plan, dropped=dropped)
-    check_disk(folder, plan)
-    if announce is not None:
-        announce(plan)
-    if missing:
-        runner = _Runner(student, source, teacher, device)
-        write_store(folder, identity, {"teacher": teacher.model, "revision": teacher.revision, **_versions()})
-        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        given: Any = rows.rows  # a sequence is all that the loader needs
-        loader: Any = DataLoader(given, batch_sampler=batches, collate_fn=collator, num_workers=workers)
-        clock = _Clock([sum(rows.entries[number].tokens for number in batch) for batch in batches])
-        with ShardWriter(folder, shard_bytes) as writer:
-            for done, batch in enumerate(loader, start=1):
-                for key, final, seen in runner(batch):
-                    writer.add(key, final, seen if visual else None)
-                if clock.tick() and announce is not None:
-                    announce(replace(plan, seconds=clock.seconds))
-                if progress is not None:
-                    progress("running the teacher", min(done * batch_size, len(missing)), len(missing))
-    return replace(plan, seconds=time.monotonic() - started)
+
+
+def _run(
+    runner: _Runner, rows: Prepared, batches: list[list[int]], collator: ConversationCollator, workers: int,
+    writer: ShardWriter, plan: CachePlan, announce: Callable[[CachePlan], None] | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:  # fmt: skip
+    """Write the states of the batches, and say how long the rest will take."""
+    given: Any = rows.rows  # a sequence is all that the loader needs
+    loader: Any = DataLoader(given, batch_sampler=batches, collate_fn=collator, num_workers=workers)
+    clock, finished = _Clock([sum(rows.entries[number].tokens for number in batch) for batch in batches]), 0
+    for numbers, batch in zip(batches, loader, strict=True):
+        for key, final, seen in runner(batch):
+            writer.add(key, final, seen if writer.visual else None)
+        finished += len(numbers)
+        if clock.tick() and announce is not None:
+            announce(replace(plan, seconds=clock.seconds))
+        if progress is not None:
+            progress("running the teacher", finished, sum(map(len, batches)))
 
 
 class _Clock:

@@ -10,7 +10,7 @@ from typing import Any
 
 from grace_plugin.data import Prepared
 from grace_plugin.teacher.cached import keys_of
-from grace_plugin.teacher.store import WRITING, StateStore, corrupt_shards, differing, read_store
+from grace_plugin.teacher.store import StateStore, corrupt_shards, differing, foreign_files, leftovers, read_store
 from grace_plugin.vlm import Family
 
 __all__ = ["CachePlan", "check_disk", "check_folder", "drop_damaged", "plan_cache"]
@@ -43,10 +43,15 @@ def check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: names what differs, with both values.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder")
     written = read_store(folder)
     if written is None:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than a teacher cache; give a new folder")
+        foreign = foreign_files(folder)
+        if foreign:
+            raise ValueError(
+                f"{folder} holds something else than a teacher cache ({foreign[0].name[:100]}); give a new folder"
+            )
         return bool(identity["visual"])
     visual = bool(identity["visual"] or written[0]["visual"])
     told = differing(written[0], {**identity, "visual": visual})
@@ -58,9 +63,9 @@ def check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def drop_damaged(folder: Path) -> tuple[str, ...]:
-    """Remove a half-written file and every file that is not what was written; returns the names of the latter."""
+    """Remove half-written files and every file that is not what was written; returns the names of the latter."""
     damaged = corrupt_shards(folder)
-    for path in (*damaged, folder / WRITING):
+    for path in (*damaged, *leftovers(folder)):
         path.unlink(missing_ok=True)
     return tuple(path.name for path in damaged)
 

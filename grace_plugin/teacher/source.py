@@ -1,42 +1,28 @@
 """A teacher's checkpoint as it lies on disk: its config, what it is known by, and its head, read without the rest.
 
-A snapshot of the hub is known by its commit. A folder is known by its config, its index and, for each weights file that is
-there, the file's length and 64 KiB at 16 evenly spaced places: enough to tell a retrained model from the original without
-reading all of it. A weights file that is missing is no fault here: only the one that holds the head is needed to train from a
+A snapshot of the hub is known by its commit. A folder is known by the SHA-256 of its config, its index and each weights file
+that is there. A weights file that is missing is no fault here: only the one that holds the head is needed to train from a
 cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grace_plugin.teacher.digest import file_digests
 from grace_plugin.vlm.checkpoint_files import checkpoint_file
 from grace_plugin.vlm.loading import check_checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PIECE, _PLACES = 65536, 16
-
-
-def _digest(file: Path) -> str:
-    """SHA-256 over a file's length and evenly spaced pieces of it; a small file is read whole."""
-    size = file.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with file.open("rb") as content:
-        for place in range(_PLACES):
-            content.seek(place * max(size - _PIECE, 0) // (_PLACES - 1))
-            found.update(content.read(_PIECE))
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,6 +54,10 @@ class Checkpoint:
             return getattr(torch, asked)
         return self.config.dtype or self.head("auto")[0].dtype
 
+    def state_bytes(self, asked: str) -> int:
+        """Bytes of a token's hidden state."""
+        return self.width * self.dtype(asked).itemsize
+
     def known_by(self) -> dict[str, str]:
         """The commit of a hub snapshot, or digests of the folder's files by name."""
         from transformers.utils.hub import extract_commit_hash
@@ -79,7 +69,7 @@ class Checkpoint:
             return {"commit": commit}
         names = ["config.json", _INDEX, *sorted(set(self._tensors().values()))]
         files = {name: checkpoint_file(self.name_or_path, name, self.revision) for name in names}
-        return {name: _digest(file) for name, file in files.items() if file is not None}
+        return file_digests({name: file for name, file in files.items() if file is not None})
 
     def head(self, asked: str) -> tuple[Tensor, Tensor | None]:
         """Weight [V_t, d_t] and bias of the output head; no other tensor of the checkpoint is read.
