@@ -7,7 +7,7 @@ does nothing else. Importing it again changes nothing.
 from grace_plugin.artifact import VerificationError, verify
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
-from grace_plugin.run import GraceSession, TrainResult, grace_session, oneshot, train, train_from
+from grace_plugin.run import GraceSession, TrainResult, export, grace_session, oneshot, train, train_from
 from grace_plugin.run.pipeline import register_pipeline
 from grace_plugin.upstream import ModifierFactory
 
@@ -17,6 +17,7 @@ __all__ = [
     "GraceSession",
     "TrainResult",
     "VerificationError",
+    "export",
     "grace_session",
     "oneshot",
     "train",

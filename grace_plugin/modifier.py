@@ -87,6 +87,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     _student: Any = PrivateAttr(None)
     _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
     _given_teacher: Any = PrivateAttr(None)
+    _trains: bool = PrivateAttr(True)
     _teacher: Teacher | None = PrivateAttr(None)
     _store: StateStore | None = PrivateAttr(None)
     _vocabulary: int = PrivateAttr(0)
@@ -249,6 +250,10 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         elif teacher is not None:
             self.teacher = self.teacher.model_copy(update={"model": os.fspath(teacher)})
 
+    def without_teacher(self) -> None:
+        """Load no teacher: the session only saves what an earlier one has trained, and makes no step."""
+        self._trains = False
+
     @property
     def named_teacher(self) -> str | None:
         """The teacher's checkpoint where the run will read one by name; None where it needs none or was given a model."""
@@ -257,7 +262,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     @property
     def _needs_teacher(self) -> bool:
-        return self.distill.enabled or self.relational.enabled
+        return self._trains and (self.distill.enabled or self.relational.enabled)
 
     def open_store(self) -> StateStore | None:
         """The store of a cached teacher, opened and checked once, without loading any model; None for another kind.
@@ -277,7 +282,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
         objective = GraceObjective(self.distill, self.relational, self.controller, self.training)
-        sizes = {"vocabulary": self._vocabulary, "total_steps": total_steps}
+        sizes: dict[str, Any] = {"vocabulary": self._vocabulary, "total_steps": total_steps, "trains": self._trains}
         objective.prepare(self._student, self._teacher, attached=self._attached, **sizes)
         self._objective = objective
         return objective

@@ -28,8 +28,9 @@ def run(name: str, args: Namespace) -> int:
     with kept_streams():
         try:
             COMMANDS[name](args)
-        except KeyboardInterrupt:
-            print(f"grace {name}: interrupted", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            if not str(error):  # a run has said in a line what is kept and how to go on
+                print(f"grace {name}: interrupted", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
             return _told(name, error)
@@ -148,7 +149,10 @@ def _train(args: Namespace) -> None:
     given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
     known = inspect.signature(grace_plugin.train).parameters
-    names = ("model", "teacher", "max_length", "max_pixels", "max_bad_rows", "packing", "resume_from_checkpoint")
+    names = (
+        "model", "teacher", "max_length", "max_pixels", "max_bad_rows", "packing", "resume_from_checkpoint",
+        "allow_resume_changes", "save_minutes", "save_on_signal",
+    )  # fmt: skip
     given |= {
         name: value for name in names if (value := getattr(args, name)) != known[name].default and value is not None
     }
@@ -173,6 +177,14 @@ def _oneshot(args: Namespace) -> None:
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
         max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows,
     )  # fmt: skip
+    _show(result.verification)
+    print(f"verified checkpoint: {result.checkpoint}")
+
+
+def _export(args: Namespace) -> None:
+    import grace_plugin
+
+    result = grace_plugin.export(args.run_folder, args.output_dir, model=args.model)
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")
 
@@ -208,6 +220,6 @@ def _teacher_cache(args: Namespace) -> None:
 
 
 COMMANDS = {
-    "train": _train, "oneshot": _oneshot, "verify": _verify, "report": _report, "demo": _demo,
+    "train": _train, "oneshot": _oneshot, "export": _export, "verify": _verify, "report": _report, "demo": _demo,
     "data check": _data_check, "teacher cache": _teacher_cache,
 }  # fmt: skip

@@ -43,7 +43,14 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--packing", action="store_true",
                         help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from <output_dir>.run")
+    parser.add_argument("--resume_from_checkpoint", action="store_true",
+                        help="go on from the newest whole resume state in <output_dir>.run")  # fmt: skip
+    parser.add_argument("--allow_resume_changes", "--allow-resume-changes", dest="allow_resume_changes", nargs="+", default=(),
+                        metavar="KEY", help="keys in which a resumed run may differ, as its refusal names them")  # fmt: skip
+    parser.add_argument("--save_minutes", "--save-minutes", dest="save_minutes", type=float, default=10.0,
+                        help="minutes between two resume states without save_strategy; 0: every step (default 10)")  # fmt: skip
+    parser.add_argument("--no_save_on_signal", "--no-save-on-signal", dest="save_on_signal", action="store_false",
+                        help="let Ctrl-C and SIGTERM end the run without a resume state")  # fmt: skip
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
                         help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
 
@@ -102,6 +109,14 @@ def _teacher_cache(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="where the teacher runs (default: cuda if there is one, else cpu)")
 
 
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("run_folder", help="<output_dir>.run of a run that has trained to its end")
+    parser.add_argument(
+        "--output_dir", help="where the checkpoint appears; must be empty (default: where the run said)"
+    )
+    parser.add_argument("--model", help="the student's folder or hub id where it has moved; its weights are not used")
+
+
 def _verify(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder written by train or oneshot")
     parser.add_argument("--source", help="folder of the BF16 student that the run trained from, to compare with")
@@ -148,6 +163,7 @@ def _demo(parser: ArgumentParser) -> None:
 COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("train", "train a student to INT4 with GRACE and write a verified checkpoint", _train),
     ("oneshot", "the same objective over a calibration set, through llm-compressor's oneshot", _oneshot),
+    ("export", "finish a run that has trained to its end: write and verify its checkpoint, without training", _export),
     ("verify", "prove that a checkpoint is bit for bit what was trained", _verify),
     ("report", "where an INT4 checkpoint differs from its BF16 one, or how a training went, as one page", _report),
     ("demo", "train, verify, serve and score the bundled pair", _demo),

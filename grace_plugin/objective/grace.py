@@ -70,7 +70,7 @@ class GraceObjective:
 
     def prepare(
         self, student: nn.Module, teacher: nn.Module | Teacher | None, *, vocabulary: int, total_steps: int,
-        attached: Sequence[Attached] = (),
+        attached: Sequence[Attached] = (), trains: bool = True,
     ) -> None:  # fmt: skip
         """Tie the objective to a student, freeze what does not train, and start the controller.
 
@@ -81,23 +81,24 @@ class GraceObjective:
             vocabulary: ids both tokenizers define; logits are cut to it.
             total_steps: optimizer steps of the run, from which warm-up, probe and automatic eta follow.
             attached: learned scales put on the student's linears, one entry per format; empty without quantization.
+            trains: False where only the end of an earlier run is saved, which needs no teacher.
 
         Raises:
             ValueError: no teacher where one is needed, one that cannot teach this student, a decoder of one layer with the
                 relational term, an unknown family, or fewer than one step.
         """
-        if self.needs_teacher and teacher is None:
+        if self.needs_teacher and teacher is None and trains:
             raise ValueError(MISSING)
         if total_steps < 1:
             raise ValueError(f"a run needs at least 1 optimizer step, got total_steps={total_steps}")
-        if self.relational.enabled:
+        if self.relational.enabled and trains:
             for role, model in (("student", student), ("teacher", teacher)):
                 check_depth(cast(Any, model).config, role)
         self.student, self.family = student, family_of(student)
         self.config: Any = student.config
         self.vocabulary, self.total_steps, self.attached = vocabulary, total_steps, tuple(attached)
         teacher = ResidentTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
-        self.teacher = teacher if self.needs_teacher else None
+        self.teacher = teacher if self.needs_teacher and trains else None
         self._text_model = self.family.text_model(student)
         choose_trainable(student, self.family, self.training)
         if self.teacher is not None:

@@ -241,21 +241,22 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(one)
 
 
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, optimizer_name: str = "") -> int:
+def state_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, optimizer_name: str | None = None
+) -> int:
     """Bytes of a resume state: parameters, buffers and optimizer states.
 
     Args:
         model: the student.
-        optimizer: None for a state without optimizer states; before its first step they are counted as Adam's.
-        optimizer_name: TrainingArguments' `optim`, which says how wide a number of the states is.
+        optimizer: whose states are counted, where it has any.
+        optimizer_name: TrainingArguments' `optim`, for states that are not there yet, counted as Adam's; None for none.
     """
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if optimizer is not None:
-        held = sum(t.numel() * t.element_size() for t in _tensors(dict(optimizer.state)))
+    held = sum(t.numel() * t.element_size() for t in _tensors(dict(optimizer.state))) if optimizer is not None else 0
+    if not held and optimizer_name is not None:
         width = 1 if "8bit" in optimizer_name else 4
-        expected = 2 * width * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        size += max(held, 0 if held else expected)
-    return size + _MARGIN
+        held = 2 * width * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return size + held + _MARGIN
 
 
 def disk_is_full(folder: Path, needed: int) -> str:

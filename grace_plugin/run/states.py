@@ -7,13 +7,17 @@ to free, and training goes on.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,10 +38,33 @@ from grace_plugin.run.resume import (
 if TYPE_CHECKING:
     from grace_plugin.run.trainer import GraceTrainer
 
-__all__ = ["TRAINER_STATE", "ResumeStates", "choose_state"]
+__all__ = [
+    "STATE_FILE",
+    "WEIGHTS",
+    "ResumeStates",
+    "check_resume_options",
+    "choose_state",
+    "has_ended",
+    "is_automatic",
+    "read_state",
+]
 
-TRAINER_STATE = "trainer_state.json"
+WEIGHTS, STATE_FILE, TRAINER_STATE = "model.safetensors", "grace_state.json", "trainer_state.json"
 logger = logging.getLogger(__name__)
+
+
+def check_resume_options(resumes: bool, allowed: Sequence[str], minutes: float | None) -> None:
+    """Refuse options of resume states that would have no effect.
+
+    Raises:
+        ValueError: changes are allowed of a run that is not resumed, or a time between states below 0.
+    """
+    if allowed and not resumes:
+        raise ValueError(
+            "allow_resume_changes is about a resumed run; pass resume_from_checkpoint as well, or leave it out"
+        )
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"save_minutes is a time between two resume states of at least 0, or None, got {minutes}")
 
 
 def choose_state(asked: bool | str | os.PathLike[str], folder: Path) -> Path:
@@ -68,6 +95,29 @@ def choose_state(asked: bool | str | os.PathLike[str], folder: Path) -> Path:
     return found
 
 
+def has_ended(state: Path) -> bool:
+    """Whether a whole state is one of a run that has trained to its end."""
+    facts = manifest_facts(state)
+    return bool(facts.get("ended")) or facts.get("step", 0) >= facts.get("max_steps", 1) > 0
+
+
+def is_automatic(state: Path) -> bool:
+    """Whether a state was written by the clock, and not because `save_strategy` asked for it."""
+    try:
+        return bool(manifest_facts(state).get("automatic"))
+    except ValueError:
+        return False
+
+
+def _is_end_of(state: Path, step: int) -> bool:
+    return manifest_facts(state).get("step") == step and has_ended(state)
+
+
+def read_state(state: Path) -> tuple[dict[str, Any], TrainerState]:
+    """What GRACE and Trainer have written into a whole state."""
+    return json.loads((state / STATE_FILE).read_text()), TrainerState.load_from_json(str(state / TRAINER_STATE))
+
+
 def _from_first_rank(value: Any) -> Any:
     """Rank 0's value on every rank; each takes part."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -78,10 +128,13 @@ def _from_first_rank(value: Any) -> Any:
 
 
 class ResumeStates:
-    """The states that a trainer writes and reads in its `args.output_dir`."""
+    """The states that a trainer writes and reads in its `args.output_dir`.
 
-    def __init__(self, trainer: GraceTrainer) -> None:
-        self.trainer = trainer
+    automatic: whether they are written by the clock; the newest alone is kept then.
+    """
+
+    def __init__(self, trainer: GraceTrainer, *, automatic: bool = False) -> None:
+        self.trainer, self.automatic = trainer, automatic
         self.kept: Path | None = None  # the newest state that is known to be whole
         self._written: tuple[int, bool] | None = (
             None  # step of the latest that this process wrote, and whether it ended
@@ -101,10 +154,44 @@ class ResumeStates:
         self.kept = Path(_from_first_rank(mine))
         return self.kept
 
-    def has_ended(self, state: Path) -> bool:
-        """Whether a whole state is one of a run that has trained to its end."""
-        facts = manifest_facts(state)
-        return bool(facts.get("ended")) or facts.get("step", 0) >= facts.get("max_steps", 1) > 0
+    def _size(self, weights_only: bool = False) -> int:
+        trainer = self.trainer
+        name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        return state_bytes(trainer.model, *((None, None) if weights_only else (trainer.optimizer, name)))
+
+    def check_space(self, total_steps: int, saves: bool) -> None:
+        """Compare the states that a run will keep with the free space, before its first step.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            saves: whether `save_strategy` asks for states.
+
+        Raises:
+            ValueError: those that were asked for do not fit. States by the clock are given up with a warning instead.
+        """
+        args, size = self.trainer.args, self._size()
+        if not (saves or self.automatic):
+            return
+        kept = args.save_total_limit or 0
+        if self.automatic:
+            kept = 1
+        elif kept < 1 and getattr(args.save_strategy, "value", args.save_strategy) == "steps":
+            every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * total_steps))
+            kept = math.ceil(total_steps / every) - 1
+        elif kept < 1:
+            kept = max(0, math.ceil(args.num_train_epochs) - 1) if args.max_steps < 1 else 0
+        there = len(states(self.folder)) if self.folder.is_dir() else 0
+        full = disk_is_full(self.folder, size * max(1, kept + 1 - there)) if args.process_index == 0 else ""
+        full = _from_first_rank(full)
+        if full and self.automatic:
+            self.automatic = False
+            self.trainer.interrupts.minutes = None
+            logger.warning("no resume states are written by the clock in %s: %s", self.folder, full)
+        elif full:
+            raise ValueError(
+                f"the resume states that save_strategy asks for do not fit into {self.folder} ({size / 1e6:,.1f} MB each, "
+                f"up to {kept + 1} at a time): {full}, or set save_total_limit to keep fewer"
+            )
 
     def save(self, *, ended: bool = False, weights_only: bool = False) -> Path | None:
         """Write a state of this step; None where it was not written, after a warning.
@@ -117,10 +204,11 @@ class ResumeStates:
         step, writer = trainer.state.global_step, trainer.args.should_save
         if self._written in ((step, ended), (step, True)):
             return self.kept  # the end of an epoch asks again for the state of its last step
+        if ended and self.kept is not None and _from_first_rank(writer and _is_end_of(self.kept, step)):
+            return self.kept
         final = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         partial = final.with_name(f"{final.name}.partial")
-        optimizer = None if weights_only else trainer.optimizer
-        needed = state_bytes(trainer.model, optimizer, str(getattr(trainer.args.optim, "value", trainer.args.optim)))
+        needed = self._size(weights_only)
 
         def write() -> str:
             """Rank 0's folder exists before the others write into it."""
@@ -134,7 +222,9 @@ class ResumeStates:
             return full or self._tried(lambda: partial.mkdir(parents=True, exist_ok=True), needed)
 
         def end() -> str:
-            facts = {"step": step, "max_steps": trainer.state.max_steps, "ended": ended}
+            facts = {
+                "step": step, "max_steps": trainer.state.max_steps, "ended": ended, "automatic": self.automatic,
+            }  # fmt: skip
             return self._tried(lambda: publish(partial, final, **facts), needed) if writer and not problem else problem
 
         problem = ""
@@ -151,8 +241,8 @@ class ResumeStates:
             return None
         self.kept, self._written = final, (step, ended)
         if writer:
-            best = trainer.state.best_model_checkpoint
-            self._tried(lambda: rotate(self.folder, final, trainer.args.save_total_limit, best), 0)
+            best, limit = trainer.state.best_model_checkpoint, trainer.args.save_total_limit
+            self._tried(lambda: rotate(self.folder, final, 1 if self.automatic else limit, best), 0)
         return final
 
     def _tried(self, work: Any, needed: int) -> str:

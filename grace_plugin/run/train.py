@@ -21,6 +21,8 @@ from grace_plugin.artifact.destination import rehearse
 from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.run.field_types import shown
+from grace_plugin.run.fingerprint import describe_run
+from grace_plugin.run.finish import save_facts, save_finished
 from grace_plugin.run.inputs import (
     check_models,
     grace_modifier,
@@ -28,13 +30,13 @@ from grace_plugin.run.inputs import (
     load_student,
     open_cache,
     read_recipe,
-    recipe_hash,
 )
 from grace_plugin.run.manifest import RunInputs, changed, write_run_file
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import grace_session
 from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
+from grace_plugin.run.states import check_resume_options
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
@@ -45,7 +47,7 @@ __all__ = ["TrainResult", "run_folder", "train"]
 logger = logging.getLogger(__name__)
 _OWN = (
     "max_length", "max_pixels", "max_bad_rows", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
-    "processor", "teacher_processor", "teacher",
+    "processor", "teacher_processor", "teacher", "probe", "allow_resume_changes", "save_minutes", "save_on_signal",
 )  # fmt: skip
 """Arguments of `train` that are none of TrainingArguments', for suggestions."""
 
@@ -148,11 +150,17 @@ def _say_pinned(pinned: bool) -> None:
 def _fit(
     trainer: GraceTrainer, folder: Path, rows: TrainingRows, content: Mapping[str, Any], resume: bool | str
 ) -> None:
-    """Write what the run was given, and train."""
+    """Write what the run was given, and train.
+
+    Raises:
+        KeyboardInterrupt, Terminated (a SystemExit): a signal ended the run after a step.
+    """
+    trainer.states.check_space(trainer.objective.total_steps, trainer.args.save_strategy != "no")
     if trainer.args.process_index == 0:
         rows.begin(folder)
         write_run_file(folder, content)
     trainer.train(resume_from_checkpoint=resume or None)
+    trainer.interrupts.end()
     _say_pinned(trainer.objective.controller_pinned())
 
 
@@ -174,6 +182,9 @@ def train(
     callbacks: Sequence[Any] = (),
     probe: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
     record_paths: bool = False,
+    allow_resume_changes: Sequence[str] = (),
+    save_minutes: float | None = 10.0,
+    save_on_signal: bool = True,
     **given: Any,
 ) -> TrainResult:
     """Run GRACE with the Hugging Face Trainer and write a verified checkpoint.
@@ -194,13 +205,20 @@ def train(
             `<output_dir>.run`.
         packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
             positions do not allow it.
-        resume_from_checkpoint: True for the latest checkpoint in `<output_dir>.run`, or a folder.
+        resume_from_checkpoint: True for the newest whole resume state in `<output_dir>.run`, or one by its folder. A run that
+            has trained to its end is saved without training.
         activation_offloading: keep in host memory what gradient checkpointing saves for backward (the value is the same).
         callbacks: further TrainerCallbacks.
         probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
             noise through the processor with a fixed text, so that nothing of the training data is in the checkpoint.
         record_paths: keep local paths of student and teacher in the checkpoint's recipe and record, which else hold their names
             and fingerprints.
+        allow_resume_changes: keys in which a resumed run may differ from the one it goes on with, as a refusal names them.
+        save_minutes: where `save_strategy` is not given, write a resume state every so many minutes and at the end, keep the
+            newest, and remove it once the checkpoint is verified; less often where one takes more than 2 % of that time. None
+            for none.
+        save_on_signal: on Ctrl-C or SIGTERM end the running step, write a resume state and say how to go on; a second signal
+            ends at once. The exit status is 130 or 143.
         given: fields of `transformers.TrainingArguments`; what GRACE does with each, and the defaults that differ from
             Trainer's, is in `grace_plugin.run.arguments`.
 
@@ -213,6 +231,7 @@ def train(
     asked = read_arguments(given, others=_OWN)
     rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_rows)
+    check_resume_options(bool(resume_from_checkpoint), allow_resume_changes, save_minutes)
     read = read_recipe(recipe)
     modifier = grace_modifier(read)
     modifier.use_teacher(teacher)
@@ -233,9 +252,13 @@ def train(
     reads = processor or load_processor(student)
     collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
     rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
-    content = inputs.content if arguments.process_index == 0 else {}
+    steps, content, written = _total_steps(arguments, rows.count), inputs.content, read.yaml()
+    fingerprint = describe_run(
+        arguments, student, modifier, rows.dataset, reads, teacher=teacher, total_steps=steps, max_length=max_length,
+        max_pixels=max_pixels, packing=packing, samples=content["dataset"]["fingerprint"],
+    )  # fmt: skip
     with grace_session(
-        student, read, total_steps=_total_steps(arguments, rows.count), teacher=teacher, processor=collator.processor,
+        student, read, total_steps=steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
     ) as session:  # fmt: skip
         if packing and session.objective.teacher is not None:
@@ -244,8 +267,11 @@ def train(
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
             objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream,
-            recipe_hash=recipe_hash(modifier), row_sampler=rows.sampler, activation_offloading=activation_offloading,
+            row_sampler=rows.sampler, activation_offloading=activation_offloading, fingerprint=fingerprint,
+            allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
+            save_minutes=None if "save_strategy" in given else save_minutes,
+            save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
         )  # fmt: skip
         _fit(trainer, folder, rows, content, resume_from_checkpoint)
-        verification = session.save(output_dir)
+        verification = save_finished(trainer, session, output_dir)
     return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())

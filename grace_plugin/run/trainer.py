@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from accelerate import DistributedType
 from accelerate.data_loader import DataLoaderShard
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.integrations import deactivate_neftune
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -31,16 +31,20 @@ from grace_plugin.objective.host import Reading
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
+from grace_plugin.run.fingerprint import SCHEDULE_KEYS, check_same_run
+from grace_plugin.run.finish import SaveFacts
+from grace_plugin.run.interrupt import ResumeCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.outputs import kept_streams
-from grace_plugin.run.states import TRAINER_STATE, ResumeStates
+from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
 from grace_plugin.run.stream_loader import StreamLoader
 from grace_plugin.vlm import VISUAL_RUNS
 from grace_plugin.vlm.host import moved
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
-STATE_FILE = "grace_state.json"
+WORKER_SECONDS = 1800.0
+"""Longest wait for a batch of a loader's worker, as long as that of a collective (`ddp_timeout`)."""
 GRADIENTS_IN_PLACE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 """Ways to run that leave the sum over micro-batches in `.grad`, where the quantizer's one backward per step finds it."""
 
@@ -51,7 +55,12 @@ class GraceTrainer(Trainer):
     Args:
         objective: prepared for `args.max_steps` or the epochs' optimizer steps.
         scale_rate: learning rate of the scales over that of the weights.
-        recipe_hash: identifies the recipe a checkpoint belongs to.
+        recipe_hash: identifies the recipe a resume state belongs to, where `fingerprint` does not.
+        fingerprint: what decides the run's result (`grace_plugin.run.fingerprint`); a state of another is not resumed.
+        allow_resume_changes: keys of it that may differ.
+        save_facts: what `grace export` needs in addition to the weights.
+        save_minutes: write a resume state every so many minutes, the newest kept; None for none by the clock.
+        save_on_signal: end after the running step on SIGINT or SIGTERM, with a resume state.
         train_loader: a ready DataLoader, instead of a dataset and a collator.
         row_sampler: the order of the rows, instead of Trainer's own.
         stream: the batches of a stream, which ranks read apart.
@@ -63,7 +72,12 @@ class GraceTrainer(Trainer):
         *args: Any,
         objective: GraceObjective,
         scale_rate: float,
-        recipe_hash: str,
+        recipe_hash: str = "",
+        fingerprint: Mapping[str, Any] | None = None,
+        allow_resume_changes: Sequence[str] = (),
+        save_facts: SaveFacts | None = None,
+        save_minutes: float | None = None,
+        save_on_signal: bool = False,
         train_loader: Any = None,
         row_sampler: Any = None,
         stream: StreamLoader | None = None,
@@ -73,6 +87,8 @@ class GraceTrainer(Trainer):
         self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
         self.train_loader, self.row_sampler, self.stream = train_loader, row_sampler, stream
         self.activation_offloading = activation_offloading
+        self.fingerprint, self.allow_resume_changes, self.save_facts = fingerprint, allow_resume_changes, save_facts
+        self.changed: set[str] = set()
         asked = kwargs.get("args")
         if asked is not None and asked.ddp_find_unused_parameters is None:
             asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
@@ -84,11 +100,13 @@ class GraceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
-        self.states = ResumeStates(self)
+        self.states = ResumeStates(self, automatic=save_minutes is not None)
         if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
             for attached in objective.attached:
                 attached.defer()
         self.add_callback(GraceCallback(self))
+        self.interrupts = ResumeCallback(self, on_signal=save_on_signal, minutes=save_minutes)
+        self.add_callback(self.interrupts)
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
         """Trainer's, and then the model as it was: accelerate leaves autocast around the forward of mixed-precision runs.
@@ -99,12 +117,12 @@ class GraceTrainer(Trainer):
             ValueError: no whole resume state to go on from, or one of another run.
         """
         state = self.states.choose(resume_from_checkpoint) if resume_from_checkpoint else None
-        if state is not None and self.states.has_ended(state):
-            self._load_from_checkpoint(str(state))
-            self.state = TrainerState.load_from_json(str(state / TRAINER_STATE))
-            return TrainOutput(self.state.global_step, math.nan, {})
         try:
-            with kept_streams():  # Trainer prints its log, and its progress
+            if state is not None and has_ended(state):
+                self._load_from_checkpoint(str(state))
+                self.state = read_state(state)[1]
+                return TrainOutput(self.state.global_step, math.nan, {})
+            with kept_streams(), self.interrupts.watching():  # Trainer prints its log, and its progress
                 return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
         finally:
             if self.is_in_train and self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
@@ -113,6 +131,8 @@ class GraceTrainer(Trainer):
                 )  # Trainer's own, after an error
             if self.config_use_cache is not None:  # Trainer switches it off, and the checkpoint's config would say so
                 self.model.config.use_cache = self.config_use_cache
+            elif "use_cache" in vars(self.model.config):  # of a config that has none of its own
+                del self.model.config.use_cache
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
                 del model.__dict__["forward"]
@@ -127,6 +147,8 @@ class GraceTrainer(Trainer):
         loader = super().get_train_dataloader() if own else self.accelerator.prepare(self.train_loader)
         if isinstance(loader, DataLoaderShard):
             loader.device = None
+            if own and loader.num_workers:
+                loader.timeout = WORKER_SECONDS  # a worker that is stopped (SIGSTOP) would be waited for without end
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -234,8 +256,14 @@ class GraceTrainer(Trainer):
         """Raw parameters under their own names, and what GRACE adds; nothing is renamed or compressed."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        state = {"recipe_hash": self.recipe_hash, "objective": self.objective.state_dict()}
+        save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
+        state = {
+            "recipe_hash": self.recipe_hash,
+            "objective": self.objective.state_dict(),
+            "fingerprint": self.fingerprint,
+        }
+        if self.save_facts is not None:
+            state["save"] = self.save_facts.write(folder)
         if self.stream is not None:
             state["stream"] = self.stream.state_dict()
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
@@ -245,23 +273,42 @@ class GraceTrainer(Trainer):
         if checkpoint is None:
             return
         place = self.args.device if self.args.world_size > 1 and self.args.device.type != "cpu" else "cpu"
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
         for name, held in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
             held.load_state_dict(torch.load(Path(checkpoint) / name, map_location=place, weights_only=True))
+        if self.changed & SCHEDULE_KEYS:  # a loaded state brings the values of its own run with it
+            self._take_new_rates(fresh, rates)
+
+    def _take_new_rates(self, fresh: list[dict[str, Any]], rates: list[float]) -> None:
+        """Put this run's values into optimizer and schedule, at the step that was resumed from."""
+        schedule = self.lr_scheduler
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type} keeps its values in the resume state; resume with those"
+            )
+        assert self.optimizer is not None
+        schedule.base_lrs = list(rates)
+        now = [rate * at(schedule.last_epoch) for rate, at in zip(rates, schedule.lr_lambdas, strict=True)]
+        for group, new, rate in zip(self.optimizer.param_groups, fresh, now, strict=True):
+            group.update({**new, "lr": rate})
+        schedule._last_lr = list(now)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore `_save`.
 
         Raises:
-            ValueError: the checkpoint belongs to another recipe.
+            ValueError: the state belongs to a run of another recipe, other arguments, models or samples.
         """
         folder = Path(resume_from_checkpoint)
         state = json.loads((folder / STATE_FILE).read_text())
-        if state["recipe_hash"] != self.recipe_hash:
-            raise ValueError(
-                f"{folder} was written by another recipe (hash {state['recipe_hash'][:12]}, this one "
-                f"{self.recipe_hash[:12]}); resume with the recipe it was started with, or start anew"
+        if self.fingerprint is not None and state["fingerprint"] is not None:
+            self.changed = check_same_run(
+                state["fingerprint"], self.fingerprint, self.allow_resume_changes, state=folder
             )
-        load_model(self.model, str(folder / "model.safetensors"))
+        elif state["recipe_hash"] != self.recipe_hash:
+            raise ValueError(f"{folder} was written by another recipe; resume with the recipe it was started with")
+        load_model(self.model, str(folder / WEIGHTS))
         self.objective.load_state_dict(state["objective"])
         if self.stream is not None:
             self.stream.load_state_dict(state["stream"])

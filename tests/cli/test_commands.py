@@ -278,3 +278,10 @@ def test_an_unknown_command_is_refused() -> None:
     done = call(str(BIN / "grace"), "quantise")
     assert done.returncode == 2
     assert "invalid choice: 'quantise'" in done.stderr
+
+
+def test_export__nothing_to_finish__one_sentence_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, "export", str(tmp_path / "none.run")) == 2
+    assert "grace export: " in (said := capsys.readouterr().err) and "none.run holds no resume state" in said

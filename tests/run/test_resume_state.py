@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from grace_plugin.run import resume
 from grace_plugin.run.states import choose_state
@@ -186,14 +187,36 @@ def test_train__disk_full_at_a_resume_state__older_state_kept_and_training_goes_
 ) -> None:
     state = whole.with_name("out.run") / "checkpoint-1"
     size = sum(file.stat().st_size for file in state.iterdir())
-    disk = small_disk(size * 8 // 5)
+    disk = small_disk(size * 7 // 2)
     (tmp_path / "out.run").symlink_to(disk)
-    run(llava, tmp_path / "out", **STEPS)
+
+    class Fill(TrainerCallback):
+        """Another program takes the space after the first state."""
+
+        def on_save(self, *args: Any, **rest: Any) -> None:
+            (disk / "other").write_bytes(bytes(size * 2))
+
+    run(llava, tmp_path / "out", callbacks=[Fill()], **STEPS)
     said = [record.message for record in caplog.records if "no resume state was written" in record.message]
     assert len(said) == 2 and "at step 2" in said[0] and "checkpoint-1 is kept, and training goes on" in said[0]
     assert "MB are free; free " in said[0]
     assert (resume.damage(disk / "checkpoint-1"), resume.states(disk)) == ("", [disk / "checkpoint-1"])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_train__states_will_not_fit__refused_before_the_first_step(
+    llava: Pair, whole: Path, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = sum(file.stat().st_size for file in (whole.with_name("out.run") / "checkpoint-1").iterdir())
+    disk = small_disk(size * 9 // 5)
+    (tmp_path / "out.run").symlink_to(disk)
+    with pytest.raises(
+        ValueError, match=r"do not fit into .*up to 3 at a time\): .* MB are free; free .*save_total_limit"
+    ):
+        run(llava, tmp_path / "out", **STEPS)
+    assert list(disk.iterdir()) == []
+    run(llava, tmp_path / "out", max_steps=3, save_minutes=0)
+    assert "no resume states are written by the clock" in caplog.text and not resume.states(disk)
 
 
 def test_train__disk_refuses_a_file_of_a_state__partial_removed_and_older_state_kept(

@@ -1,0 +1,226 @@
+"""What decides the result of a run, as plain values by key; a run is resumed only where they are those it was started with.
+
+Compared are the training arguments that change a step, the number of steps and processes, limits of samples, the recipe, the
+content and order of the dataset, the weights and config of student and teacher, and the processor. Versions and the device are
+recorded, and a difference is only said: they may change last bits. Not compared: what changes no value, as the number of loader
+workers, gradient checkpointing, logging and saving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grace_plugin.artifact.layout import environment
+from grace_plugin.data import Prepared
+from grace_plugin.data.key import processor_settings
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.teacher import Teacher
+from grace_plugin.teacher.source import open_checkpoint
+
+__all__ = ["SCHEDULE_KEYS", "check_same_run", "dataset_fingerprint", "describe_run", "weights_fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+#: fields of TrainingArguments that change what a step does
+_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy", "seed",
+    "data_seed", "bf16", "fp16", "tf32", "full_determinism", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "use_liger_kernel", "neftune_noise_alpha", "label_smoothing_factor", "ignore_data_skip",
+)  # fmt: skip
+
+#: keys whose change puts the new values into optimizer and schedule
+SCHEDULE_KEYS = {
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "recipe.scales.learning_rate_multiplier",
+}  # fmt: skip
+
+_NEW_VALUE = "the steps from here on use the new value"
+_NEW_ORDER = (
+    "samples of the running epoch are counted in the new batches and order, so some are seen twice or not at all in it"
+)
+_NEVER = {
+    "max_steps": "warm-up and controller follow the number of steps",
+    "optim": "its states are another optimizer's",
+    "recipe.scheme": "the resume state holds other scales",
+    "recipe.config_groups": "the resume state holds other scales",
+    "recipe.targets": "the resume state holds other scales",
+    "recipe.ignore": "the resume state holds other scales",
+    "recipe.quantize": "the resume state holds other parameters",
+    "recipe.training": "the resume state holds other parameters",
+}
+_EFFECTS = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
+                    _NEW_ORDER),
+    **dict.fromkeys(("seed", "data_seed", "train_sampling_strategy", "dataset", "max_length", "max_pixels"), _NEW_ORDER),
+    "student": "weights come from the resume state, config and processor from the new student",
+    "teacher": "the steps from here on learn from the new teacher",
+    "processor": "the steps from here on see other tokens or pixels, and the new processor is saved",
+}  # fmt: skip
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_stands_for).encode()).hexdigest()[:16]
+
+
+def _stands_for(value: Any) -> Any:
+    """What stands for a value that JSON does not know in a digest."""
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is after a way through JSON; the order of keys stays, in which differences are listed."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Digest of all parameters and buffers: names, shapes, dtypes, the exclusive or of their bits, and their first 4 KiB."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        flat = tensor.detach().reshape(-1)
+        head = flat[: 4096 // max(1, flat.element_size())].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        bits = torch.hash_tensor(flat).cpu().numpy() if flat.numel() else 0
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits} ".encode() + head)
+    return found.hexdigest()[:16]
+
+
+def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:
+    """Number of samples that are used, a digest of those that were given, and one of which are used in which order.
+
+    Args:
+        dataset: what the run trains on.
+        samples: digest of the dataset as it was given, None for a stream.
+    """
+    count = len(dataset) if hasattr(dataset, "__len__") else None
+    used = _digest(dataset.numbers) if isinstance(dataset, Prepared) else None
+    return {"samples": count, "content": None if samples is None else samples[:16], "used": used}
+
+
+def _teacher(modifier: GraceModifier, given: Any) -> Any:
+    """What a teacher is known by."""
+    asked = modifier.teacher
+    if isinstance(given, Teacher):
+        return {"class": type(given).__name__, "name": str(getattr(given, "name_or_path", ""))}
+    if isinstance(given, nn.Module):
+        return {"weights": weights_fingerprint(given)}
+    store = modifier.open_store()
+    if store is not None:
+        return {"cache": _digest(_plain(store.identity))}
+    if asked.model is None or not (modifier.distill.enabled or modifier.relational.enabled):
+        return {"kind": asked.kind}
+    try:
+        return {"files": _digest(open_checkpoint(asked.model, asked.revision).known_by())}
+    except ValueError:  # the session says what is wrong with it, if anything is
+        return {"model": asked.model}
+
+
+def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, one in value.items():
+            yield from _flat(f"{name}.{key}" if name else str(key), one)
+    else:
+        yield name, value
+
+
+def describe_run(
+    arguments: Any, student: Any, modifier: GraceModifier, dataset: Any, processor: Any, *, teacher: Any, total_steps: int,
+    samples: str | None, **limits: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return all that decides a run's result, plain values by key.
+
+    Args:
+        arguments: TrainingArguments. student: as loaded, before the session. modifier: of the recipe, before the session.
+        dataset: what the run trains on. processor: the run's. teacher: as it was passed. total_steps: optimizer steps.
+        samples: digest of the dataset as it was given.
+        limits: further values (max_length, max_pixels, packing).
+    """
+    recipe = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
+    recipe["teacher"] = {k: v for k, v in recipe["teacher"].items() if k not in ("model", "cache", "check_cache")}
+    asked = {name: getattr(arguments, name, None) for name in _ARGUMENTS}
+    values = {
+        **{name: getattr(value, "value", value) for name, value in asked.items()},
+        "max_steps": total_steps, "world_size": arguments.world_size, **limits,
+        "dataset": dataset_fingerprint(dataset, samples),
+        "student": {
+            "weights": weights_fingerprint(student), "config": _digest(_known_config(student)),
+            "attention": getattr(student.config, "_attn_implementation", None),
+        },
+        "teacher": _teacher(modifier, teacher), "processor": processor_settings(processor), "recipe": recipe,
+        "environment": environment(),
+    }  # fmt: skip
+    return dict(_flat("", _plain(values)))
+
+
+def _known_config(student: Any) -> dict[str, Any]:
+    """A model's config without what depends on where it was read from or by which version."""
+    found = _plain(student.config.to_dict())
+    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _covered(key: str, names: Iterable[str]) -> str | None:
+    """The name that stands for a key: the key itself or a block it is in."""
+    return next((name for name in names if key == name or key.startswith(f"{name}.")), None)
+
+
+def check_same_run(
+    started: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = (), *, state: Any = ""
+) -> set[str]:
+    """Compare what a run was started with and what it would go on with; returns the keys that differ and are allowed to.
+
+    Args:
+        started, now: of `describe_run`.
+        allowed: keys, or blocks of keys as "recipe" and "dataset", that may differ.
+        state: the resume state, to name it.
+
+    Raises:
+        ValueError: lists each other difference with both values, and what to do.
+    """
+    missing = "not recorded"
+    keys = [*now, *(key for key in started if key not in now)]
+    differing = {
+        key: (started.get(key, missing), now.get(key, missing))
+        for key in keys
+        if started.get(key, missing) != now.get(key, missing)
+    }
+    said = {key: f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in differing.items()}
+    environment_changes = [text for key, text in said.items() if key.startswith("environment.")]
+    if environment_changes:
+        logger.warning("resuming in another environment, last bits may differ: %s", "; ".join(environment_changes))
+    said = {key: text for key, text in said.items() if not key.startswith("environment.")}
+    unknown = [name for name in allowed if not any(_covered(key, [name]) for key in keys)]
+    known = sorted({key if "." not in key else key.partition(".")[0] for key in now} - {"environment", *_NEVER})
+    if unknown:
+        raise ValueError(
+            f"allow_resume_changes: no such key {', '.join(unknown)[:200]}; keys are {', '.join(known)[:900]}"
+        )
+    never = {key: reason for key in said if (name := _covered(key, _NEVER)) and (reason := _NEVER[name])}
+    refused = {key: text for key, text in said.items() if key in never or _covered(key, allowed) is None}
+    if refused:
+        listed = "; ".join(f"{text} (never: {never[key]})" if key in never else text for key, text in refused.items())
+        can = [key for key in refused if key not in never]
+        how = f", or allow the change: --allow-resume-changes {' '.join(can[:20])}" if can and not never else ""
+        raise ValueError(
+            f"{state} was started with other values, and a resumed run must give the bits of an uninterrupted one: {listed}. "
+            f"Resume with the values it was started with{how}, or start another run in another output_dir"
+        )
+    for key, text in said.items():
+        logger.warning(
+            "allowed change: %s; %s", text, _EFFECTS[name] if (name := _covered(key, _EFFECTS)) else _NEW_VALUE
+        )
+    return set(said)

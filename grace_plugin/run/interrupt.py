@@ -1,0 +1,143 @@
+"""Signals and the clock: when a run writes a resume state in addition to those that `save_strategy` asks for.
+
+Ctrl-C and SIGTERM end the run after its running step, with a resume state and one line that says what is kept and how to go on;
+a second signal, a second or more after the first, ends the process at once. Schedulers and launchers deliver a signal twice, to
+the group and to the process, so what comes within that second counts once. By the clock, a run whose `save_strategy` was left
+at its default writes a state every `save_minutes`, less often where a state takes long: they cost at most 2 % of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from grace_plugin.run.trainer import GraceTrainer
+
+__all__ = ["ResumeCallback", "Terminated", "command_again"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_REQUEST = 1.0  # seconds within which two signals are one request
+_SHARE = 0.02  # of the time, that states written by the clock may take
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended a run after a step; the process ends with status 143 where nobody catches it."""
+
+
+def command_again(argument: str = "resume_from_checkpoint") -> str:
+    """How to go on: the command line of a `grace` command, or what to pass to `train`."""
+    given = sys.argv[1:]
+    if "grace_plugin.cli.commands" not in sys.modules or "train" not in given:
+        return f"call train again with the same arguments and {argument}=True"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"start the same command again with --{argument}"
+    words = ["optimum-cli", *given] if given[0] == "grace" else ["grace", *given]
+    return shlex.join([*words, *([] if f"--{argument}" in words else [f"--{argument}"])])
+
+
+class ResumeCallback(TrainerCallback):
+    """Asks for a state where a signal came or the time has come; all ranks agree on it after each step.
+
+    Args:
+        trainer: whose states they are.
+        on_signal: whether signals are handled.
+        minutes: time between two states, None for none by the clock.
+    """
+
+    def __init__(self, trainer: GraceTrainer, *, on_signal: bool, minutes: float | None) -> None:
+        self.trainer, self.on_signal, self.minutes = trainer, on_signal, minutes
+        self.received = 0  # number of the first signal
+        self.stopping = 0  # the same, once all ranks know
+        self._at = 0.0
+        self._saved = self._begun = self._spent = 0.0
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handle signals inside the block, in the main thread alone, which is the only one that may."""
+        self.received = self.stopping = 0
+        self._saved = time.monotonic()
+        if not self.on_signal or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._before = {one: signal.signal(one, self._handle) for one in SIGNALS}
+        try:
+            yield
+        finally:
+            for one, handler in self._before.items():
+                signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and now - self._at < _ONE_REQUEST:
+            return
+        if self.received:
+            before = self._before[number]
+            if number == signal.SIGINT and callable(before):
+                before(number, frame)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.received, self._at = number, now
+
+    def _agreed(self, due: bool) -> tuple[int, bool]:
+        """The largest signal number of any rank, and rank 0's clock; one small reduction where there are several ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.received, due
+        first = self.trainer.args.process_index == 0
+        said = torch.tensor([self.received, int(due and first)], device=self.trainer.args.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        number, anyone = said.tolist()
+        return number, bool(anyone)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a state, and for the end of the run where a signal came."""
+        minutes = self.minutes
+        wait = None if minutes is None else max(60 * minutes, self._spent / _SHARE)
+        number, due = self._agreed(wait is not None and time.monotonic() - self._saved >= wait)
+        if number:
+            self.stopping = number
+            control.should_save = control.should_training_stop = True
+        elif due:
+            control.should_save = True
+        self._begun = time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock again."""
+        self._saved = time.monotonic()
+        self._spent = self._saved - self._begun
+
+    def end(self) -> None:
+        """Raise what a signal asked for, after a line that says what is kept and how to go on.
+
+        Raises:
+            KeyboardInterrupt: SIGINT came.
+            Terminated (a SystemExit): SIGTERM came.
+        """
+        if not self.stopping:
+            return
+        trainer, name = self.trainer, signal.Signals(self.stopping).name
+        done, kept = trainer.state.global_step, trainer.states.kept
+        if trainer.args.process_index == 0:
+            where = f"{kept} is kept; go on with: {command_again()}" if kept else "no resume state could be written"
+            print(
+                f"stopped by {name} after step {done} of {trainer.state.max_steps}; {where}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.stopping == signal.SIGINT:
+            raise KeyboardInterrupt(f"stopped by {name} after step {done}")
+        raise Terminated(128 + self.stopping)

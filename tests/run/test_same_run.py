@@ -1,0 +1,113 @@
+"""A run is resumed only under what it was started with: each difference is listed with both values, or allowed by name."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grace_plugin.run.fingerprint import check_same_run, weights_fingerprint
+from tests.pairs import Pair, recipe_text, run
+from tests.tiny import build, rows, save
+
+STEPS: dict[str, Any] = {
+    "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0,
+    "logging_steps": 1,
+}  # fmt: skip
+DATA = rows(6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def made(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a state of every step; never change it."""
+    return run(llava, tmp_path_factory.mktemp("made") / "out", DATA, **STEPS).checkpoint
+
+
+@pytest.fixture
+def started(made: Path, tmp_path: Path) -> Path:
+    """Where a run of three steps writes that was stopped after its first."""
+    shutil.copytree(made.with_name("out.run") / "checkpoint-1", tmp_path / "out.run" / "checkpoint-1")
+    return tmp_path / "out"
+
+
+def resumed(pair: Pair, out: Path, dataset: Any = None, **options: Any) -> Any:
+    return run(pair, out, DATA if dataset is None else dataset, resume_from_checkpoint=True, **(STEPS | options))
+
+
+def test_resume__other_arguments_and_samples__each_named_with_both_values(llava: Pair, started: Path) -> None:
+    recipe = recipe_text(llava.teacher, relational={"weight": 2.0})
+    with pytest.raises(ValueError, match="checkpoint-1 was started with other values") as raised:
+        resumed(
+            llava, started, DATA[::-1], learning_rate=5e-4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+            seed=7, lr_scheduler_type="linear", max_grad_norm=0.5, max_length=4000, recipe=recipe,
+        )  # fmt: skip
+    said = str(raised.value)
+    for part in (
+        "learning_rate: 0.001 -> 0.0005", "per_device_train_batch_size: 2 -> 1",
+        "gradient_accumulation_steps: 1 -> 2", "seed: 42 -> 7", 'lr_scheduler_type: "constant" -> "linear"',
+        "max_grad_norm: 1.0 -> 0.5", "max_length: null -> 4000", "dataset.content: ", "recipe.relational.weight: 3.0 -> 2.0",
+        "--allow-resume-changes learning_rate",
+    ):  # fmt: skip
+        assert part in said, part
+    assert "dataset.samples" not in said and "student" not in said and "hash" not in said
+    assert not started.exists()
+
+
+def test_resume__another_student_of_the_same_shape__refused(llava: Pair, started: Path, tmp_path: Path) -> None:
+    save(*build("llava", seed=5), tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"other values.*: student.weights: \"[0-9a-f]+\" -> \"[0-9a-f]+\"\. Resume with"
+    ):
+        resumed(llava, started, model=str(tmp_path / "other"))
+
+
+def test_resume__another_optimizer_or_length__never_allowed(llava: Pair, started: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r'optim: "adamw_torch_fused" -> "sgd" \(never: its states are another optimizer'
+    ):
+        resumed(llava, started, optim="sgd", allow_resume_changes=("optim",))
+    with pytest.raises(ValueError, match=r"max_steps: 3 -> 4 \(never: warm-up and controller follow"):
+        resumed(llava, started, max_steps=4)
+
+
+def test_resume__allowed_rate__used_from_the_next_step_on_and_said(
+    llava: Pair, started: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = resumed(llava, started, learning_rate=5e-4, allow_resume_changes=["learning_rate"])
+    assert "allowed change: learning_rate: 0.001 -> 0.0005; the steps from here on use the new value" in caplog.text
+    assert [log["learning_rate"] for log in result.history if "loss" in log] == [1e-3, 5e-4, 5e-4]
+    with pytest.raises(
+        ValueError,
+        match=r"allow_resume_changes: no such key learning_rat; keys are adam_beta1, .* dataset, .* learning_rate",
+    ):
+        run(
+            llava, started.with_name("b"), DATA, allow_resume_changes=["learning_rat"],
+            resume_from_checkpoint=started.with_name("out.run") / "checkpoint-1", **STEPS,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="allow_resume_changes is about a resumed run"):
+        run(llava, started.with_name("b"), DATA, allow_resume_changes=["learning_rate"], **STEPS)
+
+
+def test_check__environment_differs__said_but_resumed(caplog: pytest.LogCaptureFixture) -> None:
+    one = {"seed": 1, "environment.torch": "2.12"}
+    assert check_same_run(one, one | {"environment.torch": "2.13"}) == set()
+    assert 'environment.torch: "2.12" -> "2.13"' in caplog.text
+    assert check_same_run(one, one | {"seed": 2}, ["seed"]) == {"seed"}
+    with pytest.raises(ValueError, match='packing: "not recorded" -> false'):
+        check_same_run(one, one | {"packing": False})
+
+
+def test_weights_fingerprint__one_value_counts_wherever_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(200, 100)
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
+    with torch.no_grad():
+        model.weight[99, 199] *= -1
+    assert weights_fingerprint(model) != before
