@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from grace_plugin.artifact.layout import environment
-from grace_plugin.data import Prepared
+from grace_plugin.data import ConversationCollator, Prepared
 from grace_plugin.data.key import processor_settings
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.teacher import Teacher
@@ -134,29 +134,29 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def describe_run(
-    arguments: Any, student: Any, modifier: GraceModifier, dataset: Any, processor: Any, *, teacher: Any, total_steps: int,
-    samples: str | None, **limits: Any,
+    arguments: Any, student: Any, modifier: GraceModifier, collator: ConversationCollator, samples: tuple[Any, str | None], *,
+    teacher: Any, total_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return all that decides a run's result, plain values by key.
 
     Args:
         arguments: TrainingArguments. student: as loaded, before the session. modifier: of the recipe, before the session.
-        dataset: what the run trains on. processor: the run's. teacher: as it was passed. total_steps: optimizer steps.
-        samples: digest of the dataset as it was given.
-        limits: further values (max_length, max_pixels, packing).
+        collator: the run's, with its processor and limits. samples: what the run trains on, and a digest of what was given.
+        teacher: as it was passed. total_steps: optimizer steps.
     """
     recipe = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
     recipe["teacher"] = {k: v for k, v in recipe["teacher"].items() if k not in ("model", "cache", "check_cache")}
     asked = {name: getattr(arguments, name, None) for name in _ARGUMENTS}
     values = {
         **{name: getattr(value, "value", value) for name, value in asked.items()},
-        "max_steps": total_steps, "world_size": arguments.world_size, **limits,
-        "dataset": dataset_fingerprint(dataset, samples),
+        "max_steps": total_steps, "world_size": arguments.world_size, "max_length": collator.max_length,
+        "max_pixels": collator.max_pixels, "packing": collator.packed,
+        "dataset": dataset_fingerprint(*samples),
         "student": {
             "weights": weights_fingerprint(student), "config": _digest(_known_config(student)),
             "attention": getattr(student.config, "_attn_implementation", None),
         },
-        "teacher": _teacher(modifier, teacher), "processor": processor_settings(processor), "recipe": recipe,
+        "teacher": _teacher(modifier, teacher), "processor": processor_settings(collator.processor), "recipe": recipe,
         "environment": environment(),
     }  # fmt: skip
     return dict(_flat("", _plain(values)))

@@ -20,6 +20,7 @@ from torch import nn
 from grace_plugin.artifact.destination import rehearse
 from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.field_types import shown
 from grace_plugin.run.fingerprint import describe_run
 from grace_plugin.run.finish import save_facts, save_finished
@@ -34,7 +35,7 @@ from grace_plugin.run.inputs import (
 from grace_plugin.run.manifest import RunInputs, changed, write_run_file
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
-from grace_plugin.run.session import grace_session
+from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
 from grace_plugin.run.states import check_resume_options
 from grace_plugin.run.trainer import GraceTrainer
@@ -147,6 +148,35 @@ def _say_pinned(pinned: bool) -> None:
         )
 
 
+def _recipe(recipe: Any, teacher: GivenTeacher | None) -> tuple[Recipe, GraceModifier]:
+    read = read_recipe(recipe)
+    modifier = grace_modifier(read)
+    modifier.use_teacher(teacher)
+    return read, modifier
+
+
+def _collator(
+    student: nn.Module, processor: Any, max_length: int | None, max_pixels: int | None, *, keys: bool, packed: bool
+) -> ConversationCollator:
+    if packed:
+        family_of(student).check_packing()
+    return ConversationCollator(processor or load_processor(student), max_length, max_pixels, keys=keys, packed=packed)
+
+
+def _trainer(
+    session: GraceSession, arguments: Any, rows: TrainingRows, collator: ConversationCollator, **options: Any
+) -> GraceTrainer:
+    """The trainer of a session; options are further arguments of `GraceTrainer`."""
+    objective, modifier = session.objective, session.modifier
+    if collator.packed and objective.teacher is not None:
+        objective.teacher.family.check_packing()
+    modifier.teacher_to(arguments.device)
+    return GraceTrainer(
+        model=session.student, args=arguments, train_dataset=rows.dataset, data_collator=collator, objective=objective,
+        scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream, row_sampler=rows.sampler, **options,
+    )  # fmt: skip
+
+
 def _fit(
     trainer: GraceTrainer, folder: Path, rows: TrainingRows, content: Mapping[str, Any], resume: bool | str
 ) -> None:
@@ -232,9 +262,7 @@ def train(
     rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_rows)
     check_resume_options(bool(resume_from_checkpoint), allow_resume_changes, save_minutes)
-    read = read_recipe(recipe)
-    modifier = grace_modifier(read)
-    modifier.use_teacher(teacher)
+    read, modifier = _recipe(recipe, teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
     inputs = RunInputs(
         model, read, dataset, asked, teacher, world_size=arguments.world_size,
@@ -247,28 +275,18 @@ def train(
     dataset = as_samples(dataset)
     check_models(modifier, model)
     student = load_student(model, modifier.training.method)
-    if packing:
-        family_of(student).check_packing()
-    reads = processor or load_processor(student)
-    collator = ConversationCollator(reads, max_length, max_pixels, keys=store is not None, packed=packing)
+    collator = _collator(student, processor, max_length, max_pixels, keys=store is not None, packed=packing)
     rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
     steps, content, written = _total_steps(arguments, rows.count), inputs.content, read.yaml()
-    fingerprint = describe_run(
-        arguments, student, modifier, rows.dataset, reads, teacher=teacher, total_steps=steps, max_length=max_length,
-        max_pixels=max_pixels, packing=packing, samples=content["dataset"]["fingerprint"],
-    )  # fmt: skip
+    samples = (rows.dataset, content["dataset"]["fingerprint"])
+    fingerprint = describe_run(arguments, student, modifier, collator, samples, teacher=teacher, total_steps=steps)
     with grace_session(
         student, read, total_steps=steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
     ) as session:  # fmt: skip
-        if packing and session.objective.teacher is not None:
-            session.objective.teacher.family.check_packing()
-        modifier.teacher_to(arguments.device)
-        trainer = GraceTrainer(
-            model=student, args=arguments, train_dataset=rows.dataset, data_collator=collator, callbacks=list(callbacks),
-            objective=session.objective, scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream,
-            row_sampler=rows.sampler, activation_offloading=activation_offloading, fingerprint=fingerprint,
-            allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
+        trainer = _trainer(
+            session, arguments, rows, collator, callbacks=list(callbacks), activation_offloading=activation_offloading,
+            fingerprint=fingerprint, allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
             save_minutes=None if "save_strategy" in given else save_minutes,
             save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
         )  # fmt: skip
