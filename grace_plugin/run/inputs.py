@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from grace_plugin.run.recipe_file import recipe_from
 from grace_plugin.teacher import StateStore, check_cached_processor
 from grace_plugin.upstream import Modifier, QuantizationMixin, Recipe
 from grace_plugin.vlm import check_depth
-from grace_plugin.vlm.loading import check_checkpoint, check_model, load_model
+from grace_plugin.vlm.loading import check_checkpoint, check_model, check_weights, load_model
 
 __all__ = [
     "check_models",
@@ -27,6 +29,11 @@ __all__ = [
     "read_recipe",
     "recipe_hash",
 ]
+
+logger = logging.getLogger(__name__)
+_compared: weakref.WeakSet[nn.Module] = (
+    weakref.WeakSet()
+)  # students compared with their folder, once for `train` and its session
 
 
 def grace_modifier(recipe: Recipe) -> GraceModifier:
@@ -138,8 +145,23 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
                 "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint anew"
             )
         check_model(model, "student")
+        _warn_of_folder(model)
         return model
-    return load_model(os.fspath(model), "student", dtype=torch.float32 if method == "full" else "auto")
+    loaded = load_model(os.fspath(model), "student", dtype=torch.float32 if method == "full" else "auto")
+    _compared.add(loaded)
+    return loaded
+
+
+def _warn_of_folder(model: Any) -> None:
+    """Say when a loaded student's folder lacks weights that the model in memory has: transformers would have drawn them."""
+    source = getattr(model, "name_or_path", "")
+    if model not in _compared and source and os.path.isdir(source):
+        try:
+            check_weights(source, "student", model.config)
+        except ValueError as error:
+            logger.warning(
+                "the student was given as a loaded model and its weights in memory are trained, but: %s", error
+            )
 
 
 def load_processor(student: Any) -> Any:

@@ -58,7 +58,7 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
     if given is None:
         given = load_teacher(str(asked.model), revision=asked.revision, dtype=asked.dtype, kind=asked.kind)
     else:
-        check_model(given, "teacher")
+        check_model(given, "teacher", kind=asked.kind)
     check_finite(dict(given.named_parameters()), "teacher")
     model = given
     return OffloadedTeacher(model) if asked.kind == "offload" else ResidentTeacher(model)

@@ -93,6 +93,10 @@ def read_config(source: str, role: str, revision: str = "main", *, verb: str = "
 
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise ValueError(f"cannot {verb} the {role} {excerpt(source)!r}: there is no such folder")
+    if Path(source).is_file():
+        raise ValueError(
+            f"cannot {verb} the {role} {excerpt(source)!r}: it is a file; name the folder of the checkpoint"
+        )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(
             f"cannot {verb} the {role} {excerpt(source)!r}: the folder has no config.json; name the folder that "
@@ -166,7 +170,8 @@ def check_quantization(
 def _student_refusal(source: str, method: str, where: str, revision: str) -> str:
     shown, record = excerpt(source), _read_json(checkpoint_file(source, "grace/record.json", revision))
     if record:
-        made_of = excerpt(record.get("source") or "its BF16 student")
+        student = record.get("student")
+        made_of = excerpt((student.get("name") if isinstance(student, Mapping) else None) or "its BF16 student")
         return (
             f"the student {shown!r} is a finished GRACE checkpoint, quantized with {method}: its codes cannot be trained "
             f"further; train from the BF16 checkpoint that it was made of ({made_of})"

@@ -30,7 +30,7 @@ from grace_plugin.vlm.checkpoint_files import (
 )
 from grace_plugin.vlm.registry import family_of
 
-__all__ = ["check_checkpoint", "check_finite", "check_model", "load_model"]
+__all__ = ["check_checkpoint", "check_finite", "check_model", "check_weights", "load_model"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -81,13 +81,25 @@ def check_checkpoint(source: str, role: str, *, revision: str = "main", kind: st
     config = read_config(source, role, revision, verb="read" if kind == "cached" else "load")
     quantization = quantization_of(source, revision)
     check_quantization(source, quantization, role, kind=kind, revision=revision)
-    family_of(_Named(config))
+    try:
+        family_of(_Named(config))
+    except ValueError as error:
+        raise ValueError(f"the {role} {excerpt(source)!r} cannot be used: {error}") from error
     if Path(source).is_dir() and kind != "cached":
-        tensors = tensors_of(Path(source), role)
-        if tensors is not None and quantization is None:
-            _check_dtypes(source, role, tensors)
-            _check_headers(source, role, config, tensors)
+        check_weights(source, role, config, quantized=quantization is not None)
     return config
+
+
+def check_weights(source: str, role: str, config: Any, *, quantized: bool = False) -> None:
+    """Check by the headers that a folder holds the whole model of a config; of a quantized one, that its files can be read.
+
+    Raises:
+        ValueError: names the files or the weights that do not fit.
+    """
+    tensors = tensors_of(Path(source), role)
+    if tensors is not None and not quantized:
+        _check_dtypes(source, role, tensors)
+        _check_headers(source, role, config, tensors)
 
 
 class _Named:
@@ -244,8 +256,12 @@ def _make_dense(model: Any, method: str | None, dtype: str | torch.dtype) -> Non
                 parameter.data = parameter.data.to(asked)
 
 
-def check_model(model: nn.Module, role: str) -> None:
-    """Refuse a loaded model that carries an adapter, quantized weights (as a student), or weights that are not in memory.
+def check_model(model: nn.Module, role: str, *, kind: str = "resident") -> None:
+    """Refuse a loaded model with an adapter, with weights that are not in memory, or with quantized ones where they cannot be
+    used: in a student, and in a teacher that is offloaded.
+
+    Args:
+        kind: the recipe's `teacher.kind`; not read for a student.
 
     Raises:
         ValueError: names what was found and what to do.
@@ -262,15 +278,21 @@ def check_model(model: nn.Module, role: str) -> None:
             f"the {role} carries a PEFT adapter{where}: merge it with merge_and_unload() and pass the model that it gives (an "
             "adapter of add_adapter: save it, load it with peft.PeftModel.from_pretrained, and merge that)"
         )
-    if role == "student":
-        quantization = getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
-        if quantization is not None:
-            found: Any = getattr(quantization, "quantization_config", quantization)
-            method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", "?")
+    quantization = getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
+    if quantization is not None and (role == "student" or kind == "offload"):
+        found: Any = getattr(quantization, "quantization_config", quantization)
+        method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", "?")
+        shown = excerpt(getattr(method, "value", method), 60)
+        if role == "student":
             raise ValueError(
-                f"the student is quantized with {excerpt(getattr(method, 'value', method), 60)}; GRACE quantizes a student "
-                "itself and trains from unquantized weights: load the BF16 checkpoint that it was made of"
+                f"the student is quantized with {shown}; GRACE quantizes a student itself and trains from unquantized weights: "
+                "load the BF16 checkpoint that it was made of"
             )
+        raise ValueError(
+            f"the teacher that was passed is quantized with {shown}, and its packed layers cannot be streamed: pass its folder "
+            "as teacher.model, which is dequantized as it is loaded, or use teacher.kind: resident"
+        )
+    if role == "student":
         schemed = [
             name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None) is not None
         ]

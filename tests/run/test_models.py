@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.recipe import TeacherRecipe
-from grace_plugin.run.inputs import load_processor
+from grace_plugin.run.inputs import load_processor, load_student
 from grace_plugin.teacher import build_cache, load_teacher, open_teacher
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.conftest import Finished
@@ -65,6 +65,20 @@ def test_train__weights_that_are_not_finite__named_before_a_step(llava: Pair, tm
     named = r"hold NaN or infinity \(model\.language_model\.layers\.1\.mlp\.up_proj\.weight: 1 of 98304 values\)"
     refused(llava._replace(student=broken), tmp_path / "a", rf"1 weight\(s\) of the student {named}")
     refused(llava._replace(teacher=broken), tmp_path / "b", rf"1 weight\(s\) of the teacher {named}")
+
+
+def test_load_student__loaded_from_a_partial_folder__warned(
+    llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = shutil.copytree(llava.student, tmp_path / "broken")
+    load_student(AutoModelForImageTextToText.from_pretrained(broken))
+    assert not caplog.records
+    weights = load_file(broken / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "lm_head" not in k}, broken / "model.safetensors", {"format": "pt"})
+    student = AutoModelForImageTextToText.from_pretrained(broken)
+    caplog.clear()
+    assert load_student(student) is student
+    assert "its weights in memory are trained, but: " in caplog.text and "missing (lm_head.weight)" in caplog.text
 
 
 # ---- quantized teachers -----------------------------------------------------------------------------------------------------
@@ -144,6 +158,17 @@ def test_open_teacher__nf4_offloaded__computes_with_the_dequantized_weights(quan
     assert same(states(quantized["nf4"], "offload"), ask(given, ConversationCollator(processor)(mixed_rows(4))))
     resident = load_teacher(str(quantized["nf4"]))
     assert {p.dtype for p in resident.parameters()} == {torch.uint8, torch.bfloat16}, "resident, it stays small"
+
+
+def test_open_teacher__quantized_model_passed__refused_where_it_cannot_be_streamed(finished: Finished) -> None:
+    given = AutoModelForImageTextToText.from_pretrained(finished.folder)
+    with pytest.raises(
+        ValueError, match=r"passed is quantized with compressed-tensors.*pass its folder as teacher\.model"
+    ):
+        open_teacher(TeacherRecipe(kind="offload"), torch.nn.Module(), given, None)
+    teacher = open_teacher(TeacherRecipe(), torch.nn.Module(), given, None)
+    batch = ConversationCollator(load_processor(str(finished.folder)))(mixed_rows(4))
+    assert same(ask(teacher, batch), states(finished.folder, dtype="auto"))
 
 
 @pytest.mark.parametrize("kind", ["resident", "offload", "cached"])
