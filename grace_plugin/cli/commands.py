@@ -156,6 +156,8 @@ def _train(args: Namespace) -> None:
     given |= {
         name: value for name in names if (value := getattr(args, name)) != known[name].default and value is not None
     }
+    if args.special_tokens:
+        given["special_tokens"] = args.special_tokens
     if args.recipe is not None:
         given["recipe"] = Path(args.recipe)
     if args.dataset is not None:
@@ -176,6 +178,7 @@ def _oneshot(args: Namespace) -> None:
         args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
         max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows,
+        special_tokens=args.special_tokens,
     )  # fmt: skip
     _show(result.verification)
     print(f"verified checkpoint: {result.checkpoint}")

@@ -24,6 +24,29 @@ def _processor(model: str) -> Any:
         raise ValueError(f"cannot read a processor from {model!r}: {error}") from error
 
 
+def _limits(args: Namespace) -> tuple[int | None, int | None]:
+    """Token ids and tokens of a sample that the model takes, and the teacher if one is named."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from grace_plugin.vlm import context_length, shared_vocabulary, vocabulary_rows
+
+    read = {}
+    for model in (args.model, *([args.teacher] if args.teacher else [])):
+        try:
+            read[model] = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError):
+            if model == args.teacher:
+                raise
+            return None, None  # a processor alone, without a model's config, says nothing of its limits
+    rows = [vocabulary_rows(config) for config, _ in read.values()]
+    contexts = [context_length(config) for config, _ in read.values()]
+    vocabulary = rows[0]
+    if len(read) > 1 and None not in rows:
+        (_, student), (_, teacher) = read.values()
+        vocabulary = shared_vocabulary(student, teacher, student_rows=rows[0] or 0, teacher_rows=rows[1] or 0)
+    return vocabulary, min((length for length in contexts if length is not None), default=None)
+
+
 def _tables(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"{report['usable']:,} of {report['rows']:,} rows can be used ({report['usable_share']:.2%}); "
@@ -72,7 +95,11 @@ def data_check(args: Namespace) -> None:
 
     start, console = time.monotonic(), Console(file=sys.stdout, markup=False)
     folder = Path(args.output_dir)
-    collator = ConversationCollator(_processor(args.model), args.max_length, args.max_pixels)
+    vocabulary, context = _limits(args)
+    collator = ConversationCollator(
+        _processor(args.model), args.max_length, args.max_pixels, special_tokens=args.special_tokens, vocabulary=vocabulary,
+        context=context,
+    )  # fmt: skip
     rows = load_rows(args.dataset, args.images)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:

@@ -40,6 +40,7 @@ def _train(parser: ArgumentParser) -> None:
     _max_pixels(parser)
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    _special_tokens(parser)
     parser.add_argument("--packing", action="store_true",
                         help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
@@ -53,6 +54,13 @@ def _train(parser: ArgumentParser) -> None:
                         help="let Ctrl-C and SIGTERM end the run without a resume state")  # fmt: skip
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
                         help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
+
+
+def _special_tokens(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--special_tokens", nargs="+", default=[], metavar="TOKEN",
+        help="special tokens that samples may write, for instance the marks of boxes; others that a sample spells stay text",
+    )  # fmt: skip
 
 
 def _oneshot(parser: ArgumentParser) -> None:
@@ -70,6 +78,7 @@ def _oneshot(parser: ArgumentParser) -> None:
     _max_pixels(parser)
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    _special_tokens(parser)
 
 
 def _data_check(parser: ArgumentParser) -> None:
@@ -83,6 +92,10 @@ def _data_check(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones count as not usable")
     _max_pixels(parser, "rows with a larger one count as not usable")
+    _special_tokens(parser)
+    parser.add_argument(
+        "--teacher", help="folder or hub id of a teacher: tokens that it does not share are counted too"
+    )
     parser.add_argument("--max_bad_rows", type=float, default=1.0, help="exit with 2 above this share (default: never)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--headers_only", action="store_true", help="read image headers only; truncated files pass")
@@ -103,6 +116,7 @@ def _teacher_cache(parser: ArgumentParser) -> None:
     _max_pixels(parser)
     parser.add_argument("--max_bad_rows", type=float, default=0.05,
                         help="share of unusable rows above which nothing is written (default 0.05)")  # fmt: skip
+    _special_tokens(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="rows the teacher runs at a time (default 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--shard_bytes", type=int, default=2**29, help="bytes of a file, about (default 512 MiB)")

@@ -61,7 +61,7 @@ def teacher_cache(args: Namespace) -> None:
         plan = build_cache(
             args.model, teacher=modifier.teacher, dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
             max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows, batch_size=args.batch_size,
-            workers=args.workers,
+            workers=args.workers, special_tokens=args.special_tokens,
             visual=modifier.relational.enabled, shard_bytes=args.shard_bytes, device=args.device, announce=announce,
             progress=show,
         )  # fmt: skip

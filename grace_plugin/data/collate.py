@@ -276,7 +276,8 @@ def highest_id(ids: Tensor) -> int:
 
 def _token_list(given: Sequence[str]) -> tuple[str, ...]:
     """`special_tokens` as a tuple; one string is taken for one token."""
-    tokens = (given,) if isinstance(given, str) else tuple(given or ())
-    if not all(isinstance(token, str) for token in tokens):
+    listed = isinstance(given, (list, tuple, set, frozenset))
+    tokens = (given,) if isinstance(given, str) else tuple(sorted(given, key=str)) if listed else ()
+    if not (listed or isinstance(given, str)) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"special_tokens is {shown(given)}; give a list of texts")
     return tokens

@@ -42,7 +42,7 @@ class Prepared(Sequence[Any]):
     """The rows a run trains on, each as often as its set's weight asks for.
 
     rows: what was given. numbers: int64 [n], which of them. lengths: int64 [n], their tokens. report: counts and lengths.
-    rejected: one object per dropped row.
+    rejected: one object per dropped row. special_tokens: those that samples may write.
     """
 
     rows: Sequence[Any]
@@ -51,6 +51,7 @@ class Prepared(Sequence[Any]):
     report: dict[str, Any]
     entries: list[Entry] = field(default_factory=list, repr=False)
     rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    special_tokens: tuple[str, ...] = ()
 
     def write_report(self, folder: Path) -> None:
         """Write `data_report.json` and `data_rejected.jsonl`."""
@@ -161,6 +162,16 @@ def _passes(kept: np.ndarray, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([*[kept] * whole, drawn])
 
 
+def _counted_rows(given: Any) -> Sequence[Any]:
+    """A dataset that has a length, at least 1."""
+    rows = as_samples(given)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("the dataset is a stream, whose samples cannot be inspected ahead; take a list of them")
+    if len(rows) == 0:
+        raise ValueError("the dataset has no rows")
+    return rows
+
+
 def prepare(
     rows: Sequence[Any], collator: ConversationCollator, *, folder: Path | None = None, max_bad_rows: float = 0.05,
     workers: int = 0, decode: bool = True, cache: Path | None = None, write: bool = True, allow_empty: bool = False,
@@ -182,11 +193,7 @@ def prepare(
         BadRowsError (a ValueError): names counts, the first rows and the files.
         ValueError: no rows at all.
     """
-    rows = as_samples(rows)
-    if not hasattr(rows, "__len__"):
-        raise ValueError("the dataset is a stream, whose samples cannot be inspected ahead; take a list of them")
-    if len(rows) == 0:
-        raise ValueError("the dataset has no rows")
+    rows = _counted_rows(rows)
     if not 0.0 <= max_bad_rows <= 1.0:
         raise ValueError(f"max_bad_rows is a share of the rows between 0 and 1, got {max_bad_rows}")
     mark = getattr(rows, "fingerprint", None) if isinstance(rows, Rows) else getattr(rows, "_fingerprint", None)
@@ -230,9 +237,8 @@ def prepare(
         if listed and write and folder is not None:
             _write(folder, report, rejected)
         raise BadRowsError(_refusal(report, rejected, max_bad_rows, folder if listed else None))
-    return Prepared(
-        rows, taken, np.array([entries[n].tokens for n in taken], dtype=np.int64), report, entries, rejected
-    )
+    lengths = np.array([entries[n].tokens for n in taken], dtype=np.int64)
+    return Prepared(rows, taken, lengths, report, entries, rejected, collator.segmenter.special_tokens)
 
 
 def _write(folder: Path, report: dict[str, Any], rejected: list[dict[str, Any]]) -> None:

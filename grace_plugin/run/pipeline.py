@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from grace_plugin.run.inputs import (
     read_recipe,
     recipe_hash,
 )
+from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.rows import calibration_rows
 from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
@@ -131,6 +133,7 @@ def oneshot(
     max_bad_rows: float = 0.05,
     num_calibration_samples: int = 512,
     batch_size: int = 8,
+    special_tokens: Sequence[str] = (),
     probe: Any = None,
     record_paths: bool = False,
 ) -> TrainResult:
@@ -153,7 +156,7 @@ def oneshot(
         max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
         num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
         batch_size: rows of a micro-batch.
-        probe, record_paths: as for `train`.
+        special_tokens, probe, record_paths: as for `train`.
 
     Raises:
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
@@ -171,7 +174,10 @@ def oneshot(
     folder, rows = run_folder(output_dir), None
     rehearse_save(student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths)
     if not isinstance(dataset, DataLoader):
-        collator = ConversationCollator(processor, max_length, max_pixels, keys=store is not None)
+        collator = ConversationCollator(
+            processor, max_length, max_pixels, keys=store is not None, special_tokens=special_tokens,
+            **sample_limits(student, modifier, teacher, processor)._asdict(),
+        )  # fmt: skip
         rows = calibration_rows(
             dataset, collator, folder, count=num_calibration_samples, batch_size=batch_size, share=max_bad_rows,
             seed=modifier.oneshot.seed,

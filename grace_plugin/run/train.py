@@ -32,6 +32,7 @@ from grace_plugin.run.inputs import (
     open_cache,
     read_recipe,
 )
+from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.manifest import RunInputs, changed, write_run_file
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
@@ -48,7 +49,8 @@ __all__ = ["TrainResult", "run_folder", "train"]
 logger = logging.getLogger(__name__)
 _OWN = (
     "max_length", "max_pixels", "max_bad_rows", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
-    "processor", "teacher_processor", "teacher", "probe", "allow_resume_changes", "save_minutes", "save_on_signal",
+    "processor", "teacher_processor", "teacher", "special_tokens", "probe", "allow_resume_changes", "save_minutes",
+    "save_on_signal",
 )  # fmt: skip
 """Arguments of `train` that are none of TrainingArguments', for suggestions."""
 
@@ -104,12 +106,14 @@ def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_rows: 
         raise ValueError(f"max_bad_rows is a share of the samples between 0 and 1, got {shown(max_bad_rows)}")
 
 
-def _check_dataset(dataset: Any, arguments: Any) -> None:
-    """Refuse options that the kind of dataset does not have, and a stream without a number of steps."""
+def _check_dataset(given: Any, arguments: Any) -> Any:
+    """The samples, once options that their kind does not have, and a stream without a number of steps, are refused."""
+    dataset = as_samples(given)
     stream = not hasattr(dataset, "__len__")
     check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
     if stream:
         _total_steps(arguments, None)
+    return dataset
 
 
 def _total_steps(arguments: Any, rows: int | None) -> int:
@@ -156,11 +160,21 @@ def _recipe(recipe: Any, teacher: GivenTeacher | None) -> tuple[Recipe, GraceMod
 
 
 def _collator(
-    student: nn.Module, processor: Any, max_length: int | None, max_pixels: int | None, *, keys: bool, packed: bool
-) -> ConversationCollator:
+    student: Any, models: tuple[Any, Any], processors: tuple[Any, Any], max_length: int | None, max_pixels: int | None, *,
+    packed: bool, **settings: Any,
+) -> ConversationCollator:  # fmt: skip
+    """The collator, with the limits that both models set to samples.
+
+    models: the modifier, and the teacher that was passed. processors: the student's and the teacher's, None for those of their
+    checkpoints.
+    """
     if packed:
         family_of(student).check_packing()
-    return ConversationCollator(processor or load_processor(student), max_length, max_pixels, keys=keys, packed=packed)
+    processor = processors[0] or load_processor(student)
+    vocabulary, context = sample_limits(student, *models, processor, processors[1])
+    return ConversationCollator(
+        processor, max_length, max_pixels, packed=packed, vocabulary=vocabulary, context=context, **settings
+    )
 
 
 def _trainer(
@@ -207,6 +221,7 @@ def train(
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
     max_bad_rows: float = 0.05,
     packing: bool = False,
+    special_tokens: Sequence[str] = (),
     resume_from_checkpoint: bool | str = False,
     activation_offloading: bool = False,
     callbacks: Sequence[Any] = (),
@@ -235,6 +250,8 @@ def train(
             `<output_dir>.run`.
         packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
             positions do not allow it.
+        special_tokens: special tokens that samples may write, for instance the marks of boxes; any other that a sample spells
+            stays text and is counted in the report.
         resume_from_checkpoint: True for the newest whole resume state in `<output_dir>.run`, or one by its folder. A run that
             has trained to its end is saved without training.
         activation_offloading: keep in host memory what gradient checkpointing saves for backward (the value is the same).
@@ -264,18 +281,18 @@ def train(
     check_resume_options(bool(resume_from_checkpoint), allow_resume_changes, save_minutes)
     read, modifier = _recipe(recipe, teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
+    dataset = _check_dataset(dataset, arguments)
     inputs = RunInputs(
         model, read, dataset, asked, teacher, world_size=arguments.world_size,
         objects={"processor": processor, "teacher_processor": teacher_processor, "probe": probe, "callbacks": tuple(callbacks)},
         limits=changed(train, max_length=max_length, max_pixels=max_pixels, max_bad_rows=max_bad_rows, packing=packing,
-                       activation_offloading=activation_offloading, record_paths=record_paths),
+            activation_offloading=activation_offloading, record_paths=record_paths, special_tokens=tuple(special_tokens)),
     )  # fmt: skip
-    _check_dataset(dataset, arguments)
     store = open_cache(modifier, model, processor)
-    dataset = as_samples(dataset)
     check_models(modifier, model)
     student = load_student(model, modifier.training.method)
-    collator = _collator(student, processor, max_length, max_pixels, keys=store is not None, packed=packing)
+    collator = _collator(student, (modifier, teacher), (processor, teacher_processor), max_length, max_pixels,
+                         keys=store is not None, packed=packing, special_tokens=special_tokens)  # fmt: skip
     rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
     steps, content, written = _total_steps(arguments, rows.count), inputs.content, read.yaml()
     samples = (rows.dataset, content["dataset"]["fingerprint"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -50,7 +50,7 @@ from grace_plugin.teacher.store import (
     restore_store,
     write_store,
 )
-from grace_plugin.vlm import check_depth, family_of
+from grace_plugin.vlm import check_depth, context_length, family_of
 from grace_plugin.vlm.loading import check_checkpoint, check_finite
 
 __all__ = ["build_cache"]
@@ -61,7 +61,7 @@ TIMED = 4  # batches that say how long the rest will take
 def build_cache(
     model: str | os.PathLike[str], *, teacher: TeacherRecipe, dataset: Any, output_dir: str | os.PathLike[str],
     processor: Any = None, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    max_bad_rows: float = 0.05, batch_size: int = 8, workers: int = 0,
+    max_bad_rows: float = 0.05, special_tokens: Sequence[str] = (), batch_size: int = 8, workers: int = 0,
     visual: bool = True, shard_bytes: int = 2**29, device: str | torch.device | None = None,
     announce: Callable[[CachePlan], None] | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> CachePlan:  # fmt: skip
@@ -72,7 +72,7 @@ def build_cache(
         teacher: the recipe's block; `model`, `revision` and `dtype` are read.
         dataset: rows as for `grace_plugin.train`, not a stream.
         processor: the student's; read from its checkpoint by default.
-        max_length, max_pixels, max_bad_rows: as for `grace_plugin.train`.
+        max_length, max_pixels, max_bad_rows, special_tokens: as for `grace_plugin.train`.
         batch_size: rows the teacher runs at a time. workers: processes that look at rows and decode.
         visual: keep the states of visual tokens, which the relational term reads.
         shard_bytes: states in a file; a stopped build loses at most so much.
@@ -97,8 +97,13 @@ def build_cache(
     check_checkpoint(teacher.model, "teacher", revision=teacher.revision)  # all of it runs here, not the head alone
     if visual:
         check_depth(source.config, "teacher")
-    collator = ConversationCollator(processor or _processor(student), max_length, max_pixels, keys=True)
-    check_pair(student, source, (collator.processor, None), student_rows=student.rows, teacher_rows=source.rows)
+    contexts = [length for one in (student, source) if (length := context_length(one.config)) is not None]
+    processor = processor or _processor(student)
+    shared = check_pair(student, source, (processor, None), student_rows=student.rows, teacher_rows=source.rows)
+    collator = ConversationCollator(
+        processor, max_length, max_pixels, keys=True, special_tokens=special_tokens, vocabulary=shared,
+        context=min(contexts, default=None),
+    )  # fmt: skip
     settings = processor_settings(collator.processor)
     identity: dict[str, Any] = {
         "teacher": teacher_identity(source, teacher.dtype),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -74,13 +74,15 @@ def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
     return store
 
 
-def keys_of(rows: Sequence[Any], numbers: Iterable[int]) -> Iterator[tuple[int, str]]:
+def keys_of(
+    rows: Sequence[Any], numbers: Iterable[int], special_tokens: Sequence[str] = ()
+) -> Iterator[tuple[int, str]]:
     """(number, key) of the rows with these numbers; media are read and hashed by several threads."""
-    numbers = list(numbers)
+    numbers, key = list(numbers), partial(sample_key, special_tokens=special_tokens)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), _CHUNK):
             chunk = [int(number) for number in numbers[start : start + _CHUNK]]
-            yield from zip(chunk, pool.map(sample_key, [rows[number] for number in chunk], chunk), strict=True)
+            yield from zip(chunk, pool.map(key, [rows[number] for number in chunk], chunk), strict=True)
 
 
 def check_cached_processor(store: StateStore, processor: Any) -> None:
@@ -113,7 +115,8 @@ def check_cached_rows(store: StateStore, dataset: Any) -> None:
             "as parquet and give those, or use teacher.kind: resident"
         )
     looked = sorted(numbers) if numbers is not None else range(len(rows))
-    absent = [number for number, key in keys_of(rows, looked) if key not in store]
+    special_tokens = dataset.special_tokens if isinstance(dataset, Prepared) else ()
+    absent = [number for number, key in keys_of(rows, looked, special_tokens) if key not in store]
     if absent:
         named = ", ".join(row_name(rows[number], number) for number in absent[:5])
         raise ValueError(

@@ -73,7 +73,7 @@ def drop_damaged(folder: Path) -> tuple[str, ...]:
 def plan_cache(rows: Prepared, folder: Path, width: int, visual: bool, family: Family) -> tuple[CachePlan, list[int]]:
     """What is to be done, and the rows that are to be run, the longest first. `width`: bytes of a token's state."""
     store = StateStore(folder) if read_store(folder) is not None else ()
-    keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())))}
+    keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())), rows.special_tokens)}
     entries = rows.entries
     sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
     missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)

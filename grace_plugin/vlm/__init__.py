@@ -2,6 +2,7 @@
 
 from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, check_depth, matches
 from grace_plugin.vlm.bounds import bounded_size
+from grace_plugin.vlm.limits import context_length, vocabulary_rows
 from grace_plugin.vlm.pair import (
     check_image_processors,
     check_pixels,
@@ -23,6 +24,7 @@ __all__ = [
     "check_depth",
     "check_image_processors",
     "check_pixels",
+    "context_length",
     "family_of",
     "load_image_processor",
     "load_tokenizer",
@@ -30,4 +32,5 @@ __all__ = [
     "matches",
     "register_family",
     "shared_vocabulary",
+    "vocabulary_rows",
 ]

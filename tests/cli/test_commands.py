@@ -169,7 +169,7 @@ def test_limits_of_rows_are_taken_from_the_command(
     status = in_process(monkeypatch, *name.split(), *given)
     said = capsys.readouterr()
     if name == "data check":
-        assert status == 0 and "0 of 4 rows can be used" in said.out and "image_too_large" in said.out
+        assert status == 2 and "0 of 4 rows can be used" in said.out and "image_too_large" in said.out
         return
     assert status == 2
     above = f"above max_bad_rows = {'100.0' if len(limits) > 2 else '5.0'}%"

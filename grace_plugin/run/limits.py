@@ -1,0 +1,60 @@
+"""The limits that student and teacher set to samples, known from their configs and tokenizers before the teacher is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from grace_plugin.modifier import GraceModifier
+from grace_plugin.teacher import SelfTeacher, Teacher, check_pair
+from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.vlm import context_length, vocabulary_rows
+
+__all__ = ["SampleLimits", "sample_limits"]
+
+
+class SampleLimits(NamedTuple):
+    """vocabulary: token ids that samples may use, 0 to `vocabulary` - 1. context: tokens of a sample. None for no limit."""
+
+    vocabulary: int | None
+    context: int | None
+
+
+def _smallest(*values: int | None) -> int | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def sample_limits(
+    student: Any, modifier: GraceModifier, given: Any, processor: Any, teacher_processor: Any = None
+) -> SampleLimits:
+    """Return what both models take.
+
+    A token that only the student's tokenizer has is outside: the teacher has no embedding for its id, or one that was never
+    trained, and a prompt with it fails there or teaches nothing that can be trusted.
+
+    Args:
+        student: a loaded model.
+        given: a loaded model or a `Teacher` that replaces the recipe's.
+        processor, teacher_processor: the student's, and the teacher's or None for the one of its checkpoint.
+
+    Raises:
+        ValueError: the two do not share tokens or pixels.
+    """
+    own = SampleLimits(vocabulary_rows(student.config), context_length(student.config))
+    needed = modifier.teacher.kind not in ("self", "cached") and (
+        modifier.distill.enabled or modifier.relational.enabled
+    )
+    if modifier.named_teacher is not None:
+        teacher: Any = open_checkpoint(modifier.named_teacher, modifier.teacher.revision)
+    elif needed and isinstance(given, (nn.Module, Teacher)) and not isinstance(given, SelfTeacher):
+        teacher = given
+    else:
+        return own
+    rows = vocabulary_rows(teacher.config)
+    if own.vocabulary is None or rows is None:
+        return own
+    shared = check_pair(
+        student, teacher, (processor, teacher_processor), student_rows=own.vocabulary, teacher_rows=rows
+    )
+    return SampleLimits(shared, _smallest(own.context, context_length(teacher.config)))
