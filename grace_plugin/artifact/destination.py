@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ def _try_stage(found: Destination) -> None:
     parent = found.stage.parent
     created = _make_parents(parent)
     trial = parent / f".grace-{uuid.uuid4().hex}"
-    aim = trial.with_suffix(".moved") if found.inside else found.folder
+    aim = trial.with_suffix(".moved")  # not the destination itself, which another rank may be checking
     try:
         trial.mkdir()
         try:
@@ -156,8 +157,7 @@ def _try_stage(found: Destination) -> None:
             shutil.rmtree(trial, ignore_errors=True)
         aim.rmdir()
     finally:
-        for folder in created:
-            folder.rmdir()
+        _remove(created)
 
 
 def _try_folder(folder: Path) -> None:
@@ -166,8 +166,14 @@ def _try_folder(folder: Path) -> None:
         trial.write_bytes(b"grace")
         trial.unlink()
         return
-    for created in _make_parents(folder):
-        created.rmdir()
+    _remove(_make_parents(folder))
+
+
+def _remove(created: list[Path]) -> None:
+    """Remove folders that a rehearsal has made, but those that another rank uses by now."""
+    for folder in created:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def check_space(found: Destination, needed: int) -> None:

@@ -35,7 +35,7 @@ def seal(content: Mapping[str, Any]) -> str:
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a sealed JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(seal(content))
+    path.write_bytes(seal(content).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.name} is larger than any record ({path.stat().st_size} bytes)")
-        text = path.read_text()
+        text = path.read_bytes().decode()  # `read_text` takes another line ending for the same text
         content = json.loads(text)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error

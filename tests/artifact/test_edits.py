@@ -47,6 +47,19 @@ def test_every_edited_byte_and_field_is_found(copy: Path, threads_of: str, reque
     assert grace_plugin.verify(copy)["verified"]
 
 
+def test_no_byte_of_a_sealed_file_can_be_another(tmp_path: Path) -> None:
+    """Every byte with every bit turned over, and line ends made other line ends."""
+    file = tmp_path / "record.json"
+    write_sealed(file, {"a": [2.5, None], "n": float("nan")})
+    content = file.read_bytes()
+    assert read_sealed(file)["a"] == [2.5, None]
+    for place in range(len(content)):
+        for flip in (*(1 << bit for bit in range(8)), ord("\n") ^ ord("\r")):
+            file.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+            with pytest.raises(ValueError, match=r"^record\.json "):
+                read_sealed(file)
+
+
 def set_field(content: bytes, path: str, value: Any) -> bytes:
     document = json.loads(content)
     *outer, last = path.split(".")
