@@ -42,7 +42,7 @@ def _damage(args: Namespace, console: Console) -> None:
         raise ValueError("--compare A B needs rows to compare on: --dataset ROWS")
     from grace_plugin.report import damage
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
         tasks: dict[str, Any] = {}
 

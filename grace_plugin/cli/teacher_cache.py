@@ -50,7 +50,7 @@ def teacher_cache(args: Namespace) -> None:
             soft_wrap=True,
         )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
 
         def show(what: str, done: int, of: int) -> None:

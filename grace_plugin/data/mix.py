@@ -9,7 +9,7 @@
 
 `cap` keeps at most that many rows of a set, drawn by the seed. `weight` is how often an epoch passes over the set's
 usable rows: 2 sees each twice, 0.5 a half of them, drawn by the seed. Paths are relative to the file. Caps act before
-rows are looked at, weights after, so that a report accounts for every row once.
+rows are looked at, weights after, so that a report accounts for every row once. A set may be a mix itself, down to 8 levels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grace_plugin.data.json_rows import JsonLines
 from grace_plugin.data.order import shuffled
+from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
+
+
+_BYTES, _NODES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
 
 
 class MixEntry(BaseModel):
@@ -38,9 +42,52 @@ class MixEntry(BaseModel):
     path: str
     name: str = ""
     images: str | None = None
-    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, le=1000.0, allow_inf_nan=False)] = 1.0
     cap: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
+
+
+def _checked_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes under a node as if every alias were written out; no mix needs many, and a few lines of aliases can mean billions.
+
+    Raises:
+        ValueError: too many, an alias inside of what it names, or a key given twice.
+    """
+    if sizes.get(id(node)) == 0:
+        raise ValueError("an alias that contains itself")
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        below: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for key in keys if keys.count(key) > 1] if len(keys) <= _NODES // 100 else []
+            if twice:
+                raise ValueError(f"the key {shown(twice[0])} twice")
+            below = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_checked_size(part, sizes) for part in below)
+    if sizes[id(node)] > _NODES:
+        raise ValueError(f"more than {_NODES:,} values")
+    return sizes[id(node)]
+
+
+def _parsed(path: Path) -> Any:
+    """The content of a mix file."""
+    if not path.is_file():
+        raise ValueError(f"no mix at {path}")
+    if path.stat().st_size > _BYTES:
+        raise ValueError(f"{path} is no mix: it has {path.stat().st_size:,} bytes and a mix has at most {_BYTES:,}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _checked_size(node, {})
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{path} is no mix: it is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {shortened(error)}") from error
+    except ValueError as error:  # also of a date or a number that does not exist
+        raise ValueError(f"{path} is no mix: it holds {shortened(error)}") from None
 
 
 def read_mix(path: Path) -> list[MixEntry]:
@@ -49,22 +96,25 @@ def read_mix(path: Path) -> list[MixEntry]:
     Raises:
         ValueError: unreadable, an unknown key, or no sets.
     """
-    if not path.is_file():
-        raise ValueError(f"no mix at {path}")
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(read, dict) or not read.get("sets") or set(read) - {"sets", "seed"}:
+    read = _parsed(path)
+    if (
+        not isinstance(read, dict)
+        or not isinstance(read.get("sets"), list)
+        or not read["sets"]
+        or set(read) - {"sets", "seed"}
+    ):
         raise ValueError(
             f"{path} is no mix; give `sets:` (a list of path, weight, cap, images, name) and perhaps `seed:`"
         )
     entries = []
     for number, given in enumerate(read["sets"]):
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            raise ValueError(f"{path}, set {number}: {shown(given)} is no set; give an object with a path")
         try:
             entry = MixEntry(**{"seed": read.get("seed", 0), **given})
-        except (ValidationError, TypeError) as error:
-            raise ValueError(f"{path}, set {number}: {error}") from error
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"{path}, set {number}: {shortened(told)}") from None
         here = {key: _beside(path, getattr(entry, key)) for key in ("path", "images")}
         entries.append(entry.model_copy(update={**here, "name": entry.name or Path(entry.path).name}))
     return entries

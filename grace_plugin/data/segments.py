@@ -27,12 +27,16 @@ from typing import Any, NamedTuple
 from grace_plugin.data.conversation import Row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.shown import shortened, shown
+from grace_plugin.data.special import SpecialStrings
+from grace_plugin.data.time_limit import TimeLimitError, time_limit
 
 __all__ = ["Segment", "Segmenter"]
 
 _OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000  # noncharacters around an index in a private plane
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KINDS = ("image", "video")
+_RENDER_SECONDS = 2  # for one sample; they take less than a millisecond
+_RENDERS_STOPPED = 5  # samples after which no more time is given to a template that does not end
 _TEMPLATED = ("reasoning_content", "tool_calls")  # fields of a turn that only some templates write
 
 
@@ -66,6 +70,7 @@ class Segmenter:
     processor: Any
     marks: bool = True
     special_tokens: tuple[str, ...] = field(default=())
+    _stopped: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for token in self.special_tokens:
@@ -103,10 +108,13 @@ class Segmenter:
         return {text for text in (*named, *self.placeholders.values()) if isinstance(text, str) and text}
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        hidden = set(self.protected) - set(self.special_tokens)
-        longest_first = sorted(hidden, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, [*longest_first, _OPEN, _CLOSE])))
+    def special(self) -> SpecialStrings:
+        """The strings of `protected`, to find in texts."""
+        return SpecialStrings(self.protected)
+
+    @cached_property
+    def _to_hide(self) -> SpecialStrings:
+        return SpecialStrings({*self.protected, _OPEN, _CLOSE} - set(self.special_tokens))
 
     @cached_property
     def placeholders(self) -> dict[str, str]:
@@ -120,7 +128,13 @@ class Segmenter:
             text = {"type": "text", "text": "\ufdd2"}
             asked = [[{"role": "user", "content": [text, *part, text]}] for part in ([], [{"type": kind}])]
             try:
-                written, own = (_difference(*map(render, asked)) for render in (self._render, self._by_template))
+                with time_limit(_RENDER_SECONDS):
+                    written, own = (_difference(*map(render, asked)) for render in (self._render, self._by_template))
+            except TimeLimitError:
+                raise ValueError(
+                    f"the model's chat template takes more than {_RENDER_SECONDS} seconds for one turn; give the processor a "
+                    "chat template that ends"
+                ) from None
             except Exception:  # a template that knows no videos may raise anything
                 written = own = ""
             found[kind] = written if written == own and "\ufdd2" not in written else ""
@@ -153,19 +167,29 @@ class Segmenter:
         tools = self._hidden(list(row.tools), literals)
         trains = [message.get("train", True) for message in row.messages if message["role"] == "assistant"]
         marked = self.marks and self.has_marks
+        if self._stopped >= _RENDERS_STOPPED:
+            raise RowError(
+                "template", f"{row.name}: not rendered, since the chat template did not end for {self._stopped} samples"
+            )
         try:
-            cut = (self._marked if marked else self._apart)(messages, tools, trains, row.name)
-            self._check_written(messages, tools, "".join(part.text for part in cut), row.name)
+            with time_limit(_RENDER_SECONDS):
+                cut = (self._marked if marked else self._apart)(messages, tools, trains, row.name)
+                self._check_written(messages, tools, "".join(part.text for part in cut), row.name)
         except RowError:
             raise
+        except TimeLimitError:
+            self._stopped += 1
+            raise RowError(
+                "template", f"{row.name}: the chat template takes more than {_RENDER_SECONDS} seconds to render it"
+            ) from None
         except Exception as error:  # jinja's errors, and what a template raises itself
             raise RowError("template", f"{row.name}: the chat template cannot render it: {shortened(error)}") from error
         self._check(cut, row)
         found = [piece for part in cut for piece in _split(part.text, part.learned, literals)]
         end = self.processor.tokenizer.eos_token
         behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
-        closed = any(token in "".join(part.text for part in cut[behind:]) for token in self.protected)
-        if end and not closed and not any(cut[behind - 1].text.endswith(token) for token in self.protected):
+        closed = self.special.within("".join(part.text for part in cut[behind:]))
+        if end and not closed and not self.special.ending(cut[behind - 1].text):
             found.append(Segment(end, cut[behind - 1].learned))
         return found
 
@@ -173,11 +197,11 @@ class Segmenter:
         """A value whose texts, at any depth, have every string that would become a special token replaced."""
         if isinstance(value, str):
 
-            def hide(match: re.Match[str]) -> str:
-                literals.append(match.group())
+            def hide(found: str) -> str:
+                literals.append(found)
                 return f"{_OPEN}{chr(_FIRST + len(literals) - 1)}{_CLOSE}"
 
-            return self._pattern.sub(hide, value)
+            return self._to_hide.replace(value, hide)
         if isinstance(value, dict):
             return {self._hidden(key, literals): self._hidden(part, literals) for key, part in value.items()}
         return [self._hidden(part, literals) for part in value] if isinstance(value, (list, tuple)) else value

@@ -39,10 +39,17 @@ def load_rows(source: str, images: str | None = None) -> Rows:
     return found
 
 
-def _load(source: str, images: str | None) -> Rows:
+def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Rows:
+    """The rows; `within`: the mixes that name this source."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        sets = [(entry, load_rows(entry.path, entry.images)) for entry in read_mix(path)]
+        if images is not None:
+            raise ValueError(
+                f"{path} is a mix, whose sets name their own image folders; give `images:` there, for each set"
+            )
+        _check_levels(path, within)
+        within = (*within, path.resolve())
+        sets = [(entry, _load(entry.path, entry.images, within)) for entry in read_mix(path)]
         return Rows(
             RowSet(entry.name, rows, weight=entry.weight, cap=entry.cap, seed=entry.seed, fingerprint=rows.fingerprint)
             for entry, rows in sets
@@ -103,6 +110,18 @@ def stream_rows(source: str, images: str | None = None) -> Any:
 _NAMED = "hub-id[:[config:]split]"
 _WAYS_OUT = f"Give a .json or .jsonl file, a .parquet file, a folder of these, a saved dataset, a mix, or {_NAMED}"
 _STREAMED = f"Give a .json, .jsonl or .parquet file, a folder of one of these kinds, or {_NAMED}"
+
+
+_LEVELS = 8  # of mixes in mixes
+
+
+def _check_levels(path: Path, within: tuple[Path, ...]) -> None:
+    """Refuse a mix that names itself, directly or through others, and mixes of many levels."""
+    if path.resolve() in within:
+        named = " -> ".join(one.name for one in (*within[within.index(path.resolve()) :], path))
+        raise ValueError(f"the mix {path} names itself ({named}); take it out of its own sets")
+    if len(within) >= _LEVELS:
+        raise ValueError(f"{path} is a mix in more than {_LEVELS} mixes; name its sets in one of them")
 
 
 class _Resolve:

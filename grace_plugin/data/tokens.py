@@ -122,8 +122,7 @@ class Tokens:
         """What of the text in front of a piece could be its anchor: a special token, or a character."""
         if not piece.before or not self._prefixes_space:
             return ""
-        ends = [token for token in self.segmenter.protected if piece.before.endswith(token)]
-        return max(ends, key=len) if ends else piece.before[-1]
+        return self.segmenter.special.ending(piece.before) or piece.before[-1]
 
     def _anchor(self, piece: Piece) -> str:
         """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
