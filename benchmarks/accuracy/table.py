@@ -72,6 +72,8 @@ BLIND = "without the image: each question's most frequent answer in training"
 #: comparisons that no other table has and that the README speaks of: the first row minus the second
 FURTHER = (
     (("w4g128", "grace"), ("bf16", "grace")), (("w2g128", "grace"), ("bf16", "grace")),
+    *(((setting, "grace-default"), (setting, one)) for setting in ("bf16", "w4g128", "w2g128") for one in ("kl", "ce")),
+    *((("w2g128", "grace-default"), ("w2g128", one)) for one in ("modelopt", "grace+gptq")),
     *((("w4g128", "grace-calibration"), ("w4g128", one)) for one in ("rtn", "gptq", "awq", "autoround")),
     *((("w2g128", "grace-calibration"), ("w2g128", one)) for one in ("gptq", "autoround")),
     *((("w2g128", one), ("w2g128", "kl")) for one in ("kl-frozen", "modelopt", "kl-teacher-small", "kl-teacher-large")),
