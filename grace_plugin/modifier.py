@@ -83,6 +83,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     oneshot: OneshotRecipe = Field(default_factory=OneshotRecipe)
 
     _objective: GraceObjective | None = PrivateAttr(None)
+    _objective_kind: type[GraceObjective] = PrivateAttr(GraceObjective)
     _attached: list[Attached] = PrivateAttr(default_factory=list)
     _student: Any = PrivateAttr(None)
     _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
@@ -254,6 +255,10 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         """Load no teacher: the session only saves what an earlier one has trained, and makes no step."""
         self._trains = False
 
+    def use_objective(self, kind: type[GraceObjective]) -> None:
+        """Take another objective than `GraceObjective`, for a baseline: a class with the same constructor and protocol."""
+        self._objective_kind = kind
+
     @property
     def named_teacher(self) -> str | None:
         """The teacher's checkpoint where the run will read one by name; None where it needs none or was given a model."""
@@ -281,7 +286,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
-        objective = GraceObjective(self.distill, self.relational, self.controller, self.training)
+        objective = self._objective_kind(self.distill, self.relational, self.controller, self.training)
         sizes: dict[str, Any] = {"vocabulary": self._vocabulary, "total_steps": total_steps, "trains": self._trains}
         objective.prepare(self._student, self._teacher, attached=self._attached, **sizes)
         self._objective = objective

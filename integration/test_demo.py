@@ -75,7 +75,7 @@ def test_grace_is_above_every_other_row(summary: dict[str, Any]) -> None:
     """Paired 95 % intervals over at least 6,000 held-out questions exclude 0."""
     assert all(method["questions"] >= 6000 for method in summary["methods"].values())
     differences = summary["paired_differences_of_grace_int4"]
-    for name in ("student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4"):
+    for name in ("student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4", "QAT + plain KL INT4"):
         assert differences[name][1] > 0, (name, differences[name])
 
 

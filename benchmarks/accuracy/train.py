@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.accuracy.data import Text, batch_of
-from benchmarks.accuracy.divergence import PlainObjective
 from benchmarks.accuracy.formats import quantize, stored_dtype
 from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
@@ -28,6 +27,7 @@ from benchmarks.accuracy.relation import RelationObjective
 from benchmarks.accuracy.rules import RuleObjective
 from benchmarks.accuracy.scenes import Album, Asked, Rows
 from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.demo.plain import PlainObjective
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer import PARAMETER, dequantize
 

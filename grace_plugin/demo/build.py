@@ -39,6 +39,7 @@ from .pictures import ASSETS, CODE_POINTS
 from .questions import MIXTURE
 from .scenes import HELDOUT_SEED
 
+NAMED_IMAGES = 64  # of a batch of stage 2
 PACKAGE = "emoji-datasource-google@16"
 EASY = ("locate", "cell", "list_row", "list_column", "some_of_category", "some_in_line")
 RELATIONS = (
@@ -75,6 +76,20 @@ class Plan:
     warmup: int = 100
     images: int = 32
     questions: int = 6
+
+    @property
+    def naming_seed(self) -> int:
+        """Stream of the scenes of stage 2."""
+        return self.seed + 9
+
+    @property
+    def answer_seed(self) -> int:
+        """Stream of the scenes of stages 3 and 4."""
+        return self.seed + 1
+
+    def types(self, step: int) -> tuple[str, ...]:
+        """What is asked in a step of stages 3 and 4."""
+        return EASY if step < self.easy else RELATIONS if step < self.relations else MIXTURE
 
 
 TEACHER = Plan(
@@ -115,7 +130,7 @@ def learn_names(model: LlavaForConditionalGeneration, plan: Plan) -> None:
     optimizer = torch.optim.AdamW(chosen, lr=2e-3, fused=True)
     for step in range(plan.naming_steps):
         optimizer.param_groups[0]["lr"] = rate(step, plan.naming_steps, 20, 2e-3)
-        batch = pack(plan.seed + 9, step, 64, 1)
+        batch = pack(plan.naming_seed, step, NAMED_IMAGES, 1)
         with torch.autocast("cpu", torch.bfloat16):
             loss = naming_loss(model, batch, visual_features(model, batch.pixels))
         optimizer.zero_grad(set_to_none=True)
@@ -131,8 +146,7 @@ def learn_answers(model: LlavaForConditionalGeneration, plan: Plan, heldout: Seq
     started, total = time.time(), 0.0
     for step in range(plan.steps):
         optimizer.param_groups[0]["lr"] = rate(step, plan.steps, plan.warmup, plan.lr)
-        types = EASY if step < plan.easy else RELATIONS if step < plan.relations else MIXTURE
-        batch = pack(plan.seed + 1, step, plan.images, plan.questions, types, early=step < plan.early)
+        batch = pack(plan.answer_seed, step, plan.images, plan.questions, plan.types(step), early=step < plan.early)
         with torch.autocast("cpu", torch.bfloat16):
             features = visual_features(model, batch.pixels)
             loss = answer_loss(model, batch, features)

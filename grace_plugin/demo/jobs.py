@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHARED", "Job", "Result", "jobs_of", "prepare_worker", "run_job"]
+__all__ = ["SHARED", "Job", "Result", "count_compositions", "jobs_of", "prepare_worker", "run_job"]
 
 SHARED = "teacher-states"
 """Folder of what rows share while they are made."""
@@ -24,7 +24,7 @@ _WORKER: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table. kind: "bundled", "rtn", "gptq", "fine_tune" or "grace"; bits: 16 is BF16."""
+    """One row of the table. kind: "bundled", "rtn", "gptq", "fine_tune", "kl" or "grace"; bits: 16 is BF16."""
 
     name: str
     kind: str
@@ -53,6 +53,7 @@ def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
         Job("GRACE INT4", "grace", 4, "recipe"),
         Job("BF16 fine-tuned", "fine_tune", 16),
         *(Job(f"GRACE {bits}-bit", "grace", bits) for bits in low_bits),
+        Job("QAT + plain KL INT4", "kl", 4),
         Job("teacher BF16", "bundled", 16, "teacher"),
         Job("GPTQ INT4", "gptq", 4),
         Job("round-to-nearest INT4", "rtn", 4),
@@ -104,6 +105,14 @@ def _progress(name: str) -> Any:
     return Post()
 
 
+def count_compositions(questions: int) -> dict[str, int]:
+    """Count what the demo's samples, its test of so many questions and the pair's training show; ValueError where they meet."""
+    from grace_plugin.demo.apart import count_shown
+    from grace_plugin.demo.methods import Budget
+
+    return count_shown(Budget.steps * Budget.batch_size, questions)
+
+
 def run_job(job: Job, output: str, recipe: str) -> Result:
     """Make the row's model under `output`, reload it from disk and score it."""
     from grace_plugin.demo import methods
@@ -123,6 +132,8 @@ def run_job(job: Job, output: str, recipe: str) -> Result:
         callbacks = [_progress(job.name)]
         if job.kind == "fine_tune":
             result = methods.fine_tune(folder, callbacks)
+        elif job.kind == "kl":
+            result = methods.plain_kl(job.bits, folder, callbacks, shared=Path(output) / SHARED)
         else:
             result = methods.grace(Path(recipe), job.bits, folder, callbacks, shared=Path(output) / SHARED)
         verification, history = result.verification, result.history

@@ -1,8 +1,9 @@
 """How each row of the demo's table is made, all from the same bundled student.
 
 round-to-nearest and GPTQ come from llm-compressor; the fine-tuned student is the same Trainer, steps, batches and data with the
-teacher switched off and nothing quantized; GRACE is the recipe under recipes/. Every quantized row is scored after being
-reloaded from disk.
+teacher switched off and nothing quantized; QAT + plain KL is the same again with learned scales, the same teacher and textbook
+distillation (`plain.PlainObjective`) in place of GRACE's terms; GRACE is the recipe under recipes/. Every quantized row is
+scored after being reloaded from disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.data import ConversationCollator
-from grace_plugin.demo.scenes import training_rows
+from grace_plugin.demo.plain import PlainObjective
+from grace_plugin.demo.scenes import TRAINING_SEED, training_rows
 from grace_plugin.demo.score import Encoded
 from grace_plugin.demo.shared import SharedTeacher
 from grace_plugin.modifier import GraceModifier
@@ -25,7 +27,9 @@ from grace_plugin.run.inputs import grace_modifier, read_recipe
 from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "post_training", "scored_model"]
+__all__ = [
+    "ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "plain_kl", "post_training", "scored_model",
+]  # fmt: skip
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = ASSETS / "teacher", ASSETS / "student"
@@ -43,7 +47,7 @@ class Budget:
     learning_rate = 1.0e-3
     warmup_steps = 30
     seed = 0
-    data_seed = 1
+    data_seed = TRAINING_SEED
     calibration_rows = 512
 
 
@@ -128,11 +132,30 @@ def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = 
     The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow. shared: where runs on the same batches find
     what it said of them.
     """
+    return _distilled(read_modifier(recipe, bits), output_dir, callbacks, shared)
+
+
+def plain_kl(bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shared: Path) -> TrainResult:
+    """Train the same student under the same teacher by mean CE + mean KL * T^2 with learned scales, nothing else of GRACE.
+
+    Rate, steps and temperature are GRACE's; its weight, 1, was not searched. The recipe in its checkpoint has the blocks that
+    are switched off, and cannot say that KL was in the place of the decoupled divergence.
+    """
+    modifier = GraceModifier(
+        targets=["Linear"], config_groups=low_bit_groups(bits), distill={"gate_sharpness": 0.0},
+        relational={"enabled": False}, controller={"enabled": False, "beta_start": 1.0},
+    )  # fmt: skip
+    modifier.use_objective(PlainObjective)
+    return _distilled(modifier, output_dir, callbacks, shared)
+
+
+def _distilled(modifier: GraceModifier, output_dir: Path, callbacks: Sequence[Any], shared: Path) -> TrainResult:
+    """Train the bundled student by a modifier under the bundled teacher, whose states rows share."""
     rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
     teacher = SharedTeacher(load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32), shared)
     return train(
-        load_to_train(STUDENT, torch.float32), recipe=read_modifier(recipe, bits), teacher=teacher, dataset=rows,
-        output_dir=output_dir, callbacks=callbacks, **arguments(),
+        load_to_train(STUDENT, torch.float32), recipe=modifier, teacher=teacher, dataset=rows, output_dir=output_dir,
+        callbacks=callbacks, **arguments(),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ Shapes: B images, Q questions each, P = 2 + visual tokens, L = SEGMENT, S = P + 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from .pair import ASSISTANT, BOS, EOS, IMAGE, USER, VISUAL_TOKENS, WORDS
 from .pictures import GRID, NAMES, compose
-from .questions import COLUMNS, MIXTURE, ask
+from .questions import COLUMNS, MIXTURE, Question, ask
 from .scenes import Scene, draw_scene
 
 TOKEN = {word: index for index, word in enumerate(WORDS)}
@@ -56,6 +56,19 @@ class Packed:
     asked: list[Answered]
 
 
+def draw_asked(
+    rng: np.random.Generator, images: int, questions: int, types: Sequence[str] = MIXTURE, heldout: bool = False
+) -> Iterator[tuple[Scene, list[tuple[Question, str]]]]:
+    """Yield the scenes of a batch, each with its questions and the answers that are their labels."""
+    for _ in range(images):
+        scene = draw_scene(rng, heldout)
+        cells, answered = scene.cells.ravel().tolist(), []
+        for _ in range(questions):
+            question = ask(cells, rng, types)
+            answered.append((question, question.accept[int(rng.integers(len(question.accept)))]))
+        yield scene, answered
+
+
 def pack(
     seed: int,
     index: int,
@@ -73,13 +86,9 @@ def pack(
     ids[:, 0], ids[:, 1], ids[:, 2:PREFIX] = TOKEN[BOS], TOKEN[USER], TOKEN[IMAGE]
     scenes: list[Scene] = []
     asked: list[Answered] = []
-    for image in range(images):
-        scene = draw_scene(rng, heldout)
+    for image, (scene, answered) in enumerate(draw_asked(rng, images, questions, types, heldout)):
         scenes.append(scene)
-        cells = scene.cells.ravel().tolist()
-        for number in range(questions):
-            question = ask(cells, rng, types)
-            label = question.accept[int(rng.integers(len(question.accept)))]
+        for number, (question, label) in enumerate(answered):
             prompt = [*(TOKEN[word] for word in question.text.split()), TOKEN[ASSISTANT]]
             answer = [*(TOKEN[word] for word in label.split()), TOKEN[EOS]]
             start = PREFIX + number * SEGMENT

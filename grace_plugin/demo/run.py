@@ -22,13 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grace_plugin.demo.jobs import SHARED, Job, Result, jobs_of, prepare_worker, run_job
+from grace_plugin.demo.jobs import SHARED, Job, Result, count_compositions, jobs_of, prepare_worker, run_job
 from grace_plugin.demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
 
 QUESTIONS, SERVED = 8000, 300
-SERVING = "vllm serve"
+SERVING, SCENES = "vllm serve", "scenes of training and test"
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo_llava_w4a16.yaml"
 
 
@@ -46,7 +46,8 @@ def demo(
         recipe: the GRACE recipe of the run.
 
     Raises:
-        ValueError: the recipe or the serving interpreter is not there; nothing was written.
+        ValueError: the recipe or the serving interpreter is not there, and nothing was written; or a composition of the
+            test or of the training samples is in another part's training.
         VerificationError: the checkpoint is not what was trained.
     """
     if not recipe.is_file():
@@ -64,11 +65,11 @@ def demo(
     (output_dir / "logs").mkdir(parents=True)
     python = Path(serve_python) if serve_python is not None else None
     try:
-        results, served = _run_jobs(jobs, output_dir, questions or QUESTIONS, recipe, python, console)
+        results, served, shown = _run_jobs(jobs, output_dir, questions or QUESTIONS, recipe, python, console)
     finally:
         shutil.rmtree(output_dir / SHARED, ignore_errors=True)
     seconds = {"serving": served["seconds"] if served else 0.0, "total": time.monotonic() - start}
-    summary = summarise(results, served, seconds)
+    summary = summarise(results, served, seconds) | {"compositions_shown": shown}
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_summary(summary, console)
     console.print(f"summary: {output_dir / 'summary.json'}")
@@ -102,8 +103,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _run_jobs(
     jobs: Sequence[Job], output_dir: Path, questions: int, recipe: Path, python: Path | None, console: Console
-) -> tuple[dict[str, Result], dict[str, Any] | None]:
-    """All rows by name, and what vLLM said; a job that fails ends the demo with its error."""
+) -> tuple[dict[str, Result], dict[str, Any] | None, dict[str, int]]:
+    """All rows by name, what vLLM said, and the compositions shown; a job that fails ends the demo with its error."""
     import torch
 
     workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
@@ -120,7 +121,8 @@ def _run_jobs(
         ):
             with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here, before any thread
                 futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in jobs}
-            waited: dict[str, Future[Any]] = dict(futures)
+                apart = pool.submit(count_compositions, questions)
+            waited: dict[str, Future[Any]] = {**futures, SCENES: apart}
             if python is not None:
                 waited[SERVING] = beside.submit(_serve, output_dir, futures["GRACE INT4"], python, board)
             try:
@@ -128,7 +130,7 @@ def _run_jobs(
                     _follow(waited, board, bars)
                 results = {name: future.result() for name, future in futures.items()}
                 served = waited[SERVING].result() if python is not None else None
-                return results, served
+                return results, served, apart.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -13,7 +13,15 @@ from grace_plugin.demo.score import interval, paired_difference
 
 __all__ = ["print_summary", "summarise"]
 
-ORDER = ("teacher BF16", "student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4", "GRACE INT4")
+ORDER = (
+    "teacher BF16",
+    "student BF16",
+    "BF16 fine-tuned",
+    "round-to-nearest INT4",
+    "GPTQ INT4",
+    "QAT + plain KL INT4",
+    "GRACE INT4",
+)
 OURS, STUDENT = "GRACE INT4", "student BF16"
 
 
@@ -56,8 +64,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     """One table, then the verification lines, serving and seconds."""
     methods, paired = summary["methods"], summary["paired_differences_of_grace_int4"]
     asked = methods[OURS]["questions"]
-    table = Table(title=f"held-out accuracy, {asked} questions; difference: {OURS} minus the row, paired, 95 %")
-    for column in ("method", "accuracy %", "95 %", "difference, points", "weights, kB"):
+    table = Table(
+        title=f"accuracy on {asked} test questions; intervals (95 %) are over the questions, of one training seed"
+    )
+    for column in ("method", "accuracy %", "95 %", f"{OURS} minus the row, paired", "weights, kB"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name in ORDER:
         table.add_row(
@@ -72,6 +82,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         note = f"{_points(found['difference'])} over rounding{share}"
         table.add_row(learned, *_cells(methods[learned]), note, _kilobytes(methods[learned]))
     console.print(table)
+    if shown := summary.get("compositions_shown"):
+        console.print(
+            f"compositions: {shown['training']} in the training samples, {shown['test']} in the test, none in both, and none "
+            f"among the {shown['teacher']} that trained the bundled teacher and the {shown['student']} of the student"
+        )
     proof = summary["verification"]
     console.print(
         f"verified: {proof['codes_differing']} of {proof['codes']} codes and {proof['scales_differing']} scales differ from "

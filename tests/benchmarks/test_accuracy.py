@@ -13,7 +13,6 @@ from PIL import Image
 
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import KeptTeacher, Text, batch_of, score
-from benchmarks.accuracy.divergence import PlainObjective
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.photos import CLASSES, Photos, load, pack
 from benchmarks.accuracy.pool import make_all
@@ -24,6 +23,7 @@ from benchmarks.accuracy.study import SIZES, Row, group_of_rows
 from benchmarks.accuracy.table import write_table
 from benchmarks.accuracy.work import Work
 from grace_plugin.artifact.verify import load as load_checkpoint
+from grace_plugin.demo.plain import PlainObjective
 from grace_plugin.objective import GraceObjective
 
 CPU = torch.device("cpu")

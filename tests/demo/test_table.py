@@ -36,8 +36,17 @@ def test_the_table_has_the_widths_that_were_asked_for(low_bits: tuple[int, ...])
     for bits in low_bits:
         rounded, learned = (np.mean(rows[f"{name} {bits}-bit"].right) for name in ("round-to-nearest", "GRACE"))
         assert summary["low_bits"][f"{bits}-bit"]["gained"] == pytest.approx(learned - rounded)
+    for name in ("QAT + plain KL INT4", "teacher BF16"):
+        apart = np.array(rows["GRACE INT4"].right, float) - np.array(rows[name].right, float)
+        half = 1.959964 * apart.std(ddof=1) / 500**0.5
+        wanted = [apart.mean(), apart.mean() - half, apart.mean() + half]
+        assert summary["paired_differences_of_grace_int4"][name] == pytest.approx(wanted)
+    assert summary["methods"]["GRACE INT4"]["correct"] == sum(rows["GRACE INT4"].right)
     console = Console(file=io.StringIO(), width=120)
-    print_summary(summary, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = {"training": 11, "test": 22, "teacher": 33, "student": 44}
+    print_summary(summary | {"compositions_shown": shown}, console)
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert [f"GRACE {bits}-bit" in text for bits in (2, 3, 5)] == [bits in low_bits for bits in (2, 3, 5)]
     assert f"{100 * np.mean(rows['GRACE INT4'].right):.2f}" in text
+    assert "QAT + plain KL INT4" in text and "over the questions" in text
+    assert "11 in the training samples, 22 in the test" in text and "33 that trained the bundled teacher" in text
