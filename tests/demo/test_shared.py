@@ -12,10 +12,12 @@ from transformers import AutoModelForImageTextToText
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.jobs import jobs_of
+from grace_plugin.demo.plain import PlainObjective
 from grace_plugin.demo.shared import SharedTeacher
+from grace_plugin.objective import GraceObjective
 from grace_plugin.teacher import ResidentTeacher, supervised_positions
 from grace_plugin.vlm import family_of
-from tests.pairs import Pair, mixed_rows, recipe_text, run
+from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
 from tests.tiny import build
 
 
@@ -92,3 +94,16 @@ def test_a_teacher_of_ones_own_has_no_other_kind(llava: Pair, tmp_path: Path, ki
     with pytest.raises(ValueError, match=f"teacher.kind: {kind} does not .* that was passed.*kind: resident"):
         run(llava, tmp_path / "out", recipe=recipe_text(None, teacher={"kind": kind}), teacher=own)
     assert not (tmp_path / "out").exists()
+
+
+def test_use_objective__plain_kl__its_loss_is_trained_and_verified(llava: Pair, tmp_path: Path) -> None:
+    """The recipe's blocks are the same in both runs, so the codes differ by the divergence alone."""
+    blocks = {"distill": {"gate_sharpness": 0.0}, "relational": {"enabled": False}, "controller": {"enabled": False}}
+    found = []
+    for name, kind in (("plain", PlainObjective), ("decoupled", GraceObjective)):
+        modifier = modifier_of(recipe_text(llava.teacher, **blocks))
+        modifier.use_objective(kind)
+        result = run(llava, tmp_path / name, mixed_rows(8), recipe=modifier)
+        assert result.verification["verified"] and type(modifier.objective) is kind
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
