@@ -34,3 +34,4 @@ def test_readme__table_of_the_demo__figures_of_the_recorded_run() -> None:
     assert run["codes_differing"] == 0 and run["methods"]["GRACE INT4"]["questions"] == 8000
     shown = run["compositions_shown"]
     assert f"{shown['training']:,} samples" in section and f"{shown['teacher'] + shown['student']:,}" in section
+    assert f"on {run['vllm_equal']}\nof {run['vllm_asked']} questions" in section
