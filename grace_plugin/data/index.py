@@ -56,8 +56,9 @@ def _files(value: Any) -> Iterator[str]:
     if isinstance(value, (str, os.PathLike)):
         yield os.fspath(value)
     elif isinstance(value, Mapping):
-        if value.get("bytes") is None and isinstance(value.get("path"), (str, os.PathLike)):
-            yield os.fspath(value["path"])
+        path = value.get("path") or value.get("url")
+        if value.get("bytes") is None and isinstance(path, (str, os.PathLike)):
+            yield os.fspath(path)
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _files(part)
