@@ -111,6 +111,7 @@ CONTRACT: tuple[Contract, ...] = (
     Contract(
         "llmcompressor.pipelines:CalibrationPipeline.from_modifiers", _LLM, "other modifiers run their own pipelines"
     ),
+    Contract("llmcompressor.pipelines.registry:logger", _LLM, "its advice to take another pipeline is silenced"),
     Contract("llmcompressor.recipe:Recipe.create_instance", _LLM, "recipes are read by upstream's own reader"),
     Contract("llmcompressor.recipe:Recipe.from_dict", _LLM, "a recipe that was read and checked is given to upstream"),
     Contract("llmcompressor.recipe:Recipe.modifiers", _LLM, "the GraceModifier of a recipe is found there"),

@@ -47,7 +47,14 @@ from grace_plugin.schemes import (
 )
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
 from grace_plugin.trainable import lora_layers, raise_masters, release_masters
-from grace_plugin.upstream import Modifier, QuantizationMixin, State, match_named_modules
+from grace_plugin.upstream import (
+    Modifier,
+    QuantizationMixin,
+    State,
+    log_pipeline_advice,
+    match_named_modules,
+    running_pipeline,
+)
 from grace_plugin.vlm import check_depth, family_of
 from grace_plugin.vlm.loading import check_finite, check_model
 
@@ -195,6 +202,8 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.quantize:
             self._attach(model, formats)
+        if running_pipeline() == "grace":
+            log_pipeline_advice(False)  # upstream chooses the pipeline next, and would recommend another one
         return True
 
     def _load_teacher(self, state: State, processors: tuple[Any, Any]) -> None:
@@ -318,6 +327,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         """
         if self.finalized_ or self._trainable is None:
             return
+        log_pipeline_advice(True)
         for attached in self._attached:
             attached.detach()
         release_masters(self._student)

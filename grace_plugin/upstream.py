@@ -66,12 +66,14 @@ __all__ = [
     "keep_processor_files",
     "linearize_moe",
     "load_quantizable_moe",
+    "log_pipeline_advice",
     "match_named_modules",
     "modify_save_pretrained",
     "oneshot",
     "patch_moe_mappings",
     "remove_module_offload",
     "running_output_dir",
+    "running_pipeline",
     "running_processor",
     "unpack_from_int32",
 ]
@@ -104,6 +106,21 @@ def running_output_dir() -> str | None:
 def running_processor() -> Any:
     """The processor or tokenizer that upstream's running `oneshot` was given or has loaded; None without one."""
     return getattr(_running_oneshot(), "processor", None)
+
+
+def running_pipeline() -> str | None:
+    """The name of the pipeline that upstream's running `oneshot` was asked for; None when none is running."""
+    return getattr(getattr(_running_oneshot(), "dataset_args", None), "pipeline", None)
+
+
+def log_pipeline_advice(logged: bool) -> None:
+    """Have upstream's registry of pipelines log, or be silent (loguru switches messages by the module that logs them).
+
+    Upstream recommends `datafree` in place of any pipeline but the one that it infers, and it cannot infer a plugin's; without
+    data GRACE trains nothing. Goes when upstream takes a pipeline's name from a modifier.
+    """
+    registry: Any = importlib.import_module("llmcompressor.pipelines.registry")
+    (registry.logger.enable if logged else registry.logger.disable)(registry.__name__)
 
 
 def _running_oneshot() -> Any:

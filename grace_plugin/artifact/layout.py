@@ -4,6 +4,7 @@ config.json, model*.safetensors    pack-quantized compressed-tensors, written by
 tokenizer and processor files      those of the processor that the run trained with (the source's byte for byte, if it is that)
 generation_config.json             the source's, byte for byte
 recipe.yaml                        the recipe with inferred values, without local paths
+run.yaml                           what `train` was given (`grace_plugin.run.manifest`), without local paths
 grace/record.json                  hashes of the final codes and scales, of all other weights, of every file; environment
 grace/probe.safetensors            a batch of seeded noise, or one that the user gave, and the trained model's logits on it
 verification.json                  what `verify` found
@@ -32,6 +33,7 @@ __all__ = [
     "PROBE",
     "RECIPE",
     "RECORD",
+    "RUN_FILE",
     "VERIFICATION",
     "dense_digests",
     "digest",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "verification.json"
-RECIPE, GENERATION, CONFIG = "recipe.yaml", "generation_config.json", "config.json"
+RECIPE, GENERATION, CONFIG, RUN_FILE = "recipe.yaml", "generation_config.json", "config.json", "run.yaml"
 
 
 def digest(tensor: Tensor) -> str:

@@ -29,7 +29,7 @@ class ExportPlan:
 
     probe: the batch that the checkpoint is verified on. processor: tokenizer and processor files. generation: content of
     generation_config.json, None for a model without one. student, teacher: names and fingerprints, with paths if
-    `record_paths`.
+    `record_paths`. run_file: text of run.yaml, without local paths unless `record_paths`; None where there is none.
     """
 
     probe: Probe
@@ -38,6 +38,7 @@ class ExportPlan:
     student: dict[str, Any]
     teacher: dict[str, Any]
     record_paths: bool = False
+    run_file: str | None = None
 
 
 def rehearse_save(

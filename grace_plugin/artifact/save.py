@@ -23,6 +23,7 @@ from grace_plugin.artifact.layout import (
     GENERATION,
     PROBE,
     RECORD,
+    RUN_FILE,
     dense_digests,
     digest,
     environment,
@@ -122,6 +123,8 @@ def complete(folder: Path, plan: ExportPlan) -> None:
     for name, content in plan.processor.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    if plan.run_file is not None:
+        (folder / RUN_FILE).write_text(plan.run_file, encoding="utf-8")
     if plan.generation is not None:
         (folder / GENERATION).write_bytes(plan.generation)
     if not plan.record_paths:

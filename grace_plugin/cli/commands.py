@@ -130,6 +130,13 @@ def _show(verification: Mapping[str, Any]) -> None:
     print(json.dumps(dict(verification), indent=1))
 
 
+def _show_result(result: Any) -> None:
+    """The proofs and the place of a checkpoint, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        _show(result.verification)
+        print(f"verified checkpoint: {result.checkpoint}")
+
+
 def _train(args: Namespace) -> None:
     import inspect
 
@@ -166,8 +173,7 @@ def _train(args: Namespace) -> None:
         result = grace_plugin.train_from(args.run_file, output_dir=args.output_dir, **given)
     else:
         result = grace_plugin.train(output_dir=args.output_dir, **given)
-    _show(result.verification)
-    print(f"verified checkpoint: {result.checkpoint}")
+    _show_result(result)
 
 
 def _oneshot(args: Namespace) -> None:
@@ -180,8 +186,7 @@ def _oneshot(args: Namespace) -> None:
         max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows,
         special_tokens=args.special_tokens,
     )  # fmt: skip
-    _show(result.verification)
-    print(f"verified checkpoint: {result.checkpoint}")
+    _show_result(result)
 
 
 def _export(args: Namespace) -> None:

@@ -125,8 +125,16 @@ class GraceObjective:
         On CUDA a resident teacher may still be running then, on a stream of its own; `loss` has the student's head wait for it.
 
         Raises:
+            RuntimeError: the step before was begun and not measured; a second call, for instance one per micro-batch, would
+                divide by the micro-batch alone and sum a multiple of the loss.
             ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
         """
+        if self._window.unfinished:
+            raise RuntimeError(
+                f"a step is open: window() was called, {len(self._window.pending)} of its micro-batches have had no loss, and "
+                "measure() was not called. Call window() once per optimizer step with all its micro-batches, then loss() for "
+                "each, measure(), the optimizer and step(); cancel_step() drops an open step, for instance after an exception"
+            )
         device, pending = next(self.student.parameters()).device, []
         sums, stream = torch.zeros(6, dtype=torch.float32, device=device), beside(self.teacher, device, batches)
         with torch.cuda.stream(stream):
@@ -145,6 +153,13 @@ class GraceObjective:
         tokens = sums.new_full((), sum(item.positions.numel() for item in pending))
         all_reduce_sum(tokens)
         return tokens
+
+    def cancel_step(self) -> None:
+        """Drop the step that `window` began, for instance after an exception; nothing is counted.
+
+        Gradients of its backward passes are the caller's: empty them with `zero_grad`.
+        """
+        self._window = Window()
 
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.

@@ -84,6 +84,12 @@ class Window:
     sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
     reading: Reading | None = None
     stream: torch.cuda.Stream | None = None  # where all of this is still being computed
+    measured: bool = False  # `record` was called
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step was begun and its losses were not reduced."""
+        return self.counts is not None and not self.measured
 
     def join(self) -> None:
         """From here on, the current stream may read the window: it waits for the teacher's, the host does not."""
@@ -117,6 +123,7 @@ class Window:
             RuntimeError: no window was opened for this step.
         """
         counts, sums = self.opened()
+        self.measured = True
         all_reduce_sum(sums)
         reading = self.reading or Reading(torch.cat([sums, counts]))
         ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = reading.numbers()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grace_plugin.run.metrics import MetricsFile
+from grace_plugin.run.summary import header_line, say
 from grace_plugin.upstream import LifecycleCallbacks, active_session
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class GraceCallback(TrainerCallback):
             # transformers' hooks, which the reentrant kind alone needs, would send gradients through the frozen vision tower
             student: Any = self.trainer.objective.student
             student.disable_input_require_grads()
+        say(header_line(self.trainer, state.max_steps), args)
         if state.is_world_process_zero:
             self._metrics.begin(state.log_history)
 
@@ -75,6 +77,10 @@ class GraceCallback(TrainerCallback):
             LifecycleCallbacks.optim_post_step(global_step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if (
+            state.global_step >= state.max_steps
+        ):  # before the last resume state, from which a run is finished without training
+            self.trainer.use_averaged_weights()
         self.trainer.objective.step(self._progress, skipped=self._skipped)
         if self._in_session:
             LifecycleCallbacks.batch_end(global_step=state.global_step)

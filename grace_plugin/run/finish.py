@@ -41,8 +41,8 @@ class SaveFacts:
     """What a save needs in addition to the weights.
 
     model: folder or hub id of the student. recipe: YAML. device: "cpu" or "cuda", where the logits of the probe are computed.
-    provenance: what the record says of student and teacher. processor: files of one that is not the student's own, contents by
-    name. probe: a batch that was given for verification, in host memory.
+    provenance: what the record says of student and teacher, and run.yaml. processor: files of one that is not the student's
+    own, contents by name. probe: a batch that was given for verification, in host memory.
     """
 
     model: str
@@ -74,7 +74,7 @@ def save_facts(
     """Collect the facts; `recipe` as YAML of before the session, `plan` of the modifier."""
     processor = plan.processor.files if plan.processor.kind == "given" else {}
     given = dict(plan.probe.batch) if plan.probe.kind == "given" else None
-    known = {"student": plan.student, "teacher": plan.teacher}
+    known = {"student": plan.student, "teacher": plan.teacher, "run_file": plan.run_file}
     model, device = str(getattr(student, "name_or_path", "")), str(arguments.device.type)
     source = os.path.abspath(model) if os.path.isdir(model) else model
     return SaveFacts(source, recipe, os.path.abspath(output_dir), device, plan.record_paths, known, processor, given)

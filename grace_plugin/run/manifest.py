@@ -8,6 +8,7 @@ entry says `given: true`, and they have to be given again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -24,7 +25,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from grace_plugin.artifact.layout import environment
+from grace_plugin.artifact.layout import RUN_FILE, environment
 from grace_plugin.data import is_scannable, processor_settings
 from grace_plugin.data.mix import Rows
 from grace_plugin.run.settings import arguments_to_record
@@ -40,11 +41,11 @@ __all__ = [
     "read_run_file",
     "read_yaml_mapping",
     "run_text",
+    "started_with",
     "without_paths",
     "write_run_file",
 ]
 
-RUN_FILE = "run.yaml"
 VERSION = 1
 _FIRST = 256  # samples of a sequence that makes them when asked for
 _LARGEST = 2**20  # bytes of a run file
@@ -247,6 +248,14 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
         partial.replace(folder / RUN_FILE)
     except OSError as error:
         logger.warning("%s was not written: %s", folder / RUN_FILE, error)
+
+
+def started_with(folder: Path, content: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+    """Return what the run file of a run holds: of one that is resumed as it was, what it was started with, else `content`."""
+    if resumed:
+        with contextlib.suppress(ValueError):
+            return read_run_file(folder)
+    return content
 
 
 def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from grace_plugin.run.inputs import (
 )
 from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.rows import calibration_rows
+from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, check_cached_rows
@@ -44,6 +46,7 @@ from grace_plugin.upstream import (
     Recipe,
     active_session,
     keep_processor_files,
+    log_pipeline_advice,
     running_output_dir,
     running_processor,
 )
@@ -63,6 +66,7 @@ class GracePipeline(CalibrationPipeline):
             ValueError: no calibration data, or a recipe without exactly one GraceModifier or with one that it cannot run with.
             FileExistsError: upstream's `oneshot` would save where something lies.
         """
+        log_pipeline_advice(True)  # this pipeline was chosen: `GraceModifier.on_initialize` has silenced it
         recipe = active_session().lifecycle.recipe
         grace = grace_modifier(recipe)
         modifiers = list(recipe.modifiers)
@@ -162,6 +166,7 @@ def oneshot(
         ValueError, FileExistsError: something asked for cannot be done; nothing was written.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
+    started = time.monotonic()
     rehearse(output_dir, run_folder(output_dir))
     read = read_recipe(recipe)
     check_modifiers(read, oneshot=True)
@@ -197,4 +202,5 @@ def oneshot(
     if rows is not None:
         rows.begin(folder)
     verification = save_checkpoint(student, modifier, output_dir)
+    say(checkpoint_lines(Path(output_dir), time.monotonic() - started))
     return TrainResult(Path(output_dir), student, verification, data=rows.finish() if rows is not None else {})

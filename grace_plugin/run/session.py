@@ -57,10 +57,15 @@ class GraceSession:
             {"params": [p for n, p in named if n.endswith(PARAMETER)], "lr": rate, "weight_decay": 0.0},
         ]
 
-    def save(self, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    def save(self, output_dir: str | os.PathLike[str], *, optimizer: Any = None) -> dict[str, Any]:
         """End the run and write a verified checkpoint; returns the verification.
 
         After a failure it can be called again: nothing that was trained is lost, and a run is ended once.
+
+        Args:
+            output_dir: where the checkpoint appears; must not hold anything.
+            optimizer: yours, where it trains other weights than those to keep (schedule-free optimizers): its `eval()` is
+                called before anything is frozen. Without it call that yourself; `save` cannot see an optimizer.
 
         Raises:
             RuntimeError: no optimizer step was made, or the forward pass multiplies by other weights than those to be saved.
@@ -69,6 +74,10 @@ class GraceSession:
         """
         together(lambda: check_destination(output_dir), next(self.student.parameters()).device)
         if not self._ended:
+            if callable(getattr(optimizer, "eval", None)):
+                optimizer.eval()
+                for attached in self.objective.attached:
+                    attached.invalidate()  # weights changed in place under what is quantized of them
             self._session.finalize()
             self._ended = True
         return save_checkpoint(self.student, self.modifier, output_dir)

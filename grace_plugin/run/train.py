@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from grace_plugin.run.inputs import (
     read_recipe,
 )
 from grace_plugin.run.limits import sample_limits
-from grace_plugin.run.manifest import RunInputs, changed, write_run_file
+from grace_plugin.run.manifest import RunInputs, changed, run_text, started_with, without_paths, write_run_file
 from grace_plugin.run.resume import states
 from grace_plugin.run.rows import TrainingRows, training_rows
 from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
 from grace_plugin.run.states import check_resume_options
+from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
 from grace_plugin.upstream import Modifier, Recipe
@@ -60,7 +62,8 @@ class TrainResult:
     """What a run gives back.
 
     checkpoint: the verified folder. model: the student as saved. verification: the proofs (the same on every rank).
-    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's rows.
+    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's rows. throughput:
+    seconds of training, tokens of all ranks, tokens per second, peak memory in bytes; empty where nothing was trained.
     """
 
     checkpoint: Path
@@ -68,6 +71,7 @@ class TrainResult:
     verification: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    throughput: dict[str, float] = field(default_factory=dict)
 
 
 def run_folder(output_dir: str | os.PathLike[str]) -> Path:
@@ -191,6 +195,57 @@ def _trainer(
     )  # fmt: skip
 
 
+#: arguments of `train` that are no plain values, and those that are not of the run: where it ends, and that it is resumed
+_OBJECTS = ("processor", "teacher_processor", "probe", "callbacks")
+_APART = (
+    "model",
+    "recipe",
+    "dataset",
+    "output_dir",
+    "teacher",
+    "resume_from_checkpoint",
+    "allow_resume_changes",
+    "given",
+)
+
+
+def _inputs(
+    passed: Mapping[str, Any], read: Recipe, dataset: Any, asked: Mapping[str, Any], arguments: Any
+) -> RunInputs:
+    """What `run.yaml` is made of; `passed` are all arguments of `train` by name, so that none is forgotten."""
+    plain = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in passed.items() if name not in (*_OBJECTS, *_APART)
+    }
+    objects = {name: passed[name] for name in _OBJECTS if passed[name]}
+    return RunInputs(
+        passed["model"], read, dataset, asked, passed["teacher"], objects, changed(train, **plain), arguments.world_size
+    )
+
+
+def _keep_run_file(
+    modifier: GraceModifier, folder: Path, content: dict[str, Any], *, resumed: bool, record_paths: bool
+) -> dict[str, Any]:
+    """Have the save write what the run was started with into the checkpoint; returns it.
+
+    Without local paths, unless they are asked for, and without callbacks, which are of the run and not of its result.
+    """
+    content = started_with(folder, content, resumed=resumed)
+    kept = {name: value for name, value in content.items() if name != "callbacks"}
+    modifier.export_plan = replace(
+        modifier.export_plan, run_file=run_text(kept if record_paths else without_paths(kept))
+    )
+    return content
+
+
+def _result(
+    checkpoint: Path, trainer: GraceTrainer, verification: dict[str, Any], data: dict[str, Any], seconds: float
+) -> TrainResult:
+    """Say what the run took, and give back what it made."""
+    say(checkpoint_lines(checkpoint, seconds), trainer.args)
+    student, history = trainer.objective.student, list(trainer.state.log_history)
+    return TrainResult(checkpoint, student, verification, history, data, dict(trainer.throughput))
+
+
 def _fit(
     trainer: GraceTrainer, folder: Path, rows: TrainingRows, content: Mapping[str, Any], resume: bool | str
 ) -> None:
@@ -274,7 +329,8 @@ def train(
         FloatingPointError: more non-finite steps than the recipe allows.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
-    folder = run_folder(output_dir)
+    passed = dict(locals())  # before any other name is bound
+    folder, started = run_folder(output_dir), time.monotonic()
     asked = read_arguments(given, others=_OWN)
     rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_rows)
@@ -282,12 +338,7 @@ def train(
     read, modifier = _recipe(recipe, teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
     dataset = _check_dataset(dataset, arguments)
-    inputs = RunInputs(
-        model, read, dataset, asked, teacher, world_size=arguments.world_size,
-        objects={"processor": processor, "teacher_processor": teacher_processor, "probe": probe, "callbacks": tuple(callbacks)},
-        limits=changed(train, max_length=max_length, max_pixels=max_pixels, max_bad_rows=max_bad_rows, packing=packing,
-            activation_offloading=activation_offloading, record_paths=record_paths, special_tokens=tuple(special_tokens)),
-    )  # fmt: skip
+    inputs = _inputs(passed, read, dataset, asked, arguments)
     store = open_cache(modifier, model, processor)
     check_models(modifier, model)
     student = load_student(model, modifier.training.method)
@@ -301,6 +352,8 @@ def train(
         student, read, total_steps=steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
     ) as session:  # fmt: skip
+        resumed = bool(resume_from_checkpoint) and not allow_resume_changes
+        content = _keep_run_file(modifier, folder, content, resumed=resumed, record_paths=record_paths)
         trainer = _trainer(
             session, arguments, rows, collator, callbacks=list(callbacks), activation_offloading=activation_offloading,
             fingerprint=fingerprint, allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
@@ -309,4 +362,4 @@ def train(
         )  # fmt: skip
         _fit(trainer, folder, rows, content, resume_from_checkpoint)
         verification = save_finished(trainer, session, output_dir)
-    return TrainResult(Path(output_dir), student, verification, list(trainer.state.log_history), rows.finish())
+    return _result(Path(output_dir), trainer, verification, rows.finish(), time.monotonic() - started)

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
 from grace_plugin.run.stream_loader import StreamLoader
+from grace_plugin.run.summary import count_tokens, say, speed_line, throughput
 from grace_plugin.vlm import VISUAL_RUNS
 from grace_plugin.vlm.host import moved
 
@@ -97,6 +99,8 @@ class GraceTrainer(Trainer):
         if asked is not None:
             one_gpu(asked)
         self.config_use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", None)
+        self.tokens_seen = 0
+        self.throughput: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
         self.grad_norm_finite = True
@@ -117,13 +121,18 @@ class GraceTrainer(Trainer):
             ValueError: no whole resume state to go on from, or one of another run.
         """
         state = self.states.choose(resume_from_checkpoint) if resume_from_checkpoint else None
+        started, self.tokens_seen = time.monotonic(), 0
         try:
             if state is not None and has_ended(state):
                 self._load_from_checkpoint(str(state))
                 self.state = read_state(state)[1]
                 return TrainOutput(self.state.global_step, math.nan, {})
             with kept_streams(), self.interrupts.watching():  # Trainer prints its log, and its progress
-                return super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
+                output = super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
+            self.use_averaged_weights()  # of a run that a callback ended, too
+            self.throughput = throughput(self, time.monotonic() - started, self.tokens_seen)
+            say(speed_line(self, self.throughput), self.args)
+            return output
         finally:
             if self.is_in_train and self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
                 deactivate_neftune(
@@ -136,6 +145,18 @@ class GraceTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
                 del model.__dict__["forward"]
+
+    def use_averaged_weights(self) -> None:
+        """Put the weights that are to be kept into the student, where an optimizer trains others (schedule-free ones).
+
+        accelerate's wrapper hands `eval` on to an optimizer that has it; for any other, and a second time, nothing changes.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.optimizer is None or not callable(getattr(inner, "eval", None)):
+            return
+        self.optimizer.eval()
+        for attached in self.objective.attached:
+            attached.invalidate()  # weights changed in place under what is quantized of them
 
     # ---- data and loss ------------------------------------------------------------------------------------------------
 
@@ -168,6 +189,7 @@ class GraceTrainer(Trainer):
         if not host:  # the stream has ended, and the epoch with it
             self.control.should_epoch_stop = True
             return [], None
+        self.tokens_seen += sum(map(count_tokens, host))
         place = self.args.device
         queued = [{k: moved(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in host]
         batches = [self._prepare_inputs(batch) for batch in queued]

@@ -67,6 +67,7 @@ def test_one_loss_per_batch_of_the_window(llava: Set) -> None:
     llava.grace.loss(llava.student, batch)
     with pytest.raises(RuntimeError, match=r"more often than window.. saw batches"):
         llava.grace.loss(llava.student, batch)
+    llava.grace.cancel_step()
 
 
 def test_measure_needs_a_window(llava: Set) -> None:
@@ -77,7 +78,25 @@ def test_measure_needs_a_window(llava: Set) -> None:
 def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
     batches = [llava.collate(mixed_rows(4)), llava.collate(rows(2, images=0))]
     assert llava.grace.window(batches) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    llava.grace.cancel_step()
     assert llava.grace.window([]) == 0
+    llava.grace.cancel_step()
+
+
+def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -> None:
+    """A compute_loss that opens a window per micro-batch would divide by each alone, and so sum twice the loss."""
+    first, second = llava.collate(rows(1)), llava.collate(rows(2, images=0))
+    llava.grace.window([first, second])
+    with pytest.raises(RuntimeError, match=r"a step is open: .* 2 of its micro-batches .*Call window.. once per"):
+        llava.grace.window([second])
+    llava.grace.cancel_step()  # as after an exception
+    llava.grace.window([first])
+    llava.grace.loss(llava.student, first)
+    with pytest.raises(RuntimeError, match=r" 0 of its micro-batches have had no loss, and measure.. was not called"):
+        llava.grace.window([second])
+    llava.grace.measure()
+    llava.grace.step(1.0)
+    assert llava.step(second)[1].tokens == int((second["labels"][:, 1:] != -100).sum())
 
 
 def test_a_batch_without_images_contributes_exactly_no_relation(llava: Set) -> None:

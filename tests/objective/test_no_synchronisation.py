@@ -53,6 +53,7 @@ def step_on_meta(made: Set, host: list[dict[str, Any]]) -> None:
         loss = made.grace.loss(made.student, batch)
         loss.backward()
         assert loss.device.type == "meta"
+    made.grace.cancel_step()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -111,9 +111,10 @@ def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Pat
 def test_a_file_without_paths_asks_for_them(
     llava: Pair, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = without_paths(read_run_file(first / "out.run"))
-    text = yaml.safe_dump(content)
+    text = (first / "out/run.yaml").read_text()
+    assert yaml.safe_load(text) == without_paths(read_run_file(first / "out.run"))
     assert str(llava.student.parent) not in text and str(first) not in text and "rows.jsonl" in text
+    assert "run.yaml" in json.loads((first / "out/grace/record.json").read_text())["files"]
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

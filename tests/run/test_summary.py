@@ -1,0 +1,69 @@
+"""What a run says once: its shape before the first step, speed, memory, size and the line that serves it after the last."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from grace_plugin.run.summary import count_tokens, folder_bytes, size
+from tests.pairs import Pair, run
+from tests.tiny import rows
+
+
+class Watch(TrainerCallback):
+    """Counts the parameters that train, and all."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or held) for held in (False, True)]
+
+
+def test_a_run_says_its_shape_and_what_it_took_once(
+    llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watch()
+    result = run(llava, tmp_path / "out", rows(6), max_steps=3, gradient_accumulation_steps=2, callbacks=[watch])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GRACE:")]
+    assert len(said) == 3
+    assert re.fullmatch(
+        r"GRACE: 1 process on cpu, micro-batch 2 x accumulation 2 = global batch 4, 3 steps, 1\.50 epochs of 6 samples; trains "
+        r"[\d,]+ of [\d,]+ parameters, weights \d+\.\d MB, teacher \d+\.\d MB",
+        said[0],
+    )
+    trains, held = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:of|parameters)", said[0]))
+    assert (trains, held) == tuple(watch.counts)
+    assert re.fullmatch(
+        r"GRACE: 3 steps in \d+\.\d s, [\d,]+ tokens/s, peak memory \d+\.\d [MG]B \(resident, rank 0\)", said[1]
+    )
+    bytes_ = size(folder_bytes(tmp_path / "out"))
+    assert re.fullmatch(
+        rf"GRACE: checkpoint of {bytes_} after \d+\.\d s; serve it: vllm serve {re.escape(str(tmp_path / 'out'))}",
+        said[2],
+    )
+    found = result.throughput
+    assert found["tokens"] == 10 * result.data["tokens"]["mean"]  # four samples, the two left over, and four
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["train_seconds"], rel=0.01)
+    assert found["peak_memory_bytes"] > 10**8
+
+
+def test_a_log_level_silences_it(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(llava, tmp_path / "out", max_steps=1, log_level="warning")
+    assert "GRACE:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (2.5e9, "2.5 GB"), (1e13, "10000.0 GB")]
+)
+def test_bytes_as_text(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_tokens_of_a_batch_are_those_that_are_no_padding() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    assert count_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}) == 4
+    assert count_tokens({"input_ids": ids}) == 6
+    assert count_tokens({}) == 0
