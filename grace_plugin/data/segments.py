@@ -321,11 +321,16 @@ class Segmenter:
         placeholder = self.placeholders[kind]
         return text.count(placeholder) if placeholder else 0
 
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        """Ids that a literal must not get; a special token that the tokenizer does not know has none of its own."""
+        return set(self.protected.values()) - {self.processor.tokenizer.unk_token_id}
+
     def literal_ids(self, text: str) -> list[int]:
         """Token ids of a string that must not become a special token."""
         tokenizer = self.processor.tokenizer
         unknown = tokenizer.unk_token_id
-        kept = set(self.protected.values()) - {unknown}
+        kept = self._special_ids
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if kept.isdisjoint(ids):
             return list(ids)
