@@ -289,7 +289,7 @@ def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
     lines = {number: sample for number, sample in made.items() if number % LINES_EVERY == 0}
     samples = {number: sample for number, sample in made.items() if number % LINES_EVERY}
     found: dict[int, str] = {}
-    sets: list[tuple[list[int], Any]] = [(list(samples), list(samples.values()))]
+    sets: list[tuple[list[int], Any]] = [(list(samples), list(samples.values()))] if samples else []
     kept = [number for number, line in lines.items() if line.strip()]
     if kept:
         (shop.folder / "lines.jsonl").write_bytes(b"\n".join(lines[number] for number in kept))
@@ -300,7 +300,7 @@ def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
         try:
             prepared = prepare(dataset, collator, **options)
         except Exception as error:
-            if len(order) == 1:
+            if len(numbers) == 1:
                 return [f"FAULT: {type(error).__name__}: {str(error)[:300]}"]
             return [outcome for number in numbers for outcome in _block(range(number, number + 1), shop, collator)]
         for place, (number, entry) in enumerate(zip(order, prepared.entries, strict=True)):
