@@ -5,6 +5,7 @@
 #   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
 #   make accuracy  a row of the accuracy study again, ROW=w4g128/grace/0 (a GPU; OPTIONS="--size cpu" without)
 #   make floors  unit tests with the oldest dependencies that pyproject.toml allows, in an environment of their own
+#   make faults  about 100 faults injected into tiny runs (kills, full disks, damage, signals), and the table
 #   make bench   speed and memory against floors, grace data check, loading
 PYTHON ?= python3
 TRAIN := .venv/train
@@ -15,7 +16,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist
 BUILDER := integration/env/build.py integration/env/mend.py
 
-.PHONY: demo test unit integration families floors lint bench accuracy env clean
+.PHONY: demo test unit integration faults families floors lint bench accuracy env clean
 .DEFAULT_GOAL := env
 
 env:
@@ -40,6 +41,9 @@ unit: $(TRAIN_BUILT)
 
 integration: env
 	GRACE_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python $(PYTEST) loadfile integration
+
+faults: $(TRAIN_BUILT)
+	OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m integration.faults --output benchmarks/results/faults.json
 
 families: env
 	$(TRAIN)/bin/python -m integration.families $(FAMILIES) --serve-python $(SERVE)/bin/python

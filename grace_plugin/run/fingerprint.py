@@ -88,11 +88,19 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Digest of all parameters and buffers: names, shapes, dtypes, the exclusive or of their bits, and their first 4 KiB."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        flat = tensor.detach().reshape(-1)
-        head = flat[: 4096 // max(1, flat.element_size())].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        bits = torch.hash_tensor(flat).cpu().numpy() if flat.numel() else 0
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits} ".encode() + head)
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel() and not tensor.is_meta:  # a layer that is offloaded counts by name and shape
+            found.update(_bits(tensor.detach().reshape(-1)))
     return found.hexdigest()[:16]
+
+
+def _bits(flat: torch.Tensor) -> bytes:
+    head = flat[: max(1, 4096 // flat.element_size())].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    try:
+        every = torch.hash_tensor(flat)
+    except (RuntimeError, NotImplementedError):  # a dtype that it does not know, as the 8-bit floats
+        every = torch.hash_tensor(flat.view(torch.uint8))
+    return str(every.cpu().numpy()).encode() + head
 
 
 def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:

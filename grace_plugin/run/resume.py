@@ -1,7 +1,8 @@
 """Resume states on disk: written aside, proven by a manifest, published by one rename, and the newest whole one found again.
 
     checkpoint-N.partial    while it is written; removed by the next save
-    checkpoint-N            whole: every file is on disk and `manifest.json`, written last, has its size and SHA-256
+    checkpoint-N            whole: every file is on disk, and `manifest.json`, written last, has its size and SHA-256, one
+                            for every 256 MiB
     checkpoint-N.old        an earlier state of the same step while it is replaced
 
 A process or machine that stops at any moment leaves the states before it whole, because a state is removed only after a newer
@@ -44,6 +45,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 _PARTIAL, _OLD = ".partial", ".old"
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
+_PIECE, _BLOCK = 2**28, 2**22  # bytes of a hash, and of a read
 _MARGIN = 2**20  # bytes that small files and the folder itself may take
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -71,12 +73,37 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file that is on disk from here on."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": found}
+def _synced(path: Path) -> int:
+    """Size of a file that is on disk from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def _digests(sizes: Mapping[Path, int]) -> dict[Path, list[str]]:
+    """SHA-256 of every 256 MiB of some files, or what kept one from being read; pieces are read in parallel."""
+    pieces = [(path, start) for path, size in sizes.items() for start in range(0, max(size, 1), _PIECE)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashlib and reads release the GIL
+        found = list(pool.map(_digest, pieces))
+    return {path: [digest for (of, _), digest in zip(pieces, found, strict=True) if of == path] for path in sizes}
+
+
+def _digest(piece: tuple[Path, int]) -> str:
+    path, start = piece
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            left = _PIECE
+            while left and (block := file.read(min(left, _BLOCK))):
+                found.update(block)
+                left -= len(block)
+    except OSError as error:
+        return str(error)
+    return found.hexdigest()
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:
@@ -97,8 +124,14 @@ def publish(partial: Path, final: Path, **facts: Any) -> None:
         facts: further plain values of the manifest, as the step.
     """
     files = _files(partial)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib and fsync release the GIL
-        entries = dict(zip((str(f.relative_to(partial)) for f in files), pool.map(_sealed, files), strict=True))
+    with ThreadPoolExecutor(1) as pool:  # the disk writes while the hashes are made
+        synced = [pool.submit(_synced, file) for file in files]
+        digests = _digests({file: file.stat().st_size for file in files})
+        sizes = [one.result() for one in synced]
+    entries = {
+        file.relative_to(partial).as_posix(): {"bytes": size, "sha256": digests[file]}
+        for file, size in zip(files, sizes, strict=True)
+    }
     content: dict[str, Any] = {"format": 1, **facts, "files": entries}
     content["sha256"] = _own_digest(content)
     with (partial / MANIFEST).open("w", encoding="utf-8") as out:
@@ -159,20 +192,11 @@ def damage(folder: Path, *, hashes: bool = True) -> str:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-    if hashes:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for name, found in zip(entries, pool.map(_digest, (folder / name for name in entries)), strict=True):
-                if found != entries[name]["sha256"]:
-                    return f"{name} is not what was written (another SHA-256)"
+    found = _digests({folder / name: entry["bytes"] for name, entry in entries.items()}) if hashes else {}
+    for name, entry in entries.items():
+        if hashes and found[folder / name] != entry["sha256"]:
+            return f"{name} is not what was written (another SHA-256)"
     return ""
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return str(error)
 
 
 def states(folder: Path) -> list[Path]:
