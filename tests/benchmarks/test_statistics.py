@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def test_collect__records_in_any_order__groups_by_seed_without_search_and_failur
     assert found.held_out == pytest.approx(37.5) and groups["w2g128", "kl"].held_out is None
     assert found.by_type() == pytest.approx({"even": 100 * (0 + 2 / 3) / 2, "odd": 100 * (0.5 + 0.5) / 2})
     assert groups["w2g128", "kl"].deviation is None
+    assert groups["w2g128", "kl"].by_type() == pytest.approx({"even": 100 * 2 / 3, "odd": 50.0})
 
 
 def test_scored__answers_by_type__shares_and_packed_answers() -> None:
@@ -243,13 +245,29 @@ def test_label__rows_of_a_method__says_the_weight_they_trained_with() -> None:
     assert label_of(group(shares(1), "kl", weight=None)) == "QAT + plain KL, weight 1"
     assert label_of(group(shares(1), "gptq", seconds=1.0)) == "GPTQ"
     assert label_of(group(shares(1), "ce", weight=None)) == "QAT alone"
+    assert (
+        label_of(group(shares(1), "grace", weight=10.0, weight_used=30.0)) == "QAT + GRACE, weight 30"
+    )  # what was used counts
+    assert label_of(group(shares(1), "kl-frozen", weight=3.0)) == "plain KL, scales not learned, weight 3"
+    assert label_of(group(shares(1), "grace-norelation", weight=None)) == "no relation"
+    assert label_of(replace(group(shares(1), "grace", weight=10.0), setting="bf16")) == "GRACE, weight 10"
+    two = replace(group(shares(1, 2), "grace"), records=({"weight": 10.0}, {"weight": 3.0}))
+    assert label_of(two) == "QAT + GRACE, weight 3 and 10"
+    assert label_of(group(shares(1), "grace")) == "QAT + GRACE"  # without records nothing is known
 
 
 def test_missing_default__no_such_row__said_with_the_reason() -> None:
     tuned, plain = group(shares(1), "grace", weight=10.0), group(shares(1), "grace", weight=None)
     default = group(shares(1), "grace-default", weight=None)
     assert missing_default({("w2g128", "grace"): tuned}, "w2g128") == "not run"
-    assert "default weight" in missing_default({("w2g128", "grace"): plain}, "w2g128")
+    chosen = "as GRACE: the search chose the default weight"
+    assert missing_default({("w2g128", "grace"): plain}, "w2g128") == chosen
+    used = group(shares(1), "grace", weight=10.0, weight_used=3.0)
+    assert missing_default({("w2g128", "grace"): used}, "w2g128") == chosen
+    other = group(shares(1), "grace", weight=None, weight_used=10.0)
+    assert missing_default({("w2g128", "grace"): other}, "w2g128") == "not run"
+    mixed = replace(group(shares(1, 1), "grace"), records=({"weight": 3.0}, {"weight": 10.0}))
+    assert missing_default({("w2g128", "grace"): mixed}, "w2g128") == "not run"
     assert missing_default({("w2g128", "grace"): tuned, ("w2g128", "grace-default"): default}, "w2g128") == ""
     assert missing_default({}, "w2g128") == ""
 
@@ -263,8 +281,16 @@ def test_closed__lead_within_its_interval__no_share_is_claimed() -> None:
     )
     assert closed({**groups, ("w2g128", "grace"): unclear}, "w2g128").startswith("GRACE is not told apart")
     assert closed({**groups, ("pair", "teacher"): group(shares(39), "teacher")}, "w2g128") == ""
-    del groups["bf16", "ce"]
-    assert closed(groups, "w2g128") == ""
+    assert closed({**groups, ("pair", "teacher"): group(shares(40), "teacher")}, "w2g128") == ""
+    near = {
+        **groups,
+        ("pair", "teacher"): group(shares(60), "teacher"),
+        ("w2g128", "grace"): group(shares(60, 60, 60), "grace"),
+    }
+    assert closed(near, "w2g128").startswith("GRACE closes 100 % of the way")
+    assert closed({**groups, ("bf16", "ce"): group(shares(40), "ce", (7,))}, "w2g128") == ""
+    for missing in groups:
+        assert closed({key: one for key, one in groups.items() if key != missing}, "w2g128") == ""
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -308,6 +334,10 @@ def test_blind__most_frequent_answer_by_question__ties_to_the_lowest_and_unseen_
     assert most_frequent(train) == {0: 5, 1: 6, 2: 8}
     test = asked([0, 0, 1, 1, 2, 3, 3], [5, 4, 6, 7, 8, 0, 5])
     assert answer_blind(train, test).tolist() == [True, False, True, False, True, False, False]
+    with pytest.raises(ValueError, match="shorter"):
+        most_frequent(asked([0, 0], [1]))
+    with pytest.raises(ValueError, match="shorter"):
+        answer_blind(train, asked([0, 0], [1]))
 
 
 def test_blind__recorded_figure__computed_again() -> None:

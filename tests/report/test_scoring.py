@@ -108,6 +108,7 @@ def test_by_modality__rows_measured_without_their_images__kl_per_token_of_both()
     mean, low, high = found["difference"]  # 0.75 and -0.5
     assert mean == pytest.approx(0.125) and high - low == pytest.approx(2 * 1.959964 * 0.625, rel=1e-6)
     assert "difference" not in by_modality([record(2, [])])
+    assert by_modality([record(0, [], kl_blind=0.0)])["kl_text_only"] == 0.0
 
 
 def test_by_type__groups__largest_divergence_first_then_by_name() -> None:
