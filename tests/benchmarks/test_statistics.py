@@ -17,7 +17,7 @@ from benchmarks.accuracy.caption_work import TOLD
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.rows import RESULTS, Store, answers_of, scored
 from benchmarks.accuracy.scenes import TYPES, Rows, draw
-from benchmarks.accuracy.statistics import T975, Group, collect, compare, t_half_width
+from benchmarks.accuracy.statistics import T975, Compared, Group, collect, compare, t_half_width
 from benchmarks.accuracy.study import SIZES, Row, best_of
 from benchmarks.accuracy.table import (
     BEGIN,
@@ -120,11 +120,19 @@ def test_t_half_width__numbers_without_a_quantile__refused(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "sign"), [((10, 11, 12), 1), ((-10, -11, -12), 1), ((10, -11, 3), 0), ((0, 0, 0), 0)]
+    ("points", "sign"),
+    [((10, 11, 12), 1), ((-10, -11, -12), 1), ((10, -11, 3), 0), ((0, 0, 0), 0), ((1, 1, 1), 1), ((-1, -1, -1), 1)],
 )
 def test_decided__interval_that_holds_0__no(points: tuple[int, ...], sign: int) -> None:
     ours = group(shares(*(50 + point for point in points)), "a")
     assert compare(ours, group(shares(50, 50, 50), "b")).decided == bool(sign)
+    near = (
+        Compared(0.5, 0.2, 0.8, 3),
+        Compared(-0.5, -0.8, -0.2, 3),
+        Compared(0.5, 0.0, 1.0, 3),
+        Compared(-0.5, -1.0, 0.0, 3),
+    )
+    assert [one.decided for one in near] == [True, True, False, False]
 
 
 def record(seed: int, right: list[bool], **more: Any) -> dict[str, Any]:

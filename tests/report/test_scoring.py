@@ -80,19 +80,24 @@ def record(number: int, right: list[bool], **more: Any) -> RowDamage:
 
 
 def test_overall__rows_with_and_without_accepted_answers__accuracy_of_those_that_have_them() -> None:
+    """Of five rows with accepted answers A has four right and B two: three lost, one gained, one right in both."""
     records = [
         record(0, [True, False], kl=3.0, agree=4), record(1, [True, True], tokens=2), record(2, [False, True]),
-        record(3, [True, False], nll_b=1.0), record(4, []),
+        record(3, [True, False], nll_b=1.0), record(4, []), record(5, [True, False]),
     ]  # fmt: skip
     found = overall(records)
-    assert (found["rows"], found["tokens"], found["questions"]) == (5, 18, 4)
-    assert found["kl"] == pytest.approx(7 / 18) and found["agreement"] == pytest.approx(12 / 18)
-    assert (found["token_accuracy_a"], found["token_accuracy_b"]) == pytest.approx((15 / 18, 5 / 18))
-    assert (found["nll_a"], found["nll_b"]) == pytest.approx((20 / 18, 25 / 18))
-    assert (found["accuracy_a"], found["accuracy_b"], found["lost"], found["gained"]) == (0.75, 0.5, 2, 1)
-    assert found["interval_a"] == pytest.approx(list(interval(3, 4))) and found["interval_b"] == list(interval(2, 4))
-    half = 1.959964 * ((0.75**2 * 2 + 0.25**2 + 1.25**2) / 3 / 4) ** 0.5
-    assert found["difference"] == pytest.approx([-0.25, -0.25 - half, -0.25 + half])
+    assert (found["rows"], found["tokens"], found["questions"]) == (6, 22, 5)
+    assert found["kl"] == pytest.approx(8 / 22) and found["agreement"] == pytest.approx(14 / 22)
+    assert (found["token_accuracy_a"], found["token_accuracy_b"]) == pytest.approx((18 / 22, 6 / 22))
+    assert (found["nll_a"], found["nll_b"]) == pytest.approx((24 / 22, 31 / 22))
+    assert (found["accuracy_a"], found["accuracy_b"], found["lost"], found["gained"]) == (0.8, 0.4, 3, 1)
+    assert found["interval_a"] == list(interval(4, 5)) and found["interval_b"] == list(interval(2, 5))
+    half = 1.959964 * ((3 * 0.6**2 + 0.4**2 + 1.4**2) / 4 / 5) ** 0.5  # differences -1, 0, 1, -1, -1 around -0.4
+    assert found["difference"] == pytest.approx([-0.4, -0.4 - half, -0.4 + half])
+    both = overall(
+        [record(0, [True, True]), record(1, [True, True]), record(2, [False, False]), record(3, [False, True])]
+    )
+    assert (both["lost"], both["gained"]) == (0, 1)
     assert overall([]) == {"rows": 0, "tokens": 0}
     assert "questions" not in overall([record(0, [])]) and overall([record(0, [True, True])])["difference"] is None
 
