@@ -83,7 +83,7 @@ def _sentence(error: Exception) -> str:
 
 
 #: arguments of train() that a command has no option for
-_SWITCHES = ("activation_offloading",)
+_SWITCHES = ("activation_offloading", "record_paths")
 
 
 def _pairs(pairs: list[str]) -> dict[str, str]:
