@@ -8,7 +8,8 @@ Other formats are translated first (`formats.py`). The k-th image placeholder of
 for videos. A placeholder is a content part; a part may hold its image itself (`parts.py`). Where the content of a user turn
 is a plain string and the sample has the field `images`, the tags `<image>` in it are placeholders, in order; where no string
 has a tag, the sample's images stand at the beginning of the first user turn, as TRL puts them. In a sample without that field
-a tag is text. So it is for `videos` and `<video>`, but for the place of videos without a tag, which is not guessed.
+a tag is text; where the field is there and empty, a tag is a placeholder without its image. So it is for `videos` and
+`<video>`, but for the place of videos without a tag, which is not guessed.
 
 Only assistant turns are learned from, and of those not the ones that say `train: false` or `weight: 0` (`turns.py`). Which
 fields a sample may have is in `schema.py`. Refused with the sample named and the reason to count it by (`faults.REASONS`):
@@ -18,6 +19,7 @@ placeholders and images that do not match in number, unknown roles, turns out of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +39,8 @@ __all__ = ["Row", "check_row", "check_rows", "read_row", "row_name"]
 
 KINDS = ("image", "video")
 _BOXES = ("<bbox>", "<ref-object>")
+_HELD = re.compile(r"<img>[^<>]+</img>", re.IGNORECASE)  # a path in the text
+_MARKS = re.compile(r"<\|?(?:[a-z]{1,9}_){0,2}(?:image|img)(?:_[a-z]{1,9})?[ _-]?\d{0,3}\|?>|\[img\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,10 @@ def _listed(row: Mapping[str, Any], kind: str, name: str) -> list[Any] | None:
         raise RowError("malformed", f"{name}: {kind}s is a {type(many).__name__}; give a list")
     if one is not None and not is_empty(many):
         raise RowError("malformed", f"{name} has {kind} and {kind}s; give one of them")
-    if one is None:
-        return None if many is None else [media_value(value) for value in many if value is not None]
+    if one is None:  # a column that is there and empty makes tags placeholders as well, so that a lost image is found
+        if many is None:
+            return [] if kind in row or f"{kind}s" in row else None
+        return [media_value(value) for value in many if value is not None]
     several = kind == "image" and isinstance(one, (list, tuple))
     return [media_value(value) for value in (one if several else [one])]
 
@@ -153,6 +159,23 @@ def _check_boxes(row: Mapping[str, Any], messages: list[dict[str, Any]], name: s
         )
 
 
+def _check_marks(messages: list[dict[str, Any]], unplaced: bool, name: str) -> None:
+    """Refuse other tools' marks of images, which would stay text.
+
+    Args:
+        unplaced: the sample has images and no placeholder for them.
+    """
+    for message in messages if unplaced else [one for one in messages if one["role"] == "user"]:
+        text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+        found = (_MARKS if unplaced and message["role"] != "assistant" else _HELD).search(text)
+        if found is not None:
+            raise RowError(
+                "placeholder_mismatch",
+                f"{name} has {shown(found.group())} in a text of the {message['role']}, which is no placeholder; write <image> "
+                "into the user's text for each image, and give the images in the field images",
+            )
+
+
 def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     """Normalise a row without opening its images.
 
@@ -175,6 +198,7 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
     check_order(messages, name)
     _check_boxes(row, messages, name)
     inline = {kind: [value for one, value, _ in media if one == kind] for kind in KINDS}
+    _check_marks(messages, bool(listed["image"]) and not inline["image"], name)
     if all(plain) and listed["image"] and not inline["image"]:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image"} for _ in listed["image"]] + first["content"]

@@ -31,7 +31,7 @@ from grace_plugin.data.video import DecoderMissingError
 __all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
 _CHUNK = 64
-_VERSION = 5
+_VERSION = 6
 
 
 def cache_folder() -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.schema import check_turn_fields
-from grace_plugin.data.shown import shown
+from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["from_llava"]
 
@@ -33,10 +33,10 @@ _KEPT = ("train", "weight", "loss", "tool_calls", "reasoning_content", "tool_cal
 
 
 def _listed(row: Mapping[str, Any], kind: str) -> list[Any] | None:
-    """The row's images or videos as a list; None when it has no such field."""
+    """The sample's images or videos as a list; None when it has no such field."""
     value = row.get(kind) if row.get(kind) is not None else row.get(f"{kind}s")
-    if value is None or value == "":
-        return None
+    if value is None or value == "":  # a tag without its image is found where the column is there
+        return [] if kind in row or f"{kind}s" in row else None
     if kind == "video":
         frames = isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple))
         if isinstance(value, str) or (frames and row.get("video") is not None):
@@ -76,8 +76,8 @@ def _called(value: str, name: str) -> list[Any]:
     """The tool calls that a turn holds as JSON text."""
     try:
         found = json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RowError("malformed", f"{name}: a function_call turn is no JSON object: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError also of an integer of more digits than Python converts
+        raise RowError("malformed", f"{name}: a function_call turn is no JSON object: {shortened(error)}") from error
     return found if isinstance(found, list) else [found]
 
 

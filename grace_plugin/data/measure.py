@@ -78,13 +78,13 @@ class Measure:
 
     def __call__(self, row: Any, number: int) -> Entry:
         name = row_name(row, number)
-        mark = digest = ""
+        mark = ""
         try:
             checked = check_row(row, number)
             if row.get("id") is not None:
                 mark = _digest(row["id"])
-                digest = _digest(dict(row))
             found = self._run(row, number) if checked.videos else self._count(checked)
+            digest = _digest(dict(row)) if mark else ""  # of images that are decoded by now
             spelled = [part.text for part in self.collator.segments(checked) if part.literal]
             return found._replace(
                 mark=mark,

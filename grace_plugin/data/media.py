@@ -5,7 +5,8 @@ An image is a PIL image, a path, a `file://` URL, a data URI (`data:image/png;ba
 refused: a run that downloads while it trains is neither reproducible nor bounded.
 
 `FORMATS` are the formats read from files and bytes. Pillow knows more, among them EPS, which it hands to Ghostscript, an
-interpreter for programs. A PIL image that is given as an object is used whatever it was opened from.
+interpreter for programs. A PIL image that is given as an object is used whatever it was opened from, an EPS only if it is
+decoded already.
 
 Sizes are inspected before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
 is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
@@ -164,6 +165,8 @@ def _formats() -> tuple[str, ...]:
 def _opened(image: Any, name: str) -> Image.Image:
     """An image opened; not decoded, but by formats that decode when opened. To be called within the limit."""
     if isinstance(image, Image.Image):
+        if image.format == "EPS" and getattr(image, "tile", None):  # not decoded yet
+            raise UnidentifiedImageError
         return image
     source = media_source(image, "image", name)
     try:
@@ -231,9 +234,9 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         with _pillow_limit(max_pixels):
             opened = _opened(image, name)
             _check_pixels(*opened.size, image, name, max_pixels)
+            opened.load()  # also what the caller opened: it may not be decoded yet, and its file may be cut off
             if opened.mode == "RGB" and opened is image and not opened.getexif().get(_ORIENTATION):
                 return opened
-            opened.load()
         turned = opened.getexif().get(_ORIENTATION, 1) != 1
         animated = getattr(opened, "is_animated", False)
         alone = opened.format in _SINGLE and not animated  # of others a copy lets go of the file

@@ -21,7 +21,7 @@ from typing import Any
 
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.media import is_path
-from grace_plugin.data.schema import check_turn_fields, is_empty
+from grace_plugin.data.schema import METADATA, check_turn_fields, is_empty
 from grace_plugin.data.shown import shown
 
 __all__ = ["BOUNDS", "inline_media", "media_value", "read_parts"]
@@ -35,6 +35,7 @@ _VALUES = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_url", "url", "path"),
 }
+_METADATA = METADATA - {"url", "source"}  # of a part they say where its image is
 _TOOL_PARTS = ("tool_use", "tool_result", "tool_call")
 
 
@@ -110,7 +111,7 @@ def _text(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise RowError("malformed", f"{name}: a {role} turn holds a text part without text")
     check_text(text, f"the text of a {role} turn", name)
-    check_turn_fields(part, ("type", "text"), f"{name}: a text part of a {role} turn")
+    check_turn_fields(part, ("type", "text"), f"{name}: a text part of a {role} turn", _METADATA)
     return {"type": "text", "text": text}
 
 
@@ -158,7 +159,7 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
                 )
             if said is not part:
                 check_turn_fields(said, ("url", "path", "bytes", "detail"), where)
-        check_turn_fields(part, ("type", "text", *_VALUES[kind], *more), where)
+        check_turn_fields(part, ("type", *_VALUES[kind], *more), where, _METADATA)
         parts.append({"type": kind, **(_bounds(part, where) if kind == "image" else {})})
         media.append((kind, _value_of(part, kind, where), part.get("fps")))
     return parts, media

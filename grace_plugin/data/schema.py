@@ -141,14 +141,19 @@ def unused_fields(row: Mapping[str, Any], read: Iterable[str], name: str) -> tup
     return tuple(unused)
 
 
-def check_turn_fields(given: Mapping[str, Any], read: Iterable[str], where: str) -> None:
+def check_turn_fields(
+    given: Mapping[str, Any], read: Iterable[str], where: str, metadata: frozenset[str] = METADATA
+) -> None:
     """Refuse a field of a turn or a content part that nothing reads; `where` says of which.
+
+    Args:
+        metadata: fields that say nothing there.
 
     Raises:
         RowError: names the field.
     """
     for field, value in given.items():
-        if field in read or (field in METADATA and field not in _REFUSED_IN_TURNS) or is_empty(value):
+        if field in read or (field in metadata and field not in _REFUSED_IN_TURNS) or is_empty(value):
             continue
         told = {**REFUSED, **_REFUSED_IN_TURNS}.get(field, f"fields that are read there: {', '.join(sorted(read))}")
         raise RowError("unknown_field", f"{where} has the field {shown(field)}, which is not read; {told}")

@@ -9,6 +9,8 @@ not matter.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from grace_plugin.data.json_rows import JsonLines, check_regular, json_list, rea
 from grace_plugin.data.media import is_path
 from grace_plugin.data.mix import Rows, RowSet, read_mix
 from grace_plugin.data.parts import inline_media
+from grace_plugin.data.shown import shown
 
-__all__ = ["load_rows", "stream_rows"]
+__all__ = ["load_rows", "stream_rows", "undecoded"]
 
 FILES = (".json", ".jsonl", ".parquet")
 
@@ -34,9 +37,20 @@ def load_rows(source: str, images: str | None = None) -> Rows:
     Raises:
         ValueError: nothing readable there.
     """
-    found = _load(source, images)
+    found = _load(_checked_name(source), images)
     found.source = {"path": str(source), **({"images": str(images)} if images is not None else {})}
     return found
+
+
+def _checked_name(source: str) -> str:
+    """Refuse what cannot be the name of a file or a dataset, such as samples as JSON text."""
+    try:
+        if source:
+            Path(source).exists()
+            return source
+    except (OSError, ValueError):  # longer than a file system takes, or a null byte
+        pass
+    raise ValueError(f"the dataset {shown(source)} is no path and no name of a dataset. {_WAYS_OUT}")
 
 
 def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Rows:
@@ -63,7 +77,7 @@ def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Row
     dataset = _dataset(source)
     fingerprint = getattr(dataset, "_fingerprint", None)
     folder = _folder(images) or _local(_parts_of(source)[0])
-    return Rows([RowSet(path.name, _undecoded(dataset), fingerprint=fingerprint, folder=folder)])
+    return Rows([RowSet(path.name, undecoded(dataset), fingerprint=fingerprint, folder=folder)])
 
 
 def stream_rows(source: str, images: str | None = None) -> Any:
@@ -77,7 +91,7 @@ def stream_rows(source: str, images: str | None = None) -> Any:
     """
     import datasets
 
-    path = Path(source)
+    path = Path(_checked_name(source))
     if path.suffix in (".yaml", ".yml"):
         raise ValueError(
             f"{source} is a mix, and the weights and caps of a mix need all of its rows; leave streaming out, or stream one of "
@@ -102,7 +116,7 @@ def stream_rows(source: str, images: str | None = None) -> Any:
     except (FileNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"cannot stream {source!r}: {error}. {_STREAMED}") from error
     folder = _folder(images) or (path.parent if path.is_file() else path if files else _local(name))
-    found = _undecoded(found).map(_Resolve(folder)) if folder else _undecoded(found)
+    found = undecoded(found).map(_Resolve(folder)) if folder else undecoded(found)
     found.source = {"path": str(source), "streaming": True, **({"images": str(images)} if images is not None else {})}
     return found
 
@@ -171,7 +185,7 @@ def _file(path: Path, images: str | None) -> RowSet:
         import datasets
 
         try:
-            rows = _undecoded(datasets.Dataset.from_parquet(str(path)))
+            rows = undecoded(datasets.Dataset.from_parquet(str(path)))
         except Exception as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from error
     else:
@@ -193,16 +207,49 @@ def _dataset(source: str) -> Any:
         raise ValueError(f"cannot read a dataset from {source!r}: {error}. {_WAYS_OUT}") from error
 
 
-def _undecoded(dataset: Any) -> Any:
-    """The dataset with its image and video columns left as files or bytes, so that they are decoded where rows are used."""
+def _stored(feature: Any) -> Any:
+    """A feature with the images and videos in it, at any depth, left as they are stored."""
     import datasets
 
-    for column, feature in (dataset.features or {}).items():
-        for kind in (datasets.Image, datasets.Video):
-            if isinstance(feature, kind):
-                dataset = dataset.cast_column(column, kind(decode=False))
-            elif isinstance(getattr(feature, "feature", None), kind):
-                dataset = dataset.cast_column(column, datasets.List(kind(decode=False)))
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        return type(feature)(decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _stored(part) for name, part in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return replace(feature, feature=_stored(feature.feature))
+    return feature
+
+
+def undecoded(dataset: Any) -> Any:
+    """Return a dataset of Hugging Face with its images and videos left as files or bytes, to be decoded where samples are used.
+
+    A dataset with a transform or a format of its own stays as it is, for what reads it may expect images.
+    """
+    if (
+        getattr(dataset, "format", {"type": None})["type"] is not None
+        or getattr(dataset, "_formatting", None) is not None
+    ):
+        return dataset
+    import datasets
+
+    features = dict(dataset.features or {})
+    changed = {column: stored for column, feature in features.items() if (stored := _stored(feature)) != feature}
+    if not changed:
+        return dataset
+    if isinstance(
+        dataset, datasets.Dataset
+    ):  # `cast_column` would write a copy of lists of images; what is stored is the same
+        info = dataset.info.copy()
+        info.features = datasets.Features({**features, **changed})
+        return datasets.Dataset(
+            dataset.data,
+            info,
+            dataset.split,
+            indices_table=dataset._indices,
+            fingerprint=f"{dataset._fingerprint}-stored",
+        )
+    for column, stored in changed.items():
+        dataset = dataset.cast_column(column, stored)
     return dataset
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.parts import check_text, read_parts
 from grace_plugin.data.schema import check_turn_fields, is_empty
-from grace_plugin.data.shown import shown
+from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["ROLES", "check_order", "read_tools", "read_turn", "split_tags"]
 
@@ -38,6 +38,10 @@ def split_tags(text: str, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     return parts
 
 
+def _article(role: str) -> str:
+    return f"{'an' if role == 'assistant' else 'a'} {role}"
+
+
 def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
     """Whether a turn's own fields leave it in the loss."""
     said = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
@@ -45,12 +49,14 @@ def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError(
                 "malformed",
-                f"{name}: {key} of a {role} turn is {shown(value)}; a turn is learned (1, true) or not (0, false)",
+                f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is learned (1, true) or not (0, false)",
             )
         if role != "assistant" and value:
-            raise RowError("malformed", f"{name}: {key} asks to learn a {role} turn; only assistant turns are learned")
+            raise RowError(
+                "malformed", f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are learned"
+            )
     if len({bool(value) for value in said.values()}) > 1:
-        raise RowError("malformed", f"{name}: {' and '.join(said)} of an {role} turn disagree; give one of them")
+        raise RowError("malformed", f"{name}: {' and '.join(said)} of {_article(role)} turn disagree; give one of them")
     return all(said.values())
 
 
@@ -60,8 +66,8 @@ def _parsed(value: Any, what: str, name: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RowError("malformed", f"{name}: {what} is text that is not JSON ({error}); give a list") from error
+    except (ValueError, RecursionError) as error:  # ValueError also of an integer of more digits than Python converts
+        raise RowError("malformed", f"{name}: {what} is text that is not JSON ({shortened(error)})") from error
 
 
 def _check_texts(value: Any, what: str, name: str) -> None:
@@ -118,7 +124,9 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("tool_calls", "reasoning_content"):
         if not is_empty(turn.get(key)) and role != "assistant":
-            raise RowError("unknown_field", f"{name}: a {role} turn has {key}, which only an assistant turn can have")
+            raise RowError(
+                "unknown_field", f"{name}: {_article(role)} turn has {key}, which only an assistant turn can have"
+            )
     calls = _parsed(turn.get("tool_calls"), "tool_calls", name)
     if not is_empty(calls):
         if not isinstance(calls, (list, tuple)):
@@ -131,7 +139,7 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
         found["reasoning_content"] = thought
     if role == "tool":
         found |= {key: turn[key] for key in ("tool_call_id", "name") if turn.get(key) is not None}
-    _check_texts(found, f"a field of a {role} turn", name)
+    _check_texts(found, f"a field of {_article(role)} turn", name)
     return found
 
 
@@ -154,13 +162,15 @@ def read_turn(
     role = _SAME.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
         raise RowError("unknown_role", f"{name}: role {shown(said)} is not one of {ROLES}")
-    where = f"{name}: {'an' if role == 'assistant' else 'a'} {role} turn"
+    where = f"{name}: {_article(role)} turn"
     check_turn_fields(turn, _READ, where)
     extras = _extras(turn, role, name)
     plain = isinstance(content, str)
     if content is None:
         if "tool_calls" not in extras:
-            raise RowError("empty_conversation", f"{name}: a {role} turn has no content; give text or a list of parts")
+            raise RowError(
+                "empty_conversation", f"{name}: {_article(role)} turn has no content; give text or a list of parts"
+            )
         content = []
     parts, media = read_parts(
         split_tags(content, kinds if role == "user" else ()) if isinstance(content, str) else content, role, name
@@ -168,7 +178,7 @@ def read_turn(
     texts = ["x" if part["type"] != "text" else part["text"] for part in parts]
     empty = not "".join(texts).strip() if role == "assistant" else not "".join(texts)
     if empty and "tool_calls" not in extras:
-        raise RowError("empty_conversation", f"{name}: a {role} turn is empty; give text, or drop the turn")
+        raise RowError("empty_conversation", f"{name}: {_article(role)} turn is empty; give text, or drop the turn")
     trained = _is_trained(turn, role, name)
     return {"role": role, "content": parts, **extras, **({} if trained else {"train": False})}, media, plain
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 import grace_plugin
 from grace_plugin.data import ConversationCollator, as_samples, prepare
@@ -35,6 +39,12 @@ FORMS = {
     "a DatasetDict": lambda _file: datasets.DatasetDict(
         train=datasets.Dataset.from_list(SAMPLES), test=datasets.Dataset.from_list(SAMPLES[:1])
     ),
+    "a dict of splits": lambda _file: {"train": SAMPLES, "test": SAMPLES[:1]},
+    "a dict of arrays": lambda _file: {
+        "id": np.array(["0", "1", "2"]),
+        "messages": np.array([TALK] * 3 + [None], dtype=object)[:3],
+    },
+    "an Arrow table": lambda _file: pa.Table.from_pylist(SAMPLES),
     "a DatasetDict of one split": lambda _file: datasets.DatasetDict(all=datasets.Dataset.from_list(SAMPLES)),
 }
 
@@ -64,6 +74,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a number": (7, "the dataset is a int; give a list of samples"),
     "nothing": (None, "the dataset is a NoneType"),
     "a function": (lambda: SAMPLES, "the dataset is a function"),
+    "values of a dict": ({"a": SAMPLES}.values(), "the dataset is a dict_values; give a list"),
+    "a type": (list, "the dataset is a type; give a list"),
+    "samples as JSON text": (json.dumps(SAMPLES * 20), "is no path and no name of a dataset"),
+    "an empty text": ("", "the dataset '' is no path"),
     "a missing file": ("gone.jsonl", "no dataset file at gone.jsonl"),
 }
 
@@ -85,3 +99,44 @@ def test_prepare__generator__is_refused_and_not_half_read() -> None:
     with pytest.raises(ValueError, match="which can be read once"):
         prepare(given, ConversationCollator(build("qwen2_vl")[1]))
     assert len(list(given)) == 2
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("damaged", [b"no image", EPS], ids=["bytes", "EPS"])
+@pytest.mark.parametrize("place", ["image", "images", "parts"])
+def test_prepare__damaged_image_in_a_dataset_of_images__is_counted_and_not_raised(place: str, damaged: bytes) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (56, 56), (9, 90, 200)).save(out, "PNG")
+    samples, image = [], datasets.Image()
+    for content in (out.getvalue(), damaged, out.getvalue()):
+        held = {"bytes": content, "path": None}
+        sample: dict[str, Any] = {"messages": TALK, **({"image": held} if place == "image" else {"images": [held]})}
+        if place == "parts":
+            asked = [{"role": "user", "content": [{"type": "image", "image": held, "text": None}]}]
+            answer = [{"role": "assistant", "content": [{"type": "text", "image": None, "text": "red"}]}]
+            sample = {"messages": asked + answer}
+        samples.append(sample)
+    dataset = datasets.Dataset.from_list(samples)
+    features = dataset.features.copy()
+    if place == "parts":
+        turn = features["messages"].feature
+        turn["content"] = datasets.List({**turn["content"].feature, "image": image})
+        features["messages"] = datasets.List(turn)
+    else:
+        features[place] = image if place == "image" else datasets.List(image)
+    given = dataset.cast(features).select([2, 1, 0])
+    found = prepare(given, ConversationCollator(build("qwen2_vl")[1]), max_bad_rows=0.5)
+    assert found.report["rejected"] == {"unreadable_image": 1}
+    assert found.numbers.tolist() == [0, 2]
+    assert found.report["images_and_videos"] == 2
+
+
+def test_as_samples__dataset_with_a_transform__keeps_its_images() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    dataset = datasets.Dataset.from_list([{"image": {"bytes": out.getvalue(), "path": None}}])
+    given = dataset.cast_column("image", datasets.Image())
+    given.set_transform(lambda batch: {"size": [image.size for image in batch["image"]]})
+    assert as_samples(given)[0] == {"size": (8, 8)}

@@ -427,3 +427,24 @@ def test_json__byte_order_mark_and_odd_spaces__read(tmp_path: Path, suffix: str)
 
 def test_reason_helper__plain_sample__none() -> None:
     assert reason_of(rows(1)[0]) == ""
+
+
+def test_opened_image_that_is_not_decoded_yet__cut_off_or_eps__counted_when_inspected() -> None:
+    whole = encoded(Image.effect_noise((64, 64), 90.0).convert("RGB"))
+    for content in (whole[: len(whole) // 2], encoded(Image.new("RGB", (16, 16)), "EPS")):
+        opened = Image.open(io.BytesIO(content))
+        assert entry_of(pictured(opened)).reason == "unreadable_image"
+    assert entry_of(pictured(Image.open(io.BytesIO(whole)))).reason == ""
+
+
+def test_json_text_with_an_endless_integer__refused_with_its_field() -> None:
+    calls = f'[{{"name": "see", "arguments": {{"n": {"9" * 4301}}}}}]'
+    for sample, field in (
+        ({"messages": talk(), "tools": calls}, "tools is text that is not JSON"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": calls}]},
+            "function_call",
+        ),
+    ):
+        with pytest.raises(RowError, match=field):
+            read_row(sample)
