@@ -71,6 +71,11 @@ _MIXIN = "llmcompressor.modifiers.quantization.quantization.mixin:QuantizationMi
 
 CONTRACT: tuple[Contract, ...] = (
     Contract("llmcompressor.modifiers:Modifier", _LLM, "GraceModifier is one"),
+    Contract(
+        "llmcompressor.modifiers:ModifierFactory._registered_registry",
+        _LLM,
+        "a recipe may name a modifier of the user's own",
+    ),
     Contract("llmcompressor.modifiers:ModifierFactory.register", _LLM, "a YAML recipe resolves GraceModifier by name"),
     Contract(
         f"{_MIXIN}.initialize_quantization",

@@ -24,7 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from grace_plugin.recipe import problems, shown
-from grace_plugin.upstream import Modifier, Recipe
+from grace_plugin.upstream import Modifier, ModifierFactory, Recipe
 
 __all__ = ["recipe_from"]
 
@@ -289,7 +289,7 @@ def _check_form(values: Any) -> None:
             _ends(group, "_modifiers", stage)
             for name, fields in _mapping(modifiers, f"{stage}.{group}", "").items():
                 where = f"{stage}.{group}.{name}"[:200]
-                if not name.endswith("Modifier"):
+                if not name.endswith("Modifier") and name not in ModifierFactory._registered_registry:  # a user's own
                     near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, _NAMES, 1))
                     raise _RecipeError(f"{where} is no name of a modifier{near}")
                 _check_fields(_mapping(fields, where, ", for instance {scheme: W4A16}"), name, where)
