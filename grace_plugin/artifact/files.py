@@ -92,7 +92,7 @@ def _fields(recorded: Any, found: Any, name: str) -> list[str]:
         return nested
     if type(recorded) is type(found) and recorded == found:
         return []
-    return [f"{name} (recorded {_shown(recorded)}, found {_shown(found)})"]
+    return [f"{name or 'all of it'} (recorded {_shown(recorded)}, found {_shown(found)})"]
 
 
 _ABSENT = object()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ __all__ = ["files_below", "is_description", "read_sealed", "seal", "write_sealed
 
 _SEAL = "sha256"
 _LARGEST = 2**28
+#: by their whole names: servers read every *.safetensors of a folder, so LICENSE.safetensors would be weights
+_DESCRIPTION = re.compile(r"\.gitattributes|\.gitignore|README\.md|(LICENSE|NOTICE)[\w -]*(\.(txt|md|rst|html|pdf))?")
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -82,6 +85,4 @@ def files_below(folder: Path) -> dict[str, str]:
 def is_description(name: str) -> bool:
     """Whether a file only describes the repository: a model card, a license, what git and the hub's client keep."""
     first = name.split("/", 1)[0]
-    return first in (".git", ".cache", ".gitattributes", ".gitignore", "README.md") or (
-        "/" not in name and first.startswith(("LICENSE", "NOTICE"))
-    )
+    return first in (".git", ".cache") or _DESCRIPTION.fullmatch(name) is not None

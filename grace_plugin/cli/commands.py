@@ -152,6 +152,10 @@ def _train(args: Namespace) -> None:
                    if value is None]  # fmt: skip
         if missing:
             raise ValueError(f"give {' and '.join(missing)}, or --from run.yaml")
+    elif args.dataset is None and (args.images or args.streaming):
+        raise ValueError(
+            "--images and --streaming belong to --dataset; with --from alone, the dataset is read as recorded"
+        )
     from_file = read_yaml_mapping(args.config, "file of training arguments") if args.config else {}
     given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read

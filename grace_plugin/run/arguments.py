@@ -205,7 +205,7 @@ ARGUMENTS: dict[str, Rule] = {
     "deepspeed": _refused(_WHOLE),
     # ---- data
     "dataloader_drop_last": _works(),
-    "dataloader_num_workers": _works(low=0),
+    "dataloader_num_workers": _works(low=0, high=256),  # of each rank; a slip of a zero fills the machine's memory
     "dataloader_pin_memory": _works(),
     "dataloader_persistent_workers": _works(),
     "dataloader_prefetch_factor": _works(low=1),

@@ -277,12 +277,17 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
         text = file.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError(f"{file}: YAML aliases (*name) are not read; write the values out")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
         read = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} is not a readable YAML file: {said}") from error
     if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
         raise ValueError(f"{file} is no {what}: it holds a {type(read).__name__}, not names with values")
+    keys = [key.value for key, _ in node.value] if node is not None else []
+    twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) < 1000 else None
+    if twice is not None:  # PyYAML takes the last
+        raise ValueError(f"{file} cannot be used: it gives {twice[:200]} twice")
     return read
 
 

@@ -104,6 +104,7 @@ def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=total_steps, learning_rate=asked.learning_rate,
             lr_scheduler_type=asked.scheduler, warmup_steps=round(asked.warmup_share * total_steps),
+            per_device_train_batch_size=getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1,
             gradient_accumulation_steps=asked.gradient_accumulation_steps, weight_decay=asked.weight_decay,
             max_grad_norm=asked.max_grad_norm, seed=asked.seed, optim=asked.optim, save_strategy="no",
             report_to="none",

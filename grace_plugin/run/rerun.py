@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -19,6 +18,12 @@ from grace_plugin.run.train import TrainResult, train
 __all__ = ["train_from"]
 
 logger = logging.getLogger(__name__)
+_COUNT, _SWITCH = ((int, type(None)), "a whole number"), ((bool,), "true or false")
+#: what a run file may say of train() in addition to models, recipe, data and training arguments: types, and how to name them
+_LIMITS: dict[str, tuple[tuple[type, ...], str]] = {
+    "max_length": _COUNT, "max_pixels": _COUNT, "max_bad_rows": ((float, int), "a number"), "packing": _SWITCH,
+    "activation_offloading": _SWITCH, "record_paths": _SWITCH, "special_tokens": ((list,), "a list of tokens"),
+}  # fmt: skip
 
 
 def _given_again(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -61,6 +66,22 @@ def _say_environment(recorded: Mapping[str, Any], processes: int) -> None:
         logger.warning("not the environment of the run, so the bits may differ: %s", ", ".join(differing))
 
 
+def _check_entries(run_file: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Refuse entries that no run writes, and values of another type: a run file may be edited by hand.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = [name for name in options if name not in _LIMITS]
+    if unknown:
+        raise ValueError(f"{os.fspath(run_file)} has entries that no run writes: {', '.join(unknown)[:200]}")
+    for name, value in options.items():
+        takes, said = _LIMITS[name]
+        tokens = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        if type(value) not in takes or (takes == (list,) and not tokens):
+            raise ValueError(f"{os.fspath(run_file)}: {name} takes {said}, got {shown(value)}")
+
+
 def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **given: Any) -> TrainResult:
     """Run a training again.
 
@@ -86,10 +107,7 @@ def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLik
         if name not in ("version", "model", "teacher", "recipe", "dataset", "arguments", "environment")
         and not (isinstance(value, Mapping) and value.get("given") is True)
     }
-    known = inspect.signature(train).parameters
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"{os.fspath(run_file)} has entries that train() does not take: {', '.join(unknown)[:200]}")
+    _check_entries(run_file, options)
     options |= recorded["arguments"]
     if "max_steps" in given or "num_train_epochs" in given:  # one of the two stands for the length
         options = {name: value for name, value in options.items() if name not in ("max_steps", "num_train_epochs")}
@@ -99,7 +117,7 @@ def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLik
     options["model"] = _checkpoint("model", recorded["model"], given)
     options["dataset"] = _dataset(recorded["dataset"], given)
     _say_environment(recorded.get("environment") or {}, int(os.environ.get("WORLD_SIZE", "1")))
-    return train(**{"output_dir": output_dir, **options, **given})
+    return train(**{**options, **given, "output_dir": output_dir})
 
 
 def _checkpoint(what: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -205,6 +207,16 @@ def _check_environment(arguments: TrainingArguments) -> None:
         )
 
 
+def _check_checkpointing(given: Mapping[str, Any]) -> None:
+    """Refuse keywords that torch's checkpoint does not have: it would pass them on to the layers, which ignore them."""
+    known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"} | {"preserve_rng_state"}
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs has no {shown(', '.join(unknown))}; known: {', '.join(sorted(known))}"
+        )
+
+
 def training_arguments(folder: Path, asked: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingArguments:
     """Make the TrainingArguments of a run.
 
@@ -216,6 +228,7 @@ def training_arguments(folder: Path, asked: Mapping[str, Any], given: Mapping[st
     Raises:
         ValueError: combinations that transformers refuses, a schedule or an optimizer that does not take its arguments.
     """
+    _check_checkpointing(asked.get("gradient_checkpointing_kwargs") or {})
     checkpointing = {"use_reentrant": False, **(asked.get("gradient_checkpointing_kwargs") or {})}
     fixed = {"remove_unused_columns": False, "label_names": ["labels"], "gradient_checkpointing_kwargs": checkpointing}
     try:
@@ -235,7 +248,11 @@ def arguments_to_record(asked: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         asked: the result of `read_arguments`.
     """
-    return {name: value for name, value in asked.items() if name in DEFAULTS or value != default_of(name)}
+    found = {name: value for name, value in asked.items() if name in DEFAULTS or value != default_of(name)}
+    # 10 and 10.0 are one value: a run from its run file writes the same file
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in found.items()
+    }
 
 
 def check_data_options(arguments: TrainingArguments, *, stream: bool, scanned: bool) -> None:

@@ -96,7 +96,8 @@ def test_a_config_in_other_words_is_named_too(copy: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["chat_template.json", "additional_chat_templates/tools.jinja", "added_tokens.json", "special_tokens_map.json",
-     "adapter_config.json", "model-2.safetensors", "modeling_own.py", "grace/other"],
+     "adapter_config.json", "model-2.safetensors", "modeling_own.py", "grace/other",
+     "LICENSE.safetensors", "NOTICE_of.py"],
 )  # fmt: skip
 def test_an_added_file_is_named(copy: Path, name: str) -> None:
     file = copy / name

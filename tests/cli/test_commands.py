@@ -264,6 +264,10 @@ def test_a_training_without_its_arguments_says_which_are_missing(
 ) -> None:
     assert in_process(monkeypatch, "train", "--output_dir", str(tmp_path / "out"), "--model", "m") == 2
     assert capsys.readouterr().err == "grace train: give a recipe and --dataset, or --from run.yaml\n"
+    given = ("--output_dir", str(tmp_path / "out"), "--from", "run.yaml")
+    for option in (("--images", str(tmp_path)), ("--streaming",)):
+        assert in_process(monkeypatch, "train", *given, *option) == 2
+        assert capsys.readouterr().err.startswith("grace train: --images and --streaming belong to --dataset; ")
 
 
 @pytest.mark.parametrize("spelling", ["--serve_python", "--serve-python"])

@@ -99,6 +99,7 @@ WRONG = [
     ({"num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
     ({"adam_beta1": 1.5}, "adam_beta1 must be at least 0 and at most 1, got 1.5"),
+    ({"dataloader_num_workers": 1_000_000}, "dataloader_num_workers must be at least 0 and at most 256, got 1000000"),
     ({"seed": -1}, "seed must be at least 0 and at most 4.29497e"),
     ({"bf16": "maybe"}, "bf16 takes true or false, got 'maybe'"),
     ({"lr_scheduler_kwargs": "abc"}, "lr_scheduler_kwargs takes a mapping, got 'abc'"),
@@ -147,6 +148,10 @@ def asked(folder: Path, **options: Any) -> Any:
         ({"optim_args": "a=b"}, "optim_args does nothing with optim=adamw_torch"),
         ({"optim_args": "abc"}, "optim=adamw_torch.*: cannot use optim_args='abc'"),
         ({"optim_target_modules": "all-linear"}, "optim_target_modules does nothing with optim=adamw_torch"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"foo": 1}},
+            "gradient_checkpointing_kwargs has no 'foo'; known: .*use_reentrant",
+        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True cannot be used: the length of the run"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}, "gradient_accumulation_steps"),
         (

@@ -165,6 +165,9 @@ def test_the_weights_of_a_mix_are_part_of_its_digest(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+WHOLE = "version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -176,6 +179,12 @@ def test_the_weights_of_a_mix_are_part_of_its_digest(tmp_path: Path) -> None:
         ("model: {}", "is no run file: it has no arguments, dataset, recipe, version"),
         ("{version: 7, model: {}, recipe: {}, dataset: {}, arguments: {}}", "has version 7; this version .* reads 1"),
         ("{version: 1, model: {}, recipe: {}, dataset: {}, arguments: 3}", "it has no mapping of arguments"),
+        (f"{{{WHOLE}, callbacks: 5}}", "has entries that no run writes: callbacks"),
+        (f"{{{WHOLE}, output_dir: elsewhere}}", "has entries that no run writes: output_dir"),
+        (f"{{{WHOLE}, max_length: abc}}", "max_length takes a whole number, got 'abc'"),
+        (f"{{{WHOLE}, packing: maybe}}", "packing takes true or false, got 'maybe'"),
+        (f"{{{WHOLE}, special_tokens: [1]}}", "special_tokens takes a list of tokens, got"),
+        ("{version: 1, version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}}", "it gives version twice"),
         ("a: " + "x" * 2**20, "it has more than 1048576 bytes"),
     ],
     ids=lambda value: str(value)[:30],

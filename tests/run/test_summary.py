@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, TrainerCallback
 
+from grace_plugin.data import ConversationCollator
 from grace_plugin.run.summary import count_tokens, folder_bytes, size
-from tests.pairs import Pair, run
+from grace_plugin.upstream import oneshot as upstream_oneshot
+from tests.pairs import Pair, loaded, recipe_text, run
 from tests.tiny import rows
 
 
@@ -48,6 +51,14 @@ def test_a_run_says_its_shape_and_what_it_took_once(
     assert found["tokens"] == 10 * result.data["tokens"]["mean"]  # four samples, the two left over, and four
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["train_seconds"], rel=0.01)
     assert found["peak_memory_bytes"] > 10**8
+
+
+def test_a_loader_of_upstreams_oneshot_gives_the_batch(llava: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    processor = AutoProcessor.from_pretrained(llava.student)
+    loader = DataLoader(rows(4), batch_size=2, collate_fn=ConversationCollator(processor))  # type: ignore[arg-type]
+    upstream_oneshot(model=loaded(llava), recipe=recipe_text(llava.teacher), dataset=loader, pipeline="grace")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GRACE:")]
+    assert ", micro-batch 2 x accumulation 1 = global batch 2, 2 steps, 1.00 epochs of 4 samples; " in said[0]
 
 
 def test_a_log_level_silences_it(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
