@@ -25,15 +25,7 @@ from tests.run.test_oneshot import ONESHOT, loader
 from tests.tiny import FAMILIES, rows
 
 GREEDY = b'{\n  "_from_model_config": true,\n  "do_sample": false,\n  "temperature": 0.9,\n  "top_p": 0.6\n}'
-JUNK = (
-    "hf_quant_config.json",
-    "params.json",
-    "train.log",
-    "rows.jsonl",
-    "events.out.tfevents.1",
-    "scores.npz",
-    "notes.txt",
-)
+JUNK = ("params.json", "train.log", "rows.jsonl", "events.out.tfevents.1", "scores.npz", "notes.txt")
 
 
 @pytest.fixture
@@ -62,8 +54,8 @@ def test_a_student_as_it_is_shipped_trains_and_saves(llava: Pair, student: Path,
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
         "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json", "generation_config.json",
-        "grace/probe.safetensors", RECORD, "model.safetensors", "processor_config.json", "recipe.yaml", "tokenizer.json",
-        "tokenizer_config.json", "verification.json",
+        "grace/probe.safetensors", RECORD, "model.safetensors", "processor_config.json", "recipe.yaml", "run.yaml",
+        "tokenizer.json", "tokenizer_config.json", "verification.json",
     }  # fmt: skip
     assert caplog.text.count("not copied from the student's folder") == 1
     assert all(name in caplog.text for name in JUNK)
@@ -234,7 +226,7 @@ def test_files_that_a_processor_is_read_from_are_known(name: str) -> None:
 
 
 def test_files_of_other_tools_are_left_out_and_weights_are_not_named(tmp_path: Path) -> None:
-    names = ("adapter_config.json", *JUNK)
+    names = ("adapter_config.json", "hf_quant_config.json", *JUNK)
     for name in (
         *names,
         "model-00001-of-2.safetensors",
