@@ -9,8 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from grace_plugin import recipe as blocks
-from grace_plugin.run.inputs import check_modifiers
-from grace_plugin.run.train import grace_modifier, read_recipe, recipe_hash
+from grace_plugin.run.inputs import check_modifiers, grace_modifier, read_recipe, recipe_hash
 from grace_plugin.upstream import ModifierFactory, Recipe
 from tests.conftest import Finished
 from tests.pairs import modifier_of, recipe_text

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 from grace_plugin.recipe import problems, shown
-from grace_plugin.upstream import Modifier, ModifierFactory, Recipe
+from grace_plugin.upstream import Modifier, Recipe
 
 __all__ = ["recipe_from"]
 
@@ -265,7 +266,12 @@ def _recipe(values: Any) -> Recipe:
         fields = [given[error.title] for groups in values.values() for given in groups.values() if error.title in given]
         raise _RecipeError(f"{error.title[:80]}: {problems(error, fields[0] if fields else {})}") from None
     except ValueError as error:
-        raise _RecipeError(str(error)) from error
+        # any name may have been registered with llm-compressor, so its factory alone knows which are none
+        unknown = re.fullmatch(r"No modifier of type '(.*)' found\.", str(error), re.DOTALL)
+        if unknown is None:
+            raise _RecipeError(str(error)) from error
+        near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(unknown[1], _NAMES, 1))
+        raise _RecipeError(f"{shown(unknown[1])} is no name of a modifier{near}") from error
     except Exception as error:  # another modifier's own code, which compares and calls values of any type
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise _RecipeError(
@@ -289,9 +295,6 @@ def _check_form(values: Any) -> None:
             _ends(group, "_modifiers", stage)
             for name, fields in _mapping(modifiers, f"{stage}.{group}", "").items():
                 where = f"{stage}.{group}.{name}"[:200]
-                if not name.endswith("Modifier") and name not in ModifierFactory._registered_registry:  # a user's own
-                    near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, _NAMES, 1))
-                    raise _RecipeError(f"{where} is no name of a modifier{near}")
                 _check_fields(_mapping(fields, where, ", for instance {scheme: W4A16}"), name, where)
 
 
