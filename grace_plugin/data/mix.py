@@ -35,6 +35,10 @@ __all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
 _BYTES, _NODES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
 
 
+#: what PyYAML's constructors raise, in addition to its own errors, for `!!int ""`, an integer of 5,000 digits or 30 February
+CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class MixEntry(BaseModel):
     """A set of a mix."""
 
@@ -86,7 +90,7 @@ def _parsed(path: Path) -> Any:
         raise ValueError(f"{path} is no mix: it is nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {shortened(error)}") from error
-    except ValueError as error:  # also of a date or a number that does not exist
+    except CONSTRUCTOR_ERRORS as error:
         raise ValueError(f"{path} is no mix: it holds {shortened(error)}") from None
 
 

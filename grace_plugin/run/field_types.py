@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from grace_plugin.data.mix import CONSTRUCTOR_ERRORS
 from grace_plugin.run.arguments import ARGUMENTS
 
 __all__ = ["check_name_known", "default_of", "fields", "shown", "typed"]
@@ -99,7 +100,7 @@ def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
     if (dict in arms and text.lstrip().startswith("{")) or (list in arms and text.lstrip().startswith("[")):
         try:
             read = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, *CONSTRUCTOR_ERRORS):
             return text
         return _numbers(read) if isinstance(read, dict) else read
     return text

@@ -27,7 +27,7 @@ from torch import nn
 
 from grace_plugin.artifact.layout import RUN_FILE, environment
 from grace_plugin.data import is_scannable, processor_settings
-from grace_plugin.data.mix import Rows
+from grace_plugin.data.mix import CONSTRUCTOR_ERRORS, Rows
 from grace_plugin.run.settings import arguments_to_record
 from grace_plugin.teacher.source import open_checkpoint
 from grace_plugin.upstream import Recipe
@@ -275,13 +275,14 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
         raise ValueError(f"{file} is no {what}: it has more than {_LARGEST} bytes")
     try:
         text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError(f"{file}: YAML aliases (*name) are not read; write the values out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        read = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        node = None if aliased else yaml.compose(text, Loader=yaml.SafeLoader)
+        read = None if aliased else yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, RecursionError, *CONSTRUCTOR_ERRORS) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} is not a readable YAML file: {said}") from error
+    if aliased:
+        raise ValueError(f"{file}: YAML aliases (*name) are not read; write the values out")
     if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
         raise ValueError(f"{file} is no {what}: it holds a {type(read).__name__}, not names with values")
     keys = [key.value for key, _ in node.value] if node is not None else []

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from grace_plugin.data.mix import CONSTRUCTOR_ERRORS
 from grace_plugin.recipe import problems, shown
 from grace_plugin.upstream import Modifier, Recipe
 
@@ -162,7 +163,7 @@ def _parsed_yaml(text: str) -> Any:
         _check_nodes(node, {})
         try:
             return loader.construct_document(node)
-        except (ValueError, OverflowError, AttributeError, TypeError) as error:  # an int of 5,000 digits, `!!int abc`
+        except CONSTRUCTOR_ERRORS as error:
             raise _RecipeError(f"a value that cannot be read: {str(error)[:200]}") from None
     finally:
         loader.dispose()

@@ -118,6 +118,7 @@ MIXES: dict[str, tuple[dict[str, str], str]] = {
     "aliases of aliases": ({"mix": bomb()}, r"mix\.yaml is no mix: it holds more than 100,000 values"),
     "an alias of itself": ({"mix": "sets: &a [*a]"}, "an alias that contains itself"),
     "a key twice": ({"mix": "sets: [{path: rows.jsonl, path: b.jsonl}]"}, "the key 'path' twice"),
+    "a number without digits": ({"mix": "sets: !!int ''"}, "it holds string index out of range"),
     "nested too deeply": ({"mix": "sets: " + "[" * 5000 + "]" * 5000}, "nested too deeply"),
     "too large": ({"mix": "# " + "x" * 1_000_001}, "it has 1,000,003 bytes and a mix has at most 1,000,000"),
     "sets of text": ({"mix": "sets: [rows.jsonl]"}, r"set 0: 'rows\.jsonl' is no set; give an object with a path"),

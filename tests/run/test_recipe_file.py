@@ -91,6 +91,7 @@ def test_the_recipe_that_is_mutated_holds_every_field() -> None:
         ("GraceModifier:\n  scheme: W4A16\n", "unknown key 'GraceModifier' in the recipe, whose keys end in _stage; write"),
         ("args: {x: 1}\ns_stage: {}\n", "recipe: unknown key 'args' in the recipe, whose keys end in _stage"),
         ("s_stage:\n  run_type: oneshot\n", "recipe: unknown key 'run_type' in s_stage, whose keys end in _modifiers"),
+        ("s_stage: !!int ''\n", "recipe: a value that cannot be read"),
         ("s_stage:\n", "recipe: s_stage must be a mapping, got nothing (null)"),
         ("s_stage: {s_modifiers: [GraceModifier]}\n", "recipe: s_stage.s_modifiers must be a mapping, got a list"),
         ("s_stage: {s_modifiers: {GraceModifier: }}\n", "s_stage.s_modifiers.GraceModifier must be a mapping, for instance"),

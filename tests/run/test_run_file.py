@@ -175,6 +175,7 @@ WHOLE = "version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}"
         ("", "is no run file: it holds a NoneType"),
         ("a: [", "is not a readable YAML file"),
         ("- 1", "is no run file: it holds a list"),
+        ("a: !!int ''", "is not a readable YAML file"),
         ("a: &x [1]\nb: *x", r"YAML aliases \(\*name\) are not read"),
         ("model: {}", "is no run file: it has no arguments, dataset, recipe, version"),
         ("{version: 7, model: {}, recipe: {}, dataset: {}, arguments: {}}", "has version 7; this version .* reads 1"),
