@@ -30,7 +30,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -328,34 +330,64 @@ def run(numbers: range, shop: Workshop) -> Iterator[tuple[int, str]]:
         yield from zip(some, outcomes, strict=True)
 
 
+def share(first: int, count: int, seconds: float) -> tuple[Counter[str], list[str]]:
+    """Counts by outcome and the faults of `count` mutants from `first` on; ends early after `seconds`."""
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="grace-mutants-"))
+    started, counts, faults = time.monotonic(), Counter[str](), list[str]()
+    try:
+        for number, outcome in run(range(first, first + count), Workshop(folder)):
+            counts[outcome.partition(":")[0]] += 1
+            if outcome.startswith("FAULT"):
+                faults.append(f"{number}: {outcome}")
+                print(faults[-1], flush=True)
+            if number % BLOCK == BLOCK - 1 and time.monotonic() - started > seconds:
+                break
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return counts, faults
+
+
+def show(number: int) -> None:
+    """Print a mutant and what becomes of it."""
+    from grace_plugin.data.shown import shown
+
+    folder = Path(tempfile.mkdtemp(prefix="grace-mutants-"))
+    try:
+        shop = Workshop(folder)
+        print(shown(mutant(number, shop), 3000))
+        print(dict(run(range(number, number + 1), shop)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> int:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description="Mutated samples")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long and record what was done")
+    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--show", type=int)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="grace-mutants-"))
+    if given.show is not None:
+        show(given.show)
+        return 0
     started, counts, faults = time.monotonic(), Counter[str](), list[str]()
-    try:
-        shop = Workshop(folder)
-        if given.show is not None:
-            from grace_plugin.data.shown import shown
-
-            print(shown(mutant(given.show, shop), 3000))
-            print(dict(run(range(given.show, given.show + 1), shop)))
-            return 0
-        for number, outcome in run(range(given.first, given.first + given.count), shop):
-            counts[outcome.partition(":")[0]] += 1
-            if outcome.startswith("FAULT"):
-                faults.append(f"{number}: {outcome}")
-                print(faults[-1], flush=True)
-            if number % BLOCK == BLOCK - 1 and time.monotonic() - started > given.seconds:
-                break
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    each = (
+        -(-given.count // (given.processes * BLOCK)) * BLOCK
+    )  # whole blocks, so that a mutant's collator stays the same
+    starts = range(given.first, given.first + given.count, each)
+    parts = [(start, min(each, given.first + given.count - start), given.seconds) for start in starts]
+    if given.processes == 1:
+        found_parts = [share(*part) for part in parts]
+    else:
+        with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
+            found_parts = list(pool.map(share, *zip(*parts, strict=True)))
+    for some, wrong in found_parts:
+        counts += some
+        faults += wrong
     found = {
         "command": "python -m integration.mutated_samples " + " ".join(sys.argv[1:]), "seed": SEED,
         "mutants": sum(counts.values()),
@@ -363,10 +395,10 @@ def main() -> int:
         "environment": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
                         **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy")}},
     }  # fmt: skip
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['mutants']:,} mutants, {len(faults)} faults, {found['seconds']} s: {RESULT}")
+    given.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['mutants']:,} mutants, {len(faults)} faults, {found['seconds']} s: {given.output}")
     return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
