@@ -8,8 +8,8 @@
 | instruction | `instruction`, `input`, `output`, `history`, `system` | instruction and input in one user turn |
 | query | `query`, `response`, `history`, `system` | a user's and an assistant's turn |
 
-The first format of which a sample has the fields is taken; the fields of another one are then unused ones. `system` is the
-system turn in every format. Two texts as prompt and completion become a user's and an assistant's turn.
+The first format of which a sample has the fields is taken; the fields of another one are then unused ones. `system`, also named
+`system_prompt`, is the system turn in every format. Two texts as prompt and completion become a user's and an assistant's turn.
 """
 
 from __future__ import annotations
@@ -110,6 +110,14 @@ def _format_of(row: Mapping[str, Any]) -> _Format | None:
     return None
 
 
+def _system(row: Mapping[str, Any], name: str) -> Any:
+    """The sample's system text, by either of its names."""
+    given = [row[field] for field in ("system", "system_prompt") if not is_empty(row.get(field))]
+    if len(given) == 2 and given[0] != given[1]:
+        raise RowError("malformed", f"{name} has a system and another system_prompt; give one of them")
+    return given[0] if given else None
+
+
 def _with_system(messages: list[Any], system: Any, name: str) -> list[Any]:
     """The messages after the sample's system text."""
     if is_empty(system):
@@ -143,4 +151,4 @@ def to_messages(row: Mapping[str, Any], name: str) -> tuple[dict[str, Any], tupl
     messages = list(messages)
     if not messages:
         raise RowError("empty_conversation", f"{name} has no messages: {found.needs[0]} is empty; give a list of turns")
-    return {**made, "messages": _with_system(messages, row.get("system"), name)}, unused
+    return {**made, "messages": _with_system(messages, _system(row, name), name)}, unused

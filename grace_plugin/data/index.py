@@ -31,7 +31,7 @@ from grace_plugin.data.video import DecoderMissingError
 __all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
 _CHUNK = 64
-_VERSION = 6
+_VERSION = 7
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
 A sample is a closed schema. Every field that is not None and not empty is one of these:
 
-- read: it is part of the sample's format (`formats.py`), an image or a video, `fps`, `system`, `tools`;
+- read: it is part of the sample's format (`formats.py`), an image or a video, `fps`, `system` or
+  `system_prompt`, `tools`;
 - metadata (`METADATA`): an id, a source, a score. It is not read and not reported;
 - refused (`REFUSED`, `WRITTEN_OTHERWISE`): other tools let it change what is learned or what is seen, and nothing here
   honours it. The sample is left out under `unknown_field`, so a run starts only below `max_bad_rows`;
@@ -69,6 +70,7 @@ REFUSED: dict[str, str] = {
         ("nframes", "min_frames", "max_frames", "video_start", "video_end", "total_pixels", "sample_fps"), _FRAMES
     ),
     **dict.fromkeys(("audio", "audios"), _AUDIO),
+    "documents": "write them into the text of a turn",
     **dict.fromkeys(("functions", "function_call"), "give `tools`, and `tool_calls` in the assistant's turn"),
 }
 #: field of a turn or a part -> what to do instead, in addition to `REFUSED`
@@ -122,7 +124,7 @@ def unused_fields(row: Mapping[str, Any], read: Iterable[str], name: str) -> tup
     Raises:
         RowError: a field that would change what is learned or seen if it were read.
     """
-    taken, unused = {*read, *_MEDIA, "fps", "system", "tools"}, []
+    taken, unused = {*read, *_MEDIA, "fps", "system", "system_prompt", "tools"}, []
     pictured = any(not is_empty(row.get(key)) for key in _MEDIA)
     for field, value in row.items():
         if field in taken or field in METADATA or is_empty(value):

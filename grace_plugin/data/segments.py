@@ -28,7 +28,7 @@ from grace_plugin.data.conversation import Row
 from grace_plugin.data.faults import RowError
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.data.special import SpecialStrings
-from grace_plugin.data.time_limit import TimeLimitError, time_limit
+from grace_plugin.data.time_limit import TimeLimitError, memory_limit, time_limit
 
 __all__ = ["Segment", "Segmenter"]
 
@@ -36,6 +36,7 @@ _OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000  # noncharacters around an i
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KINDS = ("image", "video")
 _RENDER_SECONDS = 2  # for one sample; they take less than a millisecond
+_RENDER_BYTES = 2**30  # for the first turns that are rendered, before training
 _RENDERS_STOPPED = 5  # samples after which no more time is given to a template that does not end
 _TEMPLATED = ("reasoning_content", "tool_calls")  # fields of a turn that only some templates write
 
@@ -128,12 +129,17 @@ class Segmenter:
             text = {"type": "text", "text": "\ufdd2"}
             asked = [[{"role": "user", "content": [text, *part, text]}] for part in ([], [{"type": kind}])]
             try:
-                with time_limit(_RENDER_SECONDS):
+                with time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
                     written, own = (_difference(*map(render, asked)) for render in (self._render, self._by_template))
             except TimeLimitError:
                 raise ValueError(
                     f"the model's chat template takes more than {_RENDER_SECONDS} seconds for one turn; give the processor a "
                     "chat template that ends"
+                ) from None
+            except MemoryError:
+                raise ValueError(
+                    f"the model's chat template takes more than {_RENDER_BYTES // 10**6} MB for one turn; give the processor "
+                    "a chat template that writes less"
                 ) from None
             except Exception:  # a template that knows no videos may raise anything
                 written = own = ""
@@ -236,7 +242,9 @@ class Segmenter:
                     )
         told = "drop it, or give the processor a chat template that writes it"
         for place, message in enumerate(messages):
-            for key in (key for key in _TEMPLATED if key in message):
+            # few templates write a tool's name, which its call says; of other turns it is who speaks
+            named = ("name",) if message["role"] != "tool" else ()
+            for key in (key for key in (*_TEMPLATED, *named) if key in message):
                 bare = [{k: v for k, v in m.items() if k != key} if m is message else m for m in messages]
                 if self._render(bare, tools=tools) == self._render(messages, tools=tools):
                     raise RowError(

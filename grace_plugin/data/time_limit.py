@@ -1,14 +1,16 @@
-"""A limit on the time of code that others wrote: chat templates may loop for ever, within Jinja's own limit on ranges."""
+"""Limits on code that others wrote: chat templates may loop for ever, and multiply a text to gigabytes in one call."""
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["TimeLimitError", "time_limit"]
+__all__ = ["TimeLimitError", "memory_limit", "time_limit"]
 
 
 class TimeLimitError(Exception):
@@ -37,3 +39,24 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Let an allocation fail (MemoryError) inside the block that takes the process `more` bytes above its address space.
+
+    A signal does not interrupt a call of C that builds a text of gigabytes, and the kernel may end the process for it. The
+    limit holds for all threads, so it is for the moments before training; only Linux has one.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.is_file():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(pages.read_text().split()[0]) * resource.getpagesize()
+    limits = [held + more, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -137,8 +137,15 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
         raise RowError("malformed", f"{name}: reasoning_content is a {type(thought).__name__}; give text")
     if thought and thought.strip():
         found["reasoning_content"] = thought
-    if role == "tool":
-        found |= {key: turn[key] for key in ("tool_call_id", "name") if turn.get(key) is not None}
+    if not is_empty(turn.get("tool_call_id")) and role != "tool":
+        raise RowError(
+            "unknown_field", f"{name}: {_article(role)} turn has tool_call_id, which only a tool's turn can have"
+        )
+    if not is_empty(turn.get("name")) and not isinstance(turn["name"], str):
+        raise RowError(
+            "malformed", f"{name}: name of {_article(role)} turn is a {type(turn['name']).__name__}; give text"
+        )
+    found |= {key: turn[key] for key in ("tool_call_id", "name") if not is_empty(turn.get(key))}
     _check_texts(found, f"a field of {_article(role)} turn", name)
     return found
 

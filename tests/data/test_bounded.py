@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,17 @@ def test_chat_template_that_never_ends__refused_in_one_sentence_after_two_second
     ):
         prepare(rows(1), ConversationCollator(processor))
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("text", ["{{ 'x' * 10**10 }}", "{{ '%9000000000d' % 1 }}"])
+def test_chat_template_that_writes_gigabytes__refused_in_one_sentence(text: str) -> None:
+    processor = build("llava")[1]
+    processor.chat_template = text + processor.chat_template
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match="takes more than 1073 MB for one turn; give the processor a chat template"):
+        prepare(rows(1), ConversationCollator(processor))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
 def test_chat_template_that_never_ends_for_some_samples__counted_and_then_not_tried_again() -> None:

@@ -28,7 +28,7 @@ COLOURS = {"red": (220, 40, 30), "blue": (40, 60, 220), "green": (40, 190, 50)}
 ENDS = {"llava": (" ", "</s>"), "qwen2_vl": ("", "<|im_end|>"), "tools": ("", "<|im_end|>")}
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ ' ' + m['name'] if m['name'] else '' }}\n"
     "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
     "{% endif %}{% for call in m['tool_calls'] or [] %}<call>{{ call['function']['name'] }}"
