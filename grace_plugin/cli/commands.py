@@ -138,8 +138,6 @@ def _show_result(result: Any) -> None:
 
 
 def _train(args: Namespace) -> None:
-    import inspect
-
     import grace_plugin
     from grace_plugin.data import load_rows, stream_rows
     from grace_plugin.run.manifest import read_yaml_mapping
@@ -159,14 +157,11 @@ def _train(args: Namespace) -> None:
     from_file = read_yaml_mapping(args.config, "file of training arguments") if args.config else {}
     given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
-    known = inspect.signature(grace_plugin.train).parameters
     names = (
         "model", "teacher", "max_length", "max_pixels", "max_bad_rows", "packing", "resume_from_checkpoint",
         "allow_resume_changes", "save_minutes", "save_on_signal",
     )  # fmt: skip
-    given |= {
-        name: value for name in names if (value := getattr(args, name)) != known[name].default and value is not None
-    }
+    given |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.special_tokens:
         given["special_tokens"] = args.special_tokens
     if args.recipe is not None:

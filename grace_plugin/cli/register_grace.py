@@ -20,13 +20,16 @@ DATASET = (
 IMAGES = "folder that image and video paths are relative to (default: the dataset file's)"
 
 
-def _max_pixels(parser: ArgumentParser, then: str = "rows with a larger one are not used") -> None:
+def _max_pixels(
+    parser: ArgumentParser, then: str = "rows with a larger one are not used", default: int | None = 64_000_000
+) -> None:
     parser.add_argument(
-        "--max_pixels", type=int, default=64_000_000, help=f"largest image in pixels; {then} (default 64 million)"
+        "--max_pixels", type=int, default=default, help=f"largest image in pixels; {then} (default 64 million)"
     )
 
 
 def _train(parser: ArgumentParser) -> None:
+    # no defaults here: with --from, an option that is given replaces what is recorded, also by the default of train()
     parser.add_argument("recipe", nargs="?", help="YAML recipe with a GraceModifier")
     parser.add_argument("--model", help="BF16 student: folder or hub id")
     parser.add_argument("--dataset", help=DATASET)
@@ -37,20 +40,20 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file of training arguments, named as for --set, which wins")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
-    _max_pixels(parser)
-    parser.add_argument("--max_bad_rows", type=float, default=0.05,
+    _max_pixels(parser, default=None)
+    parser.add_argument("--max_bad_rows", type=float,
                         help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
     _special_tokens(parser)
-    parser.add_argument("--packing", action="store_true",
+    parser.add_argument("--packing", action="store_true", default=None,
                         help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
     parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
-    parser.add_argument("--resume_from_checkpoint", action="store_true",
+    parser.add_argument("--resume_from_checkpoint", action="store_true", default=None,
                         help="go on from the newest whole resume state in <output_dir>.run")  # fmt: skip
-    parser.add_argument("--allow_resume_changes", "--allow-resume-changes", dest="allow_resume_changes", nargs="+", default=(),
+    parser.add_argument("--allow_resume_changes", "--allow-resume-changes", dest="allow_resume_changes", nargs="+",
                         metavar="KEY", help="keys in which a resumed run may differ, as its refusal names them")  # fmt: skip
-    parser.add_argument("--save_minutes", "--save-minutes", dest="save_minutes", type=float, default=10.0,
+    parser.add_argument("--save_minutes", "--save-minutes", dest="save_minutes", type=float,
                         help="minutes between two resume states without save_strategy; 0: every step (default 10)")  # fmt: skip
-    parser.add_argument("--no_save_on_signal", "--no-save-on-signal", dest="save_on_signal", action="store_false",
+    parser.add_argument("--no_save_on_signal", "--no-save-on-signal", dest="save_on_signal", action="store_false", default=None,
                         help="let Ctrl-C and SIGTERM end the run without a resume state")  # fmt: skip
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
                         help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip

@@ -28,6 +28,7 @@ from torch import nn
 from grace_plugin.artifact.layout import RUN_FILE, environment
 from grace_plugin.data import is_scannable, processor_settings
 from grace_plugin.data.mix import CONSTRUCTOR_ERRORS, Rows
+from grace_plugin.run.field_types import shown
 from grace_plugin.run.settings import arguments_to_record
 from grace_plugin.teacher.source import open_checkpoint
 from grace_plugin.upstream import Recipe
@@ -304,6 +305,12 @@ def read_run_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"version", "model", "recipe", "dataset", "arguments"} - set(read)
     if missing or not isinstance(read.get("arguments"), dict):
         raise ValueError(f"{file} is no run file: it has no {', '.join(sorted(missing)) or 'mapping of arguments'}")
+    for name in ("model", "teacher", "recipe", "dataset", "environment"):
+        entry = read.get(name, {})
+        if not isinstance(entry, dict):
+            raise ValueError(f"{file}: {name} takes a mapping, as a run writes it, got {shown(entry)}")
+        if name not in ("recipe", "environment") and not isinstance(entry.get("path"), str | None):
+            raise ValueError(f"{file}: path of {name} takes a path, got {shown(entry['path'])}")
     if read["version"] != VERSION:
         raise ValueError(f"{file} has version {read['version']!r}; this version of grace_plugin reads {VERSION}")
     return read

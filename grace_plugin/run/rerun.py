@@ -115,6 +115,8 @@ def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLik
         options["recipe"] = yaml.safe_dump(recorded["recipe"], sort_keys=False)
         _checkpoint("teacher", recorded.get("teacher") or {}, given)
     options["model"] = _checkpoint("model", recorded["model"], given)
+    if options["model"] is None:
+        raise ValueError(f"{os.fspath(run_file)}: model has no path; give model= (--model)")
     options["dataset"] = _dataset(recorded["dataset"], given)
     _say_environment(recorded.get("environment") or {}, int(os.environ.get("WORLD_SIZE", "1")))
     return train(**{**options, **given, "output_dir": output_dir})

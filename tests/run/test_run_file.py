@@ -89,6 +89,23 @@ def test_an_argument_replaces_what_is_recorded(first: Path, tmp_path: Path) -> N
     assert "num_train_epochs" not in content["arguments"]
 
 
+def test_option_given_with_the_default_of_train__replaces_what_is_recorded(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.cli.test_commands import in_process
+
+    shutil.copytree(first / "data", tmp_path / "data")
+    next((tmp_path / "data").glob("0-*.png")).unlink()  # one sample of six cannot be used
+    content = yaml.safe_load((first / "out.run/run.yaml").read_text())
+    content["dataset"] = {"path": str(tmp_path / "data/rows.jsonl")}
+    content["max_bad_rows"] = 0.9
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    given = ["--from", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_bad_rows", "0.05"]
+    assert in_process(monkeypatch, "train", *given) == 2
+    assert "above max_bad_rows = 5.0%" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("changed", ["an answer", "a picture"])
 def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Path, changed: str) -> None:
     shutil.copytree(first / "data", tmp_path / "data")
@@ -185,6 +202,14 @@ WHOLE = "version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}"
         (f"{{{WHOLE}, max_length: abc}}", "max_length takes a whole number, got 'abc'"),
         (f"{{{WHOLE}, packing: maybe}}", "packing takes true or false, got 'maybe'"),
         (f"{{{WHOLE}, special_tokens: [1]}}", "special_tokens takes a list of tokens, got"),
+        (f"{{{WHOLE}, teacher: 5}}", "teacher takes a mapping, as a run writes it, got 5"),
+        (f"{{{WHOLE}, environment: 5}}", "environment takes a mapping, as a run writes it, got 5"),
+        (f"{{{WHOLE.replace('model: {}', 'model: 5')}}}", "model takes a mapping, as a run writes it, got 5"),
+        (f"{{{WHOLE.replace('dataset: {}', 'dataset: 5')}}}", "dataset takes a mapping, as a run writes it, got 5"),
+        (f"{{{WHOLE.replace('recipe: {}', 'recipe: 7')}}}", "recipe takes a mapping, as a run writes it, got 7"),
+        (f"{{{WHOLE.replace('model: {}', 'model: {path: 5}')}}}", "path of model takes a path, got 5"),
+        (f"{{{WHOLE.replace('dataset: {}', 'dataset: {path: [a]}')}}}", "path of dataset takes a path, got"),
+        (f"{{{WHOLE}}}", "model has no path"),
         ("{version: 1, version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}}", "it gives version twice"),
         ("a: " + "x" * 2**20, "it has more than 1048576 bytes"),
     ],
