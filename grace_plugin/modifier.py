@@ -12,7 +12,7 @@ It refuses schemes whose scales it does not learn, and a run without training: u
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -77,6 +77,8 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
               scheme: W4A16
               teacher: {model: Qwen/Qwen2-VL-7B-Instruct}
     """
+
+    refused_keys: ClassVar[tuple[str, ...]] = (*_VOID, "kv_cache_scheme")
 
     ignore: list[str] = Field(default_factory=list)
     quantize: bool = True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -96,10 +96,11 @@ class Block(BaseModel):
 
 def _check_keys(given: Mapping[Any, Any], model: type[BaseModel], where: str, inside: str = "") -> None:
     known = [name for name in model.model_fields if not name.endswith("_")]  # the others are upstream's own state
+    listed = [name for name in known if name not in getattr(model, "refused_keys", ())]
     for key, value in given.items():
         if key not in known:
-            near = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(str(key), known, 1))
-            raise ValueError(f"unknown key {shown(key)} in {where}; {near}known: {', '.join(known)}")
+            near = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(str(key), listed, 1))
+            raise ValueError(f"unknown key {shown(key)} in {where}; {near}known: {', '.join(listed)}")
         kind = model.model_fields[key].annotation
         for block in (kind, *get_args(kind)):
             if isinstance(value, Mapping) and isinstance(block, type) and issubclass(block, Block):
@@ -110,7 +111,12 @@ class CheckedKeys:
     """Before a pydantic model's bases: what is wrong with its values is a ValueError of a sentence or a list, with the keys.
 
     An unknown key, also a block's, is named with the nearest that is known.
+
+    Attributes:
+        refused_keys: fields of the bases that are refused when they are set; a message does not suggest them.
     """
+
+    refused_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **given: Any) -> None:
         name = type(self).__name__

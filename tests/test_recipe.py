@@ -57,6 +57,19 @@ def test_an_unknown_key_at_the_top_is_refused_by_name() -> None:
     assert "\n" not in said and "initialized_" not in said and "scheme" in said
 
 
+def test_unknown_key_at_the_top__only_keys_that_are_accepted_are_listed() -> None:
+    with pytest.raises(ValueError, match="unknown key 'strt'") as refused:
+        read_recipe(recipe_text("t", strt=0))
+    listed = str(refused.value).split("known: ")[1].split(", ")
+    assert "did you mean" not in str(refused.value) and {"scheme", "config_groups", "targets", "teacher"} <= set(listed)
+    values = {"start": 0.0, "end": 1.0, "update": 1.0, "kv_cache_scheme": {}, "observer": {}, "weight_observer": "minmax",
+              "input_observer": "minmax", "output_observer": "minmax"}  # fmt: skip
+    for name, value in values.items():
+        with pytest.raises(ValueError, match=name):
+            read_recipe(recipe_text("t", **{name: value}))
+        assert name not in listed
+
+
 def test_an_inferred_dtype_is_written_back(finished: Finished) -> None:
     saved = yaml.safe_load((finished.folder / "recipe.yaml").read_text())
     (stage,) = [value for key, value in saved.items() if key.endswith("_stage")]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grace_plugin.run.metrics import MetricsFile
-from grace_plugin.run.summary import header_line, say
 from grace_plugin.upstream import LifecycleCallbacks, active_session
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class GraceCallback(TrainerCallback):
             # transformers' hooks, which the reentrant kind alone needs, would send gradients through the frozen vision tower
             student: Any = self.trainer.objective.student
             student.disable_input_require_grads()
-        say(header_line(self.trainer, state.max_steps), args)
         if state.is_world_process_zero:
             self._metrics.begin(state.log_history)
 

@@ -87,6 +87,8 @@ class GracePipeline(CalibrationPipeline):
                     CalibrationPipeline.from_modifiers([modifier])(model, dataloader, dataset_args)
         except BaseException:
             grace.release()
+            # upstream's next reset finalizes every initialized modifier, and would report a run that trained nothing
+            grace.finalized_ = True
             raise
         finally:
             recipe.modifiers = modifiers

@@ -39,6 +39,11 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun in singular or plural."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def say(line: str, arguments: Any = None) -> None:
     """Print a line on rank 0, unless `log_level` is above "info"; a closed terminal ends nothing."""
     level = arguments.get_process_log_level() if arguments is not None and arguments.log_level != "passive" else 0
@@ -52,7 +57,7 @@ def header_line(trainer: GraceTrainer, steps: int) -> str:
     asked, student = trainer.args, trainer.objective.student
     parameters = list(student.parameters())
     held = sum(p.numel() * p.element_size() for p in parameters)
-    trains = sum(p.numel() for p in parameters if p.requires_grad)
+    trains, total = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (False, True))
     batch = asked.train_batch_size * asked.gradient_accumulation_steps * asked.world_size
     try:
         samples = len(trainer.train_dataset)
@@ -63,11 +68,11 @@ def header_line(trainer: GraceTrainer, steps: int) -> str:
     per_epoch = max(
         1, math.ceil(batches / asked.gradient_accumulation_steps)
     )  # the last window of an epoch may be short
-    epochs = f", {steps / per_epoch:.2f} epochs of {samples:,} samples" if samples else " of a stream"
+    epochs = f", {steps / per_epoch:.2f} epochs of {counted(samples, 'sample')}" if samples else " of a stream"
     processes = f"{asked.world_size} process{'es' if asked.world_size > 1 else ''} on {asked.device.type}"
     return (
         f"GRACE: {processes}, micro-batch {asked.train_batch_size} x accumulation {asked.gradient_accumulation_steps} = global "
-        f"batch {batch}, {steps:,} steps{epochs}; trains {trains:,} of {sum(p.numel() for p in parameters):,} parameters, "
+        f"batch {batch}, {counted(steps, 'step')}{epochs}; trains {trains:,} of {total:,} parameters, "
         f"weights {size(held)}{_teacher(trainer)}"
     )
 
@@ -101,8 +106,9 @@ def throughput(trainer: GraceTrainer, seconds: float, tokens: int) -> dict[str, 
 def speed_line(trainer: GraceTrainer, found: Mapping[str, float]) -> str:
     """One line of `throughput`."""
     kind = "CUDA" if trainer.args.device.type == "cuda" else "resident"
+    steps = counted(trainer.state.global_step, "step")
     return (
-        f"GRACE: {trainer.state.global_step:,} steps in {found['train_seconds']:.1f} s, {found['tokens_per_second']:,.0f} "
+        f"GRACE: {steps} in {found['train_seconds']:.1f} s, {found['tokens_per_second']:,.0f} "
         f"tokens/s, peak memory {size(found['peak_memory_bytes'])} ({kind}, rank 0)"
     )
 

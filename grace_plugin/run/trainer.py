@@ -39,7 +39,7 @@ from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
 from grace_plugin.run.stream_loader import StreamLoader
-from grace_plugin.run.summary import count_tokens, say, speed_line, throughput
+from grace_plugin.run.summary import count_tokens, header_line, say, speed_line, throughput
 from grace_plugin.vlm import VISUAL_RUNS
 from grace_plugin.vlm.host import moved
 
@@ -127,6 +127,7 @@ class GraceTrainer(Trainer):
                 self._load_from_checkpoint(str(state))
                 self.state = read_state(state)[1]
                 return TrainOutput(self.state.global_step, math.nan, {})
+            say(header_line(self, self.objective.total_steps), self.args)  # Trainer's bar would begin on the same line
             with kept_streams(), self.interrupts.watching():  # Trainer prints its log, and its progress
                 output = super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
             self.use_averaged_weights()  # of a run that a callback ended, too

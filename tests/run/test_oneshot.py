@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from loguru import logger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -208,6 +209,19 @@ def test_without_our_pipeline_nothing_was_trained_and_nothing_is_written(llava: 
             output_dir=str(tmp_path / "out"),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_upstreams_oneshot__refused__the_next_reset_says_nothing_more(llava: Pair, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="out exists and is not empty"):
+        upstream_run(llava, tmp_path / "out")
+    sink = logger.add(said.append)
+    active_session().reset()
+    logger.remove(sink)
+    assert "Compression lifecycle reset" in said[-1]
+    assert not any("trained nothing" in line or "finalizing" in line for line in said)
 
 
 def test_the_pipeline_needs_data(llava: Pair, tmp_path: Path) -> None:

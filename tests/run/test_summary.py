@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,16 @@ def test_a_loader_of_upstreams_oneshot_gives_the_batch(llava: Pair, capsys: pyte
     upstream_oneshot(model=loaded(llava), recipe=recipe_text(llava.teacher), dataset=loader, pipeline="grace")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GRACE:")]
     assert ", micro-batch 2 x accumulation 1 = global batch 2, 2 steps, 1.00 epochs of 4 samples; " in said[0]
+
+
+def test_header__with_a_progress_bar__has_a_line_of_its_own(llava: Pair, tmp_path: Path) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        run(llava, tmp_path / "out", rows(1), max_steps=1, per_device_train_batch_size=1, disable_tqdm=False)
+    header, speed, _ = (line for line in re.split("[\n\r]", said.getvalue()) if "GRACE: " in line)
+    assert header.startswith("GRACE: 1 process on cpu") and ", 1 step, 1.00 epochs of 1 sample; trains" in header
+    assert speed.startswith("GRACE: 1 step in ")
+    assert said.getvalue().index(header) < said.getvalue().index("0/1 [")
 
 
 def test_a_log_level_silences_it(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
