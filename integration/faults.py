@@ -42,10 +42,6 @@ STATE_FILES = (
     "model.safetensors", "grace_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
     "manifest.json", "",
 )  # fmt: skip
-SAVE_FILES = (
-    "config.json", "model.safetensors", "generation_config.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json",
-    "processor_config.json", "chat_template.jinja", "grace/probe.safetensors", "grace/record.json", "verification.json", "",
-)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -177,25 +173,47 @@ def kills_at_random(bench: Bench) -> Iterator[Row]:
         yield Row("kill", f"SIGKILL after {moment / bench.seconds:.0%} of a run", how, lost)
 
 
+def kill_at(aim: Path, renamed: bool) -> None:
+    """Have this process kill itself where Python opens a file to write it, or renames a folder to it."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and not renamed and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            hit = os.fspath(args[0]) == str(aim) if isinstance(args[0], (str, Path)) else False
+        else:
+            hit = event == "os.rename" and renamed and os.fspath(args[1]) == str(aim)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def kills_at_files(bench: Bench) -> Iterator[Row]:
-    """SIGKILL when a given file of a resume state, or of the checkpoint, comes into being; "" is the renamed folder."""
-    for kind, names in (("state", STATE_FILES), ("checkpoint", SAVE_FILES)):
+    """SIGKILL when a given file of a resume state, or of the checkpoint, comes into being; "" is the renamed folder.
+
+    Files that are written outside of Python (weights, optimizer) are watched for from here.
+    """
+    saved = sorted(path.relative_to(bench.whole).as_posix() for path in bench.whole.rglob("*") if path.is_file())
+    for kind, names in (("state", STATE_FILES), ("checkpoint", (*saved, ""))):
         for name in names:
             out = bench.place()
             aside = run_of(out) / "checkpoint-3.partial" if kind == "state" else out.with_name(".out.partial")
             whole = run_of(out) / "checkpoint-3" if kind == "state" else out
             aim = aside / name if name else whole
-            child = begin(lambda out=out: bench.train(out), out.with_name("first.log"))  # type: ignore[misc]
-            end, killed = time.monotonic() + LIMIT, False
-            while time.monotonic() < end and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if aim.exists():
+
+            def train(out: Path = out, aim: Path = aim, renamed: bool = not name) -> None:
+                kill_at(aim, renamed)
+                bench.train(out)
+
+            child = begin(train, out.with_name("first.log"))
+            while name and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) and not aim.exists():
+                pass
+            with contextlib.suppress(ProcessLookupError):
+                if name and aim.exists():
                     os.kill(child, signal.SIGKILL)
-                    killed = True
-                    break
-            wait(child)
+            killed = wait(child) == -signal.SIGKILL
             how, lost = bench.finish(out)
             said = f"SIGKILL at {name or 'the rename'} of the {kind}"
-            yield Row("kill at a file", said, how if killed else f"the file was not seen; {how}", lost)
+            yield Row("kill at a file", said, how if killed else f"not hit in time; {how}", lost)
 
 
 def flip(file: Path) -> None:
