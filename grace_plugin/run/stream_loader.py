@@ -23,7 +23,10 @@ from grace_plugin.data import ConversationCollator, StreamedRows
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.run.outputs import SideOutput
 
-__all__ = ["StreamLoader"]
+__all__ = ["WORKER_SECONDS", "StreamLoader"]
+
+WORKER_SECONDS = 1800.0
+"""Longest wait for a batch of a loader's worker, which may be stopped (SIGSTOP): as long as that of a collective."""
 
 _FILLER = {"messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]}
 
@@ -68,6 +71,7 @@ class StreamLoader:
                 num_workers=asked.dataloader_num_workers, prefetch_factor=asked.dataloader_prefetch_factor,
                 pin_memory=asked.dataloader_pin_memory and torch.cuda.is_available(),
                 multiprocessing_context=asked.dataloader_multiprocessing_context,
+                timeout=WORKER_SECONDS if asked.dataloader_num_workers else 0,
             )
         )  # fmt: skip
         for _ in range(self.windows * asked.gradient_accumulation_steps):

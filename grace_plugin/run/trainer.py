@@ -38,15 +38,13 @@ from grace_plugin.run.interrupt import ResumeCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
-from grace_plugin.run.stream_loader import StreamLoader
+from grace_plugin.run.stream_loader import WORKER_SECONDS, StreamLoader
 from grace_plugin.run.summary import count_tokens, header_line, say, speed_line, throughput
 from grace_plugin.vlm import VISUAL_RUNS
 from grace_plugin.vlm.host import moved
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
-WORKER_SECONDS = 1800.0
-"""Longest wait for a batch of a loader's worker, as long as that of a collective (`ddp_timeout`)."""
 GRADIENTS_IN_PLACE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 """Ways to run that leave the sum over micro-batches in `.grad`, where the quantizer's one backward per step finds it."""
 

@@ -238,3 +238,15 @@ def test_second_signal__ends_at_once_unless_it_is_the_same_request(pause: float,
             time.sleep(0.1)
 
     assert in_child(twice) == status
+
+
+def test_loader_worker__waited_for_no_longer_than_a_collective(llava: Pair, tmp_path: Path) -> None:
+    """A worker that is stopped (SIGSTOP) is alive, so torch would wait for it without end."""
+    seen: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+            seen.append(train_dataloader.timeout)
+
+    run(llava, tmp_path / "out", max_steps=1, dataloader_num_workers=1, callbacks=[Watch()])
+    assert seen == [1800.0]
