@@ -159,6 +159,7 @@ def describe_run(
         **{name: getattr(value, "value", value) for name, value in asked.items()},
         "max_steps": total_steps, "world_size": arguments.world_size, "max_length": collator.max_length,
         "max_pixels": collator.max_pixels, "packing": collator.packed,
+        "special_tokens": sorted(collator.segmenter.special_tokens),
         "dataset": dataset_fingerprint(*samples),
         "student": {
             "weights": weights_fingerprint(student), "config": _digest(_known_config(student)),
