@@ -32,7 +32,7 @@ from grace_plugin.data.shown import shortened, shown
 __all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
 
 
-_BYTES, _NODES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
+_BYTES, _NODES, _LEVELS = 1_000_000, 100_000, 32  # of a mix file; one set a line makes far less
 
 
 #: what PyYAML's constructors raise, in addition to its own errors, for `!!int ""`, an integer of 5,000 digits or 30 February
@@ -74,6 +74,15 @@ def _checked_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
+def _check_levels(text: str) -> None:
+    """Raise RecursionError for a text that is nested too deep, from its events: composing it takes seconds before it fails."""
+    level = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if level > _LEVELS:
+            raise RecursionError
+
+
 def _parsed(path: Path) -> Any:
     """The content of a mix file."""
     if not path.is_file():
@@ -82,6 +91,7 @@ def _parsed(path: Path) -> Any:
         raise ValueError(f"{path} is no mix: it has {path.stat().st_size:,} bytes and a mix has at most {_BYTES:,}")
     try:
         text = path.read_text(encoding="utf-8")
+        _check_levels(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
             _checked_size(node, {})

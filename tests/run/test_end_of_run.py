@@ -212,8 +212,12 @@ def test_signal__step_ends_and_the_resumed_run_ends_with_the_same_bits(
 
 
 def test_signal__not_asked_for__left_to_the_caller(llava: Pair, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(llava, tmp_path / "out", max_steps=4, save_on_signal=False, callbacks=[Send(signal.SIGINT)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(llava, tmp_path / "out", max_steps=4, save_on_signal=False, callbacks=[Send(signal.SIGINT)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert resume.states(tmp_path / "out.run") == []
 
 
