@@ -101,7 +101,11 @@ def test_a_resumed_run_ends_with_the_same_bits(method: str, pairs: dict[str, Pai
 def test_the_saved_recipe_gives_the_same_run(method: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
     first = go(pairs["llava"], tmp_path / "first", method)
     torch.manual_seed(99)
-    second = go(pairs["llava"], tmp_path / "second", method, recipe=first.checkpoint / "recipe.yaml")
+    recipe, teacher = (
+        first.checkpoint / "recipe.yaml",
+        str(pairs["llava"].teacher),
+    )  # it has the teacher's name, no path
+    second = go(pairs["llava"], tmp_path / "second", method, recipe=recipe, teacher=teacher)
     assert differing(first.checkpoint, second.checkpoint) == []
 
 
