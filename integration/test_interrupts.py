@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,8 +47,8 @@ def command(folder: Path, out: Path, *further: str) -> list[str]:
     ]  # fmt: skip
 
 
-def begun(words: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def begun(words: list[str], **further: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | further
     return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -75,3 +76,21 @@ def test_sigterm__state_kept_and_the_said_command_goes_on(folder: Path) -> None:
     ended = begun([sys.executable, "-c", MAIN, *again])
     assert ended.wait(LIMIT) == 0, ended.communicate()
     assert json.loads((out / "grace/record.json").read_text())["run"]["steps"] == STEPS
+
+
+def test_sigterm__to_one_of_two_ranks__both_end_after_the_same_step(folder: Path) -> None:
+    out = folder / "ranks"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = command(folder, out, "--set", "ddp_backend=gloo")
+    ranks = [begun(words, RANK=rank, LOCAL_RANK=rank, **together) for rank in ("0", "1")]
+    wait_for_steps(out, 2)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate(timeout=LIMIT)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], said
+    (line,) = [line for line in said[0].splitlines() if line.startswith("stopped by SIGTERM")]
+    (state,) = resume.states(folder / "ranks.run")
+    assert resume.damage(state) == "" and f"{state} is kept" in line and not out.exists()
+    assert sorted(path.name for path in state.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]

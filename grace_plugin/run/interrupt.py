@@ -1,9 +1,10 @@
 """Signals and the clock: when a run writes a resume state in addition to those that `save_strategy` asks for.
 
-Ctrl-C and SIGTERM end the run after its running step, with a resume state and one line that says what is kept and how to go on;
-a second signal, a second or more after the first, ends the process at once. Schedulers and launchers deliver a signal twice, to
-the group and to the process, so what comes within that second counts once. By the clock, a run whose `save_strategy` was left
-at its default writes a state every `save_minutes`, less often where a state takes long: they cost at most 2 % of the run.
+Ctrl-C and SIGTERM end the run after its running step (with several ranks after the next; one in the last step lets the run
+end), with a resume state and one line that says what is kept and how to go on; a second signal, a second or more after the
+first, ends the process at once. Schedulers and launchers deliver a signal twice, to the group and to the process, so what comes
+within that second counts once. By the clock, a run whose `save_strategy` was left at its default writes a state every
+`save_minutes`, less often where a state takes long: they cost at most 2 % of the run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from grace_plugin.objective.host import Reading
+from grace_plugin.vlm.host import moved
 
 if TYPE_CHECKING:
     from grace_plugin.run.trainer import GraceTrainer
@@ -61,6 +65,7 @@ class ResumeCallback(TrainerCallback):
         self.trainer, self.on_signal, self.minutes = trainer, on_signal, minutes
         self.received = 0  # number of the first signal
         self.stopping = 0  # the same, once all ranks know
+        self._said: Reading | None = None  # what the ranks said after the step before
         self._at = 0.0
         self._saved = self._begun = self._spent = 0.0
         self._before: dict[int, Any] = {}
@@ -68,7 +73,7 @@ class ResumeCallback(TrainerCallback):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Handle signals inside the block, in the main thread alone, which is the only one that may."""
-        self.received = self.stopping = 0
+        self.received, self.stopping, self._said = 0, 0, None
         self._saved = time.monotonic()
         if not self.on_signal or threading.current_thread() is not threading.main_thread():
             yield
@@ -94,14 +99,19 @@ class ResumeCallback(TrainerCallback):
         self.received, self._at = number, now
 
     def _agreed(self, due: bool) -> tuple[int, bool]:
-        """The largest signal number of any rank, and rank 0's clock; one small reduction where there are several ranks."""
+        """Return the largest signal number of any rank, and rank 0's clock.
+
+        With several ranks what they said a step ago, by a small reduction whose copy to the host is queued: read at once, it
+        would stop the host at every step until the device is done. All ranks read the same numbers, so they stop together.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return self.received, due
         first = self.trainer.args.process_index == 0
-        said = torch.tensor([self.received, int(due and first)], device=self.trainer.args.device)
+        said = moved(torch.tensor([float(self.received), float(due and first)]), self.trainer.args.device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        number, anyone = said.tolist()
-        return number, bool(anyone)
+        before, self._said = self._said, Reading(said)
+        number, anyone = before.numbers() if before is not None else (0.0, 0.0)
+        return int(number), bool(anyone)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a state, and for the end of the run where a signal came."""
