@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from grace_plugin.data import ConversationCollator
-from grace_plugin.run.inputs import load_processor, load_student, recipe_hash
+from grace_plugin.run.inputs import load_processor, load_student
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.upstream import create_session
 from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
@@ -115,7 +115,7 @@ def scenario(pair: Pair, name: str, folder: Path) -> list[dict[str, Any]]:
         objective = modifier.begin(arguments.max_steps)
         trainer = GraceTrainer(
             model=student, args=arguments, train_dataset=data, data_collator=Collator(processor), objective=objective,
-            scale_rate=10.0, recipe_hash=recipe_hash(modifier),
+            scale_rate=10.0,
         )  # fmt: skip
         watch.trainer = trainer
         trainer.add_callback(watch)  # behind GRACE's own

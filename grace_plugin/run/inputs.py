@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import weakref
@@ -27,7 +25,6 @@ __all__ = [
     "load_student",
     "open_cache",
     "read_recipe",
-    "recipe_hash",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,12 +89,6 @@ def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
     grace_modifier(read)
     check_modifiers(read)
     return read
-
-
-def recipe_hash(modifier: GraceModifier) -> str:
-    """SHA-256 of everything the recipe asks for; a checkpoint is resumed only under the same."""
-    asked = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def check_models(modifier: GraceModifier, student: str | os.PathLike[str] | nn.Module) -> None:

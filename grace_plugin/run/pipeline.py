@@ -32,7 +32,6 @@ from grace_plugin.run.inputs import (
     load_student,
     open_cache,
     read_recipe,
-    recipe_hash,
 )
 from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.rows import calibration_rows
@@ -116,7 +115,7 @@ def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
         trainer = GraceTrainer(
             model=model, args=arguments, train_loader=dataloader, objective=modifier.begin(total_steps),
             train_dataset=dataloader.dataset,
-            scale_rate=modifier.scales.learning_rate_multiplier, recipe_hash=recipe_hash(modifier),
+            scale_rate=modifier.scales.learning_rate_multiplier,
         )  # fmt: skip
         trainer.train()
 

@@ -55,7 +55,6 @@ class GraceTrainer(Trainer):
     Args:
         objective: prepared for `args.max_steps` or the epochs' optimizer steps.
         scale_rate: learning rate of the scales over that of the weights.
-        recipe_hash: identifies the recipe a resume state belongs to, where `fingerprint` does not.
         fingerprint: what decides the run's result (`grace_plugin.run.fingerprint`); a state of another is not resumed.
         allow_resume_changes: keys of it that may differ.
         save_facts: what `grace export` needs in addition to the weights.
@@ -72,7 +71,6 @@ class GraceTrainer(Trainer):
         *args: Any,
         objective: GraceObjective,
         scale_rate: float,
-        recipe_hash: str = "",
         fingerprint: Mapping[str, Any] | None = None,
         allow_resume_changes: Sequence[str] = (),
         save_facts: SaveFacts | None = None,
@@ -84,7 +82,7 @@ class GraceTrainer(Trainer):
         activation_offloading: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.objective, self.scale_rate, self.recipe_hash = objective, scale_rate, recipe_hash
+        self.objective, self.scale_rate = objective, scale_rate
         self.train_loader, self.row_sampler, self.stream = train_loader, row_sampler, stream
         self.activation_offloading = activation_offloading
         self.fingerprint, self.allow_resume_changes, self.save_facts = fingerprint, allow_resume_changes, save_facts
@@ -279,7 +277,6 @@ class GraceTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
         state = {
-            "recipe_hash": self.recipe_hash,
             "objective": self.objective.state_dict(),
             "fingerprint": self.fingerprint,
         }
@@ -327,8 +324,6 @@ class GraceTrainer(Trainer):
             self.changed = check_same_run(
                 state["fingerprint"], self.fingerprint, self.allow_resume_changes, state=folder
             )
-        elif state["recipe_hash"] != self.recipe_hash:
-            raise ValueError(f"{folder} was written by another recipe; resume with the recipe it was started with")
         load_model(self.model, str(folder / WEIGHTS))
         self.objective.load_state_dict(state["objective"])
         if self.stream is not None:

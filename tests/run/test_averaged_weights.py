@@ -76,7 +76,7 @@ def test_trainer__optimizer_with_an_eval_state__average_saved_in_state_and_check
     )  # fmt: skip
     trainer = GraceTrainer(
         model=student, args=arguments, train_dataset=rows(6), data_collator=collator, objective=running.objective,
-        scale_rate=10.0, recipe_hash="", optimizers=(optimizer, None),
+        scale_rate=10.0, optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.train()
     mean = torch.stack(seen).mean(0)

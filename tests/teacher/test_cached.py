@@ -176,7 +176,6 @@ def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path
                 data_collator=collate,
                 objective=grace.objective,
                 scale_rate=1.0,
-                recipe_hash="",
             )
             found.append(trainer.evaluate(ROWS[:3])["eval_loss"])
     assert found[0] == found[1] > 0
