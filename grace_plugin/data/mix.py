@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
 from grace_plugin.data.json_rows import JsonLines
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.shown import shortened, shown
@@ -32,11 +32,7 @@ from grace_plugin.data.shown import shortened, shown
 __all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
 
 
-_BYTES, _NODES, _LEVELS = 1_000_000, 100_000, 32  # of a mix file; one set a line makes far less
-
-
-#: what PyYAML's constructors raise, in addition to its own errors, for `!!int ""`, an integer of 5,000 digits or 30 February
-CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_BYTES, _VALUES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
 
 
 class MixEntry(BaseModel):
@@ -51,38 +47,6 @@ class MixEntry(BaseModel):
     seed: int = 0
 
 
-def _checked_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Nodes under a node as if every alias were written out; no mix needs many, and a few lines of aliases can mean billions.
-
-    Raises:
-        ValueError: too many, an alias inside of what it names, or a key given twice.
-    """
-    if sizes.get(id(node)) == 0:
-        raise ValueError("an alias that contains itself")
-    if id(node) not in sizes:
-        sizes[id(node)] = 0
-        below: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = [key for key in keys if keys.count(key) > 1] if len(keys) <= _NODES // 100 else []
-            if twice:
-                raise ValueError(f"the key {shown(twice[0])} twice")
-            below = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_checked_size(part, sizes) for part in below)
-    if sizes[id(node)] > _NODES:
-        raise ValueError(f"more than {_NODES:,} values")
-    return sizes[id(node)]
-
-
-def _check_levels(text: str) -> None:
-    """Raise RecursionError for a text that is nested too deep, from its events: composing it takes seconds before it fails."""
-    level = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if level > _LEVELS:
-            raise RecursionError
-
-
 def _parsed(path: Path) -> Any:
     """The content of a mix file."""
     if not path.is_file():
@@ -90,18 +54,11 @@ def _parsed(path: Path) -> Any:
     if path.stat().st_size > _BYTES:
         raise ValueError(f"{path} is no mix: it has {path.stat().st_size:,} bytes and a mix has at most {_BYTES:,}")
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_levels(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _checked_size(node, {})
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError(f"{path} is no mix: it is nested too deeply") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_yaml(path.read_text(encoding="utf-8"), values=_VALUES, what="a mix")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not YAML: {shortened(error)}") from error
-    except CONSTRUCTOR_ERRORS as error:
-        raise ValueError(f"{path} is no mix: it holds {shortened(error)}") from None
+    except YamlTextError as error:
+        raise ValueError(f"{path} is no mix: {error}") from None
 
 
 def read_mix(path: Path) -> list[MixEntry]:

@@ -10,15 +10,16 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from grace_plugin.data.mix import CONSTRUCTOR_ERRORS
+from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
+from grace_plugin.data.shown import shown
 from grace_plugin.run.arguments import ARGUMENTS
 
-__all__ = ["check_name_known", "default_of", "fields", "shown", "typed"]
+__all__ = ["check_name_known", "default_of", "fields", "typed"]
 
+_MOST_VALUES = 10_000  # of a mapping or a list that is given as text
 _EMPTY = ("null", "~", "None")
 _KINDS = {
     bool: "true or false",
@@ -28,12 +29,6 @@ _KINDS = {
     list: "a list",
     str: "text",
 }
-
-
-def shown(value: Any) -> str:
-    """A user's value for a message, on one line, at most 200 characters of it."""
-    text = " ".join(repr(value[:201] if isinstance(value, str) else value).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @cache
@@ -99,9 +94,9 @@ def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
         return text.lower() == "true"
     if (dict in arms and text.lstrip().startswith("{")) or (list in arms and text.lstrip().startswith("[")):
         try:
-            read = yaml.safe_load(text)
-        except (yaml.YAMLError, *CONSTRUCTOR_ERRORS):
-            return text
+            read = read_yaml(text, values=_MOST_VALUES)
+        except YamlTextError:
+            return text  # which its field refuses, with what it takes
         return _numbers(read) if isinstance(read, dict) else read
     return text
 

@@ -8,7 +8,6 @@ entry says `given: true`, and they have to be given again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -27,8 +26,9 @@ from torch import nn
 
 from grace_plugin.artifact.layout import RUN_FILE, environment
 from grace_plugin.data import is_scannable, processor_settings
-from grace_plugin.data.mix import CONSTRUCTOR_ERRORS, Rows
-from grace_plugin.run.field_types import shown
+from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
+from grace_plugin.data.mix import Rows
+from grace_plugin.data.shown import shortened, shown
 from grace_plugin.run.settings import arguments_to_record
 from grace_plugin.teacher.source import open_checkpoint
 from grace_plugin.upstream import Recipe
@@ -49,7 +49,7 @@ __all__ = [
 
 VERSION = 1
 _FIRST = 256  # samples of a sequence that makes them when asked for
-_LARGEST = 2**20  # bytes of a run file
+_LARGEST, _MOST_VALUES = 2**20, 100_000  # bytes of a run file, and values in it
 logger = logging.getLogger(__name__)
 
 
@@ -254,8 +254,10 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
 def started_with(folder: Path, content: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
     """Return what the run file of a run holds: of one that is resumed as it was, what it was started with, else `content`."""
     if resumed:
-        with contextlib.suppress(ValueError):
+        try:
             return read_run_file(folder)
+        except ValueError as error:  # the run goes on; its file is a record, which no step reads
+            logger.warning("what the run was started with is lost (%s); this call's arguments are recorded", error)
     return content
 
 
@@ -267,7 +269,7 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
         what: what it is, for messages.
 
     Raises:
-        ValueError: missing, too large, no YAML, no mapping, or with aliases, which could stand for gigabytes.
+        ValueError: missing, too large, no YAML, or no mapping.
     """
     file = Path(path)
     if not file.is_file():
@@ -275,21 +277,11 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"{file} is no {what}: it has more than {_LARGEST} bytes")
     try:
-        text = file.read_text(encoding="utf-8")
-        aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-        node = None if aliased else yaml.compose(text, Loader=yaml.SafeLoader)
-        read = None if aliased else yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, RecursionError, *CONSTRUCTOR_ERRORS) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is not a readable YAML file: {said}") from error
-    if aliased:
-        raise ValueError(f"{file}: YAML aliases (*name) are not read; write the values out")
-    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+        read = read_yaml(file.read_text(encoding="utf-8"), values=_MOST_VALUES, what=f"a {what}")
+    except (OSError, UnicodeDecodeError, YamlTextError) as error:
+        raise ValueError(f"{file} is not a readable YAML file: {shortened(error)}") from error
+    if not isinstance(read, dict):
         raise ValueError(f"{file} is no {what}: it holds a {type(read).__name__}, not names with values")
-    keys = [key.value for key, _ in node.value] if node is not None else []
-    twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) < 1000 else None
-    if twice is not None:  # PyYAML takes the last
-        raise ValueError(f"{file} cannot be used: it gives {twice[:200]} twice")
     return read
 
 

@@ -5,9 +5,8 @@
         GraceModifier:           the name of a modifier
           scheme: W4A16          its fields
 
-PyYAML and llm-compressor's reader take more than this: of a key given twice the last, of other keys none, and aliases of
-aliases until memory ends. So the text is composed into nodes first, which takes time in proportion to its length; the nodes are
-counted as if every alias were written out, and only then are values made of them and given to upstream.
+llm-compressor's reader takes more than this and passes over keys of other names, so the form is checked before upstream gets
+the values. `grace_plugin.data.bounded_yaml` bounds the text.
 """
 
 from __future__ import annotations
@@ -21,19 +20,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from grace_plugin.data.mix import CONSTRUCTOR_ERRORS
+from grace_plugin.data.bounded_yaml import MOST_LEVELS, YamlTextError, read_yaml
 from grace_plugin.recipe import problems, shown
 from grace_plugin.upstream import Modifier, Recipe
 
 __all__ = ["recipe_from"]
 
-MOST_BYTES, MOST_VALUES, MOST_LEVELS = 2**18, 20_000, 32
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MOST_BYTES, MOST_VALUES = 2**18, 20_000
 _ENDINGS = (".yaml", ".yml", ".json")
-_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 _RESERVED = {"self", "type_", "allow_registered", "allow_experimental"}  # arguments of upstream's factory
 _NAMES = (
     "GraceModifier",
@@ -144,95 +140,14 @@ def _parsed(text: str, is_json: bool) -> Any:
                 if isinstance(error, _RecipeError):
                     raise
                 raise _RecipeError("an integer of too many digits") from None
-        return _parsed_yaml(text)
+        read = read_yaml(text, values=MOST_VALUES, what="a recipe")
     except RecursionError:
         raise _RecipeError(f"nested deeper than {MOST_LEVELS} levels") from None
-    except UnicodeEncodeError:
-        raise _RecipeError("half a character (a lone surrogate)") from None
-    except yaml.YAMLError as error:
-        raise _RecipeError(f"no YAML: {_yaml_fault(error, text)}") from None
-
-
-def _parsed_yaml(text: str) -> Any:
-    _check_events(text)
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise _RecipeError(f"empty; {_FORM}")
-        _check_nodes(node, {})
-        try:
-            return loader.construct_document(node)
-        except CONSTRUCTOR_ERRORS as error:
-            raise _RecipeError(f"a value that cannot be read: {str(error)[:200]}") from None
-    finally:
-        loader.dispose()
-
-
-def _check_events(text: str) -> None:
-    """Refuse a text that is nested too deep or holds too much, while it is read from its start: composing it is recursive, and
-    libyaml's form of that ends the process where it is too deep."""
-    level = count = 0
-    event: Any
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            level += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            level -= 1
-        if level > MOST_LEVELS:
-            raise _RecipeError(f"line {event.start_mark.line + 1}: nested deeper than {MOST_LEVELS} levels")
-        count += 1
-        if count > 2 * MOST_VALUES:
-            raise _RecipeError(f"more than {MOST_VALUES:,} values")
-
-
-def _yaml_fault(error: yaml.YAMLError, text: str) -> str:
-    if isinstance(error, yaml.reader.ReaderError):
-        line = text.encode(errors="replace")[: error.position].count(b"\n") + 1
-        return f"line {line}: a character that is not allowed; is it another file?"
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    said = " ".join(str(getattr(error, "problem", None) or getattr(error, "context", None) or error).split())[:200]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {said}" if mark else said
-
-
-def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node stands for, every alias written out; each node is visited once.
-
-    Raises:
-        _RecipeError: too many, one that contains itself, a key given twice, or a kind that JSON does not have.
-    """
-    if id(node) in sizes:
-        if not sizes[id(node)]:
-            raise _RecipeError(f"{_line(node)}: an alias contains itself")
-        return sizes[id(node)]
-    if node.tag not in _TAGS:
-        if node.tag.endswith(":timestamp"):
-            raise _RecipeError(f"{_line(node)}: {shown(node.value)} is read as a date; put it in quotes")
-        raise _RecipeError(
-            f"{_line(node)}: the tag {shown(node.tag)}; a recipe holds mappings, lists, words and numbers alone"
-        )
-    sizes[id(node)] = 0
-    count, keys = 1, set()
-    for child in node.value if not isinstance(node, yaml.ScalarNode) else ():
-        for part in child if isinstance(node, yaml.MappingNode) else (child,):
-            count += _check_nodes(part, sizes)
-        if isinstance(node, yaml.MappingNode):
-            key = child[0]
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise _RecipeError(
-                    f"{_line(key)}: the key {shown(key.value)} must be a name; put it in quotes if it is one"
-                )
-            if key.value in keys:
-                raise _RecipeError(f"{_line(key)}: the key {shown(key.value)} is given twice; keep one of them")
-            keys.add(key.value)
-    if count > MOST_VALUES:
-        raise _RecipeError(f"{_line(node)}: aliases that stand for more than {MOST_VALUES:,} values")
-    sizes[id(node)] = count
-    return count
-
-
-def _line(node: yaml.Node) -> str:
-    return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+    except YamlTextError as error:
+        raise _RecipeError(str(error)) from None
+    if read is None:
+        raise _RecipeError(f"empty; {_FORM}")
+    return read
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from grace_plugin.artifact.layout import environment
 from grace_plugin.data import load_rows, stream_rows
-from grace_plugin.run.field_types import shown
+from grace_plugin.data.shown import shown
 from grace_plugin.run.manifest import checkpoint_digest, dataset_digest, read_run_file
 from grace_plugin.run.train import TrainResult, train
 
@@ -55,7 +55,9 @@ def _check_same(what: str, place: Any, recorded: Any, now: Any, *, given: bool) 
         logger.warning("%s is not the one of the run: this is another training", what)
         return
     found = "another one is there" if now is not None else "nothing readable is there"
-    raise ValueError(f"the {what} of the run was read from {shown(place)}, and {found} now; give {what}= (--{what})")
+    raise ValueError(
+        f"the {what} of the run was read from {shown(place, 200)}, and {found} now; give {what}= (--{what})"
+    )
 
 
 def _say_environment(recorded: Mapping[str, Any], processes: int) -> None:

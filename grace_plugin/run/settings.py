@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from grace_plugin.data.shown import shown
 from grace_plugin.run.arguments import ARGUMENTS, DEFAULTS, NEEDS, SCHEDULE_FREE_DEFAULTS, Rule
 from grace_plugin.run.devices import check_whole, one_gpu
-from grace_plugin.run.field_types import check_name_known, default_of, fields, shown, typed
+from grace_plugin.run.field_types import check_name_known, default_of, fields, typed
 from grace_plugin.run.memory import check_optimizer
 
 __all__ = [
