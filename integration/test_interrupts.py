@@ -94,3 +94,10 @@ def test_sigterm__to_one_of_two_ranks__both_end_after_the_same_step(folder: Path
     (state,) = resume.states(folder / "ranks.run")
     assert resume.damage(state) == "" and f"{state} is kept" in line and not out.exists()
     assert sorted(path.name for path in state.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    words.append("--resume_from_checkpoint")
+    ranks = [begun(words, RANK=rank, LOCAL_RANK=rank, **together) for rank in ("0", "1")]
+    printed = [rank.communicate(timeout=LIMIT)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert json.loads((out / "grace/record.json").read_text())["run"]["steps"] == STEPS
+    said = ('"verified": true', "GRACE: 2 processes", "serve it: vllm serve")
+    assert [[line in text for line in said] for text in printed] == [[True] * 3, [False] * 3], "one rank speaks"

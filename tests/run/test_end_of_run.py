@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -222,12 +221,15 @@ def test_signal__not_asked_for__left_to_the_caller(llava: Pair, tmp_path: Path) 
 
 
 def in_child(work: Any) -> int:
-    """Exit status of a forked process, as the shell says it; nothing of it returns to pytest."""
+    """Exit status of a forked process, negative for a signal, 3 for an exception; nothing of it returns to pytest."""
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
+        status = 3
+        try:
             work()
-        os._exit(0)
+            status = 0
+        finally:
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
