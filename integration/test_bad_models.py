@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.bad_models import Case, Materials, cases, copied, finished, problem_of, try_all, try_case
+from integration.bad_model_cases import Case, Materials, cases, copied, finished
+from integration.bad_models import problem_of, try_all, try_case
 
 PART = (
     "student: whole", "student: in shards", "student: known leftovers", "student: a finished checkpoint",
