@@ -215,7 +215,7 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
     [
         ("sets: []", r"mix\.yaml is no mix; give `sets:`"),
         ("- a", r"mix\.yaml is no mix"),
-        ("sets: [", r"mix\.yaml is not YAML"),
+        ("sets: [", r"mix\.yaml is no mix: no YAML: line 2, column 1"),
         ("sets:\n - {path: one.jsonl, wieght: 2}", r"set 0: [\s\S]*wieght"),
         ("sets:\n - {path: one.jsonl, weight: 0}", r"set 0: [\s\S]*greater than 0"),
         ("sets:\n - {path: one.jsonl, cap: 0}", r"set 0: [\s\S]*greater than or equal to 1"),
