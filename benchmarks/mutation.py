@@ -38,7 +38,7 @@ from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier,
 
 WORK, INTERPRETED = ROOT / "build" / "mutation", ROOT / "build" / "mutation_interpreted"
 SMALL = (  # kernels' tests that take little time in the interpreter
-    "test_chunks_triton or test_together_triton or small or needed"
+    "test_chunks_triton or test_grouped_triton or small or needed"
 )
 CONFIGURATION = """
 [tool.mutmut]

@@ -4,7 +4,7 @@ Importing the package registers `GraceModifier` with llm-compressor's ModifierFa
 does nothing else. Importing it again changes nothing.
 """
 
-from grace_plugin.artifact import VerificationError, verify
+from grace_plugin.export import VerificationError, verify
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.run import GraceSession, TrainResult, export, grace_session, oneshot, train, train_from

@@ -18,9 +18,8 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
-from grace_plugin.kernels import check_kernels
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.attach import Attached, attach
+from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
 from grace_plugin.quantizer.layers import Format, check_layers
 from grace_plugin.recipe import (
     CheckedKeys,
@@ -42,11 +41,11 @@ from grace_plugin.schemes import (
     check_schemes,
     clear_schemes,
     group_of,
-    hand_over,
+    set_upstream_scales,
     stored_dtype,
 )
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
-from grace_plugin.trainable import lora_layers, raise_masters, release_masters
+from grace_plugin.trainable import lora_layers, release_masters, upcast_to_fp32
 from grace_plugin.upstream import (
     Modifier,
     QuantizationMixin,
@@ -55,6 +54,7 @@ from grace_plugin.upstream import (
     match_named_modules,
     running_pipeline,
 )
+from grace_plugin.vllm_constraints import check_kernels
 from grace_plugin.vlm import check_depth, family_of
 from grace_plugin.vlm.loading import check_finite, check_model
 
@@ -93,7 +93,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     _objective: GraceObjective | None = PrivateAttr(None)
     _objective_kind: type[GraceObjective] = PrivateAttr(GraceObjective)
-    _attached: list[Attached] = PrivateAttr(default_factory=list)
+    _attached: list[QuantizedLayerGroup] = PrivateAttr(default_factory=list)
     _student: Any = PrivateAttr(None)
     _trainable: list[nn.Parameter] | None = PrivateAttr(None)  # of the caller's, once the model is about to be changed
     _given_teacher: Any = PrivateAttr(None)
@@ -162,7 +162,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     @property
     def export_plan(self) -> Any:
-        """What `grace_plugin.artifact.rehearse_save` prepared for the save; None before."""
+        """What `grace_plugin.export.rehearse_save` prepared for the save; None before."""
         return self._export_plan
 
     @export_plan.setter
@@ -194,10 +194,10 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         self.scales = self.scales.model_copy(update={"stored_dtype": str(self._dtype).removeprefix("torch.")})
         self._student = model
         if self.quantize:
-            family.open_experts(model)
+            family.unfuse_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
-        raise_masters(model, self.training)  # exact, so nothing is lost when a check below fails
+        upcast_to_fp32(model, self.training)  # exact, so nothing is lost when a check below fails
         self._check_patterns(model)
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
@@ -316,7 +316,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
                 "grace_plugin.train(...)"
             )
         self._frozen = self._objective.finalize(self._dtype)
-        hand_over(state.model, self._frozen, self._dtype)
+        set_upstream_scales(state.model, self._frozen, self._dtype)
         if self._frozen:
             QuantizationMixin.end_calibration(self, state.model)
         self._teacher = None

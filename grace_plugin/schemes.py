@@ -37,7 +37,7 @@ __all__ = [
     "check_schemes",
     "clear_schemes",
     "group_of",
-    "hand_over",
+    "set_upstream_scales",
     "stored_dtype",
 ]
 
@@ -273,7 +273,7 @@ def _source_dtype(model: nn.Module) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def hand_over(model: Any, frozen: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+def set_upstream_scales(model: Any, frozen: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
     """Give the learned scales to upstream's parameters, and the stored dtype to the configs that the save path writes."""
     for name, (_, scale) in frozen.items():
         model.get_submodule(name).weight_scale = nn.Parameter(scale.clone(), requires_grad=False)

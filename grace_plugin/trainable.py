@@ -21,7 +21,7 @@ from grace_plugin.quantizer import LORA_A, LORA_B, PARAMETER
 from grace_plugin.recipe import LoraRecipe, TrainingRecipe
 from grace_plugin.vlm import Family, matches
 
-__all__ = ["choose_trainable", "lora_layers", "raise_masters", "release_masters", "store_in"]
+__all__ = ["cast_parameters", "choose_trainable", "lora_layers", "release_masters", "upcast_to_fp32"]
 
 LEARNED = (PARAMETER, LORA_A, LORA_B)
 
@@ -41,7 +41,7 @@ def _norms(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if "norm" in type(module).__name__.lower())
 
 
-def raise_masters(model: nn.Module, asked: TrainingRecipe) -> None:
+def upcast_to_fp32(model: nn.Module, asked: TrainingRecipe) -> None:
     """Turn every parameter into float32 where all of the model trains and the recipe asks for it."""
     if asked.method == "full" and asked.master_weights == "float32":
         for parameter in model.parameters():
@@ -81,7 +81,7 @@ def release_masters(model: nn.Module) -> None:
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def store_in(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """`release_masters`, and every parameter in that dtype, one by one; buffers as rotary frequencies keep theirs."""
     release_masters(model)
     for parameter in model.parameters():

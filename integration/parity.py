@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoProcessor
 
-from grace_plugin.artifact.verify import load
+from grace_plugin.export.verify import load
 from tests.films import pictures
 
 INT4_KERNEL = "CPUWNA16LinearKernel" if torch.cpu._is_avx512_supported() else "DenseInt4LinearKernel"

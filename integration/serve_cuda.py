@@ -27,7 +27,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AutoProcessor
 
-from grace_plugin.artifact.verify import load
+from grace_plugin.export.verify import load
 from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from integration.families import MEAN, MOST, NEAR_TIE, Row, questions, train

@@ -69,7 +69,7 @@ def trained(device: str) -> list[Tensor]:
     attached.defer()
     for seed in (7, 8):
         model(drawn(5, 64, seed=seed).float().to(device)).square().sum().backward()
-    attached.settle()
+    attached.finalize_deferred_grads()
     found: list[Any] = [parameter.grad for parameter in model.parameters()]
     return [grad.cpu() for grad in found]
 

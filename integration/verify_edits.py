@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import grace_plugin
-from grace_plugin.artifact.layout import environment
-from tests.artifact.edits import byte_edits, field_edits, verdict
+from grace_plugin.export.layout import environment
+from tests.export.edits import byte_edits, field_edits, verdict
 from tests.pairs import pair, run
 
 __all__ = ["edit_all"]

@@ -20,8 +20,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "grace_plugin"
 ROOMS = (
-    "contract", "locks", "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "kernels", "trainable",
-    "data", "teacher", "objective", "modifier", "artifact", "run", "serve", "report", "demo", "cli",
+    "contract", "locks", "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "vllm_constraints",
+    "trainable",
+    "data", "teacher", "objective", "modifier", "export", "run", "serve", "report", "demo", "cli",
 )  # fmt: skip
 APART = {"losses", "quantizer", "controller"}
 LEAST = {  # what the small rooms may import from outside the standard library

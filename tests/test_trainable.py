@@ -10,7 +10,7 @@ from torch import nn
 
 from grace_plugin.quantizer import attach
 from grace_plugin.recipe import LoraRecipe, TrainingRecipe
-from grace_plugin.trainable import choose_trainable, lora_layers, raise_masters, release_masters
+from grace_plugin.trainable import choose_trainable, lora_layers, release_masters, upcast_to_fp32
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import family_of
 from tests.tiny import build
@@ -115,7 +115,7 @@ def test_only_where_all_of_the_model_trains_it_is_raised_to_float32(
     method: Any, masters: Any, expected: torch.dtype
 ) -> None:
     layer = nn.Linear(2, 2).bfloat16()
-    raise_masters(layer, TrainingRecipe(method=method, master_weights=masters))
+    upcast_to_fp32(layer, TrainingRecipe(method=method, master_weights=masters))
     assert {p.dtype for p in layer.parameters()} == {expected}
 
 

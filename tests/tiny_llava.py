@@ -61,7 +61,7 @@ def _mark(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def llava_next(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
-    """CLIP tower, Llama decoder, a mosaic of up to four tiles."""
+    """CLIP tower, Llama decoder, a tile_grid of up to four tiles."""
     square = {"height": SIDE, "width": SIDE}
     images = LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=square, image_grid_pinpoints=PINPOINTS)
     processor = LlavaNextProcessor(
@@ -77,7 +77,7 @@ def llava_next(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Buil
 
 
 def llava_onevision(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Built:
-    """SigLIP tower, Qwen2 decoder, a mosaic of up to four tiles; videos."""
+    """SigLIP tower, Qwen2 decoder, a tile_grid of up to four tiles; videos."""
     square = {"height": SIDE, "width": SIDE}
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS), tokenizer,

@@ -21,7 +21,7 @@ from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.others import prepare
 from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.quantizer import PARAMETER, Attached, attach, code_range, fake_quantize, stored_scale
+from grace_plugin.quantizer import PARAMETER, QuantizedLayerGroup, attach, code_range, fake_quantize, stored_scale
 from grace_plugin.teacher import model_inputs
 from grace_plugin.vlm import capture, family_of, matches
 
@@ -34,7 +34,7 @@ Form = tuple[int, int | None]  # bits, group size
 class Quantized:
     """What was put on the student. bake: ends another library's quantizer; bits: by layer, where they differ."""
 
-    attached: tuple[Attached, ...] = ()
+    attached: tuple[QuantizedLayerGroup, ...] = ()
     bake: Callable[[], None] = lambda: None
     bits: dict[str, int] = field(default_factory=dict)
 

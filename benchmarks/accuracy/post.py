@@ -17,8 +17,8 @@ from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.scenes import Album, Asked
 from benchmarks.accuracy.study import SETTINGS
-from grace_plugin.artifact.layout import rewrite_ignore
-from grace_plugin.schemes import hand_over
+from grace_plugin.export.layout import rewrite_ignore
+from grace_plugin.schemes import set_upstream_scales
 from grace_plugin.upstream import GPTQModifier, QuantizationMixin, QuantizationModifier, modify_save_pretrained, oneshot
 from grace_plugin.vlm import family_of
 
@@ -88,7 +88,7 @@ def export(model: Any, frozen: dict[str, tuple[torch.Tensor, torch.Tensor]], set
     patterns = family_of(model).quantization_ignore()
     schemes = QuantizationModifier(config_groups=groups_of(setting), ignore=patterns)
     QuantizationMixin.initialize_quantization(schemes, model)
-    hand_over(model, frozen, torch.bfloat16)
+    set_upstream_scales(model, frozen, torch.bfloat16)
     QuantizationMixin.end_calibration(schemes, model)
     modify_save_pretrained(model)
     _write(model, patterns, folder)

@@ -11,9 +11,9 @@ from benchmarks.speed.timing import graphed, paired_ms
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
 from grace_plugin.quantizer.fake_quant import fake_quantize
+from grace_plugin.quantizer.grouped import Layer, fill, finalize_all_deferred_grads, finalize_deferred_grads
 from grace_plugin.quantizer.layers import Format
 from grace_plugin.quantizer.scales import start_scales
-from grace_plugin.quantizer.together import Layer, fill, settle, settle_all
 
 __all__ = ["layers", "linear"]
 
@@ -60,7 +60,7 @@ class _Case:
         if self.attached is not None:
             for parameter, total in zip(self.layer.parameters(), self.sums, strict=True):
                 parameter.grad = total
-            self.attached.settle()
+            self.attached.finalize_deferred_grads()
             for parameter in self.layer.parameters():
                 parameter.grad = None
 
@@ -120,7 +120,7 @@ def layers(depth: int) -> dict[str, Any]:
     def together() -> None:
         counter.advance()
         fill(several, form, out)
-        settle_all(several, form)
+        finalize_all_deferred_grads(several, form)
 
     @torch.no_grad()
     def one_by_one() -> None:
@@ -129,7 +129,7 @@ def layers(depth: int) -> dict[str, Any]:
             for weight, theta, cache in several:
                 fake_quantize(weight, theta, group_size=form.group_size, cache=cache, **how)
         for weight, theta, _ in several:
-            settle(weight, theta, **how)
+            finalize_deferred_grads(weight, theta, **how)
 
     times = paired_ms({"together": together, "one_by_one": one_by_one}, 10)
     count = sum(weight.numel() for weight, _, _ in several)

@@ -22,7 +22,7 @@ from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import attach
 from grace_plugin.recipe import TrainingRecipe
 from grace_plugin.teacher import ResidentTeacher, model_inputs
-from grace_plugin.teacher.own import unquantized
+from grace_plugin.teacher.self_teacher import unquantized
 
 __all__ = ["memory", "step"]
 
@@ -127,7 +127,7 @@ def _grace(
             loss = grace.loss(student, batch)
         loss.backward()
         grace.measure()
-        attached.settle()
+        attached.finalize_deferred_grads()
         optimizer.step()
         grace.step(1.0)
         optimizer.zero_grad()

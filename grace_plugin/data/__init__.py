@@ -2,7 +2,7 @@
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Row, check_row, check_rows, read_row
-from grace_plugin.data.faults import REASONS, RowError
+from grace_plugin.data.errors import REASONS, RowError
 from grace_plugin.data.given import as_samples
 from grace_plugin.data.key import SAMPLE_KEY, processor_settings, sample_key
 from grace_plugin.data.mix import draw_rows

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from grace_plugin.data.conversation import Row, read_row
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.processed_size import ProcessedSizes
 from grace_plugin.data.recent import Recent
-from grace_plugin.data.runs import visual_runs
 from grace_plugin.data.segments import Segment, Segmenter
 from grace_plugin.data.shown import shown
+from grace_plugin.data.spans import visual_spans
 from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Tokens
 from grace_plugin.vlm import VISUAL_RUNS, bounded_size
 
@@ -106,7 +106,7 @@ class ConversationCollator:
         if pictured:
             batch |= self._tokens.pictured(pictured, self._pixels(pictured))
             if any(piece.videos for piece in pictured) and "pixel_values_videos" not in batch:  # frames stand as images
-                batch[VISUAL_RUNS] = visual_runs(pictured, self.segmenter.placeholders)
+                batch[VISUAL_RUNS] = visual_spans(pictured, self.segmenter.placeholders)
         if plain:
             self._tokens.plain(plain)
         for own, row in zip(text, rows, strict=True):

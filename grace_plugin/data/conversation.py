@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_plugin.data.faults import RowError, raise_unreadable
+from grace_plugin.data.errors import RowError, raise_unreadable
 from grace_plugin.data.formats import to_messages
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
 from grace_plugin.data.parts import BOUNDS, media_value

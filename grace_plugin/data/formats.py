@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.llava_format import from_llava
 from grace_plugin.data.schema import is_empty, unused_fields
 from grace_plugin.data.shown import shown

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_plugin.data.faults import unreadable
+from grace_plugin.data.errors import unreadable
 from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["JsonLines", "check_regular", "json_list", "read_json"]

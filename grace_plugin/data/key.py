@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from grace_plugin.data.conversation import check_row
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.media import media_source, shown_source
 from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import Video

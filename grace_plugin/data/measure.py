@@ -17,7 +17,7 @@ from PIL import Image
 
 from grace_plugin.data.collate import IGNORE_INDEX, ConversationCollator, highest_id
 from grace_plugin.data.conversation import Row, check_row, read_row, row_name
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.media import decode_image, image_size
 from grace_plugin.data.shown import shortened

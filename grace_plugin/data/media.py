@@ -34,7 +34,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image", "image_size", "is_path", "media_source", "shown_source"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Row, read_row
-from grace_plugin.data.faults import REASONS
+from grace_plugin.data.errors import REASONS
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.prepare import Prepared, spread
 

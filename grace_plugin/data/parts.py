@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.media import is_path
 from grace_plugin.data.schema import METADATA, check_turn_fields, is_empty
 from grace_plugin.data.shown import shown

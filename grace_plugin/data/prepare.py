@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.given import as_samples
 from grace_plugin.data.index import index_file, number_of, scan
 from grace_plugin.data.measure import Entry

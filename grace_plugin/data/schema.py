@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.shown import shown
 
 __all__ = ["METADATA", "REFUSED", "check_turn_fields", "is_empty", "unused_fields"]

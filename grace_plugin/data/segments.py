@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from grace_plugin.data.conversation import Row
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.data.special import SpecialStrings
 from grace_plugin.data.time_limit import TimeLimitError, memory_limit, time_limit

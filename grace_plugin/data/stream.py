@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import read_row
-from grace_plugin.data.faults import REASONS, RowError
+from grace_plugin.data.errors import REASONS, RowError
 from grace_plugin.data.measure import Measure
 from grace_plugin.data.prepare import REJECTED, REPORT, BadRowsError
 

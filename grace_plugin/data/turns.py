@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.parts import check_text, read_parts
 from grace_plugin.data.schema import check_turn_fields, is_empty
 from grace_plugin.data.shown import shortened, shown

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_plugin.data.faults import RowError
+from grace_plugin.data.errors import RowError
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image, media_source, shown_source
 from grace_plugin.data.shown import shortened, shown
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from grace_plugin.artifact.layout import rewrite_ignore
 from grace_plugin.data import ConversationCollator
 from grace_plugin.demo.plain import PlainObjective
 from grace_plugin.demo.scenes import TRAINING_SEED, training_rows
 from grace_plugin.demo.score import Encoded
 from grace_plugin.demo.shared import SharedTeacher
+from grace_plugin.export.layout import rewrite_ignore
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from grace_plugin.artifact.layout import environment
 from grace_plugin.demo.jobs import Result
 from grace_plugin.demo.score import interval, paired_difference
+from grace_plugin.export.layout import environment
 
 __all__ = ["print_summary", "summarise"]
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from grace_plugin.quantizer.attach import Attached
+from grace_plugin.quantizer.attach import QuantizedLayerGroup
 
 __all__ = ["freeze"]
 
 
-def freeze(attached: Sequence[Attached]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, int]]:
+def freeze(attached: Sequence[QuantizedLayerGroup]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, int]]:
     """Codes (int8 [out, in]) and scales ([out, groups], stored dtype) by layer name, and how many weights were compared.
 
     Every layer's weight is taken the way its forward pass takes it and compared with `code * scale`, bit for bit, one layer at
@@ -24,7 +24,7 @@ def freeze(attached: Sequence[Attached]) -> tuple[dict[str, tuple[Tensor, Tensor
     differing: dict[str, int] = {}
     for one in attached:
         codes = one.freeze()
-        differing |= one.forward_differing(codes)
+        differing |= one.count_forward_mismatches(codes)
         frozen |= codes
     if differing:
         shown = ", ".join(f"{name}: {count}" for name, count in list(differing.items())[:5])

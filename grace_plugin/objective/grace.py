@@ -33,11 +33,11 @@ from grace_plugin import controller as dual
 from grace_plugin.objective.freeze import freeze
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.terms import check_gradient, head_term, visual_term
-from grace_plugin.objective.window import StepRecord, Window, all_reduce_sum, beside, gate_quantiles, look
-from grace_plugin.quantizer.attach import Attached
+from grace_plugin.objective.window import AccumulationWindow, StepRecord, all_reduce_sum, beside, gate_quantiles, look
+from grace_plugin.quantizer.attach import QuantizedLayerGroup
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
-from grace_plugin.trainable import choose_trainable, store_in
+from grace_plugin.trainable import cast_parameters, choose_trainable
 from grace_plugin.vlm import capture, check_depth, family_of
 
 __all__ = ["GraceObjective"]
@@ -57,10 +57,10 @@ class GraceObjective:
         self.relational = relational or RelationalRecipe()
         self.controller = controller or ControllerRecipe()
         self.training = training or TrainingRecipe()
-        self.attached: tuple[Attached, ...] = ()
+        self.attached: tuple[QuantizedLayerGroup, ...] = ()
         self.steps = self.nonfinite_steps = 0
         self.record: StepRecord | None = None
-        self._window = Window()
+        self._window = AccumulationWindow()
         self._gates: Tensor | None = None
 
     @property
@@ -70,7 +70,7 @@ class GraceObjective:
 
     def prepare(
         self, student: nn.Module, teacher: nn.Module | Teacher | None, *, vocabulary: int, total_steps: int,
-        attached: Sequence[Attached] = (), trains: bool = True,
+        attached: Sequence[QuantizedLayerGroup] = (), trains: bool = True,
     ) -> None:  # fmt: skip
         """Tie the objective to a student, freeze what does not train, and start the controller.
 
@@ -149,7 +149,7 @@ class GraceObjective:
             all_reduce_sum(counts)
             gates = [item.gate for item in pending if item.gate is not None]
             self._gates = torch.cat(gates) if gates else None
-        self._window = Window(pending, counts, sums, stream=stream)
+        self._window = AccumulationWindow(pending, counts, sums, stream=stream)
         tokens = sums.new_full((), sum(item.positions.numel() for item in pending))
         all_reduce_sum(tokens)
         return tokens
@@ -159,7 +159,7 @@ class GraceObjective:
 
         Gradients of its backward passes are the caller's: empty them with `zero_grad`.
         """
-        self._window = Window()
+        self._window = AccumulationWindow()
 
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """Loss of the window's next micro-batch, in nats; the sum over the window is the step's loss.
@@ -207,7 +207,7 @@ class GraceObjective:
         """
         assert self.record is not None, "measure() comes before step()"
         self.steps += 1
-        self._window = Window()
+        self._window = AccumulationWindow()
         if skipped:
             self.nonfinite_steps += 1
             if self.nonfinite_steps > self.training.max_nonfinite_steps:
@@ -218,7 +218,7 @@ class GraceObjective:
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
         for attached in self.attached:
-            attached.fill_ahead()
+            attached.prefetch_quantized_weights()
 
     def gate_quantiles(self) -> dict[str, float]:
         """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
@@ -264,5 +264,5 @@ class GraceObjective:
         for attached in self.attached:
             attached.bake()
             attached.detach()
-        store_in(self.student, dtype)
+        cast_parameters(self.student, dtype)
         return frozen

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grace_plugin.losses.head import distillation_head
 from grace_plugin.losses.relational import relational_loss
-from grace_plugin.objective.window import MicroBatch, Window
+from grace_plugin.objective.window import AccumulationWindow, MicroBatch
 from grace_plugin.recipe import DistillRecipe
 from grace_plugin.teacher import Teacher
 
@@ -32,7 +32,7 @@ def check_gradient(states: Sequence[Tensor]) -> None:
 
 
 def head_term(
-    window: Window,
+    window: AccumulationWindow,
     item: MicroBatch,
     final: Tensor,
     head: Any,
@@ -74,7 +74,7 @@ def head_term(
     return out.loss
 
 
-def visual_term(window: Window, item: MicroBatch, penultimate: Tensor, *, omega: float) -> Tensor:
+def visual_term(window: AccumulationWindow, item: MicroBatch, penultimate: Tensor, *, omega: float) -> Tensor:
     """omega * sum (1 - CKA) / I of a micro-batch; an exact, differentiable zero without images.
 
     Args:

@@ -29,9 +29,9 @@ from grace_plugin.vlm import Family, VisualTokens
 from grace_plugin.vlm.host import moved, one_thread
 
 __all__ = [
+    "AccumulationWindow",
     "MicroBatch",
     "StepRecord",
-    "Window",
     "all_reduce_sum",
     "beside",
     "gate_quantiles",
@@ -76,7 +76,7 @@ class MicroBatch:
 
 
 @dataclass
-class Window:
+class AccumulationWindow:
     """Micro-batches still to be used, the divisors and the running sums of one optimizer step."""
 
     pending: list[MicroBatch] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Learned group scales: fake quantization that trains exactly what the checkpoint will hold. Pure torch."""
 
-from grace_plugin.quantizer.attach import Attached, attach
+from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
 from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
 from grace_plugin.quantizer.layers import PARAMETER, Format
@@ -18,8 +18,8 @@ __all__ = [
     "LORA_A",
     "LORA_B",
     "PARAMETER",
-    "Attached",
     "Format",
+    "QuantizedLayerGroup",
     "StepCounter",
     "WeightCache",
     "attach",

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from grace_plugin.quantizer import fake_quant_triton
 from grace_plugin.quantizer.cache import StepCounter, WeightCache
 from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize
+from grace_plugin.quantizer.grouped import fill, finalize_all_deferred_grads, layer_of
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format, LayerState, check_layers
 from grace_plugin.quantizer.linear import forward_weight, quantized_forward
 from grace_plugin.quantizer.lora import LORA_A, LORA_B, factors, merged, start_lora
 from grace_plugin.quantizer.scales import start_scales, stored_scale
-from grace_plugin.quantizer.together import fill, layer_of, settle_all
 
 
-class Attached:
+class QuantizedLayerGroup:
     """The layers that carry learned scales, by name; made by :func:`attach`."""
 
     def __init__(self, linears: Mapping[str, nn.Linear], form: Format, counter: StepCounter) -> None:
@@ -82,9 +82,10 @@ class Attached:
         return torch.stack(counts).sum() / sum(linear.weight.numel() for linear in self._linears.values())
 
     def defer(self, on: bool = True) -> None:
-        """Let gradients of weights be dL/dw^ until :meth:`settle`: many micro-batches then cost one backward of the quantizer.
+        """Let gradients of weights be dL/dw^ until :meth:`finalize_deferred_grads`: many
+        micro-batches then cost one backward of the quantizer.
 
-        For loops whose gradients stay in ``.grad`` (one process, DDP): other engines leave nothing there to settle.
+        For loops whose gradients stay in ``.grad`` (one process, DDP): other engines leave nothing there to finalize.
         """
         for linear in self._linears.values():
             self._state(linear).defer = on
@@ -97,7 +98,7 @@ class Attached:
             plain = (one for one, state in pairs if state.scaling is None and state.computed_in in (None, dtype))
             fill(map(layer_of, plain), self._form, dtype)
 
-    def fill_ahead(self) -> None:
+    def prefetch_quantized_weights(self) -> None:
         """Quantize now what the next forward pass would, in the dtype of the latest one, where one launch takes it together.
 
         Called behind an optimizer's step, the host's part of it passes while the device still steps. Elsewhere it does nothing.
@@ -106,10 +107,12 @@ class Attached:
         for dtype in {s.computed_in for s in states if s.scaling is None and s.computed_in is not None}:
             self.fill(dtype)
 
-    def settle(self) -> None:
+    def finalize_deferred_grads(self) -> None:
         """Make deferred gradients what they stand for, before they are clipped or used; a second call changes nothing."""
         pending = [linear for linear in self._linears.values() if self._state(linear).pending]
-        settle_all([layer_of(linear) for linear in pending if linear.weight.grad is not None], self._form)
+        finalize_all_deferred_grads(
+            [layer_of(linear) for linear in pending if linear.weight.grad is not None], self._form
+        )
         for linear in pending:
             self._state(linear).pending = False
 
@@ -119,7 +122,7 @@ class Attached:
         return {name: (integers, scale) for name, integers, scale in self._codes()}
 
     @torch.no_grad()
-    def forward_differing(self, frozen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
+    def count_forward_mismatches(self, frozen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
         """How many of the weights that a forward pass multiplies by are not ``code * scale``, by layers that have some.
 
         Each weight is taken as the layer's forward takes it, from what it keeps where that is still held to be valid, in the
@@ -211,11 +214,11 @@ def attach(
     low: float = 0.3,
     high: float = 1.2,
     cache: bool = True,
-) -> Attached:
+) -> QuantizedLayerGroup:
     """Give every layer learned group scales and a fake-quantized forward.
 
     Args:
-        linears: layers by name; names are used in messages and in :meth:`Attached.freeze`.
+        linears: layers by name; names are used in messages and in :meth:`QuantizedLayerGroup.freeze`.
         group_size: weights of a row that share a scale; None or -1 for one scale per row.
         num_bits: 2..8.
         stored_dtype: dtype of the checkpoint (weights' or scales' on disk).
@@ -230,7 +233,7 @@ def attach(
     form = Format(group_size, num_bits, stored_dtype)
     check_layers(linears, form)
     counter, start = StepCounter(), {"candidates": candidates, "low": low, "high": high}
-    attached = Attached(linears, form, counter)
+    attached = QuantizedLayerGroup(linears, form, counter)
     try:
         counter.start()
         for linear in linears.values():

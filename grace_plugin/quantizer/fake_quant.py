@@ -17,7 +17,8 @@ and a compute dtype (the weight's, or autocast's) that cannot hold the stored dt
 What it costs. Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in
 blocks of rows, or in one kernel where Triton runs. One quantization per call unless a :class:`WeightCache` is given: then
 once per optimizer step. The backward is linear in dL/dw^ while weight and scale stand still, so it too can wait for the sum
-over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until `together.settle` is called, once per step.
+over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until `grouped.finalize_deferred_grads` is called,
+once per step.
 
 Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
 """
@@ -147,7 +148,7 @@ def quantized(
     return dequantize(found, scale).to(out_dtype), scale
 
 
-class How(NamedTuple):
+class FakeQuantSpec(NamedTuple):
     """What a weight is quantized to, in what dtype, and how its value and gradients come about."""
 
     num_bits: int
@@ -167,9 +168,9 @@ class How(NamedTuple):
     def gradients(
         self, weight: Tensor, log_scale: Tensor, scale: Tensor, grad_value: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and log_scale from dL/dw^; deferred, what `settle` makes them of."""
+        """Of weight and log_scale from dL/dw^; deferred, what `finalize_deferred_grads` makes them of."""
         if self.defer:
-            # DDP waits for a gradient of every parameter; elsewhere `settle` makes the scale's from nothing
+            # DDP waits for a gradient of every parameter; elsewhere `finalize_deferred_grads` makes the scale's from nothing
             shared = dist.is_available() and dist.is_initialized()
             return grad_value, torch.zeros_like(log_scale) if shared else None
         return gradients(weight, scale, grad_value, self.num_bits, needs)
@@ -177,7 +178,7 @@ class How(NamedTuple):
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: How) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: FakeQuantSpec) -> Tensor:
         value, scale = how.value(weight, log_scale)
         ctx.kept, ctx.how = Kept(weight, log_scale, scale), how
         return value
@@ -207,7 +208,8 @@ def fake_quantize(
         num_bits: 2..8.
         stored_dtype: dtype of the checkpoint's scales.
         cache: reuse of the value while neither weight nor scale has changed.
-        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until `together.settle` is called on
+        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until
+            `grouped.finalize_deferred_grads` is called on
             both; they must be leaves that both want a gradient.
 
     Returns:
@@ -229,7 +231,7 @@ def checked(
     stored_dtype: torch.dtype,
     cache: WeightCache | None,
     defer: bool,
-) -> How:
+) -> FakeQuantSpec:
     """The arguments of :func:`fake_quantize`, looked at."""
     check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
     out_dtype = forward_dtype(weight)
@@ -238,4 +240,4 @@ def checked(
             f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
             f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
         )
-    return How(num_bits, stored_dtype, out_dtype, cache, defer)
+    return FakeQuantSpec(num_bits, stored_dtype, out_dtype, cache, defer)

@@ -35,7 +35,7 @@ class LayerState:
     format: Format
     cache: WeightCache | None
     previous_forward: Any  # an instance forward that stood on the layer before, or None
-    defer: bool = False  # leave the backward to `Attached.settle`
+    defer: bool = False  # leave the backward to `QuantizedLayerGroup.finalize_deferred_grads`
     pending: bool = False  # a deferred gradient may be there
     scaling: float | None = None  # alpha / rank of a low-rank update, or None without one
     computed_in: torch.dtype | None = None  # by the latest forward pass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grace_plugin.quantizer.fake_quant import How, checked, fake_quantize
+from grace_plugin.quantizer.fake_quant import FakeQuantSpec, checked, fake_quantize
 from grace_plugin.quantizer.kept import Kept
 from grace_plugin.quantizer.layers import PARAMETER, STATE, LayerState
 from grace_plugin.quantizer.lora import factors, fake_quantize_merged
@@ -31,7 +31,9 @@ __all__ = ["forward_weight", "quantized_forward"]
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, log_scale: Tensor, bias: Tensor | None, how: How) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, log_scale: Tensor, bias: Tensor | None, how: FakeQuantSpec
+    ) -> Tensor:
         value, scale = how.value(weight, log_scale)
         if input.dtype != value.dtype and autocasts(input.device.type):
             input = input.to(value.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.artifact.verify import each_packed_layer
+from grace_plugin.export.verify import each_packed_layer
 from grace_plugin.quantizer.scales import code_range, row_blocks
 
 __all__ = ["LayerErrors", "stored_formats"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.artifact.verify import load
 from grace_plugin.data import processor_settings
+from grace_plugin.export.verify import load
 from grace_plugin.vlm import Family, family_of, shared_vocabulary
 
 __all__ = ["Checkpoint", "Pair", "read_pair"]
@@ -45,7 +45,7 @@ class Checkpoint:
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_pretrained(self.path, dtype="auto").eval()
-        family_of(model).open_experts(model)
+        family_of(model).unfuse_experts(model)
         return model
 
 

@@ -56,7 +56,7 @@ class GraceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Reduce the step's values; a non-finite loss or gradient empties the gradients, so that no optimizer moves."""
-        self.trainer.settle()
+        self.trainer.finalize_deferred_grads()
         record = self.trainer.objective.measure()
         peak = self.trainer.args.learning_rate
         self._progress = float(self.trainer.lr_scheduler.get_last_lr()[0]) / peak if peak else 0.0

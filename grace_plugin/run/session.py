@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from grace_plugin.artifact.destination import check_destination
-from grace_plugin.artifact.layout import source_folder
-from grace_plugin.artifact.plan import rehearse_save
-from grace_plugin.artifact.ranks import together
-from grace_plugin.artifact.save import save_checkpoint
+from grace_plugin.export.destination import check_destination
+from grace_plugin.export.layout import source_folder
+from grace_plugin.export.plan import rehearse_save
+from grace_plugin.export.ranks import together
+from grace_plugin.export.save import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.layers import PARAMETER
@@ -105,7 +105,7 @@ def grace_session(
         processor: what the batches are made with, so what is saved with the checkpoint; the student's own by default.
         teacher_processor: to compare tokenizers; read from the teacher's checkpoint by default.
         probe: samples, or a collated batch, on which the checkpoint is verified and which is published in it; by default seeded
-            noise through `processor` with a fixed text (`grace_plugin.artifact.probe`), nothing of the training data.
+            noise through `processor` with a fixed text (`grace_plugin.export.probe`), nothing of the training data.
         output_dir: where `save` will write, if that is known: destination and free space are tried before the first step.
         record_paths: keep local paths of student and teacher in the checkpoint's recipe and record.
 

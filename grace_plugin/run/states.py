@@ -21,7 +21,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grace_plugin.artifact.ranks import together
+from grace_plugin.export.ranks import together
 from grace_plugin.run.resume import (
     damage,
     disk_is_full,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grace_plugin.artifact.ranks import is_writer
+from grace_plugin.export.ranks import is_writer
 from grace_plugin.run.outputs import kept_streams
 
 if TYPE_CHECKING:

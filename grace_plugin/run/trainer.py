@@ -236,14 +236,14 @@ class GraceTrainer(Trainer):
             keep_full_precision_states(self.optimizer, moved)
         return self.optimizer
 
-    def settle(self) -> None:
+    def finalize_deferred_grads(self) -> None:
         """Make deferred gradients of quantized weights what they stand for; again changes nothing."""
         for attached in self.objective.attached:
-            attached.settle()
+            attached.finalize_deferred_grads()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip weights and scales apart; returns the norm of the weights' gradient before clipping."""
-        self.settle()
+        self.finalize_deferred_grads()
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
@@ -252,7 +252,7 @@ class GraceTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm to log; without clipping it is taken here, and looked at."""
-        self.settle()
+        self.finalize_deferred_grads()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is None and norm is not None:
             self.grad_norm_finite = math.isfinite(norm)

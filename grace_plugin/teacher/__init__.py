@@ -4,9 +4,9 @@ from grace_plugin.teacher.base import MISSING, GivenTeacher, Teacher, TeacherSta
 from grace_plugin.teacher.build import build_cache
 from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_rows, open_store
 from grace_plugin.teacher.open import check_pair, open_teacher
-from grace_plugin.teacher.own import SelfTeacher
 from grace_plugin.teacher.plan import CachePlan
 from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
+from grace_plugin.teacher.self_teacher import SelfTeacher
 from grace_plugin.teacher.store import StateStore
 
 __all__ = [

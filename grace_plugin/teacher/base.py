@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.quantizer.attach import Attached
+from grace_plugin.quantizer.attach import QuantizedLayerGroup
 from grace_plugin.vlm import Family, VisualTokens, capture, family_of
 from grace_plugin.vlm.host import one_thread
 from grace_plugin.vlm.known import known_inputs
@@ -99,7 +99,7 @@ class Teacher(ABC):
         """Move to the device of the run."""
         return None
 
-    def begin(self, student: nn.Module, attached: Sequence[Attached]) -> None:
+    def begin(self, student: nn.Module, attached: Sequence[QuantizedLayerGroup]) -> None:
         """Called once before the first step, when it is settled what of the student trains."""
         return None
 

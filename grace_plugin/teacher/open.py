@@ -9,8 +9,8 @@ from torch import nn
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, Teacher
 from grace_plugin.teacher.cached import CachedTeacher
-from grace_plugin.teacher.own import SelfTeacher
 from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
+from grace_plugin.teacher.self_teacher import SelfTeacher
 from grace_plugin.teacher.store import StateStore
 from grace_plugin.vlm import (
     check_image_processors,

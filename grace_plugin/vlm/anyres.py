@@ -1,6 +1,6 @@
-"""LLaVA-NeXT and LLaVA-OneVision: an image as a base view and a mosaic of tiles, each line of the mosaic closed by a newline.
+"""LLaVA-NeXT and LLaVA-OneVision: an image as a base view and a grid of tiles, each line of the grid closed by a newline.
 
-The mosaic is the best fitting resolution of `image_grid_pinpoints`, with the padding around the image cut away; where it holds
+The grid is the best fitting resolution of `image_grid_pinpoints`, with the padding around the image cut away; where it holds
 too many patches (OneVision) it is shrunk. `image_newline` is a learned vector, not a part of the image: it stands under the
 image's token id and is not a visual token. In OneVision an image of a row with several images has its base view alone, and a
 video has its frames pooled by two with one newline behind the last.
@@ -23,7 +23,7 @@ from grace_plugin.vlm.base import Batch, Family
 __all__ = ["LlavaNext", "LlavaOnevision"]
 
 
-class Mosaic(NamedTuple):
+class TileGrid(NamedTuple):
     """Placeholders of an image: `base` tokens, then `height` lines of `width` tokens and a newline."""
 
     base: int
@@ -51,11 +51,11 @@ class LlavaNext(Family):
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id}
 
-    def mosaics(self, config: Any, batch: Batch, kind: str) -> list[Mosaic]:
+    def tile_grids(self, config: Any, batch: Batch, kind: str) -> list[TileGrid]:
         """The layout of each image (or video) of the batch, in order."""
-        return [self.mosaic(config, height, width) for height, width in batch["image_sizes"].tolist()]
+        return [self.tile_grid(config, height, width) for height, width in batch["image_sizes"].tolist()]
 
-    def mosaic(self, config: Any, height: int, width: int) -> Mosaic:
+    def tile_grid(self, config: Any, height: int, width: int) -> TileGrid:
         """The layout of an image of `height` x `width` pixels."""
         tile = config.vision_config.image_size
         side = tile // config.vision_config.patch_size
@@ -65,13 +65,13 @@ class LlavaNext(Family):
             lines -= 2 * ((lines - int(round(height * (columns / width), 7))) // 2)
         else:
             columns -= 2 * ((columns - int(round(width * (lines / height), 7))) // 2)
-        return Mosaic(side * side, lines, columns)
+        return TileGrid(side * side, lines, columns)
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
-        return [mosaic.placeholders for mosaic in self.mosaics(config, batch, kind)]
+        return [tile_grid.placeholders for tile_grid in self.tile_grids(config, batch, kind)]
 
     def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]]:
-        return [mosaic.true_tokens() for mosaic in self.mosaics(config, batch, kind)]
+        return [tile_grid.true_tokens() for tile_grid in self.tile_grids(config, batch, kind)]
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         return {
@@ -91,23 +91,27 @@ class LlavaOnevision(LlavaNext):
     def token_ids(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.video_token_id}
 
-    def mosaics(self, config: Any, batch: Batch, kind: str) -> list[Mosaic]:
+    def tile_grids(self, config: Any, batch: Batch, kind: str) -> list[TileGrid]:
         side = config.vision_config.image_size // config.vision_config.patch_size
         if kind == "video":
             videos, frames = batch["pixel_values_videos"].shape[:2]
-            return [Mosaic(frames * math.ceil(side / 2) ** 2, 1, 0)] * videos
-        found = super().mosaics(config, batch, kind)
+            return [TileGrid(frames * math.ceil(side / 2) ** 2, 1, 0)] * videos
+        found = super().tile_grids(config, batch, kind)
         counts = batch.get("batch_num_images")
         if counts is None:
             return found
         alone = [count == 1 for count in counts.tolist() for _ in range(count)]
-        return [one if single else Mosaic(side * side, 1, 0) for one, single in zip(found, alone, strict=True)]
+        return [one if single else TileGrid(side * side, 1, 0) for one, single in zip(found, alone, strict=True)]
 
-    def mosaic(self, config: Any, height: int, width: int) -> Mosaic:
-        base, lines, columns = super().mosaic(config, height, width)
+    def tile_grid(self, config: Any, height: int, width: int) -> TileGrid:
+        base, lines, columns = super().tile_grid(config, height, width)
         most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(lines * columns / (most * base))
-        return Mosaic(base, int(lines // ratio), int(columns // ratio)) if ratio > 1.1 else Mosaic(base, lines, columns)
+        return (
+            TileGrid(base, int(lines // ratio), int(columns // ratio))
+            if ratio > 1.1
+            else TileGrid(base, lines, columns)
+        )
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         return {**super().pixel_signature(config), "vision_aspect_ratio": config.vision_aspect_ratio}

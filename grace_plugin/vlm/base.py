@@ -25,7 +25,7 @@ from torch import Tensor, nn
 __all__ = ["VISUAL_RUNS", "Capture", "Family", "VisualTokens", "capture", "check_depth", "matches", "runs"]
 
 Batch = Mapping[str, Any]
-VISUAL_RUNS = "visual_runs"
+VISUAL_RUNS = "visual_spans"
 """The batch entry of families that write a video's frames as images: for each image and video, of how many unbroken runs of
 the image's token it is made (a list of numbers, which no model takes); without it each run is an image of its own."""
 
@@ -88,12 +88,12 @@ class Family(ABC):
         """Per image, which of its placeholders are visual tokens; None when all of them are."""
         return None
 
-    def open_experts(self, model: nn.Module) -> None:
+    def unfuse_experts(self, model: nn.Module) -> None:
         """Turn experts held as one parameter into linears; a model without such experts is left alone."""
         return None
 
     def reading(self) -> AbstractContextManager[None]:
-        """Inside it, transformers reads a quantized checkpoint of this family as `open_experts` left the model."""
+        """Inside it, transformers reads a quantized checkpoint of this family as `unfuse_experts` left the model."""
         return nullcontext()
 
     def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:

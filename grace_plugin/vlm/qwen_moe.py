@@ -29,7 +29,7 @@ class Qwen3VLMoe(Qwen3VL):
     model_type = "qwen3_vl_moe"
     router: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?mlp\.gate$",)
 
-    def open_experts(self, model: nn.Module) -> None:
+    def unfuse_experts(self, model: nn.Module) -> None:
         linearize_moe(model)
         for (
             module

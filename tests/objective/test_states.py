@@ -146,7 +146,7 @@ def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) 
     asked: list[int] = []
 
     class Scales:
-        def fill_ahead(self) -> None:
+        def prefetch_quantized_weights(self) -> None:
             asked.append(llava.grace.steps)
 
     llava.grace.attached = (Scales(), Scales())  # type: ignore[assignment]

@@ -21,10 +21,10 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
         if defer:
             assert linear.weight_log_scale.grad is None
             assert not torch.equal(linear.weight.grad, gradients[0][0])
-        attached.settle()
+        attached.finalize_deferred_grads()
         gradients.append((linear.weight.grad.clone(), linear.weight_log_scale.grad.clone()))
         linear.weight.grad.mul_(2.0)  # a clip, say: what is settled is not formed again
-        attached.settle()
+        attached.finalize_deferred_grads()
         assert torch.equal(linear.weight.grad, 2.0 * gradients[-1][0])
         assert torch.equal(linear.weight_log_scale.grad, gradients[-1][1])
         attached.detach()
@@ -41,7 +41,7 @@ def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
     assert linear.weight_log_scale.grad is None
     with torch.no_grad():
         linear(torch.randn(3, 64))
-    attached.settle()
+    attached.finalize_deferred_grads()
     assert linear.weight_log_scale.grad.any()
     linear.weight_log_scale.grad = None
     linear(torch.randn(3, 64)).sum().backward()  # the next window is deferred again
@@ -60,7 +60,7 @@ def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_pa
     finally:
         torch.distributed.destroy_process_group()
     assert linear.weight_log_scale.grad is not None and not linear.weight_log_scale.grad.any()
-    attached.settle()
+    attached.finalize_deferred_grads()
     assert linear.weight_log_scale.grad.any()
 
 
@@ -72,7 +72,7 @@ def test_a_frozen_weight_or_scale_is_never_deferred():
     linear(torch.randn(3, 64)).sum().backward()
     assert linear.weight.grad is None
     assert linear.weight_log_scale.grad.any()
-    attached.settle()
+    attached.finalize_deferred_grads()
     assert linear.weight_log_scale.grad.any()
 
 
@@ -86,7 +86,7 @@ def test_a_gradient_whose_columns_are_contiguous_is_settled_in_its_own_layout():
         each(torch.ones(3, 64)).square().sum().backward()
         each.weight.grad = change(each.weight.grad)
         strides = each.weight.grad.stride()
-        attached.settle()
+        attached.finalize_deferred_grads()
         assert each.weight.grad.stride() == strides
         grads.append((each.weight.grad, each.weight_log_scale.grad))
     for mine, other in zip(*grads, strict=True):

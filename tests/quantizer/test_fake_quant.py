@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.quantizer import clipped, codes, dequantize, fake_quantize, stored_scale
-from grace_plugin.quantizer.together import settle
+from grace_plugin.quantizer.grouped import finalize_deferred_grads
 from tests.reference import fake_quant as oracle
 from tests.reference.footprint import Footprint
 
@@ -379,7 +379,7 @@ def test_a_settled_scale_keeps_its_dtype_beside_a_float64_weight():
     late = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
     quantized(*plain).square().sum().backward()
     quantized(*late, defer=True).square().sum().backward()
-    settle(*late, num_bits=4, stored_dtype=torch.bfloat16)
+    finalize_deferred_grads(*late, num_bits=4, stored_dtype=torch.bfloat16)
     assert [one.grad.dtype for one in late] == [torch.float64, torch.float32]
     assert torch.equal(late[0].grad, plain[0].grad)
     torch.testing.assert_close(late[1].grad, plain[1].grad, rtol=1e-6, atol=0)

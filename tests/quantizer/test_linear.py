@@ -159,6 +159,6 @@ def test_a_layer_with_a_low_rank_update_tells_in_what_it_computed():
         assert linear(torch.randn(4, 16)).dtype == torch.bfloat16
     assert linear.__dict__[STATE].computed_in == torch.bfloat16
     frozen = attached.freeze()
-    assert attached.forward_differing(frozen) == {}
+    assert attached.count_forward_mismatches(frozen) == {}
     codes, scale = frozen["a"]
-    assert attached.forward_differing({"a": (codes + 1, scale)}) == {"a": codes.numel()}
+    assert attached.count_forward_mismatches({"a": (codes + 1, scale)}) == {"a": codes.numel()}

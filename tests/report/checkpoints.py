@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from grace_plugin.artifact.layout import rewrite_ignore
+from grace_plugin.export.layout import rewrite_ignore
 from grace_plugin.upstream import QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 
@@ -23,7 +23,7 @@ def rounded(student: Path, folder: Path) -> Path:
     """llm-compressor's W4A16 round-to-nearest of a checkpoint."""
     model = AutoModelForImageTextToText.from_pretrained(student, dtype="auto").eval()
     family, processor = family_of(model), AutoProcessor.from_pretrained(student)
-    family.open_experts(model)
+    family.unfuse_experts(model)
     patterns = family.quantization_ignore()
     recipe = QuantizationModifier(scheme="W4A16", targets=["Linear"], ignore=patterns)
     oneshot(model=model, recipe=recipe, processor=processor)

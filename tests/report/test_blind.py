@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 from grace_plugin.data import ConversationCollator, RowError
 from grace_plugin.report.answers import accepted, answer_start
 from grace_plugin.report.blind import blind_row, prompt_text
-from grace_plugin.report.damage import _blind, _Drawn
+from grace_plugin.report.compare import _blind, _Drawn
 from grace_plugin.report.pair import read_pair
 from grace_plugin.vlm import family_of
 from tests.pairs import Pair

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
-from grace_plugin.artifact import VerificationError
 from grace_plugin.data import ConversationCollator
+from grace_plugin.export import VerificationError
 from grace_plugin.upstream import active_session, keep_processor_files
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text, structure

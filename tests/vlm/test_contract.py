@@ -187,7 +187,7 @@ def test_a_cut_picture_is_refused(built: Built, name: str) -> None:
 def test_all_linears_of_the_decoder_are_quantized_and_nothing_else(name: str) -> None:
     model, _ = build(name)
     family = family_of(model)
-    family.open_experts(model)
+    family.unfuse_experts(model)
     chosen = {
         id(module) for module in dict(match_named_modules(model, ["Linear"], family.quantization_ignore())).values()
     }
@@ -222,7 +222,7 @@ def test_a_router_is_left_alone() -> None:
         with torch.no_grad():
             before = model(**batch).logits
             fused = sum(parameter.numel() for parameter in model.parameters())
-            family.open_experts(model)
+            family.unfuse_experts(model)
             after = model(**batch).logits
         assert fused == sum(parameter.numel() for parameter in model.parameters())
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from grace_plugin.artifact.destination import check_destination
-from grace_plugin.artifact.layout import environment
 from grace_plugin.data import ConversationCollator, Prepared, RowError, load_rows, prepare
 from grace_plugin.data.order import shuffled
+from grace_plugin.export.destination import check_destination
+from grace_plugin.export.layout import environment
 from grace_plugin.report.answers import accepted, answers
 from grace_plugin.report.blind import blind_row, prompt_text
 from grace_plugin.report.examples import examples

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import grace_plugin
-from grace_plugin.artifact import VerificationError
-from grace_plugin.artifact.layout import CONFIG, RECORD, VERIFICATION, file_digest
-from grace_plugin.artifact.record import read_sealed, write_sealed
-from tests.artifact.edits import Edit, byte_edits, edited, field_edits, files_of, verdict
+from grace_plugin.export import VerificationError
+from grace_plugin.export.layout import CONFIG, RECORD, VERIFICATION, file_digest
+from grace_plugin.export.record import read_sealed, write_sealed
 from tests.conftest import Finished
+from tests.export.edits import Edit, byte_edits, edited, field_edits, files_of, verdict
 from tests.pairs import Pair, loaded, recipe_text
 from tests.run.test_oneshot import one_step
 from tests.tiny import build

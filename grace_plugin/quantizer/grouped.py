@@ -1,7 +1,8 @@
 """Many layers in one launch each way: what an optimizer step asks of the host does not grow with the number of layers.
 
-What it does. All stale layers are quantized at once: behind an optimizer's step (`Attached.fill_ahead`), or by the first layer
-of a forward pass whose kept weight is stale. Deferred gradients are settled at once. Layers of one device, dtype and group
+All stale layers are quantized at once: after an optimizer's step (`QuantizedLayerGroup.prefetch_quantized_weights`), or by
+the first layer of a forward pass whose kept weight is stale. Deferred gradients are finalized at once.
+Layers of one device, dtype and group
 size share a launch; each number is that of a launch of its own.
 
 What it refuses. Nothing: layers that no kernel takes (a CPU, rows not contiguous, scales not in float32) are left to be done
@@ -16,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.quantizer import fake_quant_triton, together_triton
+from grace_plugin.quantizer import fake_quant_triton, grouped_triton
 from grace_plugin.quantizer.cache import WeightCache
 from grace_plugin.quantizer.fake_quant import gradients
 from grace_plugin.quantizer.launch import ALIGNED
 from grace_plugin.quantizer.layers import PARAMETER, STATE, Format
 from grace_plugin.quantizer.scales import code_range, stored_scale
 
-__all__ = ["Layer", "fill", "launches", "layer_of", "settle", "settle_all"]
+__all__ = ["Layer", "fill", "finalize_all_deferred_grads", "finalize_deferred_grads", "launches", "layer_of"]
 
 
 class Layer(NamedTuple):
@@ -61,14 +62,14 @@ def fill(layers: Iterable[Layer], form: Format, out_dtype: torch.dtype) -> None:
     stale = [layer for layer in layers if layer.cache is not None and layer.cache.stale(*layer[:2], out_dtype)]
     for several in launches(stale, form, grads=False):
         pairs = [layer[:2] for layer in several]
-        made = together_triton.forward(pairs, form.stored_dtype, code_range(form.num_bits), out_dtype)
+        made = grouped_triton.forward(pairs, form.stored_dtype, code_range(form.num_bits), out_dtype)
         for number, layer in enumerate(several):
             assert layer.cache is not None
             layer.cache.put(*layer[:2], out_dtype, made[number])
 
 
 @torch.no_grad()
-def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> None:
+def finalize_deferred_grads(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> None:
     """Turn ``weight.grad`` from a sum of dL/dw^ into the gradients of weight and log_scale, in place.
 
     Both must stand as they stood in the forward passes whose gradients were deferred. What ``log_scale.grad`` held is replaced.
@@ -85,16 +86,18 @@ def settle(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: to
 
 
 @torch.no_grad()
-def settle_all(layers: Sequence[Layer], form: Format) -> None:
-    """:func:`settle` of every layer."""
+def finalize_all_deferred_grads(layers: Sequence[Layer], form: Format) -> None:
+    """:func:`finalize_deferred_grads` of every layer."""
     together = launches(layers, form, grads=True)
     for several in together:
         pairs = [layer[:2] for layer in several]
         grads = [layer.weight.grad for layer in several if layer.weight.grad is not None]
-        found = together_triton.backward(pairs, grads, form.stored_dtype, code_range(form.num_bits))
+        found = grouped_triton.backward(pairs, grads, form.stored_dtype, code_range(form.num_bits))
         for number, layer in enumerate(several):
             layer.log_scale.grad = found[number]
     done = {id(layer.weight) for several in together for layer in several}
     for layer in layers:
         if id(layer.weight) not in done:
-            settle(layer.weight, layer.log_scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype)
+            finalize_deferred_grads(
+                layer.weight, layer.log_scale, num_bits=form.num_bits, stored_dtype=form.stored_dtype
+            )

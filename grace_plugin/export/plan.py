@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from grace_plugin.artifact.destination import check_space, rehearse
-from grace_plugin.artifact.layout import GENERATION, provenance, source_folder
-from grace_plugin.artifact.probe import Probe, make_probe
-from grace_plugin.artifact.processor import ProcessorFiles, left_out, plan_processor
+from grace_plugin.export.destination import check_space, rehearse
+from grace_plugin.export.layout import GENERATION, provenance, source_folder
+from grace_plugin.export.probe import Probe, make_probe
+from grace_plugin.export.processor import ProcessorFiles, left_out, plan_processor
 from grace_plugin.modifier import GraceModifier
 
 __all__ = ["ExportPlan", "checkpoint_bytes", "rehearse_save"]

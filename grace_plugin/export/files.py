@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.artifact.layout import CONFIG
-from grace_plugin.artifact.processor import is_processor_file
-from grace_plugin.artifact.record import files_below
+from grace_plugin.export.layout import CONFIG
+from grace_plugin.export.processor import is_processor_file
+from grace_plugin.export.record import files_below
 
 __all__ = ["compare_files"]
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["visual_runs"]
+__all__ = ["visual_spans"]
 
 
-def visual_runs(pieces: Sequence[Any], placeholders: Mapping[str, str]) -> list[int]:
+def visual_spans(pieces: Sequence[Any], placeholders: Mapping[str, str]) -> list[int]:
     """1 for an image and the number of frames for a video, in the order of the text.
 
     Args:

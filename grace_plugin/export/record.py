@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.artifact.layout import RECORD, VERIFICATION, file_digest
+from grace_plugin.export.layout import RECORD, VERIFICATION, file_digest
 
 __all__ = ["files_below", "is_description", "read_sealed", "seal", "write_sealed"]
 

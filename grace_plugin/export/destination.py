@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from grace_plugin.artifact.ranks import is_writer
+from grace_plugin.export.ranks import is_writer
 
 __all__ = ["Destination", "check_destination", "check_space", "locate", "rehearse", "sync"]
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from torch import nn
 
-from grace_plugin.kernels import GPU_KERNELS, check_kernels
+from grace_plugin.vllm_constraints import GPU_KERNELS, check_kernels
 
 
 def layers(**shapes: tuple[int, int]) -> dict[str, nn.Linear]:

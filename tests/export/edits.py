@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grace_plugin
-from grace_plugin.artifact import VerificationError
-from grace_plugin.artifact.layout import VERIFICATION
+from grace_plugin.export import VerificationError
+from grace_plugin.export.layout import VERIFICATION
 
 
 class Edit(NamedTuple):

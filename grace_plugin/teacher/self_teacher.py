@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from grace_plugin.quantizer.attach import Attached
+from grace_plugin.quantizer.attach import QuantizedLayerGroup
 from grace_plugin.teacher.base import Teacher, TeacherStates, model_inputs, states_of
 from grace_plugin.vlm import VisualTokens, family_of
 
@@ -52,7 +52,7 @@ class SelfTeacher(Teacher):
         """Bytes of the copies of what trains beside the scales."""
         return sum(copy.numel() * copy.element_size() for copy in self._start.values())
 
-    def begin(self, student: nn.Module, attached: Sequence[Attached]) -> None:
+    def begin(self, student: nn.Module, attached: Sequence[QuantizedLayerGroup]) -> None:
         """Check that the quantized layers' weights are frozen, and copy what else trains.
 
         Raises:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.quantizer import Format, attach, fake_quant_triton, together_triton
+from grace_plugin.quantizer import Format, attach, fake_quant_triton, grouped_triton
+from grace_plugin.quantizer.grouped import Layer, finalize_all_deferred_grads, launches
 from grace_plugin.quantizer.layers import STATE
 from grace_plugin.quantizer.scales import code_range, start_scales
-from grace_plugin.quantizer.together import Layer, launches, settle_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 256), (40, 128), (3, 384), (17, 640)]  # rows that fill no tile, one layer of many tiles
@@ -30,10 +30,10 @@ def drawn(shapes, group, dtype, stored_dtype):
 def test_every_layer_of_a_launch_has_the_numbers_of_its_own(dtype, stored_dtype, count):
     weights, thetas = drawn(SHAPES[:count], 128 if count == 4 else 32, dtype, stored_dtype)
     layers = list(zip(weights, thetas, strict=True))
-    made = together_triton.forward(layers, stored_dtype, (-8, 7), dtype)
+    made = grouped_triton.forward(layers, stored_dtype, (-8, 7), dtype)
     grads = [torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) for w in weights]
     changed = [grad.clone() for grad in grads]
-    of_scales = together_triton.backward(layers, changed, stored_dtype, (-8, 7))
+    of_scales = grouped_triton.backward(layers, changed, stored_dtype, (-8, 7))
     for weight, theta, (value, scale), grad, one, of_scale in zip(
         weights, thetas, made, grads, changed, of_scales, strict=True
     ):
@@ -99,8 +99,8 @@ def test_a_gradient_that_no_launch_takes_is_settled_by_itself(change):
     for each in (*others, lone):
         each.log_scale.sub_(2.5)  # codes are clipped in every weight
         each.weight[:, ::2] = 0.05
-    settle_all(others, FORM)
-    settle_all([lone], FORM)
+    finalize_all_deferred_grads(others, FORM)
+    finalize_all_deferred_grads([lone], FORM)
     assert torch.equal(others[1].weight.grad, lone.weight.grad) and lone.weight.grad.any()
     assert torch.equal(others[1].log_scale.grad, lone.log_scale.grad) and lone.log_scale.grad.any()
 
@@ -126,7 +126,7 @@ def one_by_one(made, batch):
     for part in batch.split(3):
         made(part).square().sum().backward()
     for each in attached:
-        each.settle()
+        each.finalize_deferred_grads()
     return gradients(made)
 
 
@@ -139,7 +139,7 @@ def test_a_step_of_a_model_has_the_gradients_of_its_layers_alone():
     for part in batch.split(3):
         made(part).square().sum().backward()
     assert attached.quantizations == 4
-    attached.settle()
+    attached.finalize_deferred_grads()
     found = gradients(made)
     assert len(found) == 12 and found.keys() == want.keys()
     for name, grad in found.items():
@@ -194,7 +194,7 @@ def test_layers_that_no_launch_takes_are_done_by_themselves():
     attached.defer()
     for part in batch.split(3):
         made(part).square().sum().backward()
-    attached.settle()
+    attached.finalize_deferred_grads()
     want, found = one_by_one(other, batch), gradients(made)
     assert attached.quantizations == 4
     assert found.pop("3.weight") is None and want.pop("3.weight") is None
@@ -212,7 +212,7 @@ def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
             held.append(sum(one.__dict__[STATE].cache._kept is not None for one in made))
             return super().__getitem__(name)
 
-    assert attached.forward_differing(Frozen(attached.freeze())) == {}
+    assert attached.count_forward_mismatches(Frozen(attached.freeze())) == {}
     assert held == [1, 1, 1, 1] and attached.quantizations == 4
     made[0](torch.randn(2, 64, device=DEVICE))
     assert attached.quantizations == 8, "and together again"
@@ -254,15 +254,15 @@ def test_a_low_rank_update_without_a_cache_gets_none():
 def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
     made, batch = model(), torch.randn(2, 64, device=DEVICE)
     attached = attach(linears(made), group_size=16)
-    attached.fill_ahead()
+    attached.prefetch_quantized_weights()
     assert attached.quantizations == 0, "no forward pass has said in what dtype"
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         made(batch).sum().backward()
     optimizer.step()
-    attached.fill_ahead()
+    attached.prefetch_quantized_weights()
     assert attached.quantizations == 8
-    attached.fill_ahead()
+    attached.prefetch_quantized_weights()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         ahead = made(batch)
     assert attached.quantizations == 8, "the forward pass found all of it"
@@ -284,7 +284,7 @@ def test_ahead_each_layer_is_quantized_in_the_dtype_it_computes_in():
     run()
     run()
     attached.invalidate()
-    attached.fill_ahead()
+    attached.prefetch_quantized_weights()
     seen, ahead = attached.quantizations, run()
     assert attached.quantizations == seen
     attached.invalidate()

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import nn
 
-from grace_plugin.artifact.destination import Destination, check_space, locate
-from grace_plugin.artifact.layout import (
+from grace_plugin.export.destination import Destination, check_space, locate
+from grace_plugin.export.layout import (
     CONFIG,
     GENERATION,
     PROBE,
@@ -30,12 +30,12 @@ from grace_plugin.artifact.layout import (
     rewrite_ignore,
     strip_paths,
 )
-from grace_plugin.artifact.plan import ExportPlan, checkpoint_bytes, rehearse_save
-from grace_plugin.artifact.probe import attention_of, check_finite, probe_logits, write_probe
-from grace_plugin.artifact.processor import is_processor_file
-from grace_plugin.artifact.ranks import is_writer, together
-from grace_plugin.artifact.record import files_below, read_sealed, write_sealed
-from grace_plugin.artifact.verify import VerificationError, check_against_run
+from grace_plugin.export.plan import ExportPlan, checkpoint_bytes, rehearse_save
+from grace_plugin.export.probe import attention_of, check_finite, probe_logits, write_probe
+from grace_plugin.export.processor import is_processor_file
+from grace_plugin.export.ranks import is_writer, together
+from grace_plugin.export.record import files_below, read_sealed, write_sealed
+from grace_plugin.export.verify import VerificationError, check_against_run
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.upstream import modify_save_pretrained, running_output_dir
 from grace_plugin.vlm import family_of

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
-from grace_plugin.artifact import VerificationError
-from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, digest, file_digest, source_folder
-from grace_plugin.artifact.probe import POSITIONS, probe_logits, read_probe
-from grace_plugin.artifact.processor import processor_files
-from grace_plugin.artifact.record import write_sealed
-from grace_plugin.artifact.verify import LOGIT_BOUND
 from grace_plugin.data import ConversationCollator
+from grace_plugin.export import VerificationError
+from grace_plugin.export.layout import PROBE, RECORD, VERIFICATION, digest, file_digest, source_folder
+from grace_plugin.export.probe import POSITIONS, probe_logits, read_probe
+from grace_plugin.export.processor import processor_files
+from grace_plugin.export.record import write_sealed
+from grace_plugin.export.verify import LOGIT_BOUND
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, recipe_text, run
 from tests.report.checkpoints import change, stored_name

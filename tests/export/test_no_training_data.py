@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import grace_plugin
-from grace_plugin.artifact import VerificationError
-from grace_plugin.artifact.layout import PROBE, RECORD
-from grace_plugin.artifact.plan import rehearse_save
-from grace_plugin.artifact.probe import make_probe, probe_logits, read_probe, write_probe
 from grace_plugin.data import ConversationCollator
+from grace_plugin.export import VerificationError
+from grace_plugin.export.layout import PROBE, RECORD
+from grace_plugin.export.plan import rehearse_save
+from grace_plugin.export.probe import make_probe, probe_logits, read_probe, write_probe
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, modifier_of, recipe_text, run
 from tests.tiny import EVERY, build, rows

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.artifact.files import compare_files
-from grace_plugin.artifact.layout import PROBE, RECORD, VERIFICATION, dense_digests, digest, environment, fingerprint
-from grace_plugin.artifact.probe import check_finite, probe_logits, read_probe
-from grace_plugin.artifact.processor import processor_files
-from grace_plugin.artifact.ranks import is_writer
-from grace_plugin.artifact.record import read_sealed, write_sealed
+from grace_plugin.export.files import compare_files
+from grace_plugin.export.layout import PROBE, RECORD, VERIFICATION, dense_digests, digest, environment, fingerprint
+from grace_plugin.export.probe import check_finite, probe_logits, read_probe
+from grace_plugin.export.processor import processor_files
+from grace_plugin.export.ranks import is_writer
+from grace_plugin.export.record import read_sealed, write_sealed
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
 from grace_plugin.vlm import FAMILIES
