@@ -33,14 +33,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.released import SETTINGS, released
+from examples.bundled_demo.methods import STUDENT, TEACHER, Budget, read_modifier
+from examples.bundled_demo.pictures import SIZE
+from examples.bundled_demo.run import RECIPE
+from examples.bundled_demo.scenes import training_rows
 from grace_plugin import train
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
 from grace_plugin.data import load_rows
-from grace_plugin.demo.methods import STUDENT, TEACHER, Budget, read_modifier
-from grace_plugin.demo.pictures import SIZE
-from grace_plugin.demo.run import RECIPE
-from grace_plugin.demo.scenes import training_rows
 from grace_plugin.export.layout import environment
 from grace_plugin.run.trainer import GraceTrainer
 

@@ -36,19 +36,19 @@ TARGETS = {
     "grace_plugin/report/intervals.py": ("*",),
     "grace_plugin/report/answers.py": ("x_accepted", "x_answer_start"),
     "grace_plugin/report/summary.py": ("x__accuracy", "x__of", "x_by_modality", "x_by_type", "x__paired", "x_overall"),
-    "grace_plugin/demo/score.py": ("x_is_right",),
-    "grace_plugin/demo/apart.py": ("x_check_apart",),
+    "examples/bundled_demo/score.py": ("x_is_right",),
+    "examples/bundled_demo/apart.py": ("x_check_apart",),
 }
 TESTS = [
     "tests/benchmarks/test_statistics.py", "tests/benchmarks/test_scoring.py", "tests/benchmarks/test_captions.py",
-    "tests/report/test_scoring.py", "tests/demo/test_score.py", "tests/demo/test_apart.py",
+    "tests/report/test_scoring.py", "tests/bundled_demo/test_score.py", "tests/bundled_demo/test_apart.py",
 ]  # fmt: skip
 LEFT_OUT = (
     "not recorded and not readme and not the_demo and not tiny_pass and not margins and not greedy and not learned"
 )
 CONFIGURATION = f"""
 [tool.mutmut]
-source_paths = ["grace_plugin", "benchmarks"]
+source_paths = ["grace_plugin", "benchmarks", "examples"]
 only_mutate = {json.dumps(list(TARGETS))}
 do_not_mutate_patterns = ['^\\s*f?"', 'raise \\w+\\(f?"', '^\\s*raise ValueError']
 also_copy = ["tests"]
@@ -66,7 +66,7 @@ def prepare() -> None:
     """Copy packages and tests to a fresh folder, the targets rewritten so that decorated functions are mutated too."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    for name in ("grace_plugin", "benchmarks", "tests"):
+    for name in ("grace_plugin", "benchmarks", "examples", "tests"):
         shutil.copytree(ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in TARGETS:
         file = WORK / name

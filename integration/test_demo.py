@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import grace_plugin
-from grace_plugin.demo.jobs import SHARED
+from examples.bundled_demo.jobs import SHARED
 from integration.parity import INT4_KERNEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,9 +24,9 @@ from llmcompressor import oneshot
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from grace_plugin.data import ConversationCollator
-from grace_plugin.demo.scenes import training_rows
+from examples.bundled_demo.scenes import training_rows
 
-student = "grace_plugin/demo/assets/student"
+student = "examples/bundled_demo/assets/student"
 model = AutoModelForImageTextToText.from_pretrained(student, dtype="auto")
 collator = ConversationCollator(AutoProcessor.from_pretrained(student))
 loader = DataLoader(list(training_rows(3, 256)), batch_size=32, collate_fn=collator)
@@ -40,7 +40,7 @@ def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) 
         [sys.executable, "-c", UPSTREAM, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = grace_plugin.verify(out, source=ROOT / "grace_plugin" / "demo" / "assets" / "student")
+    found = grace_plugin.verify(out, source=ROOT / "examples" / "bundled_demo" / "assets" / "student")
     assert (found["layers_with_other_codes"], found["layers_with_other_scales"], found["weights_differing"]) == (
         0,
         0,

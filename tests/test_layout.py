@@ -22,7 +22,7 @@ PACKAGE = ROOT / "grace_plugin"
 ROOMS = (
     "contract", "locks", "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "vllm_constraints",
     "trainable",
-    "data", "teacher", "objective", "modifier", "export", "run", "serve", "report", "demo", "cli",
+    "data", "teacher", "objective", "modifier", "export", "run", "serve", "report", "cli",
 )  # fmt: skip
 APART = {"losses", "quantizer", "controller"}
 LEAST = {  # what the small rooms may import from outside the standard library
@@ -37,7 +37,6 @@ LEAST = {  # what the small rooms may import from outside the standard library
 BORDER = {"llmcompressor", "compressed_tensors"}
 FAMILIES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma", "mistral", "pixtral")
 ROW_FORMAT = ("llava_format", "from_llava", "is_llava", "LLaVA format")  # of rows; any family trains on them
-BUILDS_A_FAMILY = {"demo"}  # makes its own small pair of one family, from config
 FILE_LINES, TEST_LINES, FUNCTION_LINES = 400, 800, 60
 
 
@@ -142,7 +141,7 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1 - docstring
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) not in ("", "demo")], ids=identity)
+@pytest.mark.parametrize("path", [p for p in sources() if room_of(p)], ids=identity)
 def test_what_is_public_has_a_docstring(path: Path) -> None:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     bare = [
@@ -196,7 +195,7 @@ def words(path: Path) -> Iterator[str]:
                 yield value
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) not in {"vlm"} | BUILDS_A_FAMILY], ids=identity)
+@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) != "vlm"], ids=identity)
 def test_nothing_outside_vlm_names_a_family(path: Path) -> None:
     named = []
     for word in words(path):
@@ -211,7 +210,6 @@ def test_the_names_looked_for_are_those_of_the_registry() -> None:
     assert all(name.startswith(FAMILIES) for name in REGISTRY)
     found = [word for path in sources() if room_of(path) == "vlm" for word in words(path)]
     assert any(re.search("|".join(FAMILIES), word) for word in found)
-    assert any("llava" in word for path in sources() if room_of(path) == "demo" for word in words(path))
 
 
 def test_importing_the_package_does_nothing_else() -> None:
@@ -224,7 +222,7 @@ import grace_plugin
 assert state() == before, (before, state())
 new = set(sys.modules) - known
 assert not {name for name in new if name.split(".")[0] in ("vllm", "optimum", "rich")}, new
-assert not {name for name in new if name.startswith(("grace_plugin.serve", "grace_plugin.demo", "grace_plugin.cli"))}, new
+assert not {name for name in new if name.startswith(("grace_plugin.serve", "examples.bundled_demo", "grace_plugin.cli"))}, new
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

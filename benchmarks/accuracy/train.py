@@ -26,8 +26,8 @@ from benchmarks.accuracy.pair import VISUAL, VOCABULARY
 from benchmarks.accuracy.relation import RelationObjective
 from benchmarks.accuracy.rules import RuleObjective
 from benchmarks.accuracy.scenes import Album, Asked, Rows
+from examples.bundled_demo.plain import PlainObjective
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.demo.plain import PlainObjective
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer import PARAMETER, dequantize
 

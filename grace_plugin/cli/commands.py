@@ -209,7 +209,18 @@ def _report(args: Namespace) -> None:
 
 
 def _demo(args: Namespace) -> None:
-    from grace_plugin.demo.run import demo
+    import grace_plugin
+
+    # The demo's weights and images stay out of the wheel. An editable install finds them next to the package.
+    roots = (Path(grace_plugin.__file__).resolve().parents[1], Path.cwd())
+    root = next((root for root in roots if (root / "examples" / "bundled_demo" / "run.py").is_file()), None)
+    if root is None:
+        raise FileNotFoundError(
+            "the demo is not in the installed package: it is the folder examples/bundled_demo of the repository; "
+            "run `make demo`, or `grace demo`, in a clone"
+        )
+    sys.path.insert(0, str(root))
+    from examples.bundled_demo.run import demo
 
     demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions, low_bits=args.low_bits)
 

@@ -183,7 +183,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("export", "finish a run that has trained to its end: write and verify its checkpoint, without training", _export),
     ("verify", "prove that a checkpoint is bit for bit what was trained", _verify),
     ("report", "where an INT4 checkpoint differs from its BF16 one, or how a training went, as one page", _report),
-    ("demo", "train, verify, serve and score the bundled pair", _demo),
+    ("demo", "train, verify, serve and score the bundled pair (in a clone of the repository)", _demo),
 )
 
 

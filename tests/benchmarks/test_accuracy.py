@@ -22,7 +22,7 @@ from benchmarks.accuracy.served import questions_of
 from benchmarks.accuracy.study import SIZES, Row, group_of_rows
 from benchmarks.accuracy.table import write_table
 from benchmarks.accuracy.work import Work
-from grace_plugin.demo.plain import PlainObjective
+from examples.bundled_demo.plain import PlainObjective
 from grace_plugin.export.verify import load as load_checkpoint
 from grace_plugin.objective import GraceObjective
 

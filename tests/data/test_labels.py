@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from examples.bundled_demo.pair import make_processor
 from grace_plugin.data import ConversationCollator, RowError, check_row
 from grace_plugin.data.segments import Segmenter
-from grace_plugin.demo.pair import make_processor
 from tests.tiny import EVERY, build, rows
 from tests.tiny_text import QWEN2_TEMPLATE, QWEN3_TEMPLATE, SENTENCES
 

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grace_plugin.demo.jobs import SHARED, Job, Result, count_compositions, jobs_of, prepare_worker, run_job
-from grace_plugin.demo.table import print_summary, summarise
+from examples.bundled_demo.jobs import SHARED, Job, Result, count_compositions, jobs_of, prepare_worker, run_job
+from examples.bundled_demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
 
@@ -160,9 +160,9 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
     """
     from transformers import AutoProcessor
 
-    from grace_plugin.demo.methods import scored_model, serving_dtype
-    from grace_plugin.demo.scenes import heldout_rows
-    from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
+    from examples.bundled_demo.methods import scored_model, serving_dtype
+    from examples.bundled_demo.scenes import heldout_rows
+    from examples.bundled_demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
 

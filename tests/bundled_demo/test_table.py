@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from grace_plugin.demo.jobs import Result, jobs_of
-from grace_plugin.demo.table import print_summary, summarise
+from examples.bundled_demo.jobs import Result, jobs_of
+from examples.bundled_demo.table import print_summary, summarise
 
 PROOF: dict[str, Any] = {
     "codes": 10, "codes_differing": 0, "scales_differing": 0, "weights_differing": 0, "logits_equal": True,

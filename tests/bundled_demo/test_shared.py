@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from examples.bundled_demo.jobs import jobs_of
+from examples.bundled_demo.plain import PlainObjective
+from examples.bundled_demo.shared import SharedTeacher
 from grace_plugin.data import ConversationCollator
-from grace_plugin.demo.jobs import jobs_of
-from grace_plugin.demo.plain import PlainObjective
-from grace_plugin.demo.shared import SharedTeacher
 from grace_plugin.objective import GraceObjective
 from grace_plugin.teacher import ResidentTeacher, supervised_positions
 from grace_plugin.vlm import family_of

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from grace_plugin.demo.methods import STUDENT, load_model, post_training, widened
-from grace_plugin.demo.scenes import heldout_rows
-from grace_plugin.demo.score import encode_questions, greedy_answers
+from examples.bundled_demo.methods import STUDENT, load_model, post_training, widened
+from examples.bundled_demo.scenes import heldout_rows
+from examples.bundled_demo.score import encode_questions, greedy_answers
 from grace_plugin.export.verify import packed_layers
 from grace_plugin.quantizer.fake_quant import dequantize
 

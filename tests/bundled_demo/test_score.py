@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from grace_plugin.demo.methods import STUDENT, load_model
-from grace_plugin.demo.pair import ASSISTANT, EOS, PAD, WORDS, make_config
-from grace_plugin.demo.scenes import heldout_rows
-from grace_plugin.demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
+from examples.bundled_demo.methods import STUDENT, load_model
+from examples.bundled_demo.pair import ASSISTANT, EOS, PAD, WORDS, make_config
+from examples.bundled_demo.scenes import heldout_rows
+from examples.bundled_demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
 from tests.chains import speak
 
 TOKEN = {word: index for index, word in enumerate(WORDS)}

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from examples.bundled_demo.plain import PlainObjective
+from examples.bundled_demo.scenes import TRAINING_SEED, training_rows
+from examples.bundled_demo.score import Encoded
+from examples.bundled_demo.shared import SharedTeacher
 from grace_plugin.data import ConversationCollator
-from grace_plugin.demo.plain import PlainObjective
-from grace_plugin.demo.scenes import TRAINING_SEED, training_rows
-from grace_plugin.demo.score import Encoded
-from grace_plugin.demo.shared import SharedTeacher
 from grace_plugin.export.layout import rewrite_ignore
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train

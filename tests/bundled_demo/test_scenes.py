@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from grace_plugin.demo import pair, pictures, questions, scenes
+from examples.bundled_demo import pair, pictures, questions, scenes
 
 COUNT = 1500
 

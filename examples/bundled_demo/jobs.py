@@ -81,9 +81,9 @@ def _held_out() -> tuple[Any, list[dict[str, Any]], Any]:
     if "rows" not in _WORKER:
         from transformers import AutoProcessor
 
-        from grace_plugin.demo.methods import STUDENT
-        from grace_plugin.demo.scenes import heldout_rows
-        from grace_plugin.demo.score import encode_questions
+        from examples.bundled_demo.methods import STUDENT
+        from examples.bundled_demo.scenes import heldout_rows
+        from examples.bundled_demo.score import encode_questions
 
         processor = AutoProcessor.from_pretrained(STUDENT)
         rows = list(heldout_rows(_WORKER["questions"]))
@@ -107,16 +107,16 @@ def _progress(name: str) -> Any:
 
 def count_compositions(questions: int) -> dict[str, int]:
     """Count what the demo's samples, its test of so many questions and the pair's training show; ValueError where they meet."""
-    from grace_plugin.demo.apart import count_shown
-    from grace_plugin.demo.methods import Budget
+    from examples.bundled_demo.apart import count_shown
+    from examples.bundled_demo.methods import Budget
 
     return count_shown(Budget.steps * Budget.batch_size, questions)
 
 
 def run_job(job: Job, output: str, recipe: str) -> Result:
     """Make the row's model under `output`, reload it from disk and score it."""
-    from grace_plugin.demo import methods
-    from grace_plugin.demo.score import greedy_answers, is_right
+    from examples.bundled_demo import methods
+    from examples.bundled_demo.score import greedy_answers, is_right
 
     _post(job.name, 0, 1)
     start = time.monotonic()

@@ -1,4 +1,6 @@
-"""Rebuild the bundled pair: `python -m grace_plugin.demo.build [--emoji FOLDER] [--out FOLDER]`. About 25 minutes on one core.
+"""Rebuild the bundled pair in about 25 minutes on one core.
+
+    python -m examples.bundled_demo.build [--emoji FOLDER] [--out FOLDER]
 
 1. Emoji: `npm pack emoji-datasource-google@16` (or --emoji, its folder img/google/64), scaled to 32 x 32.
 2. Vision: tower, projector and word table learn to name each visual token's kind, row and column; then the tower is frozen.

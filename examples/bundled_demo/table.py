@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from grace_plugin.demo.jobs import Result
-from grace_plugin.demo.score import interval, paired_difference
+from examples.bundled_demo.jobs import Result
+from examples.bundled_demo.score import interval, paired_difference
 from grace_plugin.export.layout import environment
 
 __all__ = ["print_summary", "summarise"]

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from grace_plugin.demo import apart, scenes
-from grace_plugin.demo.build import EASY, NAMED_IMAGES, STUDENT, TEACHER
-from grace_plugin.demo.methods import Budget
-from grace_plugin.demo.packing import pack
-from grace_plugin.demo.pair import WORDS
-from grace_plugin.demo.pictures import NAMES
-from grace_plugin.demo.run import QUESTIONS
+from examples.bundled_demo import apart, scenes
+from examples.bundled_demo.build import EASY, NAMED_IMAGES, STUDENT, TEACHER
+from examples.bundled_demo.methods import Budget
+from examples.bundled_demo.packing import pack
+from examples.bundled_demo.pair import WORDS
+from examples.bundled_demo.pictures import NAMES
+from examples.bundled_demo.run import QUESTIONS
 
 FIRST = list(WORDS).index(NAMES[0])
 

@@ -1,0 +1,1 @@
+"""Runnable examples of grace_plugin; run them from a clone of the repository."""

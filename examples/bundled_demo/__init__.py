@@ -1,0 +1,1 @@
+"""Train, verify, serve and score a small bundled teacher and student: `make demo`."""
