@@ -30,7 +30,7 @@ student = "examples/bundled_demo/assets/student"
 model = AutoModelForImageTextToText.from_pretrained(student, dtype="auto")
 collator = ConversationCollator(AutoProcessor.from_pretrained(student))
 loader = DataLoader(list(training_rows(3, 256)), batch_size=32, collate_fn=collator)
-oneshot(model=model, recipe="recipes/demo_llava_w4a16_oneshot.yaml", dataset=loader, pipeline="grace", output_dir=sys.argv[1])
+oneshot(model=model, recipe="recipes/demo_llava_w4a16.yaml", dataset=loader, pipeline="grace", output_dir=sys.argv[1])
 """
 
 

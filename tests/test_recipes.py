@@ -1,4 +1,4 @@
-"""Every recipe of recipes/ is read by upstream's own reader, says what its name says, and stands in the README."""
+"""Test that every file of recipes/ parses, fits the models that it names, and is described in recipes/README.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from torch import nn
 
+from grace_plugin.recipe import OneshotRecipe
 from grace_plugin.run.inputs import grace_modifier, read_recipe
 from grace_plugin.vlm import check_pixels, family_of
 from tests.released import RELEASED, on_meta
@@ -20,28 +21,20 @@ LAUNCHES = {"one_gpu": (1, 1), "one_node": (1, 8), "several_nodes": (2, 16)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(path: Path) -> None:
+def test_recipe__any__parses_with_oneshot_block(path: Path) -> None:
     modifier = grace_modifier(read_recipe(path))
     assert modifier.teacher.model
     assert modifier.quantize
     assert [scheme.weights.num_bits for scheme in modifier.resolved_config.config_groups.values()] == [4]
-    assert ("oneshot:" in path.read_text()) == path.stem.endswith("_oneshot")
+    assert modifier.oneshot.epochs == 1 and modifier.oneshot.learning_rate != OneshotRecipe().learning_rate
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_has_its_row(path: Path) -> None:
+def test_recipe__any__is_in_the_table_of_the_readme(path: Path) -> None:
     assert f"`{path.name}`" in (FOLDER / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if not p.stem.endswith("_oneshot")], ids=lambda path: path.stem)
-def test_train_and_oneshot_forms_differ_in_the_run_alone(path: Path) -> None:
-    train = grace_modifier(read_recipe(path))
-    oneshot = grace_modifier(read_recipe(path.with_stem(f"{path.stem}_oneshot")))
-    own = {"index", "initialized_", "finalized_", "started_", "ended_", "oneshot"}
-    assert train.model_dump(exclude=own) == oneshot.model_dump(exclude=own)
-
-
-def test_the_pairs_of_the_issue_are_there() -> None:
+def test_recipes__released_families__each_has_one() -> None:
     names = {path.stem for path in RECIPES}
     wanted = (
         "llava_1_5_7b",
@@ -52,32 +45,32 @@ def test_the_pairs_of_the_issue_are_there() -> None:
         "internvl3_2b",
         "smolvlm2_2_2b",
     )
-    assert {f"{name}_w4a16{form}" for name in wanted for form in ("", "_oneshot")} <= names
+    assert {f"{name}_w4a16" for name in wanted} <= names
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_accelerate_reads_its_configs(name: str) -> None:
+def test_accelerate_config__any__accelerate_parses_it(name: str) -> None:
     config = load_config_from_file(str(FOLDER / "accelerate" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes) == LAUNCHES[name]
     assert str(config.distributed_type).endswith("MULTI_GPU" if name != "one_gpu" else "NO")
 
 
 def student_of(path: Path) -> str:
-    """The hub id that a recipe's first line names."""
+    """Return the hub id in the first line of a recipe."""
     return re.findall(r"Student: (?:--model )?(\S+)", path.read_text().splitlines()[0])[0]
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_released_model_has_the_parameters_its_page_says(name: str) -> None:
-    """The configs of tests/released.py are those of the checkpoints, or the sums would not meet."""
+def test_released_config__any__has_the_published_number_of_parameters(name: str) -> None:
+    """A wrong config in tests/released.py would give another number of parameters."""
     count = sum(parameter.numel() for parameter in on_meta(name).parameters())
     assert count / 1e9 == pytest.approx(RELEASED[name][0], abs=0.006 if RELEASED[name][0] < 10 else 0.06)
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
-def test_a_recipe_fits_the_models_it_names(path: Path) -> None:
-    """Real widths and depths: every linear of the decoder is quantized in groups that divide it, and no other; the pair sees
-    images alike; vLLM's kernels take the shapes on one GPU and on two."""
+def test_recipe__released_shapes__fit(path: Path) -> None:
+    """Every linear of the decoder and no other is quantized, in groups that divide it; vLLM's kernels take the shapes on one
+    GPU and on two; student and teacher prepare images alike."""
     student = on_meta(student_of(path))
     modifier = grace_modifier(read_recipe(path))
     assert modifier.teacher.model is not None
@@ -95,11 +88,9 @@ def test_a_recipe_fits_the_models_it_names(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
-def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
-    """16 bytes a parameter of the student with AdamW, 8 with Adafactor, and 2 of the teacher; each figure fits its hardware.
-
-    Scales or LoRA alone: 2 a parameter, 2 for the copy of each quantized one, 16 for each scale and number of an update.
-    """
+def test_readme__memory_of_a_recipe__follows_from_the_parameters(path: Path) -> None:
+    """Bytes per parameter: student 16 with AdamW or 8 with Adafactor, teacher 2. With scales or LoRA: student 2, plus 2 for
+    the copy of each quantized one, and 16 for each scale and each number of a low-rank update."""
     (row,) = [line for line in (FOLDER / "README.md").read_text().splitlines() if f"`{path.name}`" in line]
     hardware = row.split("|")[3]
     names = student_of(path), str(grace_modifier(read_recipe(path)).teacher.model)
@@ -116,9 +107,7 @@ def test_the_readme_counts_the_memory_of_the_weights(path: Path) -> None:
         rank = training.lora.rank if training.lora else 0
         learned = quantized / 128 + rank * sum(sum(m.weight.shape) for m in linears) / 1e9
     asks = "adafactor" if "adafactor" in hardware else "adamw_torch_fused"
-    assert grace_modifier(read_recipe(path)).oneshot.optim == (
-        asks if path.stem.endswith("_oneshot") else "adamw_torch_fused"
-    )
+    assert grace_modifier(read_recipe(path)).oneshot.optim == asks
     for parts in said:
         size, optimizer, figure = (part for part in parts if part)
         expected = own * (16 if optimizer == "AdamW" else 8) + theirs * 2
