@@ -26,7 +26,7 @@ from grace_plugin.objective.host import Reading
 from grace_plugin.recipe import DistillRecipe, RelationalRecipe
 from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
 from grace_plugin.vlm import Family, VisualTokens
-from grace_plugin.vlm.host import moved, one_thread
+from grace_plugin.vlm.transfer import single_thread, to_device
 
 __all__ = [
     "AccumulationWindow",
@@ -220,7 +220,7 @@ def look(
     Raises:
         ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
     """
-    with one_thread(device):
+    with single_thread(device):
         labels = labels_of(host, family, config)
         positions = supervised_positions(labels)
         targets = labels.flatten()[positions + 1]
@@ -234,11 +234,11 @@ def look(
         bare = torch.zeros(row.shape, device=row.device)  # by row; there are fewer rows
         bare.index_fill_(0, row[positions], 1.0)
         bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
-    visual = VisualTokens(moved(seen.index, device), seen.sizes)
-    item = MicroBatch(moved(positions, device), moved(targets, device), visual, host=host)
+    visual = VisualTokens(to_device(seen.index, device), seen.sizes)
+    item = MicroBatch(to_device(positions, device), to_device(targets, device), visual, host=host)
     counts = torch.zeros(4, dtype=torch.float32, device=device)
     counts[0].fill_(positions.numel())  # assigned, a number would be copied from the host
-    counts[3] = moved(bare, device)
+    counts[3] = to_device(bare, device)
     if teacher is not None:
         item.teacher = teacher.states(batch, item.positions, visual, host)
         if distill.enabled:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grace_plugin.objective.host import Reading
-from grace_plugin.vlm.host import moved
+from grace_plugin.vlm.transfer import to_device
 
 if TYPE_CHECKING:
     from grace_plugin.run.trainer import GraceTrainer
@@ -107,7 +107,7 @@ class ResumeCallback(TrainerCallback):
         if not (dist.is_available() and dist.is_initialized()):
             return self.received, due
         first = self.trainer.args.process_index == 0
-        said = moved(torch.tensor([float(self.received), float(due and first)]), self.trainer.args.device)
+        said = to_device(torch.tensor([float(self.received), float(due and first)]), self.trainer.args.device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         before, self._said = self._said, Reading(said)
         number, anyone = before.numbers() if before is not None else (0.0, 0.0)

@@ -41,7 +41,7 @@ from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended
 from grace_plugin.run.stream_loader import WORKER_SECONDS, StreamLoader
 from grace_plugin.run.summary import count_tokens, header_line, say, speed_line, throughput
 from grace_plugin.vlm import VISUAL_RUNS
-from grace_plugin.vlm.host import moved
+from grace_plugin.vlm.transfer import to_device
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
@@ -188,7 +188,7 @@ class GraceTrainer(Trainer):
             return [], None
         self.tokens_seen += sum(map(count_tokens, host))
         place = self.args.device
-        queued = [{k: moved(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in host]
+        queued = [{k: to_device(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in host]
         batches = [self._prepare_inputs(batch) for batch in queued]
         tokens = self.objective.window(batches, host)
         return batches + [{}] * (num_batches - len(batches)), tokens

@@ -18,8 +18,7 @@ from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.quantizer.attach import QuantizedLayerGroup
 from grace_plugin.vlm import Family, VisualTokens, capture, family_of
-from grace_plugin.vlm.host import one_thread
-from grace_plugin.vlm.known import known_inputs
+from grace_plugin.vlm.transfer import single_thread
 
 __all__ = ["MISSING", "GivenTeacher", "Teacher", "TeacherStates", "model_inputs", "states_of", "supervised_positions"]
 
@@ -43,15 +42,18 @@ class TeacherStates:
 def model_inputs(
     batch: Mapping[str, Any], model: nn.Module | None = None, host: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The tensors of a batch that a model's forward takes; labels and keys stay here.
+    """Return the tensors of a batch that a model's forward takes; labels and keys are left out.
 
-    model, host: the model and the same batch in host memory; given, the model reads there what it would read from the device.
+    Args:
+        batch: of the collator.
+        model: of a registered family, unwrapped. With `host`, inputs that the family can compute in host memory are added.
+        host: the same batch in host memory.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
     if model is not None and host is not None and host["input_ids"].device != batch["input_ids"].device:
         device = batch["input_ids"].device
-        with one_thread(device):
-            inputs = known_inputs(inputs, host) | family_of(model).host_inputs(model, host, device)
+        with single_thread(device):
+            inputs |= family_of(model).host_inputs(model, host, device)
     return inputs
 
 

@@ -11,14 +11,12 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import vision_utils
 from transformers.utils.generic import get_max_seqlen
 
 from grace_plugin.vlm.base import Batch, Family
-from grace_plugin.vlm.host import moved
-from grace_plugin.vlm.known import Known
+from grace_plugin.vlm.transfer import to_device
 
 __all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
 
@@ -45,7 +43,7 @@ class Qwen2VL(Family):
         if host.get("position_ids") is None:
             asked = inspect.signature(model.model.get_rope_index).parameters
             places, _ = model.model.get_rope_index(**{name: host[name] for name in asked if host.get(name) is not None})
-            found["position_ids"] = moved(places, device)
+            found["position_ids"] = to_device(places, device)
         for kind, grid in grids.items():
             found |= {
                 f"{kind}_{name}": value for name, value in self._tower_inputs(model.model.visual, grid, device).items()
@@ -54,18 +52,17 @@ class Qwen2VL(Family):
 
     def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
         """What the vision tower makes of its grids [I, 3], given in host memory."""
-        places = moved(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
+        places = to_device(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
         return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
 
     def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
-        """Where the tower's attention is cut: on the device, with the longest part, for kernels that cut; else layers read it.
-
-        What they read stays in host memory, unless data parallelism would move it to the device.
-        """
+        """Where the tower's attention is cut, int32 [n + 1]."""
         longest, name = get_max_seqlen(ends, tower.config), f"cu_{which}seqlens"
-        if longest is not None:
-            return {name: moved(ends, device), f"max_{which}seqlen": longest}
-        return {name: Known.of(moved(ends, device), ends) if dist.is_available() and dist.is_initialized() else ends}
+        if longest is not None:  # kernels for variable lengths read the bounds on the device and need the longest part
+            return {name: to_device(ends, device), f"max_{which}seqlen": longest}
+        # The other attention functions split tensors by lengths that each layer reads on the host: on the device that would
+        # be one synchronization a layer. DistributedDataParallel moves inputs to the device all the same.
+        return {name: ends}
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config
@@ -84,7 +81,7 @@ class Qwen25VL(Qwen2VL):
     def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
         sizes = {"spatial_merge_size": tower.spatial_merge_size, "window_size": tower.window_size}
         order, ends = vision_utils.get_vision_window_index(grid, patch_size=tower.patch_size, **sizes)
-        windows = {"window_index": moved(order, device), **self._bounds(tower, "window_", ends, device)}
+        windows = {"window_index": to_device(order, device), **self._bounds(tower, "window_", ends, device)}
         return {**super()._tower_inputs(tower, grid, device), **windows}
 
 
@@ -105,5 +102,5 @@ class Qwen3VL(Qwen2VL):
             align_corners=tower.interpolation_align_corners,
             spatial_merge_size=tower.config.spatial_merge_size,
         )
-        table = {"interp_indices": moved(indices, device), "interp_weights": moved(weights, device)}
+        table = {"interp_indices": to_device(indices, device), "interp_weights": to_device(weights, device)}
         return {**super()._tower_inputs(tower, grid, device), **table}

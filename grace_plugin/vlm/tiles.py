@@ -13,11 +13,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, ClassVar
 
-import torch
-
 from grace_plugin.vlm.base import VISUAL_RUNS, Batch, Family, runs
-from grace_plugin.vlm.host import moved
-from grace_plugin.vlm.known import Known
 
 __all__ = ["Gemma3", "Idefics3", "InternVL", "SmolVLM"]
 
@@ -103,13 +99,6 @@ class Idefics3(Family):
             images[-1] += per_tile
             images += [0] if last else []
         return images[:-1]
-
-    def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
-        """The mask of pixels as what it is: patches of floats would have to be added up to be looked at."""
-        if host.get("pixel_attention_mask") is None:
-            return {}
-        seen = host["pixel_attention_mask"].bool()
-        return {"pixel_attention_mask": Known.of(moved(seen, device), seen)}
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config

@@ -1,10 +1,12 @@
-"""A step of the objective reads nothing back from the device: on `meta`, where reading raises, with its batches on the host.
+"""The code of this package reads nothing back from the device during a step, given the batches in host memory as well.
 
-That holds for what transformers' modeling code asks as well, in every family, because a batch's tensors are `Known`.
+On `meta`, reading a value raises; on CUDA, torch's error mode for synchronizations does. transformers' modeling code does read
+(masks that select, padding that is looked for), so the models here run their decoders alone, which ask nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,17 +14,19 @@ import torch
 from torch import Tensor
 
 from grace_plugin.objective.host import Reading
-from grace_plugin.objective.window import look
-from grace_plugin.vlm import FAMILIES
-from grace_plugin.vlm.host import moved
+from grace_plugin.objective.window import MicroBatch, look
+from grace_plugin.teacher import ResidentTeacher, TeacherStates
+from grace_plugin.teacher.base import states_of
+from grace_plugin.vlm import FAMILIES, VisualTokens
+from grace_plugin.vlm.transfer import to_device
 from tests.objective.parts import Set
 from tests.pairs import mixed_rows
 from tests.threads import Threads
+from tests.tiny import FAMILIES as THREE
 from tests.vlm.test_host_inputs import batch_of
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PACKED = sorted(name for name, family in FAMILIES.items() if family.packs)
-COPIES_LENGTHS = ("llava_next", "llava_onevision")
 WITH_VIDEOS = ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 
 
@@ -34,73 +38,93 @@ def batches_of(made: Set) -> list[dict[str, Any]]:
 def on(device: str, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Batches as Trainer copies them."""
     place = torch.device(device)
-    return [{k: moved(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    return [{k: to_device(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
 
 
-def set_on(device: str, family: str, attention: str) -> Set:
+def decoder_alone(model: Any) -> Callable[..., Any]:
+    """A forward pass of the model's decoder on the batch's ids, without images, under a causal mask made here."""
+
+    def forward(**inputs: Any) -> Any:
+        ids = inputs["input_ids"]
+        mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        return model.model.language_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    return forward
+
+
+class DecoderTeacher(ResidentTeacher):
+    """A resident teacher whose pass is its decoder's."""
+
+    def states(
+        self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
+    ) -> TeacherStates:
+        return states_of(decoder_alone(self.model), self._text_model, batch, positions, visual)
+
+
+def set_on(device: str, family: str) -> Set:
     made = Set(family, quantized=True)
-    for model in (made.student, made.teacher):
-        model.bfloat16() if family == "qwen3_vl_moe" else None  # grouped products on `meta` know no other dtype
-        model.to(device).set_attn_implementation(attention)
-    made.grace.teacher.to(torch.device(device))
+    made.student.to(device)
+    made.grace.teacher = DecoderTeacher(made.teacher.to(device))
     return made
 
 
-def step_on_meta(made: Set, host: list[dict[str, Any]]) -> None:
-    away = on("meta", host)
-    assert made.grace.window(away, host).device.type == "meta"
-    for batch in away:
-        loss = made.grace.loss(made.student, batch)
-        loss.backward()
-        assert loss.device.type == "meta"
-    made.grace.cancel_step()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_on_meta_with_its_batches_on_the_host(family: str, attention: str) -> None:
-    made = set_on("meta", family, attention)
-    host = batches_of(made)
-    step_on_meta(made, host)
-    with pytest.raises(Exception, match="meta"):
-        made.grace.window(on("meta", host))  # looked at on the device, as it has to be without host batches
+def look_at(made: Set, host: dict[str, Any], device: str) -> tuple[MicroBatch, Tensor]:
+    grace = made.grace
+    return look(
+        on(device, [host])[0], host, family=grace.family, config=grace.config, vocabulary=grace.vocabulary, teacher=None,
+        distill=grace.distill, relational=grace.relational, device=torch.device(device),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_on_meta_under_checkpointing(family: str) -> None:
-    made = set_on("meta", family, "sdpa")
-    made.student.train()
-    made.student.gradient_checkpointing_enable({"use_reentrant": False})
-    step_on_meta(made, batches_of(made))
+def test_micro_batch__images__nothing_read(family: str) -> None:
+    made = Set(family)
+    for host in batches_of(made):
+        item, counts = look_at(made, host, "meta")
+        assert item.positions.is_meta and item.targets.is_meta and item.visual.index.is_meta and counts.is_meta
+        assert sum(item.visual.sizes) == item.visual.index.numel()
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_step_on_meta_with_packed_rows(family: str) -> None:
-    made = set_on("meta", family, "sdpa")
+def test_micro_batch__packed_samples__nothing_read(family: str) -> None:
+    made = Set(family)
     made.collate.packed = True
-    step_on_meta(made, batches_of(made))
+    item, _ = look_at(made, batches_of(made)[0], "meta")
+    assert item.positions.is_meta and len(item.visual.sizes) > 1
 
 
 @pytest.mark.parametrize("family", WITH_VIDEOS)
-def test_a_step_on_meta_with_videos(family: str) -> None:
-    made = set_on("meta", family, "sdpa")
-    step_on_meta(made, [batch_of(made.processor, "both")])
+def test_micro_batch__videos__nothing_read(family: str) -> None:
+    made = Set(family)
+    item, _ = look_at(made, batch_of(made.processor, "both"), "meta")
+    assert item.visual.index.is_meta and len(item.visual.sizes) == 2
 
 
-def test_looking_at_a_batch_wakes_no_other_thread(threads: int) -> None:
-    made, device = Set("qwen2_vl"), torch.device("meta")
+@pytest.mark.parametrize("family", THREE)
+def test_window_and_losses__on_meta__nothing_read(family: str) -> None:
+    made = set_on("meta", family)
+    host = batches_of(made)
+    away = on("meta", host)
+    assert made.grace.window(away, host).is_meta
+    for batch in away:
+        loss = made.grace.loss(decoder_alone(made.student), batch)
+        loss.backward()
+        assert loss.is_meta
+    made.grace.cancel_step()
+    with pytest.raises(Exception, match="meta"):
+        made.grace.window(away)  # without host batches they are read on the device
+
+
+def test_micro_batch__three_threads__one_used(threads: int) -> None:
+    made = Set("qwen2_vl")
     host = batches_of(made)[0]
-    grace = made.grace
     with Threads() as seen:
-        look(
-            on("meta", [host])[0], host, family=grace.family, config=grace.config, vocabulary=grace.vocabulary, teacher=None,
-            distill=grace.distill, relational=grace.relational, device=device,
-        )  # fmt: skip
+        look_at(made, host, "meta")
     assert len(seen.found) > 5 and set().union(*seen.found.values()) == {1}
     assert torch.get_num_threads() == threads
 
 
-def test_host_batches_change_nothing() -> None:
+def test_window__host_batches_given__same_numbers() -> None:
     losses, records = [], []
     for copied in (False, True):
         made = Set("llava", quantized=True)
@@ -112,23 +136,17 @@ def test_host_batches_change_nothing() -> None:
     assert torch.equal(*losses) and records[0] == records[1]
 
 
-def test_a_reading_is_the_tensor_as_it_stood() -> None:
+def test_reading__on_cpu__numbers_of_the_tensor() -> None:
     tensor = torch.tensor([1.0, 2.5])
     assert Reading(tensor).numbers() == [1.0, 2.5]
-    assert moved(tensor, torch.device("cpu")) is tensor
+    assert to_device(tensor, torch.device("cpu")) is tensor
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", [pytest.param(family, marks=CUDA) for family in FAMILIES])
-def test_a_step_on_cuda_reads_nothing(family: str, checkpointing: bool, request: pytest.FixtureRequest) -> None:
-    """The second step in torch's error mode: window, both models, losses, backward pass, record, controller, quantizer."""
-    if family in COPIES_LENGTHS:
-        reason = "transformers copies the lengths of its image features, which nobody asks for, from pageable memory"
-        request.applymarker(pytest.mark.xfail(raises=RuntimeError, strict=True, reason=reason))
-    made = set_on("cuda", family, "sdpa")
+@pytest.mark.parametrize("family", [pytest.param(family, marks=CUDA) for family in THREE])
+def test_whole_step__on_cuda__no_synchronization(family: str) -> None:
+    """The second step in torch's error mode: window, teacher, losses, backward pass, record, controller, quantizer."""
+    made = set_on("cuda", family)
     made.student.train()
-    if checkpointing:
-        made.student.gradient_checkpointing_enable({"use_reentrant": False})
     host = batches_of(made)
     for mode in ("default", "error"):  # the first compiles kernels
         torch.cuda.set_sync_debug_mode(mode)
@@ -136,7 +154,7 @@ def test_a_step_on_cuda_reads_nothing(family: str, checkpointing: bool, request:
             away = on("cuda", host)
             made.grace.window(away, host)
             for batch in away:
-                made.grace.loss(made.student, batch).backward()
+                made.grace.loss(decoder_alone(made.student), batch).backward()
             record = made.grace.measure()
             made.grace.step(1.0)
         finally:

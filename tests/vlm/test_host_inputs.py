@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from grace_plugin.data import ConversationCollator
 from grace_plugin.teacher.base import model_inputs
 from grace_plugin.vlm import family_of
-from grace_plugin.vlm.host import one_thread
+from grace_plugin.vlm.transfer import single_thread
 from tests.films import films
 from tests.threads import Threads
 from tests.tiny import EVERY, build, rows
@@ -33,13 +32,13 @@ def batch_of(processor: Any, kind: str) -> dict[str, Tensor]:
     return batch
 
 
-def test_families_of_grids_are_found() -> None:
+def test_grid_families__registry__at_least_four() -> None:
     assert len(GRIDS) >= 4
 
 
 @pytest.mark.parametrize("kind", ["images", "videos", "both"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_model_computes_the_same_bits(name: str, kind: str) -> None:
+def test_logits__with_host_inputs__same_bits(name: str, kind: str) -> None:
     model, processor = build(name)
     batch = batch_of(processor, kind)
     inputs, made = model_inputs(batch), family_of(model).host_inputs(model, batch, CPU)
@@ -53,7 +52,7 @@ def test_the_model_computes_the_same_bits(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_gradients_under_checkpointing_are_the_same_bits(name: str, attention: str) -> None:
+def test_gradients__with_host_inputs_under_checkpointing__same_bits(name: str, attention: str) -> None:
     model, processor = build(name)
     model.set_attn_implementation(attention)
     model.train()
@@ -69,8 +68,8 @@ def test_gradients_under_checkpointing_are_the_same_bits(name: str, attention: s
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_model_looks_at_what_it_is_given(name: str) -> None:
-    """Were an input not taken, the logits would not move with it."""
+def test_host_inputs__one_altered__logits_change(name: str) -> None:
+    """An input that the model did not take would not change its logits."""
     model, processor = build(name)
     batch = batch_of(processor, "images")
     inputs, made = model_inputs(batch), family_of(model).host_inputs(model, batch, CPU)
@@ -91,7 +90,7 @@ def test_the_model_looks_at_what_it_is_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_nothing_is_made_of_nothing(name: str) -> None:
+def test_host_inputs__parts_missing_or_given__not_made(name: str) -> None:
     model, processor = build(name)
     family, batch = family_of(model), batch_of(processor, "images")
     assert family.host_inputs(model, {k: v for k, v in batch.items() if k != "pixel_values"}, CPU) == {}
@@ -100,36 +99,28 @@ def test_nothing_is_made_of_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_bounds_are_where_they_are_read(name: str, tmp_path: Path) -> None:
-    """On the device for kernels that cut; in host memory for the others, or known beside ranks, whose engine moves tensors."""
+def test_attention_bounds__by_attention_function__where_they_are_read(name: str) -> None:
+    """On the device for kernels of variable lengths; in host memory for the others, which split by them."""
     model, processor = build(name)
     batch, device = batch_of(processor, "images"), torch.device("meta")
     found = {}
     for attention in ("sdpa", "flash_attention_2"):
         model.model.visual.config._attn_implementation = attention
         found[attention] = family_of(model).host_inputs(model, batch, device)
-    model.model.visual.config._attn_implementation = "sdpa"
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        found["ranks"] = family_of(model).host_inputs(model, batch, device)
-    finally:
-        torch.distributed.destroy_process_group()
     bounds = {key for key in found["sdpa"] if key.startswith("image_cu_")}
     for case, made in found.items():
         where = {key: value.device.type for key, value in made.items() if isinstance(value, Tensor)}
         assert {key for key, place in where.items() if place == "cpu"} == (bounds if case == "sdpa" else set())
         assert set(where.values()) <= {"meta", "cpu"} and bounds <= where.keys()
     for key in bounds:
-        assert found["ranks"][key].tolist() == found["sdpa"][key].tolist()
         assert found["sdpa"][key][-1] == len(batch["pixel_values"])
     sizes = batch["image_grid_thw"].prod(1)
     assert found["flash_attention_2"]["image_max_seqlen"] == int(sizes.max())
     assert ("image_max_window_seqlen" in found["flash_attention_2"]) == ("image_cu_window_seqlens" in found["sdpa"])
-    assert not {key for case in ("sdpa", "ranks") for key in found[case] if "max" in key}
+    assert not {key for key in found["sdpa"] if "max" in key}
 
 
-def test_only_a_batch_that_is_elsewhere_needs_them() -> None:
+def test_model_inputs__batch_on_the_host__no_host_inputs() -> None:
     model, processor = build("qwen3_vl")
     batch = batch_of(processor, "images")
     away = {key: value.to("meta") for key, value in batch.items()}
@@ -139,13 +130,12 @@ def test_only_a_batch_that_is_elsewhere_needs_them() -> None:
     made = model_inputs(away, model, batch)
     assert made.keys() > here.keys() and "labels" not in made
     assert {key for key, value in made.items() if value.device.type != "meta"} == {"image_cu_seqlens"}
-    assert torch.equal(made["image_grid_thw"].cpu(), batch["image_grid_thw"])  # known
     llava, _ = build("llava")  # no family of grids
     assert model_inputs(away, llava, batch).keys() == here.keys()
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_what_is_made_of_a_batch_wakes_no_other_thread(name: str, threads: int) -> None:
+def test_model_inputs__three_threads__one_used(name: str, threads: int) -> None:
     model, processor = build(name)
     batch = batch_of(processor, "images")
     away = {key: value.to("meta") for key, value in batch.items()}
@@ -156,11 +146,11 @@ def test_what_is_made_of_a_batch_wakes_no_other_thread(name: str, threads: int) 
 
 
 @pytest.mark.parametrize(("device", "inside"), [("meta", 1), ("cuda", 1), ("cpu", 3)])
-def test_threads_are_given_back(device: str, inside: int, threads: int) -> None:
+def test_single_thread__exception_inside__threads_restored(device: str, inside: int, threads: int) -> None:
     found = []
 
     def work() -> None:
-        with one_thread(torch.device(device)):
+        with single_thread(torch.device(device)):
             found.append(torch.get_num_threads())
             raise ValueError("asked for")
 
