@@ -41,7 +41,7 @@ from grace_plugin import train
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
 from grace_plugin.data import load_rows
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.run.trainer import GraceTrainer
 
 RESULTS = Path(__file__).parent / "results" / "data"

@@ -29,7 +29,7 @@ import torch
 
 import grace_plugin
 from benchmarks.speed.step import STUDENT, TEACHER, shaped
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import build_cache
 from integration.serve_cuda import record

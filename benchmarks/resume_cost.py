@@ -22,7 +22,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
 
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.run import resume, states
 from tests.pairs import pair, run
 from tests.tiny import rows

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
+from grace_plugin.export.freeze import set_upstream_scales
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
 from grace_plugin.quantizer.layers import Format, check_layers
@@ -41,7 +42,6 @@ from grace_plugin.schemes import (
     check_schemes,
     clear_schemes,
     group_of,
-    set_upstream_scales,
     stored_dtype,
 )
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher

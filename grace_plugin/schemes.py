@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grace_plugin.recipe import check_pattern, shown
 from grace_plugin.upstream import (
@@ -37,7 +37,6 @@ __all__ = [
     "check_schemes",
     "clear_schemes",
     "group_of",
-    "set_upstream_scales",
     "stored_dtype",
 ]
 
@@ -271,14 +270,6 @@ def _source_dtype(model: nn.Module) -> torch.dtype | None:
         return None
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def set_upstream_scales(model: Any, frozen: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
-    """Give the learned scales to upstream's parameters, and the stored dtype to the configs that the save path writes."""
-    for name, (_, scale) in frozen.items():
-        model.get_submodule(name).weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
-    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
-        config.dtype = dtype
 
 
 def clear_schemes(model: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> None:

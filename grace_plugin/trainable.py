@@ -21,7 +21,7 @@ from grace_plugin.quantizer import LORA_A, LORA_B, PARAMETER
 from grace_plugin.recipe import LoraRecipe, TrainingRecipe
 from grace_plugin.vlm import Family, matches
 
-__all__ = ["cast_parameters", "choose_trainable", "lora_layers", "release_masters", "upcast_to_fp32"]
+__all__ = ["choose_trainable", "lora_layers", "release_masters", "upcast_to_fp32"]
 
 LEARNED = (PARAMETER, LORA_A, LORA_B)
 
@@ -79,14 +79,6 @@ def release_masters(model: nn.Module) -> None:
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], Rounded):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-
-
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """`release_masters`, and every parameter in that dtype, one by one; buffers as rotary frequencies keep theirs."""
-    release_masters(model)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 def lora_layers(asked: LoraRecipe, linears: Mapping[str, nn.Module]) -> list[str]:

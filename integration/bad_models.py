@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 
 import grace_plugin
 from grace_plugin import VerificationError
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import build_cache
 from integration.bad_model_cases import CACHE, Case, Materials, cases

@@ -32,7 +32,7 @@ import yaml
 from transformers import TrainerCallback
 
 import grace_plugin
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.run import resume
 from tests.pairs import Pair, pair, run
 from tests.tiny import rows

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import grace_plugin
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from tests.export.edits import byte_edits, field_edits, verdict
 from tests.pairs import pair, run
 

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "grace_plugin"
 ROOMS = (
     "contract", "locks", "upstream", "recipe", "losses", "quantizer", "controller", "vlm", "schemes", "vllm_constraints",
     "trainable",
-    "data", "teacher", "objective", "modifier", "export", "run", "serve", "report", "cli",
+    "data", "teacher", "export", "objective", "modifier", "run", "serve", "report", "cli",
 )  # fmt: skip
 APART = {"losses", "quantizer", "controller"}
 LEAST = {  # what the small rooms may import from outside the standard library

@@ -68,7 +68,7 @@ def _captions(pictures: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Command line; see the module."""
-    from grace_plugin.export.layout import environment
+    from grace_plugin.export.record import environment
 
     parser = argparse.ArgumentParser(description="The study's questions answered without the image")
     parser.add_argument("--set", choices=("scenes", "captions"), default="scenes", help="the data")

@@ -17,8 +17,8 @@ from benchmarks.accuracy import pair
 from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.scenes import Album, Asked
 from benchmarks.accuracy.study import SETTINGS
-from grace_plugin.export.layout import rewrite_ignore
-from grace_plugin.schemes import set_upstream_scales
+from grace_plugin.export.freeze import set_upstream_scales
+from grace_plugin.export.write import rewrite_ignore
 from grace_plugin.upstream import GPTQModifier, QuantizationMixin, QuantizationModifier, modify_save_pretrained, oneshot
 from grace_plugin.vlm import family_of
 

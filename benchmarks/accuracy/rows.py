@@ -63,7 +63,7 @@ class Store:
 
     def write(self, row: Row, **entries: Any) -> None:
         """Write the record whole or not at all."""
-        from grace_plugin.export.layout import environment
+        from grace_plugin.export.record import environment
 
         record = {
             "row": row.name, "setting": row.setting, "method": row.method, "seed": row.seed, **entries,

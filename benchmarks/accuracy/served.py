@@ -22,7 +22,7 @@ from benchmarks.accuracy.rows import RESULTS, Store, revision
 from benchmarks.accuracy.scenes import Album, Rows, compose, sentences
 from benchmarks.accuracy.study import SIZES, Row
 from benchmarks.accuracy.work import Work
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.export.verify import load
 from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, probe

@@ -21,7 +21,7 @@ from benchmarks.speed.linear import layers, linear
 from benchmarks.speed.relation import relation
 from benchmarks.speed.step import memory, step
 from benchmarks.speed.timing import ceilings
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 ROOMS = ("head", "linear", "relation", "step", "memory", "chunks")

@@ -20,7 +20,7 @@ from examples.bundled_demo.scenes import TRAINING_SEED, training_rows
 from examples.bundled_demo.score import Encoded
 from examples.bundled_demo.shared import SharedTeacher
 from grace_plugin.data import ConversationCollator
-from grace_plugin.export.layout import rewrite_ignore
+from grace_plugin.export.write import rewrite_ignore
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe

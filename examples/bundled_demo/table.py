@@ -9,7 +9,7 @@ from rich.table import Table
 
 from examples.bundled_demo.jobs import Result
 from examples.bundled_demo.score import interval, paired_difference
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 
 __all__ = ["print_summary", "summarise"]
 

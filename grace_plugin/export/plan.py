@@ -6,19 +6,20 @@ import copy
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from grace_plugin.export.destination import check_space, rehearse
-from grace_plugin.export.layout import GENERATION, provenance, source_folder
 from grace_plugin.export.probe import Probe, make_probe
-from grace_plugin.export.processor import ProcessorFiles, left_out, plan_processor
-from grace_plugin.modifier import GraceModifier
+from grace_plugin.export.processor import ProcessorFiles, left_out, plan_processor, source_folder
+from grace_plugin.export.record import GENERATION, provenance
+from grace_plugin.export.stage import check_space, rehearse
 
-__all__ = ["ExportPlan", "checkpoint_bytes", "rehearse_save"]
+__all__ = ["ExportPlan", "RunToExport", "checkpoint_bytes", "rehearse_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,28 @@ class ExportPlan:
     run_file: str | None = None
 
 
+class RunToExport(Protocol):
+    """What a save reads of a run; `GraceModifier` has it. It is a protocol because `modifier` imports this package."""
+
+    teacher: Any
+    export_plan: Any
+
+    @property
+    def frozen(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Codes and scales by layer name."""
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """Dtype of the checkpoint."""
+
+    @property
+    def objective(self) -> Any:
+        """The objective, whose `state_dict()` and `forward_proof` are recorded."""
+
+
 def rehearse_save(
     model: Any,
-    modifier: GraceModifier,
+    modifier: RunToExport,
     *,
     processor: Any = None,
     output_dir: str | os.PathLike[str] | None = None,

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ProcessorFiles", "is_processor_file", "left_out", "plan_processor", "processor_files"]
+__all__ = ["ProcessorFiles", "is_processor_file", "left_out", "plan_processor", "processor_files", "source_folder"]
 
 _TEMPLATES = "additional_chat_templates"
 #: what tokenizers, processors and chat templates are read from, by transformers and vLLM
@@ -38,6 +38,27 @@ class ProcessorFiles(NamedTuple):
 
     kind: str
     files: dict[str, bytes]
+
+
+def source_folder(source: str | Path) -> Path:
+    """Local folder of a source checkpoint; a hub id resolves to its cached snapshot.
+
+    Raises:
+        ValueError: no source at all, or neither a folder nor a model of the hub cache.
+    """
+    if not str(source) or str(source) == ".":
+        raise ValueError(
+            "the student has no name_or_path, so its processor files cannot be found; load it from a checkpoint"
+        )
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(f"cannot find the processor files of {str(source)!r}: {error}") from error
 
 
 def is_processor_file(name: str) -> bool:

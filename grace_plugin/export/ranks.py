@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["is_writer", "together"]
+__all__ = ["is_writer", "run_on_all_ranks"]
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ def is_writer() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def together(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
+def run_on_all_ranks(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
     """Run `work` on every rank and wait for all; when it fails on one, it fails on all.
 
     Raises:

@@ -1,26 +1,129 @@
-"""The record that a run leaves in its checkpoint, and the verdict: JSON files that notice when they are edited.
+"""What lies where in a checkpoint, and the small files GRACE adds to it.
 
-Each holds the SHA-256 of its own content, and must be the text that this module writes: another byte anywhere is another
-content or another text. That finds edits, not forgers: who edits can compute a new hash as well.
+config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
+tokenizer and processor files      those of the processor that the run trained with (the source's byte for byte, if it is that)
+generation_config.json             the source's, byte for byte
+recipe.yaml                        the recipe with inferred values, without local paths
+run.yaml                           what `train` was given (`grace_plugin.run.manifest`), without local paths
+grace/record.json                  hashes of the final codes and scales, of all other weights, of every file; environment
+grace/probe.safetensors            a batch of seeded noise, or one that the user gave, and the trained model's logits on it
+verification.json                  what `verify` found
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.export.layout import RECORD, VERIFICATION, file_digest
+import torch
+from torch import Tensor, nn
 
-__all__ = ["files_below", "is_description", "read_sealed", "seal", "write_sealed"]
+from grace_plugin.export.processor import is_processor_file
+from grace_plugin.teacher.source import open_checkpoint
+
+__all__ = [
+    "CONFIG",
+    "GENERATION",
+    "PROBE",
+    "RECIPE",
+    "RECORD",
+    "RUN_FILE",
+    "VERIFICATION",
+    "compare_files",
+    "dense_digests",
+    "digest",
+    "environment",
+    "file_digest",
+    "files_below",
+    "fingerprint",
+    "is_description",
+    "is_local",
+    "provenance",
+    "read_sealed",
+    "seal",
+    "write_sealed",
+]
+
+RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "verification.json"
+RECIPE, GENERATION, CONFIG, RUN_FILE = "recipe.yaml", "generation_config.json", "config.json", "run.yaml"
 
 _SEAL = "sha256"
 _LARGEST = 2**28
 #: by their whole names: servers read every *.safetensors of a folder, so LICENSE.safetensors would be weights
 _DESCRIPTION = re.compile(r"\.gitattributes|\.gitignore|README\.md|(LICENSE|NOTICE)[\w -]*(\.(txt|md|rst|html|pdf))?")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_ABSENT = object()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over shape, dtype and bytes of a tensor."""
+    flat = tensor.detach().cpu().contiguous()
+    head = f"{flat.dtype} {tuple(flat.shape)} ".encode()
+    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
+    """Hashes by name of every parameter that is no code and no scale: tower, projector, embeddings, norms, biases, head."""
+    packed = {"weight", "weight_packed", "weight_scale", "weight_shape"}
+    found = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if module not in quantized or leaf not in packed:
+            found[name] = digest(parameter)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions and device that decide whether two runs can give the same bits."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    packages = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's name is a path on this machine and no hub id."""
+    return name.startswith((".", "~", os.sep)) or os.path.isabs(name) or Path(name).exists()
+
+
+def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
+    """What a record says of a model: hub id or folder name, and the fingerprint of its files (None where there are none).
+
+    Args:
+        name: hub id or path; None for a model that was passed loaded and has no name.
+        paths: whether a local path is kept.
+    """
+    if not name:
+        return {}
+    local = is_local(name)
+    found: dict[str, Any] = {"name": Path(name).resolve().name if local else name, "fingerprint": fingerprint(name)}
+    return found | ({"path": name} if local and paths else {})
+
+
+def fingerprint(source: str | Path) -> dict[str, str] | None:
+    """Commit of a hub snapshot, or digests of the config and the weights files of a folder; None where it has neither."""
+    try:
+        return open_checkpoint(str(source)).known_by()
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return None
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -86,3 +189,87 @@ def is_description(name: str) -> bool:
     """Whether a file only describes the repository: a model card, a license, what git and the hub's client keep."""
     first = name.split("/", 1)[0]
     return first in (".git", ".cache") or _DESCRIPTION.fullmatch(name) is not None
+
+
+def compare_files(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Compare names and hashes of all files, and config.json field by field.
+
+    Processor files that a user has saved after `model.save_pretrained` are not proven: they are named and do not fail.
+
+    Returns:
+        The result so far, with the names of failed proofs under `failed`, and a sentence for each failure.
+    """
+    known, unproven = dict(record["files"]), dict(record["unproven"])
+    own_processor = bool(unproven)
+    found = files_below(folder)
+    changed = sorted(name for name, sha in known.items() if name in found and found[name] != sha)
+    missing = sorted(known.keys() - found.keys())
+    unknown = sorted(found.keys() - known.keys() - unproven.keys())
+    not_proven = sorted(name for name in found if own_processor and name not in known and is_processor_file(name))
+    unknown = [name for name in unknown if name not in not_proven]
+    told: list[tuple[str, list[str], str]] = [
+        ("processor_files_changed", _processor(changed), "changed after the run: {}"),
+        ("processor_files_changed", _processor(missing), "missing: {}"),
+        ("weights_changed", [n for n in changed if _is_weights(n)], "changed after the run: {}"),
+        (
+            "files_changed",
+            [n for n in changed if not _is_weights(n) and not is_processor_file(n)],
+            "changed after the run: {}",
+        ),
+        ("files_missing", [n for n in missing if not is_processor_file(n)], "missing: {}"),
+        ("files_unknown", unknown, "not written by the run: {}"),
+    ]
+    failed, sentences = [], []
+    for name, files, sentence in told:
+        if files:
+            failed += [name] if name not in failed else []
+            more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+            sentences.append(sentence.format(", ".join(files[:5]) + more))
+    if CONFIG in changed:
+        sentences.append(_config(folder, record["config"]))
+    processor = [name for name in {**known, **unproven} if is_processor_file(name)]
+    altered = {n for n, sha in unproven.items() if found.get(n) != sha}
+    return {
+        "failed": failed,
+        "files": len(found),
+        "files_not_proven": not_proven,
+        "processor_files": len(processor),
+        "processor_files_changed": sorted({*_processor(changed), *_processor(missing), *altered}),
+    }, sentences
+
+
+def _processor(names: list[str]) -> list[str]:
+    return [name for name in names if is_processor_file(name)]
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) and "/" not in name
+
+
+def _config(folder: Path, recorded: dict[str, Any]) -> str:
+    """What differs between config.json and the recorded one."""
+    try:
+        found = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{CONFIG} cannot be read: {str(error)[:200]}"
+    differing = list(_fields(recorded, found, ""))
+    if not differing:
+        return f"{CONFIG} says the same in other words"
+    return f"{CONFIG} differs in {', '.join(differing[:5])}" + (
+        f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    )
+
+
+def _fields(recorded: Any, found: Any, name: str) -> list[str]:
+    if isinstance(recorded, dict) and isinstance(found, dict):
+        nested = []
+        for key in sorted(recorded.keys() | found.keys()):
+            nested += _fields(recorded.get(key, _ABSENT), found.get(key, _ABSENT), f"{name}.{key}" if name else key)
+        return nested
+    if type(recorded) is type(found) and recorded == found:
+        return []
+    return [f"{name or 'all of it'} (recorded {_shown(recorded)}, found {_shown(found)})"]
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else json.dumps(value)[:60]

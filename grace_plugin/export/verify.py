@@ -20,19 +20,28 @@ What it does not prove: who wrote the checkpoint. Hashes find edits; whoever edi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_plugin.export.files import compare_files
-from grace_plugin.export.layout import PROBE, RECORD, VERIFICATION, dense_digests, digest, environment, fingerprint
 from grace_plugin.export.probe import check_finite, probe_logits, read_probe
 from grace_plugin.export.processor import processor_files
 from grace_plugin.export.ranks import is_writer
-from grace_plugin.export.record import read_sealed, write_sealed
+from grace_plugin.export.record import (
+    PROBE,
+    RECORD,
+    VERIFICATION,
+    compare_files,
+    dense_digests,
+    digest,
+    environment,
+    fingerprint,
+    read_sealed,
+    write_sealed,
+)
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
 from grace_plugin.vlm import FAMILIES
@@ -75,7 +84,7 @@ def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (codes.clone(), scales.clone()) for name, codes, scales in each_packed_layer(model)}
 
 
-def check_against_run(folder: Path, frozen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def check_against_run(folder: Path, frozen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Verify a checkpoint against the codes and scales in memory, element by element, and write `verification.json`.
 
     Raises:

@@ -30,14 +30,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grace_plugin import controller as dual
-from grace_plugin.objective.freeze import freeze
+from grace_plugin.export.freeze import freeze_model
 from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.terms import check_gradient, head_term, visual_term
 from grace_plugin.objective.window import AccumulationWindow, StepRecord, all_reduce_sum, beside, gate_quantiles, look
 from grace_plugin.quantizer.attach import QuantizedLayerGroup
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
-from grace_plugin.trainable import cast_parameters, choose_trainable
+from grace_plugin.trainable import choose_trainable
 from grace_plugin.vlm import capture, check_depth, family_of
 
 __all__ = ["GraceObjective"]
@@ -255,14 +255,13 @@ class GraceObjective:
         self.controller_state = dual.ControllerState.from_dict(state["controller"])
 
     def finalize(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """End the run: bake `code * scale` into the weights, cast every parameter to the stored dtype, detach the scales.
+        """End the run: write `code * scale` into the weights, cast every parameter to `dtype`, remove the scales.
 
-        Returns codes (int8 [out, in]) and scales ([out, groups], stored dtype) by layer name; they are those of a forward pass
-        with the final weights, or `freeze` raises. Parameters are cast one by one; buffers as rotary frequencies keep float32.
+        Returns:
+            Codes (int8 [out, in]) and scales ([out, groups], stored dtype) by layer name.
+
+        Raises:
+            RuntimeError: the forward pass multiplies by other weights; see `grace_plugin.export.freeze`.
         """
-        frozen, self.forward_proof = freeze(self.attached)
-        for attached in self.attached:
-            attached.bake()
-            attached.detach()
-        cast_parameters(self.student, dtype)
+        frozen, self.forward_proof = freeze_model(self.student, self.attached, dtype)
         return frozen

@@ -28,8 +28,8 @@ import torch
 
 from grace_plugin.data import ConversationCollator, Prepared, RowError, load_rows, prepare
 from grace_plugin.data.order import shuffled
-from grace_plugin.export.destination import check_destination
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
+from grace_plugin.export.stage import check_destination
 from grace_plugin.report.answers import accepted, answers
 from grace_plugin.report.blind import blind_row, prompt_text
 from grace_plugin.report.examples import examples

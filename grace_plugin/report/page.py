@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grace_plugin.export.destination import check_destination
+from grace_plugin.export.stage import check_destination
 from grace_plugin.report.charts import bars, label
 
 __all__ = ["PAGE", "REPORT", "write_damage", "write_folder"]

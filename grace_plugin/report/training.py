@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.export.destination import check_destination
+from grace_plugin.export.stage import check_destination
 from grace_plugin.report.charts import lines
 from grace_plugin.report.page import write_folder
 from grace_plugin.run.metrics import METRICS

@@ -20,7 +20,7 @@ from torch import nn
 
 from grace_plugin.data import ConversationCollator, Prepared
 from grace_plugin.data.key import processor_settings
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.teacher import Teacher
 from grace_plugin.teacher.source import open_checkpoint

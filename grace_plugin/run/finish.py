@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from grace_plugin.export.destination import check_destination
 from grace_plugin.export.plan import ExportPlan
 from grace_plugin.export.probe import read_probe, write_probe
 from grace_plugin.export.processor import ProcessorFiles
+from grace_plugin.export.stage import check_destination
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe
 from grace_plugin.run.resume import remove_state, states
 from grace_plugin.run.session import GraceSession, grace_session

@@ -28,7 +28,7 @@ from grace_plugin.data import is_scannable, processor_settings
 from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
 from grace_plugin.data.mix import Rows
 from grace_plugin.data.shown import shortened, shown
-from grace_plugin.export.layout import RUN_FILE, environment
+from grace_plugin.export.record import RUN_FILE, environment
 from grace_plugin.run.settings import arguments_to_record
 from grace_plugin.teacher.source import open_checkpoint
 from grace_plugin.upstream import Recipe

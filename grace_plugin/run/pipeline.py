@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
-from grace_plugin.export.destination import check_space, rehearse
 from grace_plugin.export.plan import checkpoint_bytes, rehearse_save
-from grace_plugin.export.save import install_save, save_checkpoint
+from grace_plugin.export.stage import check_space, rehearse
+from grace_plugin.export.write import install_save, save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.inputs import (
     check_models,

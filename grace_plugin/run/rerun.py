@@ -11,7 +11,7 @@ import yaml
 
 from grace_plugin.data import load_rows, stream_rows
 from grace_plugin.data.shown import shown
-from grace_plugin.export.layout import environment
+from grace_plugin.export.record import environment
 from grace_plugin.run.manifest import checkpoint_digest, dataset_digest, read_run_file
 from grace_plugin.run.train import TrainResult, train
 

@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from grace_plugin.export.destination import check_destination
-from grace_plugin.export.layout import source_folder
 from grace_plugin.export.plan import rehearse_save
-from grace_plugin.export.ranks import together
-from grace_plugin.export.save import save_checkpoint
+from grace_plugin.export.processor import source_folder
+from grace_plugin.export.ranks import run_on_all_ranks
+from grace_plugin.export.stage import check_destination
+from grace_plugin.export.write import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
 from grace_plugin.quantizer.layers import PARAMETER
@@ -72,7 +72,7 @@ class GraceSession:
             FileExistsError: the destination is not empty; the run goes on.
             VerificationError: a proof failed; nothing is left at the destination.
         """
-        together(lambda: check_destination(output_dir), next(self.student.parameters()).device)
+        run_on_all_ranks(lambda: check_destination(output_dir), next(self.student.parameters()).device)
         if not self._ended:
             if callable(getattr(optimizer, "eval", None)):
                 optimizer.eval()

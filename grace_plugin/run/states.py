@@ -21,7 +21,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grace_plugin.export.ranks import together
+from grace_plugin.export.ranks import run_on_all_ranks
 from grace_plugin.run.resume import (
     damage,
     disk_is_full,
@@ -148,7 +148,7 @@ class ResumeStates:
     def choose(self, asked: bool | str | os.PathLike[str]) -> Path:
         """See `choose_state`; the same one on every rank."""
         device = self.trainer.args.device
-        mine = together(
+        mine = run_on_all_ranks(
             lambda: choose_state(asked, self.folder) if self.trainer.args.process_index == 0 else None, device
         )
         self.kept = Path(_from_first_rank(mine))
@@ -259,7 +259,7 @@ class ResumeStates:
     def _agreed(self, part: Any) -> str:
         """What stopped a part on any rank, "" where nothing did; collective and unconditional."""
         device = self.trainer.args.device
-        problem = together(part, device)
+        problem = run_on_all_ranks(part, device)
         if not (dist.is_available() and dist.is_initialized()):
             return problem
         any_problem = torch.tensor(float(bool(problem)), device=device)

@@ -21,7 +21,7 @@ from torch import nn
 from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.shown import shown
-from grace_plugin.export.destination import rehearse
+from grace_plugin.export.stage import rehearse
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.fingerprint import describe_run
 from grace_plugin.run.finish import save_facts, save_finished

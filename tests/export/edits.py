@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import grace_plugin
 from grace_plugin.export import VerificationError
-from grace_plugin.export.layout import VERIFICATION
+from grace_plugin.export.record import VERIFICATION
 
 
 class Edit(NamedTuple):

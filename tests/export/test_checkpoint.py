@@ -17,10 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.export import VerificationError
-from grace_plugin.export.layout import PROBE, RECORD, VERIFICATION, digest, file_digest, source_folder
 from grace_plugin.export.probe import POSITIONS, probe_logits, read_probe
-from grace_plugin.export.processor import processor_files
-from grace_plugin.export.record import write_sealed
+from grace_plugin.export.processor import processor_files, source_folder
+from grace_plugin.export.record import PROBE, RECORD, VERIFICATION, digest, file_digest, write_sealed
 from grace_plugin.export.verify import LOGIT_BOUND
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, recipe_text, run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_plugin.export.destination import check_space, locate, rehearse
+from grace_plugin.export.stage import check_space, locate, rehearse
 
 LONG = "n" * 249
 

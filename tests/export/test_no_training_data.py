@@ -16,9 +16,9 @@ from transformers import AutoProcessor
 import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.export import VerificationError
-from grace_plugin.export.layout import PROBE, RECORD
 from grace_plugin.export.plan import rehearse_save
 from grace_plugin.export.probe import make_probe, probe_logits, read_probe, write_probe
+from grace_plugin.export.record import PROBE, RECORD
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, modifier_of, recipe_text, run
 from tests.tiny import EVERY, build, rows

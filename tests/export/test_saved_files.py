@@ -16,9 +16,10 @@ from transformers import AutoProcessor
 import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.export import VerificationError
-from grace_plugin.export.layout import RECORD, is_local, strip_paths
 from grace_plugin.export.plan import checkpoint_bytes, rehearse_save
 from grace_plugin.export.processor import is_processor_file, left_out, plan_processor, processor_files
+from grace_plugin.export.record import RECORD, is_local
+from grace_plugin.export.write import strip_paths
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, modifier_of, recipe_text, run
 from tests.run.test_oneshot import ONESHOT, loader

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from grace_plugin.export.layout import rewrite_ignore
+from grace_plugin.export.write import rewrite_ignore
 from grace_plugin.upstream import QuantizationModifier, oneshot
 from grace_plugin.vlm import family_of
 

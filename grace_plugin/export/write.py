@@ -9,41 +9,44 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+import yaml
 from torch import nn
 
-from grace_plugin.export.destination import Destination, check_space, locate
-from grace_plugin.export.layout import (
+from grace_plugin.export.plan import ExportPlan, RunToExport, checkpoint_bytes, rehearse_save
+from grace_plugin.export.probe import attention_of, check_finite, probe_logits, write_probe
+from grace_plugin.export.processor import is_processor_file
+from grace_plugin.export.ranks import is_writer, run_on_all_ranks
+from grace_plugin.export.record import (
     CONFIG,
     GENERATION,
     PROBE,
+    RECIPE,
     RECORD,
     RUN_FILE,
     dense_digests,
     digest,
     environment,
-    rewrite_ignore,
-    strip_paths,
+    files_below,
+    is_local,
+    read_sealed,
+    write_sealed,
 )
-from grace_plugin.export.plan import ExportPlan, checkpoint_bytes, rehearse_save
-from grace_plugin.export.probe import attention_of, check_finite, probe_logits, write_probe
-from grace_plugin.export.processor import is_processor_file
-from grace_plugin.export.ranks import is_writer, together
-from grace_plugin.export.record import files_below, read_sealed, write_sealed
+from grace_plugin.export.stage import Destination, check_space, locate
 from grace_plugin.export.verify import VerificationError, check_against_run
-from grace_plugin.modifier import GraceModifier
 from grace_plugin.upstream import modify_save_pretrained, running_output_dir
 from grace_plugin.vlm import family_of
 
-__all__ = ["install_save", "save_checkpoint"]
+__all__ = ["install_save", "rewrite_ignore", "save_checkpoint", "strip_paths"]
 
 
-def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str, Any]]:
+def install_save(model: Any, modifier: RunToExport) -> Callable[..., dict[str, Any]]:
     """Make `model.save_pretrained` write a verified GRACE checkpoint, or nothing, and return the function behind it.
 
     Called before the session ends, for upstream's own `oneshot(output_dir=...)` and for users who save the model themselves.
@@ -88,7 +91,7 @@ def install_save(model: Any, modifier: GraceModifier) -> Callable[..., dict[str,
     return publish
 
 
-def write_record(folder: Path, model: nn.Module, modifier: GraceModifier, device: str, plan: ExportPlan) -> None:
+def write_record(folder: Path, model: nn.Module, modifier: RunToExport, device: str, plan: ExportPlan) -> None:
     """Write what the run knows of its final weights: hashes of codes and scales per layer, and of all other weights.
 
     `forward` counts the weights that were compared with those that the forward pass multiplies by.
@@ -146,7 +149,7 @@ def record_files(folder: Path, *, own_processor: bool) -> None:
     (folder / RECORD).chmod(folder.stat().st_mode & 0o666)
 
 
-def save_checkpoint(model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def save_checkpoint(model: nn.Module, modifier: RunToExport, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes, all read it back.
 
     After a failure it can be called again, with another destination.
@@ -174,14 +177,14 @@ def _plain_generation_config(model: Any) -> Iterator[None]:
 
 
 def _publish(
-    model: nn.Module, modifier: GraceModifier, output_dir: str | os.PathLike[str], write: Callable[..., None], *,
+    model: nn.Module, modifier: RunToExport, output_dir: str | os.PathLike[str], write: Callable[..., None], *,
     own_processor: bool, **kwargs: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Write to a temporary folder, verify it there, and let it appear at the destination."""
     if not kwargs.get("save_compressed", True):
         raise ValueError("a GRACE checkpoint is written packed; call save_pretrained without save_compressed=False")
     device = next(model.parameters()).device
-    destination = together(lambda: locate(output_dir), device)
+    destination = run_on_all_ranks(lambda: locate(output_dir), device)
     needed = checkpoint_bytes(model)
 
     def write_stage() -> None:
@@ -196,9 +199,9 @@ def _publish(
             destination.publish()
 
     try:
-        together(write_stage, device)
-        verification = together(lambda: check_against_run(destination.stage, modifier.frozen), device)
-        together(publish, device)
+        run_on_all_ranks(write_stage, device)
+        verification = run_on_all_ranks(lambda: check_against_run(destination.stage, modifier.frozen), device)
+        run_on_all_ranks(publish, device)
         return verification
     except BaseException:
         if is_writer():
@@ -211,3 +214,64 @@ def _prepare(destination: Destination, needed: int) -> None:
     check_space(destination, needed)
     destination.stage.parent.mkdir(parents=True, exist_ok=True)
     destination.stage.mkdir()
+
+
+def strip_paths(folder: Path) -> None:
+    """Replace local paths of models in the checkpoint's recipe by the names of their folders."""
+    path = folder / RECIPE
+    if not path.is_file():
+        return
+    content = yaml.safe_load(path.read_text())
+    if _strip(content):
+        path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=1000))
+
+
+def _strip(value: Any) -> bool:
+    if isinstance(value, list):
+        return any([_strip(item) for item in value])
+    if not isinstance(value, dict):
+        return False
+    changed, teacher = False, value.get("teacher")
+    if isinstance(teacher, str):
+        teacher = value["teacher"] = {"model": teacher}
+    if isinstance(teacher, dict):
+        for key in ("model", "cache"):
+            given = teacher.get(key)
+            if isinstance(given, str) and is_local(given):
+                teacher[key] = Path(given).resolve().name
+                changed = True
+    return any([_strip(item) for item in value.values()]) or changed
+
+
+def rewrite_ignore(folder: Path, model: nn.Module, patterns: list[str]) -> None:
+    """Rewrite `quantization_config.ignore` so that transformers and vLLM both match it.
+
+    llm-compressor writes checkpoint-space names, which transformers does not map back for LLaVA and Qwen2-VL: towers would
+    load as if they were quantized. Regular expressions over both spaces are matched by both loaders.
+
+    Args:
+        folder: the checkpoint.
+        model: the saved model, whose linears without a scheme are the ignored ones.
+        patterns: the family's patterns (vision tower, projector, head).
+    """
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    kept = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or getattr(module, "quantization_scheme", None) is not None:
+            continue
+        if any(re.match(pattern[3:], name) for pattern in patterns):
+            continue
+        inside = name.removeprefix("model.language_model.")
+        kept.append(
+            rf"re:.*language_model\.(model\.)?{re.escape(inside)}$"
+            if inside != name
+            else rf"re:(.*\.)?{re.escape(name)}$"
+        )
+    quantization["ignore"] = [*patterns, *kept]
+    for group in quantization["config_groups"].values():
+        group["targets"] = ["Linear"] if len(quantization["config_groups"]) == 1 else group["targets"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

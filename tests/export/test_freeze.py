@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grace_plugin.objective.freeze import freeze
+from grace_plugin.export.freeze import freeze_layers
 from grace_plugin.quantizer import attach
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.quantizer.layers import STATE
@@ -31,7 +31,7 @@ def test_the_forward_pass_multiplies_by_what_is_saved(lora: bool, autocast: bool
     linears, attached = layers(lora)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
         seen = {name: linear(torch.eye(128)) for name, linear in linears.items()}
-    frozen, counted = freeze([attached])
+    frozen, counted = freeze_layers([attached])
     assert counted == {"weights": 2 * 128 * 8, "weights_differing": 0}
     for name, linear in linears.items():
         expected = nn.functional.linear(torch.eye(128), dequantize(*frozen[name]).float(), linear.bias)
@@ -51,6 +51,6 @@ def test_a_difference_is_counted_by_layer_and_nothing_is_changed(lora: bool, aut
     linears["b"].weight.data[0, :5] += 100.0
     after = linears["b"].weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"in 1 of 2 layers .*\(b: 5\).*Call invalidate\(\)"):
-        freeze([attached])
+        freeze_layers([attached])
     assert torch.equal(linears["b"].weight, after) and not torch.equal(before, after)
-    assert freeze([attached])[1]["weights_differing"] == 0
+    assert freeze_layers([attached])[1]["weights_differing"] == 0
