@@ -1,14 +1,14 @@
 """`python -m benchmarks.accuracy ROW... [--set scenes|captions] [--size gpu|cpu] [--workers N]`: make rows, then the table.
 
 ROW is a row (`w2g128/grace/0`), or main, core, post, others, ablation, subset. Rows that are there are skipped; `--table` makes
-only the table. With `--set captions` the rows are those of the second data set, in folders of their own; the scene study's
-pair, which they start from, is made first where its checkpoints are not there.
+only the table. New rows are files in a folder; `--pack` moves them into rows.jsonl.xz, where recorded rows are. With
+`--set captions` the rows are those of the second data set, in folders of their own; the scene study's pair, which they start
+from, is made first where its checkpoints are not there.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,6 +49,9 @@ def read_arguments() -> argparse.Namespace:
         "--again", action="store_true", help="make rows anew beside the recorded ones, with the recorded rates"
     )
     parser.add_argument("--table", action="store_true", help="make the table alone, from the rows that are there")
+    parser.add_argument(
+        "--pack", action="store_true", help="move the rows made since into the packed file, rows.jsonl.xz"
+    )
     return parser.parse_args()
 
 
@@ -67,9 +70,8 @@ def clear(rows: list[Row], size: Size, store: Store, recorded: Store) -> None:
     for row in rows:
         store.file(row).unlink(missing_ok=True)
         for need in row.needs(size):
-            if need.searching and recorded.done(need):
-                store.file(need).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(recorded.file(need), store.file(need))
+            if need.searching and (record := recorded.read(need)) is not None and "failed" not in record:
+                store.put(need, record)
 
 
 def photos_of(given: argparse.Namespace, folder: Path, size: Size) -> str:
@@ -105,6 +107,9 @@ def main() -> None:
     recorded = Store(results / "rows", options)
     store = Store(folder / "again" / "rows", options) if given.again else recorded
     rows = [row for name in given.rows for row in group_of_rows(name, size)]
+    if given.pack:
+        print(f"{recorded.pack()} rows in {recorded.packed}")
+        return
     if not given.table:
         if given.again:
             clear(rows, size, store, recorded)
