@@ -92,7 +92,7 @@ def test_a_teacher_beside_the_student_gives_the_numbers_of_one_in_turn() -> None
     batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in host]
     found = []
     for aside in (False, True, False, True):
-        made.grace.teacher.aside = aside
+        made.grace.teacher.side_stream = aside
         tokens = int(made.grace.window(batches, host))
         quantiles = made.grace.gate_quantiles() if len(found) > 1 else {}
         losses = [made.grace.loss(made.student, batch).item() for batch in batches]

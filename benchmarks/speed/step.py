@@ -121,7 +121,7 @@ def _grace(
     def work(defer: bool = False, aside: bool = True) -> None:
         attached.defer(defer)
         if resident:
-            grace.teacher.aside = aside  # type: ignore[union-attr]
+            grace.teacher.side_stream = aside  # type: ignore[union-attr]
         with torch.autocast(device, dtype=torch.bfloat16):
             grace.window([batch], host)
             loss = grace.loss(student, batch)

@@ -29,7 +29,7 @@ class SharedTeacher(ResidentTeacher):
         OSError: the folder cannot be written to.
     """
 
-    aside = False  # files are read and written in turn
+    side_stream = False  # files are read and written in turn
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         super().__init__(model)

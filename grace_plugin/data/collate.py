@@ -35,7 +35,7 @@ from grace_plugin.data.segments import Segment, Segmenter
 from grace_plugin.data.shown import shown
 from grace_plugin.data.spans import visual_spans
 from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Tokens
-from grace_plugin.vlm import VISUAL_RUNS, bounded_size
+from grace_plugin.vlm import VISUAL_SPANS, bounded_size
 
 __all__ = ["IGNORE_INDEX", "ConversationCollator", "Piece"]
 
@@ -106,7 +106,7 @@ class ConversationCollator:
         if pictured:
             batch |= self._tokens.pictured(pictured, self._pixels(pictured))
             if any(piece.videos for piece in pictured) and "pixel_values_videos" not in batch:  # frames stand as images
-                batch[VISUAL_RUNS] = visual_spans(pictured, self.segmenter.placeholders)
+                batch[VISUAL_SPANS] = visual_spans(pictured, self.segmenter.placeholders)
         if plain:
             self._tokens.plain(plain)
         for own, row in zip(text, rows, strict=True):

@@ -8,7 +8,7 @@
 
 An image is a path, a `PIL.Image`, bytes, {"bytes", "path"}, a data URI or a file URI. A web address is refused: what lies there
 can change between two epochs, and a step would wait for it. An image part may also say `min_pixels`, `max_pixels`, or
-`resized_height` and `resized_width`, which are bounds for this image alone (`grace_plugin.vlm.bounds`).
+`resized_height` and `resized_width`, which are bounds for this image alone (`grace_plugin.vlm.image_size`).
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
 def fingerprint(source: str | Path) -> dict[str, str] | None:
     """Commit of a hub snapshot, or digests of the config and the weights files of a folder; None where it has neither."""
     try:
-        return open_checkpoint(str(source)).known_by()
+        return open_checkpoint(str(source)).fingerprint()
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         return None
 

@@ -65,7 +65,7 @@ def load(folder: Path) -> Any:
     """Load the checkpoint as transformers does: quantized layers still packed, dtype as stored."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with FAMILIES[AutoConfig.from_pretrained(folder).model_type].reading():
+    with FAMILIES[AutoConfig.from_pretrained(folder).model_type].loading_context():
         return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 

@@ -259,18 +259,13 @@ def rewrite_ignore(folder: Path, model: nn.Module, patterns: list[str]) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
-    kept = []
+    kept, family = [], family_of(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or getattr(module, "quantization_scheme", None) is not None:
             continue
         if any(re.match(pattern[3:], name) for pattern in patterns):
             continue
-        inside = name.removeprefix("model.language_model.")
-        kept.append(
-            rf"re:.*language_model\.(model\.)?{re.escape(inside)}$"
-            if inside != name
-            else rf"re:(.*\.)?{re.escape(name)}$"
-        )
+        kept.append(family.ignore_pattern(name))
     quantization["ignore"] = [*patterns, *kept]
     for group in quantization["config_groups"].values():
         group["targets"] = ["Linear"] if len(quantization["config_groups"]) == 1 else group["targets"]

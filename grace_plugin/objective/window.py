@@ -157,7 +157,7 @@ def beside(
     What is allocated there is given out again there alone, behind another call of this: by then the student has read it.
     Batches, of another stream, may be dropped at any time: their memory is not given out while they are read here.
     """
-    if teacher is None or not teacher.aside or device.type != "cuda":
+    if teacher is None or not teacher.side_stream or device.type != "cuda":
         return None
     stream = _stream_of(device)
     stream.wait_stream(torch.cuda.current_stream(device))

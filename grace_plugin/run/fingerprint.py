@@ -128,7 +128,7 @@ def _teacher(modifier: GraceModifier, given: Any) -> Any:
     if asked.model is None or not (modifier.distill.enabled or modifier.relational.enabled):
         return {"kind": asked.kind}
     try:
-        return {"files": _digest(open_checkpoint(asked.model, asked.revision).known_by())}
+        return {"files": _digest(open_checkpoint(asked.model, asked.revision).fingerprint())}
     except ValueError:  # the session says what is wrong with it, if anything is
         return {"model": asked.model}
 

@@ -115,7 +115,7 @@ def dataset_digest(dataset: Any) -> str | None:
 def checkpoint_digest(source: str, revision: str = "main") -> str | None:
     """Return a digest of a checkpoint's files, or of its commit on the hub; None where it has no safetensors files."""
     try:
-        return _digest(open_checkpoint(source, revision, role="model").known_by())
+        return _digest(open_checkpoint(source, revision, role="model").fingerprint())
     except ValueError:
         return None
 

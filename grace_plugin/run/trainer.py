@@ -40,7 +40,7 @@ from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
 from grace_plugin.run.stream_loader import WORKER_SECONDS, StreamLoader
 from grace_plugin.run.summary import count_tokens, header_line, say, speed_line, throughput
-from grace_plugin.vlm import VISUAL_RUNS
+from grace_plugin.vlm import VISUAL_SPANS
 from grace_plugin.vlm.transfer import to_device
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
@@ -204,7 +204,7 @@ class GraceTrainer(Trainer):
     ) -> Any:
         """The objective's loss in training; the model's own cross-entropy in evaluation."""
         if not model.training:
-            inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_KEY, VISUAL_RUNS)}
+            inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_KEY, VISUAL_SPANS)}
             return super().compute_loss(model, inputs, return_outputs, None)
         return self.objective.loss(offloaded(model) if self.activation_offloading else model, inputs)
 

@@ -68,7 +68,9 @@ class Teacher(ABC):
 
     config: Any
     name_or_path: str
-    aside = False  # whether, on CUDA, its passes may run on a stream of their own: they share nothing with the student
+    side_stream = (
+        False  # whether, on CUDA, its passes may run on a stream of their own: they share nothing with the student
+    )
 
     @property
     def family(self) -> Family:

@@ -35,7 +35,7 @@ _WORTH_THREADS = 1 << 20
 def teacher_identity(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """What a store is written for: the teacher's revision, dtype, width, and the layer the relational term reads."""
     return {
-        **checkpoint.known_by(),
+        **checkpoint.fingerprint(),
         "dtype": str(checkpoint.dtype(dtype)).removeprefix("torch."),
         "layer": checkpoint.layer,
         "width": checkpoint.width,

@@ -47,7 +47,7 @@ def load_teacher(source: str, *, revision: str = "main", dtype: str = "auto", ki
 class ResidentTeacher(Teacher):
     """Wraps a loaded teacher model; holds no state of a run."""
 
-    aside = True
+    side_stream = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval().requires_grad_(False)
@@ -80,7 +80,7 @@ class ResidentTeacher(Teacher):
 class OffloadedTeacher(ResidentTeacher):
     """Weights in host memory, brought to the device layer by layer as the forward pass needs them (accelerate's hooks)."""
 
-    aside = False  # the host waits for each copy, wherever it is queued
+    side_stream = False  # the host waits for each copy, wherever it is queued
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.cpu())

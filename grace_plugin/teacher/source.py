@@ -58,7 +58,7 @@ class Checkpoint:
         """Bytes of a token's hidden state."""
         return self.width * self.dtype(asked).itemsize
 
-    def known_by(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
         """The commit of a hub snapshot, or digests of the folder's files by name."""
         from transformers.utils.hub import extract_commit_hash
 

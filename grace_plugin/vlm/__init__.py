@@ -1,9 +1,8 @@
-"""Families of vision-language models: one small file for each arrangement of visual tokens, and a registry."""
+"""Families of vision-language models: one file per arrangement of visual tokens, and a registry."""
 
-from grace_plugin.vlm.base import VISUAL_RUNS, Capture, Family, VisualTokens, capture, check_depth, matches
-from grace_plugin.vlm.bounds import bounded_size
-from grace_plugin.vlm.limits import context_length, vocabulary_rows
-from grace_plugin.vlm.pair import (
+from grace_plugin.vlm import anyres, llava, qwen_vl, tiles  # noqa: F401 - each registers its families; add a new file here
+from grace_plugin.vlm.base import VISUAL_SPANS, Capture, Family, VisualTokens, capture, matches
+from grace_plugin.vlm.compatibility import (
     check_image_processors,
     check_pixels,
     load_image_processor,
@@ -11,11 +10,13 @@ from grace_plugin.vlm.pair import (
     load_video_processor,
     shared_vocabulary,
 )
+from grace_plugin.vlm.config_limits import check_depth, context_length, vocabulary_rows
+from grace_plugin.vlm.image_size import bounded_size
 from grace_plugin.vlm.registry import FAMILIES, family_of, register_family
 
 __all__ = [
     "FAMILIES",
-    "VISUAL_RUNS",
+    "VISUAL_SPANS",
     "Capture",
     "Family",
     "VisualTokens",

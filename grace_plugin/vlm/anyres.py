@@ -1,14 +1,9 @@
-"""LLaVA-NeXT and LLaVA-OneVision: an image as a base view and a grid of tiles, each line of the grid closed by a newline.
+"""LLaVA-NeXT and LLaVA-OneVision: an image as a base view and a grid of tiles, with a newline after each line of the grid.
 
-The grid is the best fitting resolution of `image_grid_pinpoints`, with the padding around the image cut away; where it holds
-too many patches (OneVision) it is shrunk. `image_newline` is a learned vector, not a part of the image: it stands under the
-image's token id and is not a visual token. In OneVision an image of a row with several images has its base view alone, and a
-video has its frames pooled by two with one newline behind the last.
-
-vLLM (0.32) cuts each image of a prompt with several into tiles and knows `anyres_max_9` alone; transformers does neither, so
-rows with several images are trained as transformers lays them out and are best served one image at a time.
-
-Sizes come from `image_sizes` ([I, 2], pixels), `batch_num_images` ([rows]) and the model's config.
+The grid is the best fitting resolution of `image_grid_pinpoints` without the padding around the image; with too many patches
+(OneVision) it is shrunk. `image_newline` is a learned vector under the image's token id, and is not a visual token. In
+OneVision an image of a sample with several images has its base view alone, and a video has its frames pooled by two with one
+newline at its end. Sizes come from `image_sizes` ([I, 2], pixels), `batch_num_images` ([samples]) and the model's config.
 """
 
 from __future__ import annotations
@@ -19,12 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 from transformers.image_processing_utils import select_best_resolution
 
 from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.registry import register_family
 
 __all__ = ["LlavaNext", "LlavaOnevision"]
 
 
 class TileGrid(NamedTuple):
-    """Placeholders of an image: `base` tokens, then `height` lines of `width` tokens and a newline."""
+    """Placeholders of an image: `base` tokens, then `height` lines of `width` tokens and one newline."""
 
     base: int
     height: int
@@ -32,14 +28,15 @@ class TileGrid(NamedTuple):
 
     @property
     def placeholders(self) -> int:
-        """How many placeholders the image owns."""
+        """Return the number of placeholders of the image."""
         return self.base + self.height * (self.width + 1)
 
     def true_tokens(self) -> list[bool]:
-        """Which of them are visual tokens."""
+        """Return which placeholders are visual tokens."""
         return [True] * self.base + ([True] * self.width + [False]) * self.height
 
 
+@register_family
 class LlavaNext(Family):
     """`LlavaNextForConditionalGeneration`."""
 
@@ -52,15 +49,16 @@ class LlavaNext(Family):
         return {"image": config.image_token_id}
 
     def tile_grids(self, config: Any, batch: Batch, kind: str) -> list[TileGrid]:
-        """The layout of each image (or video) of the batch, in order."""
+        """Return the grid of each image (or video) of the batch, in order."""
         return [self.tile_grid(config, height, width) for height, width in batch["image_sizes"].tolist()]
 
     def tile_grid(self, config: Any, height: int, width: int) -> TileGrid:
-        """The layout of an image of `height` x `width` pixels."""
+        """Return the grid of an image of `height` x `width` pixels."""
         tile = config.vision_config.image_size
         side = tile // config.vision_config.patch_size
         best_height, best_width = select_best_resolution([height, width], config.image_grid_pinpoints)
         lines, columns = side * (best_height // tile), side * (best_width // tile)
+        # transformers rounds to 7 decimals before it truncates (processing_llava_next.py), and so must this
         if width / height > columns / lines:
             lines -= 2 * ((lines - int(round(height * (columns / width), 7))) // 2)
         else:
@@ -68,10 +66,10 @@ class LlavaNext(Family):
         return TileGrid(side * side, lines, columns)
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
-        return [tile_grid.placeholders for tile_grid in self.tile_grids(config, batch, kind)]
+        return [grid.placeholders for grid in self.tile_grids(config, batch, kind)]
 
     def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]]:
-        return [tile_grid.true_tokens() for tile_grid in self.tile_grids(config, batch, kind)]
+        return [grid.true_tokens() for grid in self.tile_grids(config, batch, kind)]
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         return {
@@ -82,10 +80,12 @@ class LlavaNext(Family):
         }
 
 
+@register_family
 class LlavaOnevision(LlavaNext):
     """`LlavaOnevisionForConditionalGeneration`, images and videos."""
 
     model_type = "llava_onevision"
+    # vLLM 0.32 tiles each image of a prompt with several and supports anyres_max_9 alone; transformers does neither.
     served_images: ClassVar[int | None] = 1
 
     def token_ids(self, config: Any) -> dict[str, int]:
@@ -107,11 +107,9 @@ class LlavaOnevision(LlavaNext):
         base, lines, columns = super().tile_grid(config, height, width)
         most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(lines * columns / (most * base))
-        return (
-            TileGrid(base, int(lines // ratio), int(columns // ratio))
-            if ratio > 1.1
-            else TileGrid(base, lines, columns)
-        )
+        if ratio > 1.1:  # transformers' pack_image_features shrinks only above this ratio
+            lines, columns = int(lines // ratio), int(columns // ratio)
+        return TileGrid(base, lines, columns)
 
     def pixel_signature(self, config: Any) -> dict[str, Any]:
         return {**super().pixel_signature(config), "vision_aspect_ratio": config.vision_aspect_ratio}

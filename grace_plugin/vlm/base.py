@@ -1,11 +1,8 @@
-"""What GRACE must know of a vision-language model, and nothing more.
+"""The interface of a family of vision-language models.
 
-A `Family` answers five questions, always from the model's own config, never from a literal id: which token ids stand for
-visual tokens, how many of them each image or video owns, where the decoder is, which modules stay unquantized, which stay
-frozen. Everything outside `vlm/` asks these questions and names no family.
-
-A placeholder is not always a visual token: some families close each line of patches with a learned newline that stands under
-the image's own token id. `true_tokens` takes those out; row, column and frame tags have ids of their own and never count.
+A `Family` holds every fact about a model that the rest of the package needs: which token ids stand for visual tokens, how many
+of them each image or video owns, where the decoder is, which modules stay unquantized or frozen, and how vLLM lays the layers
+out. Facts come from the model's config, not from literal ids. Code outside `vlm/` asks these methods and names no family.
 
 Legend: B batch, S sequence, M visual tokens of the batch, I images and videos of the batch.
 """
@@ -22,17 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VISUAL_RUNS", "Capture", "Family", "VisualTokens", "capture", "check_depth", "matches", "runs"]
+__all__ = ["VISUAL_SPANS", "Capture", "Family", "VisualTokens", "capture", "image_token_spans", "matches"]
 
 Batch = Mapping[str, Any]
-VISUAL_RUNS = "visual_spans"
-"""The batch entry of families that write a video's frames as images: for each image and video, of how many unbroken runs of
-the image's token it is made (a list of numbers, which no model takes); without it each run is an image of its own."""
+VISUAL_SPANS = "visual_spans"
+"""Batch entry of families that write a video's frames as images: per image or video, the number of spans of the image token
+that it consists of (a list, which no model takes). Without the entry each span is an image of its own."""
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Where the visual tokens of a batch are.
+    """Positions of the visual tokens of a batch.
 
     index: int64 [M], flat positions in [B * S], the tokens of image 0 first, then those of image 1, and so on.
     sizes: visual tokens of each image or video, host integers, sum(sizes) == M.
@@ -44,9 +41,9 @@ class VisualTokens:
 
 @dataclass
 class Capture:
-    """Hidden states of one forward pass: `final` is the decoder's normed output, `penultimate` the output of layer L-2.
+    """Hidden states of one forward pass, [B, S, d] each: `final` after the decoder's norm, `penultimate` of layer L-2.
 
-    A decoder of one layer has no penultimate state; `check_depth` refuses it where one is read.
+    `penultimate` is None for a decoder of one layer, which `check_depth` refuses where the state is needed.
     """
 
     final: Tensor | None = None
@@ -54,52 +51,72 @@ class Capture:
 
 
 class Family(ABC):
-    """One family of vision-language models; subclasses hold facts, this class holds the checks."""
+    """One family of vision-language models: subclasses hold facts, this class holds the checks."""
 
     model_type: ClassVar[str]
-    #: the batch entry that carries the pixels of each kind of visual input
+    #: batch entry that carries the pixels of each kind of visual input
     pixel_keys: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
-    #: module-name patterns, "re:" as in compressed-tensors, matched from the start
+    #: module-name patterns as in compressed-tensors: "re:" is a regular expression matched from the start
     vision: ClassVar[tuple[str, ...]]
     projector: ClassVar[tuple[str, ...]]
     head: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?lm_head$",)
-    #: routers of mixtures of experts, which stay as they are
+    #: routers of mixtures of experts, which stay unquantized
     router: ClassVar[tuple[str, ...]] = ()
-    #: images of one prompt that vLLM lays out as transformers does; None for any number
-    served_images: ClassVar[int | None] = None
-    #: whether a token's place is one number, so that rows packed into one sequence compute what they compute alone
-    packs: ClassVar[bool] = False
     #: module path of the decoder inside the model
     decoder: ClassVar[str] = "model.language_model"
+    #: ends of the names of tensors that can be the output head, in order; the second is the embedding that a tied head shares
+    head_tensors: ClassVar[tuple[str, ...]] = ("lm_head.weight", "embed_tokens.weight")
+    #: linears of one parent module that vLLM merges into one matrix, so they need one quantization format
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    #: linears that vLLM splits along their inputs under tensor parallelism; all others are split along their outputs
+    row_parallel: ClassVar[tuple[str, ...]] = ("o_proj", "down_proj")
+    #: images of one prompt that vLLM lays out as transformers does; None for any number
+    served_images: ClassVar[int | None] = None
+    #: whether positions are one number per token, so that samples packed into one sequence compute what they compute alone
+    packs: ClassVar[bool] = False
 
     @abstractmethod
     def token_ids(self, config: Any) -> dict[str, int]:
-        """Placeholder token id of each kind of visual input ("image", "video"), from the model's config."""
+        """Return the placeholder token id of each kind of visual input ("image", "video")."""
 
     @abstractmethod
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
-        """Placeholders of each image (or video) of the batch, in order; `total` tokens of that kind were found."""
+        """Return the number of placeholders of each image (or video) of the batch, in order.
+
+        Args:
+            config: of the model.
+            batch: of the collator.
+            kind: "image" or "video".
+            total: placeholders of that kind in the batch.
+        """
+
+    @abstractmethod
+    def pixel_signature(self, config: Any) -> dict[str, Any]:
+        """Return the config values that decide how many visual tokens an image becomes; teacher and student must agree."""
 
     def takes_videos(self, config: Any) -> bool:
-        """Whether rows with videos are trained and served; by default, whether they have a token of their own."""
+        """Return whether samples with videos are trained and served; by default, whether videos have a token of their own."""
         return "video" in self.token_ids(config)
 
     def true_tokens(self, config: Any, batch: Batch, kind: str) -> list[list[bool]] | None:
-        """Per image, which of its placeholders are visual tokens; None when all of them are."""
+        """Return, per image, which of its placeholders are visual tokens; None when all of them are.
+
+        Some families end each line of patches with a learned newline vector under the image's own token id.
+        """
         return None
 
     def unfuse_experts(self, model: nn.Module) -> None:
-        """Turn experts held as one parameter into linears; a model without such experts is left alone."""
+        """Replace experts that are held as one parameter by linears, in place; a model without them is left as it is."""
         return None
 
-    def reading(self) -> AbstractContextManager[None]:
-        """Inside it, transformers reads a quantized checkpoint of this family as `unfuse_experts` left the model."""
+    def loading_context(self) -> AbstractContextManager[None]:
+        """Return a context in which transformers loads a quantized checkpoint with the experts that `unfuse_experts` made."""
         return nullcontext()
 
     def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
-        """Inputs of the model's forward pass that it would otherwise make of what it reads back from the device.
+        """Return inputs of the forward pass that the model would otherwise compute from values read back from the device.
 
-        They take the place of the batch's entries of the same name, or come beside them; by default there are none.
+        They are added to the batch or replace entries of the same name. The default is none.
 
         Args:
             model: of this family, unwrapped.
@@ -108,44 +125,47 @@ class Family(ABC):
         """
         return {}
 
-    @abstractmethod
-    def pixel_signature(self, config: Any) -> dict[str, Any]:
-        """The config values that decide how many visual tokens an image becomes; equal for a teacher and its student."""
-
     def softcap(self, config: Any) -> float | None:
-        """c where the model is served with logits c * tanh(logits / c); None where they are the head's product.
-
-        vLLM follows the decoder's config; transformers' `Gemma3ForConditionalGeneration` leaves the cap out of its own logits.
-        """
+        """Return c where the served logits are c * tanh(logits / c), else None."""
+        # vLLM follows the decoder's config; transformers' Gemma3ForConditionalGeneration leaves the cap out of its own logits.
         cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
         return cap
 
     def text_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: a module with `layers` (nn.ModuleList) and `norm`."""
+        """Return the decoder: a module with `layers` (nn.ModuleList) and `norm`."""
         return model.get_submodule(self.decoder)
 
     def check_packing(self) -> None:
-        """Refuse packed rows for a family that cannot keep them apart.
+        """Refuse packed samples for a family that cannot keep them apart.
 
         Raises:
-            ValueError: names the family and the way out.
+            ValueError: names the family and how to fix it.
         """
         if not self.packs:
             raise ValueError(
-                f"rows of family '{self.model_type}' cannot be packed: its positions are not one number per token, and "
-                "the model would lay all packed rows out as one. Leave packing out; batches are grouped by length instead"
+                f"samples of family '{self.model_type}' cannot be packed: its positions are not one number per token, and "
+                "the model would lay all packed samples out as one. Leave packing out; batches are grouped by length instead"
             )
 
     def quantization_ignore(self) -> list[str]:
-        """Patterns of the linears that stay in the checkpoint's dtype: vision tower, projector, lm_head, routers."""
+        """Return patterns of the linears that stay unquantized: vision tower, projector, output head, routers."""
         return [*self.vision, *self.projector, *self.head, *self.router]
 
+    def ignore_pattern(self, module_name: str) -> str:
+        """Return a pattern for a module of a saved checkpoint that transformers and vLLM both match when they load it."""
+        # transformers renames modules as it loads (LLaVA: language_model.model.* to model.language_model.*), but not the names
+        # of quantization_config.ignore; vLLM keeps an inner "model." of its own.
+        inside = module_name.removeprefix(f"{self.decoder}.")
+        if inside == module_name:
+            return rf"re:(.*\.)?{re.escape(module_name)}$"
+        return rf"re:.*{self.decoder.rpartition('.')[2]}\.(model\.)?{re.escape(inside)}$"
+
     def trains(self, parameter_name: str) -> bool:
-        """Whether a parameter trains by default: projector and decoder do, the vision tower does not."""
+        """Return whether a parameter trains by default: projector and decoder do, the vision tower does not."""
         return matches(parameter_name, self.projector) or not matches(parameter_name, self.vision)
 
     def visual_tokens(self, config: Any, batch: Batch) -> VisualTokens:
-        """Positions and per-image split of the visual tokens of a batch.
+        """Return positions and per-image sizes of the visual tokens of a batch.
 
         Raises:
             ValueError: pixels without matching tokens, tokens without pixels, or a split that does not add up; the
@@ -183,10 +203,10 @@ class Family(ABC):
         return VisualTokens(torch.cat([empty, *indices]), tuple(sizes))
 
 
-def runs(batch: Batch, token_id: int) -> tuple[list[int], Tensor]:
-    """Unbroken runs of a token in a batch: their lengths in order, and the token id just before each (int64 [runs])."""
+def image_token_spans(batch: Batch, token_id: int) -> tuple[list[int], Tensor]:
+    """Find the unbroken spans of a token in a batch; returns their lengths, and the token id before each (int64 [spans])."""
     ids = batch["input_ids"]
-    before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]  # a run never reaches over the end of a row
+    before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]  # a span never crosses the end of a sequence
     hit, joined = (ids == token_id).flatten(), (before == token_id).flatten()
     first = hit & ~joined
     number = first.cumsum(0)[hit]
@@ -194,34 +214,15 @@ def runs(batch: Batch, token_id: int) -> tuple[list[int], Tensor]:
 
 
 def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
-    """compressed-tensors' own convention: "re:" is a regular expression matched from the start, anything else a name."""
+    """Return whether a name matches a pattern of compressed-tensors: "re:" matches from the start, all else is equality."""
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
-
-
-def check_depth(config: Any, role: str) -> None:
-    """Refuse a decoder without a penultimate layer, which the relational term reads.
-
-    Args:
-        config: of a model. role: "student" or "teacher".
-
-    Raises:
-        ValueError: the decoder has fewer than two layers.
-    """
-    layers = config.get_text_config().num_hidden_layers
-    if layers < 2:
-        raise ValueError(
-            f"the {role}'s decoder has {layers} layer(s); the relational term needs at least 2, because it "
-            "reads the last but one: set relational: {enabled: false}"
-        )
 
 
 @contextmanager
 def capture(text_model: nn.Module) -> Iterator[Capture]:
-    """Collect the decoder's final (normed) and penultimate hidden states of the forward pass run inside.
+    """Collect the decoder's final (after its norm) and penultimate hidden states of the forward pass run inside.
 
-    The penultimate state is the output of decoder layer L-2, counted in this model's own depth, before the final norm. Only
-    the first pass is kept, so that the recomputation of activation checkpointing changes nothing. Of a decoder of one layer the
-    final states alone are collected.
+    The penultimate state is the output of decoder layer L-2, counted in this model's own depth, before the final norm.
     """
     layers = text_model.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
@@ -229,7 +230,7 @@ def capture(text_model: nn.Module) -> Iterator[Capture]:
 
     def keep(slot: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if getattr(caught, slot) is None:
+            if getattr(caught, slot) is None:  # activation checkpointing runs the layers again in the backward pass
                 setattr(caught, slot, output[0] if isinstance(output, tuple) else output)
 
         return hook

@@ -1,8 +1,8 @@
-"""LLaVA-1.5 and Pixtral: a tower, a two-layer projector, a decoder, one placeholder per visual token.
+"""LLaVA-1.5 and Pixtral: a vision tower, a two-layer projector, a decoder, and one placeholder per visual token.
 
-With a CLIP tower every image owns the same number of tokens. With a Pixtral tower (and in Mistral 3, which merges patches)
-an image keeps its own resolution: the processor reports it in `image_sizes`, [I, 2] in pixels, and the break and end tokens
-of its lines have ids of their own.
+With a CLIP tower every image has the same number of tokens. With a Pixtral tower (and in Mistral 3, which merges patches)
+an image keeps its own resolution, which the processor reports in `image_sizes`, [I, 2] in pixels; the tokens that end its lines
+have ids of their own.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.registry import register_family
 
 __all__ = ["Llava", "Mistral3"]
 
 
+@register_family
 class Llava(Family):
     """`LlavaForConditionalGeneration`."""
 
@@ -40,6 +42,7 @@ class Llava(Family):
         }
 
 
+@register_family
 class Mistral3(Llava):
     """`Mistral3ForConditionalGeneration`: a Pixtral tower whose patches are merged before the projector."""
 

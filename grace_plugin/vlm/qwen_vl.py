@@ -1,26 +1,36 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos at their own resolution, `t * h * w / merge^2` visual tokens each.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its mixture of experts: images and videos at their own resolution.
 
-The grid of each image and video comes from the processor (`image_grid_thw`, `video_grid_thw`, [I, 3] in patches). The merger
-(and Qwen3-VL's deepstack mergers) is the projector; it trains, the tower below it is frozen. In Qwen3-VL a video's tokens are
-interrupted by time stamps; its split counts them over the whole video.
+An image or video has `t * h * w / merge^2` visual tokens; its grid comes from the processor (`image_grid_thw`,
+`video_grid_thw`, [I, 3] in patches). The merger (and Qwen3-VL's deepstack mergers) is the projector; it trains, the tower below
+it is frozen. In Qwen3-VL time stamps interrupt a video's tokens, which are counted over the whole video.
+
+transformers holds the experts of a layer as two 3D parameters, which no linear quantizer reaches. llm-compressor replaces them
+by one `nn.Linear` per expert and projection; the checkpoint then holds each expert by itself, as vLLM reads it.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import vision_utils
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, vision_utils
 from transformers.utils.generic import get_max_seqlen
 
+from grace_plugin.upstream import linearize_moe, load_quantizable_moe, patch_moe_mappings, remove_module_offload
 from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.registry import register_family
 from grace_plugin.vlm.transfer import to_device
 
-__all__ = ["Qwen2VL", "Qwen3VL", "Qwen25VL"]
+__all__ = ["Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen25VL"]
+
+_FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@register_family
 class Qwen2VL(Family):
     """`Qwen2VLForConditionalGeneration`."""
 
@@ -41,6 +51,7 @@ class Qwen2VL(Family):
             return {}
         found: dict[str, Any] = {}
         if host.get("position_ids") is None:
+            # the arguments differ between the models of the family
             asked = inspect.signature(model.model.get_rope_index).parameters
             places, _ = model.model.get_rope_index(**{name: host[name] for name in asked if host.get(name) is not None})
             found["position_ids"] = to_device(places, device)
@@ -51,12 +62,12 @@ class Qwen2VL(Family):
         return found
 
     def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
-        """What the vision tower makes of its grids [I, 3], given in host memory."""
+        """Return what the vision tower computes from its grids [I, 3] in host memory."""
         places = to_device(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
         return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
 
     def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
-        """Where the tower's attention is cut, int32 [n + 1]."""
+        """Return the cumulative lengths at which the tower's attention is split, int32 [n + 1]."""
         longest, name = get_max_seqlen(ends, tower.config), f"cu_{which}seqlens"
         if longest is not None:  # kernels for variable lengths read the bounds on the device and need the longest part
             return {name: to_device(ends, device), f"max_{which}seqlen": longest}
@@ -73,6 +84,7 @@ class Qwen2VL(Family):
         }
 
 
+@register_family
 class Qwen25VL(Qwen2VL):
     """`Qwen2_5_VLForConditionalGeneration`."""
 
@@ -85,6 +97,7 @@ class Qwen25VL(Qwen2VL):
         return {**super()._tower_inputs(tower, grid, device), **windows}
 
 
+@register_family
 class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration` (deepstack)."""
 
@@ -104,3 +117,23 @@ class Qwen3VL(Qwen2VL):
         )
         table = {"interp_indices": to_device(indices, device), "interp_weights": to_device(weights, device)}
         return {**super()._tower_inputs(tower, grid, device), **table}
+
+
+@register_family
+class Qwen3VLMoe(Qwen3VL):
+    """`Qwen3VLMoeForConditionalGeneration`."""
+
+    model_type = "qwen3_vl_moe"
+    router: ClassVar[tuple[str, ...]] = (r"re:(.*\.)?mlp\.gate$",)
+
+    def unfuse_experts(self, model: nn.Module) -> None:
+        linearize_moe(model)
+        for module in model.modules():
+            # llm-compressor's offload pins the new linears to the device they were made on, and a trainer moves models.
+            remove_module_offload(module)
+
+    @contextmanager
+    def loading_context(self) -> Iterator[None]:
+        # Plain from_pretrained knows fused experts only and would draw the linears at random.
+        with patch_moe_mappings(self.model_type, [], _FUSED_EXPERTS), load_quantizable_moe(AutoModelForImageTextToText):
+            yield

@@ -1,11 +1,9 @@
-"""InternVL3, SmolVLM, Idefics3 and Gemma 3: an image as tiles of one size, each of a fixed number of visual tokens.
+"""InternVL3, SmolVLM, Idefics3 and Gemma 3: an image as tiles of one size, each with a fixed number of visual tokens.
 
-The batch does not say how many tiles an image has; the text does. In InternVL an image is one unbroken run of its token, and
-a video one run for each frame, under the image's token; `VISUAL_RUNS`, which the collator puts into batches with videos, says
-how many runs a video has, so that it is one unit of the relation, as in the families with a video token. In SmolVLM and
-Idefics3 each tile is a run behind a tag, and the whole-image view comes last: its tag, which the config does not name, is the
-one before the batch's last run. In Gemma 3 the image and each pan-and-scan crop have begin and end tokens around them and
-count one by one.
+The batch does not say how many tiles an image has; the text does. In InternVL an image is one span of its token, and a video
+one span per frame under the image's token; the batch entry `VISUAL_SPANS` says how many spans a video has. In SmolVLM and
+Idefics3 each tile is a span after a tag, and the view of the whole image comes last. In Gemma 3 the image and each
+pan-and-scan crop have begin and end tokens around them and count as images of their own.
 """
 
 from __future__ import annotations
@@ -13,11 +11,13 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, ClassVar
 
-from grace_plugin.vlm.base import VISUAL_RUNS, Batch, Family, runs
+from grace_plugin.vlm.base import VISUAL_SPANS, Batch, Family, image_token_spans
+from grace_plugin.vlm.registry import register_family
 
 __all__ = ["Gemma3", "Idefics3", "InternVL", "SmolVLM"]
 
 
+@register_family
 class InternVL(Family):
     """`InternVLForConditionalGeneration`."""
 
@@ -33,7 +33,7 @@ class InternVL(Family):
         return True
 
     def tokens_per_tile(self, config: Any) -> int:
-        """Visual tokens of one tile."""
+        """Return the number of visual tokens of one tile."""
         vision = config.vision_config
         return int((vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio) ** 2)
 
@@ -41,8 +41,8 @@ class InternVL(Family):
         per_tile, tiles = self.tokens_per_tile(config), batch["pixel_values"].shape[0]
         if total != per_tile * tiles:
             return [per_tile] * tiles
-        lengths = runs(batch, config.image_token_id)[0]
-        counts = batch.get(VISUAL_RUNS) or [1] * len(lengths)
+        lengths = image_token_spans(batch, config.image_token_id)[0]
+        counts = batch.get(VISUAL_SPANS) or [1] * len(lengths)
         found = iter(lengths)
         return [sum(islice(found, count)) for count in counts]
 
@@ -55,6 +55,7 @@ class InternVL(Family):
         }
 
 
+@register_family
 class Gemma3(Family):
     """`Gemma3ForConditionalGeneration`."""
 
@@ -73,6 +74,7 @@ class Gemma3(Family):
         return {"image_size": config.vision_config.image_size, "mm_tokens_per_image": config.mm_tokens_per_image}
 
 
+@register_family
 class Idefics3(Family):
     """`Idefics3ForConditionalGeneration`."""
 
@@ -88,13 +90,14 @@ class Idefics3(Family):
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         vision = config.vision_config
         per_tile = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-        lengths, tags = runs(batch, config.image_token_id)
+        lengths, tags = image_token_spans(batch, config.image_token_id)
         tiles = len(lengths)
-        if batch.get("pixel_attention_mask") is not None:  # a tile that only fills the batch has nothing to see
+        if batch.get("pixel_attention_mask") is not None:  # tiles that pad the batch have an empty mask
             tiles = int(batch["pixel_attention_mask"].flatten(2).any(dim=-1).sum())
         if lengths != [per_tile] * tiles:
             return [per_tile] * tiles
         images = [0]
+        # The config does not name the tag of the whole-image view, which ends an image; the batch's last span has it.
         for last in (tags == tags[-1]).tolist():
             images[-1] += per_tile
             images += [0] if last else []
@@ -109,6 +112,7 @@ class Idefics3(Family):
         }
 
 
+@register_family
 class SmolVLM(Idefics3):
     """`SmolVLMForConditionalGeneration`."""
 

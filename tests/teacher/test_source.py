@@ -57,20 +57,20 @@ def test_a_head_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_known_by_its_content_and_a_snapshot_by_its_commit(llava: Pair, tmp_path: Path) -> None:
-    first = open_checkpoint(str(llava.teacher)).known_by()
+    first = open_checkpoint(str(llava.teacher)).fingerprint()
     assert sorted(first) == ["config.json", "model.safetensors"]
     moved = shutil.copytree(llava.teacher, tmp_path / "moved")
-    assert open_checkpoint(str(moved)).known_by() == first
+    assert open_checkpoint(str(moved)).fingerprint() == first
     content = bytearray((moved / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (moved / "model.safetensors").write_bytes(content)
-    changed = open_checkpoint(str(moved)).known_by()
+    changed = open_checkpoint(str(moved)).fingerprint()
     assert differing(first, changed).startswith("model.safetensors: ")
     (moved / "model.safetensors").write_bytes(content + b" ")
     with pytest.raises(
         ValueError, match=r"cannot read .*model\.safetensors of the teacher: .*; fetch or save it again"
     ):
-        open_checkpoint(str(moved)).known_by()
+        open_checkpoint(str(moved)).fingerprint()
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = shutil.copytree(llava.teacher, tmp_path / "models--a--b/snapshots" / commit)
-    assert open_checkpoint(str(snapshot)).known_by() == {"commit": commit}
+    assert open_checkpoint(str(snapshot)).fingerprint() == {"commit": commit}

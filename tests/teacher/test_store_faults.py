@@ -62,14 +62,14 @@ def test_weights_of_another_sign_between_any_samples_are_another_teacher(
         (folder / name).write_bytes((llava.teacher / name).read_bytes())
     weights = {"lm_head.weight": torch.randn(2_500_000, generator=torch.Generator().manual_seed(0))}
     save_file(weights, folder / "model.safetensors")
-    before, size = open_checkpoint(str(folder)).known_by(), (folder / "model.safetensors").stat().st_size
+    before, size = open_checkpoint(str(folder)).fingerprint(), (folder / "model.safetensors").stat().st_size
     content = bytearray((folder / "model.safetensors").read_bytes())
     signs = np.arange(size - 4 * 2_500_000 + 3, size, 4)  # the byte of each weight that holds its sign
     sampled = [place * (size - 65536) // 15 for place in range(16)]
     outside = np.all([(signs < place) | (signs >= place + 65536) for place in sampled], axis=0)
     np.frombuffer(content, dtype=np.uint8)[signs[outside][:1_850_000]] ^= 0x80
     (folder / "model.safetensors").write_bytes(content)
-    after = open_checkpoint(str(folder)).known_by()
+    after = open_checkpoint(str(folder)).fingerprint()
     assert before["config.json"] == after["config.json"]
     assert before["model.safetensors"] != after["model.safetensors"]
 

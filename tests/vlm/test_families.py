@@ -137,7 +137,7 @@ def test_an_unknown_family_is_named_with_the_file_to_add() -> None:
     model.config.model_type = "idefics9"
     with pytest.raises(
         ValueError,
-        match=r"'idefics9' \(LlavaFor.*known: \['gemma3', .*'smolvlm'\].*laid out alike, .*vlm/idefics9\.py, and to registry",
+        match=r"'idefics9' \(LlavaFor.*known: \['gemma3', .*'smolvlm'\].*register_family .*or as grace_plugin/vlm/idefics9\.py",
     ):
         family_of(model)
     with pytest.raises(ValueError, match=r"model family 'None' .Linear."):

@@ -1,13 +1,14 @@
-"""What a model's config says of the samples that it takes: how many tokens, and which token ids."""
+"""Limits that a model's config states: context length, token ids, depth."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["context_length", "vocabulary_rows"]
+__all__ = ["check_depth", "context_length", "vocabulary_rows"]
 
-_STRETCHED = ("linear", "dynamic", "yarn")  # others state the stretched length in max_position_embeddings
+# Other rope types state the scaled length in max_position_embeddings.
+_SCALED = ("linear", "dynamic", "yarn")
 
 
 def vocabulary_rows(config: Any) -> int | None:
@@ -17,7 +18,7 @@ def vocabulary_rows(config: Any) -> int | None:
 
 
 def _scalings(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The rope settings of a text config: one, or one for each kind of layer."""
+    """Yield the rope settings of a text config: one, or one for each kind of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if isinstance(found, Mapping):
         yield found
@@ -32,6 +33,24 @@ def context_length(config: Any) -> int | None:
         return None
     longest = most
     for scaling in _scalings(text):
-        if scaling.get("rope_type", scaling.get("type")) in _STRETCHED and scaling.get("factor"):
+        if scaling.get("rope_type", scaling.get("type")) in _SCALED and scaling.get("factor"):
             longest = max(longest, int((scaling.get("original_max_position_embeddings") or most) * scaling["factor"]))
     return longest
+
+
+def check_depth(config: Any, role: str) -> None:
+    """Refuse a decoder without a penultimate layer, which the relational term needs.
+
+    Args:
+        config: of a model.
+        role: "student" or "teacher".
+
+    Raises:
+        ValueError: the decoder has fewer than two layers.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers < 2:
+        raise ValueError(
+            f"the {role}'s decoder has {layers} layer(s); the relational term needs at least 2, because it "
+            "reads the last but one: set relational: {enabled: false}"
+        )
