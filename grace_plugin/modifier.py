@@ -32,6 +32,7 @@ from grace_plugin.recipe import (
     ServingRecipe,
     TeacherRecipe,
     TrainingRecipe,
+    apply_preset,
     check_pattern,
 )
 from grace_plugin.schemes import (
@@ -66,10 +67,11 @@ _VOID = ("start", "end", "update", "weight_observer", "input_observer", "output_
 class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     """Gated relational distillation inside quantization-aware training with learned scales.
 
-    min L_CE + beta * L_GDKD + omega * L_RCKA, beta by dual ascent on L_GDKD <= tau (arXiv 2601.22709).
+    min L_CE + beta * L_GDKD + omega * L_RCKA (arXiv 2601.22709); beta is constant, or follows dual ascent on L_GDKD <= tau.
 
     Fields of `QuantizationModifier` (targets, ignore, scheme, config_groups) say what is quantized; `grace_plugin.recipe`
-    documents the blocks. With `quantize: false` the same objective trains an unquantized student.
+    documents the blocks. `preset: paper` sets every constant as published; keys given
+    next to it win. With `quantize: false` the same objective trains an unquantized student.
 
         grace_stage:
           grace_modifiers:
@@ -80,6 +82,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     refused_keys: ClassVar[tuple[str, ...]] = (*_VOID, "kv_cache_scheme")
 
+    preset: str | None = None
     ignore: list[str] = Field(default_factory=list)
     quantize: bool = True
     teacher: TeacherRecipe = Field(default_factory=TeacherRecipe)
@@ -105,6 +108,11 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     _dtype: torch.dtype = PrivateAttr(torch.bfloat16)
     _frozen: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _export_plan: Any = PrivateAttr(None)  # what the save needs, prepared before the first step
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        return apply_preset(given) if isinstance(given, dict) else given
 
     @field_validator("scheme", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
+    "PRESETS",
     "CheckedKeys",
     "ControllerRecipe",
     "DistillRecipe",
@@ -31,6 +32,7 @@ __all__ = [
     "ServingRecipe",
     "TeacherRecipe",
     "TrainingRecipe",
+    "apply_preset",
     "check_pattern",
     "problems",
     "shown",
@@ -56,6 +58,15 @@ def shown(value: Any) -> str:
 def _no_boolean(value: Any) -> Any:
     # YAML reads yes, no, on and off as booleans, and pydantic would read a boolean as 1 or 0; as a word it is no number
     return shown(value) if isinstance(value, bool) else value
+
+
+def _no_auto(value: Any) -> Any:
+    if value == "auto":
+        raise ValueError(
+            "must be a number; 'auto' was removed, because it held the weight within 0.41 to 0.56 of a constant 0.5: "
+            "leave the controller out for that constant"
+        )
+    return value
 
 
 def check_pattern(pattern: str) -> str:
@@ -262,24 +273,78 @@ class RelationalRecipe(Block):
 
 
 class ControllerRecipe(Block):
-    """Projected dual ascent on L_GDKD <= tau (paper, Lagrangian relaxation); `auto` values are set by a probe of the run."""
+    """Weight of the distillation term (beta): constant by default, or the paper's projected dual ascent on L_GDKD <= tau.
 
-    enabled: bool = True
+    enabled: False keeps beta at `beta_start`; the other keys then have no effect and are refused.
+    tau: bound of L_GDKD, nats. eta: change of beta per optimizer step and nat of violation. Both defaults, and the bounds of
+        beta, are those of the authors' published training script for a 2B student.
+    """
+
+    enabled: bool = False
+    beta_start: NonNegative = 0.5
     beta_min: NonNegative = 0.1
     beta_max: Positive = 1.0
-    beta_start: NonNegative = 0.5
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False), BeforeValidator(_no_boolean)] = 0.99
-    tau: Literal["auto"] | Positive = "auto"
-    eta: Literal["auto"] | Positive = "auto"
+    tau: Annotated[Positive, BeforeValidator(_no_auto)] = 3.0
+    eta: Annotated[Positive, BeforeValidator(_no_auto)] = 0.003
 
     @model_validator(mode="after")
     def _bounds(self) -> ControllerRecipe:
-        if not self.beta_min <= self.beta_start <= self.beta_max:
+        if not self.enabled:
+            fields = type(self).model_fields
+            # compared with the defaults, because a saved recipe lists every key
+            void = [name for name in list(fields)[2:] if getattr(self, name) != fields[name].default]
+            if void:
+                raise ValueError(
+                    f"controller.{void[0]} has an effect with controller.enabled: true alone; add that for the paper's "
+                    f"controller, or drop {', '.join(void)} for the constant weight beta_start"
+                )
+        elif not self.beta_min <= self.beta_start <= self.beta_max:
             raise ValueError(
                 f"controller.beta_start ({self.beta_start}) must lie in [beta_min, beta_max] = "
                 f"[{self.beta_min}, {self.beta_max}]"
             )
         return self
+
+
+#: what `preset:` of a GraceModifier stands for; keys that the recipe gives as well win
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "distill": {"enabled": True, "temperature": 2.0, "alpha": 1.0, "beta": 4.0, "gate_sharpness": 1.0},
+        "relational": {"enabled": True, "weight": 3.0, "warmup_steps": 400, "warmup_share": 0.05},
+        "controller": {
+            "enabled": True,
+            "beta_start": 0.5,
+            "beta_min": 0.1,
+            "beta_max": 1.0,
+            "ema_decay": 0.99,
+            "tau": 3.0,
+            "eta": 0.003,
+        },
+        "scales": {"learning_rate_multiplier": 10.0, "candidates": 20, "search_low": 0.3, "search_high": 1.2},
+    }
+}
+
+
+def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a GraceModifier with those of its `preset` filled in where the recipe does not give them.
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    name = given.get("preset")
+    if name is None:
+        return dict(given)
+    if name not in PRESETS:
+        raise ValueError(f"preset {shown(name)} is unknown; known: {', '.join(PRESETS)}")
+    filled = dict(given)
+    for block, values in PRESETS[name].items():
+        own = given.get(block, {})
+        if isinstance(own, BaseModel):  # built in Python: what its author did not set is the preset's
+            own = own.model_dump(exclude_unset=True)
+        if isinstance(own, Mapping):  # anything else is refused by the block itself
+            filled[block] = {**values, **own}
+    return filled
 
 
 class ScalesRecipe(Block):

@@ -57,7 +57,7 @@ grace_stage:
       teacher: {kind: cached, model: some/teacher, revision: main, dtype: bfloat16, cache: states, check_cache: false}
       distill: {enabled: true, temperature: 2.0, alpha: 1.0, beta: 4.0, gate_sharpness: 1.0, chunk: 512}
       relational: {enabled: true, weight: 3.0, warmup_steps: 400, warmup_share: 0.05}
-      controller: {enabled: true, beta_min: 0.1, beta_max: 1.0, beta_start: 0.5, ema_decay: 0.99, tau: auto, eta: 0.001}
+      controller: {enabled: true, beta_min: 0.1, beta_max: 1.0, beta_start: 0.5, ema_decay: 0.99, tau: 2.0, eta: 0.001}
       scales: {learning_rate_multiplier: 10.0, candidates: 20, search_low: 0.3, search_high: 1.2, stored_dtype: auto}
       serving: {tensor_parallel_size: 2}
       training:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from grace_plugin import recipe as blocks
+from grace_plugin.recipe import ControllerRecipe
 from grace_plugin.run.inputs import check_modifiers, grace_modifier, read_recipe
 from grace_plugin.upstream import ModifierFactory, Recipe
 from tests.conftest import Finished
@@ -25,7 +26,7 @@ METHOD = {
     "distill": {"enabled": True, "temperature": 2.0, "alpha": 1.0, "beta": 4.0, "gate_sharpness": 1.0},
     "relational": {"enabled": True, "weight": 3.0, "warmup_steps": 400, "warmup_share": 0.05},
     "controller": {
-        "enabled": True, "beta_min": 0.1, "beta_max": 1.0, "beta_start": 0.5, "ema_decay": 0.99, "tau": "auto", "eta": "auto",
+        "enabled": False, "beta_min": 0.1, "beta_max": 1.0, "beta_start": 0.5, "ema_decay": 0.99, "tau": 3.0, "eta": 0.003,
     },
     "scales": {"learning_rate_multiplier": 10.0, "candidates": 20, "search_low": 0.3, "search_high": 1.2},
 }  # fmt: skip
@@ -98,10 +99,13 @@ def test_blocks_are_frozen() -> None:
         ("distill", {"temperature": 0.0}, "greater than 0"),
         ("distill", {"chunk": 0}, "greater than or equal to 1"),
         ("distill", {"temperature": float("inf")}, "finite number"),
-        ("controller", {"beta_start": 1.5}, "beta_start .1.5. must lie in"),
-        ("controller", {"beta_start": 0.05}, "beta_start .0.05. must lie in"),
+        ("controller", {"enabled": True, "beta_start": 1.5}, "beta_start .1.5. must lie in"),
+        ("controller", {"enabled": True, "beta_start": 0.05}, "beta_start .0.05. must lie in"),
         ("controller", {"ema_decay": 1.0}, "less than 1"),
-        ("controller", {"tau": "automatic"}, "auto"),
+        ("controller", {"enabled": True, "tau": "automatic"}, "controller.tau must be a number, got 'automatic'"),
+        ("controller", {"enabled": True, "tau": "auto"}, "controller.tau must be a number; 'auto' was removed"),
+        ("controller", {"tau": 0.7}, "controller.tau has an effect with controller.enabled: true alone"),
+        ("controller", {"beta_max": 2.0, "eta": 0.1}, "drop beta_max, eta for the constant weight beta_start"),
         ("scales", {"search_low": 1.2}, "search_low .1.2. must be below"),
         ("scales", {"candidates": 1}, "greater than or equal to 2"),
         ("scales", {"stored_dtype": "float32"}, "bfloat16"),
@@ -129,9 +133,10 @@ def test_values_out_of_range_are_refused(block: str, values: dict[str, object], 
 @pytest.mark.parametrize(
     ("block", "values"),
     [
-        ("controller", {"beta_start": 0.1}),
-        ("controller", {"beta_start": 1.0}),
-        ("controller", {"tau": 0.7, "eta": 1e-3}),
+        ("controller", {"beta_start": 4.0}),
+        ("controller", {"enabled": True, "beta_start": 0.1}),
+        ("controller", {"enabled": True, "beta_start": 1.0}),
+        ("controller", {"enabled": True, "tau": 0.7, "eta": 1e-3}),
     ],
 )
 def test_values_at_the_bounds_are_taken(block: str, values: dict[str, float]) -> None:
@@ -266,3 +271,28 @@ def test_the_teacher_is_resident_unless_asked_otherwise() -> None:
     assert blocks.TeacherRecipe().model_dump() == {
         "kind": "resident", "model": None, "revision": "main", "dtype": "auto", "cache": None, "check_cache": True,
     }  # fmt: skip
+
+
+def test_preset_paper__alone__published_constants() -> None:
+    modifier = modifier_of(recipe_text("t", preset="paper"))
+    assert modifier.controller == ControllerRecipe(enabled=True, tau=3.0, eta=0.003)
+    assert modifier.distill.gate_sharpness == 1.0
+    assert modifier.relational.weight == 3.0
+
+
+def test_preset_paper__with_own_keys__own_keys_win() -> None:
+    modifier = modifier_of(recipe_text("t", preset="paper", controller={"tau": 0.35}, relational={"weight": 10.0}))
+    assert (modifier.controller.enabled, modifier.controller.tau, modifier.controller.eta) == (True, 0.35, 0.003)
+    assert (modifier.relational.weight, modifier.relational.warmup_steps) == (10.0, 400)
+
+
+def test_preset__saved_and_read_again__same_recipe() -> None:
+    modifier = modifier_of(recipe_text("t", preset="paper", controller={"enabled": False}))
+    again = type(modifier)(**asked(modifier))
+    assert asked(again) == asked(modifier)
+    assert not again.controller.enabled
+
+
+def test_preset__unknown__refused_by_name() -> None:
+    with pytest.raises(ValueError, match="preset 'papers' is unknown; known: paper"):
+        read_recipe(recipe_text("t", preset="papers"))

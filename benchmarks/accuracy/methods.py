@@ -85,14 +85,14 @@ class Method:
 
 
 def _fixed(beta: float) -> dict[str, Any]:
-    return {"enabled": False, "beta_min": 0.0, "beta_max": 100.0, "beta_start": beta}
+    return {"beta_start": beta}
 
 
 _FIXED = (0.1, 0.25, 0.3, 0.5, 0.55, 1.0, 2.0, 4.0)
 #: the two settings of the authors' published code: its script for a 2B student, and its controller's own defaults
 _PUBLISHED: tuple[dict[str, Any], ...] = (
-    {"tau": 3.0, "eta": 0.003, "beta_start": 0.5, "beta_min": 0.1, "beta_max": 1.0},
-    {"tau": 0.35, "eta": 0.0015, "beta_start": 1.0, "beta_min": 0.1, "beta_max": 5.0},
+    {"enabled": True, "tau": 3.0, "eta": 0.003, "beta_start": 0.5, "beta_min": 0.1, "beta_max": 1.0},
+    {"enabled": True, "tau": 0.35, "eta": 0.0015, "beta_start": 1.0, "beta_min": 0.1, "beta_max": 5.0},
 )
 _OF_KL, _KL_WEIGHTS, _RELATION_WEIGHTS = ("kl", "modelopt"), (0.3, 3.0, 10.0), (1.0, 10.0, 30.0)
 _CE = Method(OFF, OFF, OFF, searched="ce")
@@ -136,7 +136,6 @@ METHODS: dict[str, Method] = {
     **{f"grace-default-{name}": replace(_GRACE, rule=rule, tuned=False) for name, rule in RULES.items()},
     **{f"grace-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers) for numbers in _PUBLISHED},
     **{f"grace-default-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers, tuned=False) for numbers in _PUBLISHED},
-    "grace-max4": replace(_GRACE, controller={"beta_max": 4.0}),
     "grace-scales": replace(_GRACE, scales_alone=True),
     **{f"grace-steps{share:g}": replace(_GRACE, steps=share) for share in (0.1, 0.4)},
     "kl-steps0.4": replace(_KL, steps=0.4), "ce-steps0.4": replace(_CE, steps=0.4),

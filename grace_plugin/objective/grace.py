@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from grace_plugin import controller as dual
 from grace_plugin.export.freeze import freeze_model
-from grace_plugin.objective.multiplier import controller_logs, is_pinned, start_controller
 from grace_plugin.objective.terms import check_gradient, head_term, visual_term
 from grace_plugin.objective.window import AccumulationWindow, StepRecord, all_reduce_sum, beside, gate_quantiles, look
 from grace_plugin.quantizer.attach import QuantizedLayerGroup
@@ -103,7 +102,7 @@ class GraceObjective:
         choose_trainable(student, self.family, self.training)
         if self.teacher is not None:
             self.teacher.begin(student, self.attached)
-        self.controller_state = start_controller(self.controller, total_steps)
+        self.controller_state = dual.start(_settings(self.controller))
 
     @property
     def beta(self) -> float:
@@ -216,7 +215,7 @@ class GraceObjective:
                     f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate or check the data"
                 )
         elif self.distill.enabled and self.record.gate_mean > 0.0:
-            self.controller_state = dual.update(self.controller_state, self.record.gdkd, progress)
+            self.controller_state = dual.update(self.controller_state, self.record.gdkd)
         for attached in self.attached:
             attached.prefetch_quantized_weights()
 
@@ -226,12 +225,11 @@ class GraceObjective:
         return gate_quantiles(self._gates)
 
     def controller_logs(self) -> dict[str, float]:
-        """ema, tau, eta (nats) and the share of steps at a bound; empty without distillation or controller."""
-        return controller_logs(self.controller, self.controller_state) if self.distill.enabled else {}
-
-    def controller_pinned(self) -> bool:
-        """Whether beta stood at a bound for so long that the controller is off in effect: worth a warning."""
-        return self.distill.enabled and is_pinned(self.controller, self.controller_state)
+        """Return ema (nats) and the share of steps with beta at a bound; empty with a constant weight or no distillation."""
+        state = self.controller_state
+        if not (self.distill.enabled and self.controller.enabled) or state.ema is None:
+            return {}
+        return {"ema": state.ema, "share_at_bound": state.share_at_bound}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the model's parameters; JSON-serialisable."""
@@ -265,3 +263,8 @@ class GraceObjective:
         """
         frozen, self.forward_proof = freeze_model(self.student, self.attached, dtype)
         return frozen
+
+
+def _settings(asked: ControllerRecipe) -> dual.ControllerSettings:
+    values = asked.model_dump(exclude={"enabled"})
+    return dual.ControllerSettings(**values if asked.enabled else values | {"tau": None})

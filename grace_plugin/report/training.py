@@ -26,9 +26,7 @@ STATE = "trainer_state.json"
 #: chart -> entries of the log that it shows, and what they are called
 CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Cross-entropy", "nats a token", {"loss_ce": "CE"}),
-    ("Gated distillation, and the controller's target", "nats a token", {
-        "loss_gdkd": "GDKD", "ema": "its moving average (ema)", "tau": "tau",
-    }),
+    ("Gated distillation", "nats a token", {"loss_gdkd": "GDKD", "ema": "its moving average (ema)"}),
     ("Parts of the distillation", "nats a token, gated, without their weights", {"loss_tckd": "TCKD", "loss_nckd": "NCKD"}),
     ("Relation of visual tokens", "1 - CKA, mean over images", {"loss_rcka": "RCKA"}),
     ("Weight of distillation", "beta; share of steps at a bound", {"beta": "beta", "share_at_bound": "share at bound"}),
@@ -39,7 +37,6 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Learning rate", "of the weights", {"learning_rate": "learning rate"}),
     ("Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
 )  # fmt: skip
-PINNED = 0.25  # share of controlled steps at a bound above which the controller warns too
 
 
 def _numbered(folder: Path) -> int:
@@ -122,10 +119,6 @@ def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] 
             table += [_spread(f"{title}: {said}", points) for said, points in series.items()]
             charts.append(lines(title, series) | {"unit": unit})
     warnings = []
-    if (last.get("share_at_bound") or 0.0) > PINNED:
-        warnings.append(
-            "The controller spent more than a quarter of its steps at a bound of beta: there it is off in effect."
-        )
     if last.get("nonfinite_steps"):
         warnings.append(
             f"{last['nonfinite_steps']:g} steps had a loss or gradient that was not finite and were skipped."

@@ -7,7 +7,6 @@ resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only when the
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -48,7 +47,6 @@ from grace_plugin.vlm import family_of
 
 __all__ = ["TrainResult", "run_folder", "train"]
 
-logger = logging.getLogger(__name__)
 _OWN = (
     "max_length", "max_pixels", "max_bad_rows", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
     "processor", "teacher_processor", "teacher", "special_tokens", "probe", "allow_resume_changes", "save_minutes",
@@ -147,13 +145,6 @@ def _rows(
     if rows.count is not None:
         collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])
     return rows
-
-
-def _say_pinned(pinned: bool) -> None:
-    if pinned:
-        logger.warning(
-            "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
-        )
 
 
 def _recipe(recipe: Any, teacher: GivenTeacher | None) -> tuple[Recipe, GraceModifier]:
@@ -260,7 +251,6 @@ def _fit(
         write_run_file(folder, content)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.interrupts.end()
-    _say_pinned(trainer.objective.controller_pinned())
 
 
 def train(

@@ -121,7 +121,7 @@ def test_what_is_no_recipe_is_named(text: str, said: str) -> None:
         ({"training": {"method": "lora", "lora": {"rank": 1.5}}}, "training.lora.rank must be a whole number, got 1.5"),
         ({"oneshot": {"seed": -1}}, "oneshot.seed must be greater than or equal to 0, got -1"),
         ({"oneshot": {"seed": 2**32}}, "oneshot.seed must be less than or equal to 4294967295, got 4294967296"),
-        ({"controller": {"tau": "none"}}, "controller.tau must be 'auto' or a number, got 'none'"),
+        ({"controller": {"tau": "none"}}, "controller.tau must be a number, got 'none'"),
         ({"training": {"method": "lorra"}}, "training.method must be 'full', 'scales' or 'lora', got 'lorra'; did you mean"),
         ({"distill": None}, "distill must be a mapping, got nothing (null)"),
         ({"distill": [1]}, "distill must be a mapping, got a list"),

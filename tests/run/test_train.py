@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from datasets import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import grace_plugin
-from grace_plugin.controller import ControllerSettings, is_pinned, start
-from grace_plugin.run.train import _say_pinned
 from grace_plugin.upstream import Modifier, ModifierFactory
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run, structure
@@ -74,13 +70,13 @@ def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
     logs = [log for log in finished.result.history if "loss" in log]
     assert len(logs) == 8
     wanted = {
-        "loss_ce", "loss_gdkd", "loss_tckd", "loss_nckd", "loss_rcka", "beta", "omega", "ema", "share_at_bound", "clip_share",
+        "loss_ce", "loss_gdkd", "loss_tckd", "loss_nckd", "loss_rcka", "beta", "omega", "clip_share",
         "gate_q05", "gate_q50", "gate_q95", "images", "images_skipped", "rows_without_images", "supervised_tokens",
         "nonfinite_steps", "learning_rate", "grad_norm",
     }  # fmt: skip
     assert wanted <= logs[0].keys()
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert {name for name in {*wanted, "tau", "eta"} if f"`{name}`" not in readme} == set()
+    assert {name for name in {*wanted, "ema", "share_at_bound"} if f"`{name}`" not in readme} == set()
     assert "An image without any visual token is not counted but refused" in readme  # tests/vlm has the refusal
     assert {log["images_skipped"] for log in logs} == {0}
     assert {"tau", "eta"} <= logs[-1].keys()
@@ -318,16 +314,3 @@ def test_a_mixed_precision_run_leaves_no_autocast_on_the_model(llava: Pair, tmp_
     recipe = recipe_text(llava.teacher, teacher={"model": str(llava.teacher)})
     assert run(llava, tmp_path / "out", recipe=recipe, **options).verification["logits_equal"]
     assert during[0] and not during[-1]  # the last pass is the checkpoint's probe
-
-
-@pytest.mark.parametrize(("at_bound", "warned"), [(25, False), (26, True)])
-def test_pinned_warning__a_quarter_of_the_steps__text_and_threshold_agree(
-    at_bound: int, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = replace(start(ControllerSettings(tau=1.0, eta=1.0), 100), counted=100, steps_at_bound=at_bound)
-    assert state.controlled == 100
-    with caplog.at_level(logging.WARNING):
-        _say_pinned(is_pinned(state))
-    assert [record.getMessage() for record in caplog.records] == [
-        "the controller had beta at a bound in more than a quarter of its steps; see share_at_bound in the log"
-    ] * warned
