@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grace_plugin.export.freeze import set_upstream_scales
 from grace_plugin.objective import GraceObjective
+from grace_plugin.presets import apply_preset
 from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
 from grace_plugin.quantizer.layers import Format, check_layers
 from grace_plugin.recipe import (
@@ -32,7 +33,6 @@ from grace_plugin.recipe import (
     ServingRecipe,
     TeacherRecipe,
     TrainingRecipe,
-    apply_preset,
     check_pattern,
 )
 from grace_plugin.schemes import (

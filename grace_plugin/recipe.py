@@ -21,7 +21,6 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
-    "PRESETS",
     "CheckedKeys",
     "ControllerRecipe",
     "DistillRecipe",
@@ -32,7 +31,6 @@ __all__ = [
     "ServingRecipe",
     "TeacherRecipe",
     "TrainingRecipe",
-    "apply_preset",
     "check_pattern",
     "problems",
     "shown",
@@ -64,7 +62,7 @@ def _no_auto(value: Any) -> Any:
     if value == "auto":
         raise ValueError(
             "must be a number; 'auto' was removed, because it held the weight within 0.41 to 0.56 of a constant 0.5: "
-            "leave the controller out for that constant"
+            "leave the block out for that constant"
         )
     return value
 
@@ -305,46 +303,6 @@ class ControllerRecipe(Block):
                 f"[{self.beta_min}, {self.beta_max}]"
             )
         return self
-
-
-#: what `preset:` of a GraceModifier stands for; keys that the recipe gives as well win
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "distill": {"enabled": True, "temperature": 2.0, "alpha": 1.0, "beta": 4.0, "gate_sharpness": 1.0},
-        "relational": {"enabled": True, "weight": 3.0, "warmup_steps": 400, "warmup_share": 0.05},
-        "controller": {
-            "enabled": True,
-            "beta_start": 0.5,
-            "beta_min": 0.1,
-            "beta_max": 1.0,
-            "ema_decay": 0.99,
-            "tau": 3.0,
-            "eta": 0.003,
-        },
-        "scales": {"learning_rate_multiplier": 10.0, "candidates": 20, "search_low": 0.3, "search_high": 1.2},
-    }
-}
-
-
-def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a GraceModifier with those of its `preset` filled in where the recipe does not give them.
-
-    Raises:
-        ValueError: no preset of that name.
-    """
-    name = given.get("preset")
-    if name is None:
-        return dict(given)
-    if name not in PRESETS:
-        raise ValueError(f"preset {shown(name)} is unknown; known: {', '.join(PRESETS)}")
-    filled = dict(given)
-    for block, values in PRESETS[name].items():
-        own = given.get(block, {})
-        if isinstance(own, BaseModel):  # built in Python: what its author did not set is the preset's
-            own = own.model_dump(exclude_unset=True)
-        if isinstance(own, Mapping):  # anything else is refused by the block itself
-            filled[block] = {**values, **own}
-    return filled
 
 
 class ScalesRecipe(Block):

@@ -149,11 +149,11 @@ def test_omega_warms_up_over_the_steps_asked_for() -> None:
 
 
 def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
-    made = Set(controller=ControllerRecipe(tau=1.0, eta=0.01))
+    made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
     a, b = made.collate(rows(2, images=0)), made.collate(mixed_rows(4))
     _, record = made.step(a, b)
     state = made.grace.controller_state
-    assert (state.step, state.counted) == (1, 1)
+    assert (state.step, state.ignored) == (1, 0)
     assert state.ema == record.gdkd
     assert made.grace.beta == pytest.approx(0.5 + 0.01 * (record.gdkd - 1.0))
     first = record.gdkd
@@ -163,7 +163,7 @@ def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
 
 
 def test_beta_is_the_weight_of_the_next_step() -> None:
-    made = Set(controller=ControllerRecipe(tau=1.0, eta=0.01))
+    made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
     batch = made.collate(rows(2, images=0))
     made.step(batch)
     beta = made.grace.beta
