@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "controller_rules"
 REFERENCES = ("beta0.5", "beta1.0")
 SETTINGS = {"w4g128": "4 bits", "w2g128": "2 bits", "bf16": "BF16"}
 Runs = dict[int, dict[str, Any]]  # by seed
+Setting = tuple[str, str, bool]  # data set, format, whether the relation has its default weight
 
 
 def _difference(ours: Runs, other: Runs) -> str:
@@ -45,9 +47,28 @@ def _line(name: str, runs: Runs, references: list[Runs]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _pooled(groups: Mapping[Setting, Mapping[str, Runs]]) -> list[str]:
+    """Return the lines of a table over all settings: what each rule is above the constant 0.5, by pairs of one seed."""
+    points: dict[str, dict[Setting, list[float]]] = defaultdict(dict)
+    for setting, methods in groups.items():
+        base = methods.get("beta0.5", {})
+        for name, runs in methods.items():
+            shared = runs.keys() & base.keys()
+            if shared and name != "beta0.5":
+                points[name][setting] = [100 * (runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in shared]
+    lines = []
+    for name, settings in points.items():
+        pairs = [point for values in settings.values() for point in values]
+        half = t_half_width(pairs)
+        worst = min(mean(values) for values in settings.values())
+        interval = f"{mean(pairs):+.2f} [{mean(pairs) - half:+.2f}, {mean(pairs) + half:+.2f}]"
+        lines.append((mean(pairs), f"| {name} | {interval} | {len(pairs)} | {len(settings)} | {worst:+.2f} |"))
+    return [line for _, line in sorted(lines, reverse=True)]
+
+
 def make_table(rows: list[dict[str, Any]]) -> str:
     """Return the tables in Markdown, one for each data set, number of bits and weight of the relation."""
-    groups: dict[tuple[str, str, bool], dict[str, Runs]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[Setting, dict[str, Runs]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         name = row["method"].removeprefix("grace").removeprefix("-")
         default = name.startswith("default")
@@ -57,6 +78,16 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         "# Candidate rules for the weight of distillation (beta)",
         "",
         (__doc__ or "").partition("\n\n")[2].strip(),
+        "",
+    ]
+    parts += [
+        "## All settings",
+        "",
+        "Accuracy minus that of the constant 0.5, paired by setting and seed; the interval treats all pairs alike.",
+        "",
+        "| rule | minus beta0.5 | pairs | settings | worst setting |",
+        "|---|---|---|---|---|",
+        *_pooled(groups),
         "",
     ]
     heads = " | ".join(f"minus {name}" for name in REFERENCES)
