@@ -1,10 +1,10 @@
 """How fast `grace data check` is, and what share of a step the model has to itself while images are read from disk.
 
-    python -m benchmarks.data [check|load] [--rows 10000] [--families qwen2_vl smolvlm ...]
+    python -m benchmarks.data [check|load] [--samples 10000] [--families qwen2_vl smolvlm ...]
 
-check: the command itself, page and report included, on LLaVA rows with one JPEG file each (400 sizes of 640 x 480 and around,
-one in ten a megapixel; one row in ten is text), in two processes and with nothing remembered, for processors with the image
-settings of released checkpoints.
+check: the command itself, page and report included, on LLaVA samples with one JPEG file each (400 sizes of 640 x 480 and
+around, one in ten a megapixel; one sample in ten is text), in two processes and with nothing remembered, for processors with
+the image settings of released checkpoints.
 load: `train` of the bundled demo pair on its scenes as PNG files, with one loader process (and with none, where loading stands
 inside the step): time between asking for a batch and having it, over the time of the steps. A third run has every batch
 collated before the first step: what loading costs where it shares the cores, waited for or not. The exit status is 1 when a
@@ -36,11 +36,11 @@ from benchmarks.released import SETTINGS, released
 from examples.bundled_demo.methods import STUDENT, TEACHER, Budget, read_modifier
 from examples.bundled_demo.pictures import SIZE
 from examples.bundled_demo.run import RECIPE
-from examples.bundled_demo.scenes import training_rows
+from examples.bundled_demo.scenes import training_samples
 from grace_plugin import train
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
-from grace_plugin.data import load_rows
+from grace_plugin.data import load_samples
 from grace_plugin.export.record import environment
 from grace_plugin.run.trainer import GraceTrainer
 
@@ -55,8 +55,8 @@ def processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def write_photos(folder: Path, rows: int) -> Path:
-    """`rows` LLaVA rows with a JPEG file each; smooth noise compresses about as photographs do."""
+def write_photos(folder: Path, samples: int) -> Path:
+    """`samples` LLaVA samples with a JPEG file each; smooth noise compresses about as photographs do."""
     (folder / "pictures").mkdir(parents=True)
     draw = np.random.default_rng(0)
     for number in range(PHOTOS):
@@ -65,22 +65,22 @@ def write_photos(folder: Path, rows: int) -> Path:
         sides = wide if number % 3 else wide[::-1]
         small.resize(sides, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
     photos = [(folder / f"{number}.jpg").read_bytes() for number in range(PHOTOS)]
-    with (folder / "rows.jsonl").open("w") as out:
-        for number in range(rows):
-            text = f"how many dogs are there in row {number % 3}?"
+    with (folder / "samples.jsonl").open("w") as out:
+        for number in range(samples):
+            text = f"how many dogs are there in sample {number % 3}?"
             answer = {"from": "gpt", "value": "two dogs left of the apple " * (1 + number % 4)}
-            row: dict[str, Any] = {"id": number, "conversations": [{"from": "human", "value": text}, answer]}
+            sample: dict[str, Any] = {"id": number, "conversations": [{"from": "human", "value": text}, answer]}
             if number % 10 != 9:
                 (folder / "pictures" / f"{number}.jpg").write_bytes(photos[draw.integers(PHOTOS)])
-                row["image"] = f"pictures/{number}.jpg"
-                row["conversations"][0]["value"] = f"<image>\n{text}"
-            out.write(json.dumps(row) + "\n")
-    return folder / "rows.jsonl"
+                sample["image"] = f"pictures/{number}.jpg"
+                sample["conversations"][0]["value"] = f"<image>\n{text}"
+            out.write(json.dumps(sample) + "\n")
+    return folder / "samples.jsonl"
 
 
-def check(dataset: Path, rows: int, families: list[str], workers: int) -> dict[str, Any]:
+def check(dataset: Path, samples: int, families: list[str], workers: int) -> dict[str, Any]:
     """The command on `dataset` with each family's processor."""
-    found: dict[str, Any] = {"rows": rows, "workers": workers, "limit_seconds": LIMIT_SECONDS, "families": {}}
+    found: dict[str, Any] = {"samples": samples, "workers": workers, "limit_seconds": LIMIT_SECONDS, "families": {}}
     name, _help, declare = DATA_COMMANDS[0]
     for family in families:
         folder = dataset.parent / family
@@ -102,9 +102,11 @@ def check(dataset: Path, rows: int, families: list[str], workers: int) -> dict[s
             raise SystemExit(status)
         report = json.loads((folder / "out" / "data_report.json").read_text())
         found["families"][family] = {
-            "wall_seconds": round(time.monotonic() - wall, 1), "processor_seconds": round(processor_seconds() - used, 1),
-            "usable": report["usable"], "visual_tokens_mean": report["visual_tokens"]["mean"],
-        }  # fmt: skip
+            "wall_seconds": round(time.monotonic() - wall, 1),
+            "processor_seconds": round(processor_seconds() - used, 1),
+            "usable": report["usable"],
+            "visual_tokens_mean": report["visual_tokens"]["mean"],
+        }
     return found
 
 
@@ -146,49 +148,62 @@ class Waiting:
 def load(folder: Path, steps: int, workers: int, beforehand: bool = False) -> dict[str, Any]:
     """Share of step time in the model for the demo pair, its rates and batch."""
     (folder / "scenes").mkdir(parents=True)
-    rows = []
-    for number, row in enumerate(training_rows(0, steps * Budget.batch_size)):
-        row["images"][0].save(folder / "scenes" / f"{number}.png")
-        rows.append({"id": row["id"], "messages": row["messages"], "images": [f"scenes/{number}.png"]})
-    (folder / "scenes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = []
+    for number, sample in enumerate(training_samples(0, steps * Budget.batch_size)):
+        sample["images"][0].save(folder / "scenes" / f"{number}.png")
+        samples.append({"id": sample["id"], "messages": sample["messages"], "images": [f"scenes/{number}.png"]})
+    (folder / "scenes.jsonl").write_text("\n".join(map(json.dumps, samples)))
     waiting = Waiting(beforehand)
     original = GraceTrainer.get_batch_samples
     GraceTrainer.get_batch_samples = waiting.around(original)  # type: ignore[method-assign]
     used = processor_seconds()
     try:
         train(
-            str(STUDENT), recipe=read_modifier(RECIPE, 4), teacher=TEACHER, dataset=load_rows(str(folder / "scenes.jsonl")),
-            output_dir=folder / "out", max_steps=steps, per_device_train_batch_size=Budget.batch_size,
-            learning_rate=Budget.learning_rate, dataloader_num_workers=workers, use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            str(STUDENT),
+            recipe=read_modifier(RECIPE, 4),
+            teacher=TEACHER,
+            dataset=load_samples(str(folder / "scenes.jsonl")),
+            output_dir=folder / "out",
+            max_steps=steps,
+            per_device_train_batch_size=Budget.batch_size,
+            learning_rate=Budget.learning_rate,
+            dataloader_num_workers=workers,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
     finally:
         GraceTrainer.get_batch_samples = original  # type: ignore[method-assign]
     counted = len(waiting.starts) - 2  # the first step warms up, the last has no next one to end it
     total, waited = waiting.starts[-1] - waiting.starts[1], sum(waiting.waits[1 : 1 + counted])
     return {
-        "steps": counted, "batch_size": Budget.batch_size, "image_pixels": SIZE,
+        "steps": counted,
+        "batch_size": Budget.batch_size,
+        "image_pixels": SIZE,
         "loader_processes": "beforehand" if beforehand else workers,
-        "step_ms": round(1000 * total / counted, 1), "wait_ms": round(1000 * waited / counted, 2),
-        "share_in_model": round(1 - waited / total, 4), "least_share": LEAST_SHARE,
+        "step_ms": round(1000 * total / counted, 1),
+        "wait_ms": round(1000 * waited / counted, 2),
+        "share_in_model": round(1 - waited / total, 4),
+        "least_share": LEAST_SHARE,
         "processor_seconds": round(processor_seconds() - used, 1),
-    }  # fmt: skip
+    }
 
 
 def keep(name: str, found: dict[str, Any], out: Path) -> None:
     """Write a result with load, command and environment."""
     found |= {
         "load_average": [round(value, 2) for value in os.getloadavg()],
-        "command": " ".join(["python", "-m", "benchmarks.data", *sys.argv[1:]]), "environment": environment(),
-    }  # fmt: skip
+        "command": " ".join(["python", "-m", "benchmarks.data", *sys.argv[1:]]),
+        "environment": environment(),
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
+def show(title: str, samples: list[dict[str, Any]]) -> None:
     """Print results as a table."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
+    table = Table(*samples[0], title=title)
+    for sample in samples:
+        table.add_row(*map(str, sample.values()))
     Console(width=150).print(table)
 
 
@@ -197,7 +212,7 @@ def main() -> int:
     missed = False
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["check", "load"])
-    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2, help="processes of the check")
     parser.add_argument("--families", nargs="*", choices=[*SETTINGS, []], default=["llava", "qwen2_vl", "smolvlm"])
     parser.add_argument("--steps", type=int, default=40)
@@ -213,9 +228,12 @@ def main() -> int:
             show("loading, demo pair", runs)
             missed |= runs[0]["share_in_model"] < LEAST_SHARE
         if args.what != "load":
-            found = check(write_photos(folder / "check", args.rows), args.rows, args.families, args.workers)
+            found = check(write_photos(folder / "check", args.samples), args.samples, args.families, args.workers)
             keep("check", found, args.out)
-            show(f"grace data check, {args.rows:,} rows", [{"family": k, **v} for k, v in found["families"].items()])
+            show(
+                f"grace data check, {args.samples:,} samples",
+                [{"family": k, **v} for k, v in found["families"].items()],
+            )
             missed |= max(one["wall_seconds"] for one in found["families"].values()) > LIMIT_SECONDS
     return int(missed)
 

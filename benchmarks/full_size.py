@@ -33,7 +33,7 @@ from grace_plugin.export.record import environment
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import build_cache
 from integration.serve_cuda import record
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 RESULTS = Path(__file__).parent / "results" / "full_size"
 SIDE, PICTURES, SENTENCES = 512, 2, 12
@@ -61,7 +61,7 @@ def make_pair(folder: Path, shapes: dict[str, Any], device: str, shrink: int) ->
 
 def conversations(count: int, seed: int) -> list[dict[str, Any]]:
     """Rows whose answers say of the pictures what they show, several times."""
-    made = rows(count, seed=seed, images=PICTURES, size=SIDE)
+    made = make_samples(count, seed=seed, images=PICTURES, size=SIDE)
     for row in made:
         (said,) = row["messages"][-1]["content"]
         said["text"] = ". ".join([said["text"]] * SENTENCES)

@@ -25,7 +25,7 @@ import torch
 from grace_plugin.export.record import environment
 from grace_plugin.run import resume, states
 from tests.pairs import pair, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 def measure(steps: int, count: int, folder: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def measure(steps: int, count: int, folder: Path) -> dict[str, Any]:
     states.publish = timed  # type: ignore[attr-defined]
     started = time.perf_counter()
     try:
-        run(made, folder / "out", rows(8, seed=3), max_steps=steps, save_strategy="steps", save_steps=steps // count,
+        run(made, folder / "out", make_samples(8, seed=3), max_steps=steps, save_strategy="steps", save_steps=steps // count,
             save_total_limit=2, logging_steps=steps)  # fmt: skip
     finally:
         states.publish = publish  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.pairs import Pair, pair, run
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
 GATE = "language_model.model.layers.0.mlp.gate_proj.weight"
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -58,7 +58,7 @@ class Materials:
 
     @cached_property
     def finished(self) -> Path:
-        return run(self.llava, self.work / "finished", rows(4), max_steps=1).checkpoint
+        return run(self.llava, self.work / "finished", make_samples(4), max_steps=1).checkpoint
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import build_cache
 from integration.bad_model_cases import CACHE, Case, Materials, cases
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 REFUSALS = (ValueError, FileExistsError, FileNotFoundError)
 LINES, CHARACTERS = 10, 2_000
@@ -82,7 +82,8 @@ def commands(case: Case, made: Materials, folder: Any, out: Path, steps: Steps) 
 
     def oneshot() -> Any:
         return grace_plugin.oneshot(
-            str(used.student), recipe=recipe(), dataset=rows(4), output_dir=out / "oneshot" / "checkpoint", batch_size=2,
+            str(used.student), recipe=recipe(), dataset=make_samples(4), output_dir=out / "oneshot" / "checkpoint",
+            batch_size=2,
             num_calibration_samples=4,
         )  # fmt: skip
 
@@ -90,7 +91,12 @@ def commands(case: Case, made: Materials, folder: Any, out: Path, steps: Steps) 
         asked = TeacherRecipe(model=block["model"], dtype=block["dtype"])
         visual = case.recipe.get("relational", {}).get("enabled", True)
         return build_cache(
-            str(used.student), teacher=asked, dataset=rows(4), output_dir=out / "cache", batch_size=2, visual=visual
+            str(used.student),
+            teacher=asked,
+            dataset=make_samples(4),
+            output_dir=out / "cache",
+            batch_size=2,
+            visual=visual,
         )
 
     found: dict[str, Callable[[], Any]] = {"train": lambda: train("resident"), "oneshot": oneshot, CACHE: cache}

@@ -31,9 +31,9 @@ import grace_plugin
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from grace_plugin.vlm import family_of
 from integration.parity import judge, prompts, without_colour
-from tests.films import films
 from tests.pairs import pair, recipe_text, run
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
+from tests.videos import films
 
 MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a third of these, other pictures ten times
 STEPS, RATE = 40, 5e-3
@@ -89,10 +89,12 @@ class Row:
 def lessons(name: str) -> list[dict[str, Any]]:
     """Rows to train on and to ask: six single, three pairs (single where pairs cannot be served), two without, two videos."""
     family = family_of(model := build(name)[0])
-    several = rows(3, seed=22, images=2) if family.served_images is None else rows(3, seed=24)
-    given = rows(6, seed=21) + several + rows(2, seed=23, images=0)
+    several = make_samples(3, seed=22, images=2) if family.served_images is None else make_samples(3, seed=24)
+    given = make_samples(6, seed=21) + several + make_samples(2, seed=23, images=0)
     if family.takes_videos(model.config):
-        answers = [rows(1, seed=60 + number)[0]["messages"][-1] for number in range(2)]  # of a film's first picture
+        answers = [
+            make_samples(1, seed=60 + number)[0]["messages"][-1] for number in range(2)
+        ]  # of a film's first picture
         given += [{**film, "messages": [*film["messages"], said]} for film, said in zip(films(2), answers, strict=True)]
     return given
 
@@ -104,13 +106,17 @@ def questions(name: str) -> list[dict[str, Any]]:
 
 def greyed(name: str) -> list[dict[str, Any]]:
     """Trained questions with their pictures in grey: of these answers a model is unsure, and a mask shows in probabilities."""
-    return without_colour(prompts(rows(6, seed=21))) if name in CAUSAL_ON_CPU and not torch.cuda.is_available() else []
+    return (
+        without_colour(prompts(make_samples(6, seed=21)))
+        if name in CAUSAL_ON_CPU and not torch.cuda.is_available()
+        else []
+    )
 
 
 def taught(name: str) -> list[dict[str, Any]]:
     """The rows of `lessons` as `train` takes them, videos as their frames; and pairs, also where they are not asked."""
     given = [{**row, "videos": [frames for frames, _ in row.get("videos", [])]} for row in lessons(name)]
-    return given if any(len(row["images"]) > 1 for row in given) else given + rows(3, seed=22, images=2)
+    return given if any(len(row["images"]) > 1 for row in given) else given + make_samples(3, seed=22, images=2)
 
 
 def train(row: Row, folder: Path) -> Path:

@@ -35,7 +35,7 @@ import grace_plugin
 from grace_plugin.export.record import environment
 from grace_plugin.run import resume
 from tests.pairs import Pair, pair, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 STEPS = 4
 LIMIT = 300.0  # seconds of one process
@@ -77,7 +77,7 @@ class Bench:
     def train(self, out: Path, **options: Any) -> None:
         """Four steps with a state of each; 6 samples by 2, so that the run ends inside an epoch."""
         given: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
-        run(self.pair, out, rows(6, seed=3), **(given | options))
+        run(self.pair, out, make_samples(6, seed=3), **(given | options))
 
     def place(self) -> Path:
         """A new destination."""
@@ -381,7 +381,7 @@ def exports(bench: Bench) -> Iterator[Row]:
     """The final save fails or is killed, of a run that was asked for no states; `export` finishes it."""
 
     def train(out: Path, callbacks: list[Any]) -> None:
-        run(bench.pair, out, rows(6, seed=3), max_steps=STEPS, logging_steps=1, callbacks=callbacks)
+        run(bench.pair, out, make_samples(6, seed=3), max_steps=STEPS, logging_steps=1, callbacks=callbacks)
 
     whole = bench.place()
     wait(begin(lambda: train(whole, []), whole.with_name("whole.log")))

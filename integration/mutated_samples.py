@@ -285,7 +285,7 @@ def _judged(sample: Any, entry: Any, number: int, collator: Any) -> str:
 
 def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
     """The outcomes of some mutants, checked as one dataset."""
-    from grace_plugin.data import load_rows, prepare
+    from grace_plugin.data import load_samples, prepare
 
     made = {number: mutant(number, shop) for number in numbers}
     lines = {number: sample for number, sample in made.items() if number % LINES_EVERY == 0}
@@ -295,9 +295,9 @@ def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
     kept = [number for number, line in lines.items() if line.strip()]
     if kept:
         (shop.folder / "lines.jsonl").write_bytes(b"\n".join(lines[number] for number in kept))
-        sets.append((kept, load_rows(str(shop.folder / "lines.jsonl"))))
+        sets.append((kept, load_samples(str(shop.folder / "lines.jsonl"))))
     for order, dataset in sets:
-        options = {"max_bad_rows": 1.0, "allow_empty": True, "cache": shop.folder / "cache"}
+        options = {"max_bad_samples": 1.0, "allow_empty": True, "cache": shop.folder / "cache"}
         before = time.process_time()
         try:
             prepared = prepare(dataset, collator, **options)

@@ -1,4 +1,4 @@
-"""One rank of integration/test_data_order.py: real runs, on a list and on a stream, that write down which rows they read.
+"""One rank of integration/test_data_order.py: real runs, on a list and on a stream, that write down which samples they read.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 -m integration.order_worker PAIR_FOLDER OUT_FOLDER
 """
@@ -17,14 +17,14 @@ from transformers import TrainerCallback
 
 from grace_plugin.run.inputs import load_processor
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
-STEPS, ROWS = 6, 16  # 16 rows, 4 a step: the fourth epoch would begin at step 12, the second begins at step 4
+STEPS, ROWS = 6, 16  # 16 samples, 4 a step: the fourth epoch would begin at step 12, the second begins at step 4
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Recorded(list):  # type: ignore[type-arg]
-    """Rows that note who is asked for."""
+    """Samples that note who is asked for."""
 
     def __init__(self, given: list[dict[str, Any]]) -> None:
         super().__init__(given)
@@ -50,8 +50,8 @@ class Begin(TrainerCallback):
 
 
 def order(pair: Pair, out: Path, *, stop: int | None = None, **options: Any) -> list[int]:
-    """Rows that this process read while it trained; one read ahead by the loader is cut off."""
-    data = Recorded(rows(12, seed=61) + rows(4, seed=62, images=0))
+    """Samples that this process read while it trained; one read ahead by the loader is cut off."""
+    data = Recorded(make_samples(12, seed=61) + make_samples(4, seed=62, images=0))
     try:
         run(
             pair, out, data, recipe=recipe_text(pair.teacher), max_steps=STEPS, gradient_accumulation_steps=2 // WORLD,
@@ -63,19 +63,19 @@ def order(pair: Pair, out: Path, *, stop: int | None = None, **options: Any) -> 
 
 
 class Stream:
-    """Ten rows an epoch, answered by their number; those in `broken` cannot be used."""
+    """Ten samples an epoch, answered by their number; those in `broken` cannot be used."""
 
     def __init__(self, broken: tuple[int, ...] = (3, 5, 7)) -> None:
         self.broken = broken
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(rows(8, seed=63) + rows(2, seed=64, images=0)):
+        for number, sample in enumerate(make_samples(8, seed=63) + make_samples(2, seed=64, images=0)):
             answer = {"role": "assistant", "content": [{"type": "text", "text": f"say {number}"}]}
-            yield row | {"messages": row["messages"][:1] + ([] if number in self.broken else [answer])}
+            yield sample | {"messages": sample["messages"][:1] + ([] if number in self.broken else [answer])}
 
 
 class Learned(TrainerCallback):
-    """Numbers of the rows in each step's forward passes, read off the token ids the model was given."""
+    """Numbers of the samples in each step's forward passes, read off the token ids the model was given."""
 
     def __init__(self, tokenizer: Any, stop: int | None) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -95,33 +95,33 @@ class Learned(TrainerCallback):
 
 
 def streamed(pair: Pair, out: Path, given: Stream, *, stop: int | None = None, **options: Any) -> dict[str, Any]:
-    """Rows of each step of a run on a stream, as this process saw them, its losses and its report."""
+    """Samples of each step of a run on a stream, as this process saw them, its losses and its report."""
     learned = Learned(load_processor(str(pair.student)).tokenizer, stop)
     try:
         done = run(
             pair, out, given, recipe=recipe_text(pair.teacher), max_steps=STEPS, gradient_accumulation_steps=2 // WORLD,
-            seed=11, callbacks=[learned], max_bad_rows=0.4, logging_steps=1,
+            seed=11, callbacks=[learned], max_bad_samples=0.4, logging_steps=1,
             **({"save_strategy": "steps", "save_steps": 3} | options),
         )  # fmt: skip
     except KeyboardInterrupt:
         return {"steps": learned.steps[:-1]}
     losses = [[log["loss_ce"], log["loss_gdkd"], log["loss_rcka"]] for log in done.history if "loss_ce" in log]
-    counts = [[log["images"], log["rows_without_images"]] for log in done.history if "loss_ce" in log]
+    counts = [[log["images"], log["samples_without_images"]] for log in done.history if "loss_ce" in log]
     return {"steps": learned.steps[:-1], "losses": losses, "counts": counts, "report": done.data,
             "verified": done.verification["verified"]}  # fmt: skip
 
 
 class Torn(Stream):
-    """A stream that cannot be read on behind the rows looked at before the run, on the last rank alone."""
+    """A stream that cannot be read on behind the samples looked at before the run, on the last rank alone."""
 
     passes = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         Torn.passes += 1
-        for number, row in enumerate(super().__iter__()):
+        for number, sample in enumerate(super().__iter__()):
             if Torn.passes > 1 and number == 5 and RANK == WORLD - 1:
                 raise OSError("the wire was cut")
-            yield row
+            yield sample
 
 
 def main() -> None:

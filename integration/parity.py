@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoProcessor
 
 from grace_plugin.export.verify import load
-from tests.films import pictures
+from tests.videos import pictures
 
 INT4_KERNEL = "CPUWNA16LinearKernel" if torch.cpu._is_avx512_supported() else "DenseInt4LinearKernel"
 """vLLM's own kernel on this CPU, or the plugin's (`integration/env/dense_int4.py`) where vLLM has none."""

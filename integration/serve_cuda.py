@@ -32,8 +32,8 @@ from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from integration.families import MEAN, MOST, NEAR_TIE, Row, questions, train
 from integration.parity import judge, without_colour
-from tests.films import pictures
 from tests.tiny import EVERY
+from tests.videos import pictures
 
 FAMILIES = ("qwen3_vl_moe", "gemma3", "llava", "qwen3_vl")
 TOKENS, TOP = 12, 20

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 import grace_plugin
 from grace_plugin.upstream import active_session
 from tests.pairs import Pair, pair, recipe_text, run
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_width_the_group_does_not_divide_lists_every_layer(folder: Path, tmp_p
     recipe = recipe_text(given.teacher, scheme=None, config_groups={"g": {"targets": ["Linear"], "weights": weights}})
     with pytest.raises(ValueError, match="18 problem") as caught:
         grace_plugin.train(
-            model, recipe=recipe, dataset=rows(2), output_dir=tmp_path / "o/out", max_steps=1, use_cpu=True
+            model, recipe=recipe, dataset=make_samples(2), output_dir=tmp_path / "o/out", max_steps=1, use_cpu=True
         )
     for layer in range(3):
         for name in (
@@ -118,21 +118,21 @@ def test_a_student_that_is_not_there(llava: Pair, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [(1, r"row 3 has 1 image placeholder\(s\) and 0"), (0, r"row 3 has 0 image placeholder\(s\) and 1")],
+    [(1, r"sample 3 has 1 image placeholder\(s\) and 0"), (0, r"sample 3 has 0 image placeholder\(s\) and 1")],
 )
-def test_a_row_whose_images_do_not_match(llava: Pair, tmp_path: Path, images: int, message: str) -> None:
-    row = rows(1, images=images)[0]
-    row["images"] = [] if images else rows(1)[0]["images"]
-    refused(llava, tmp_path / "o/out", message, dataset=[*rows(3), row])
+def test_a_sample_whose_images_do_not_match(llava: Pair, tmp_path: Path, images: int, message: str) -> None:
+    sample = make_samples(1, images=images)[0]
+    sample["images"] = [] if images else make_samples(1)[0]["images"]
+    refused(llava, tmp_path / "o/out", message, dataset=[*make_samples(3), sample])
 
 
-def test_no_rows(llava: Pair, tmp_path: Path) -> None:
-    refused(llava, tmp_path / "o/out", "the dataset has no rows", dataset=[])
+def test_no_samples(llava: Pair, tmp_path: Path) -> None:
+    refused(llava, tmp_path / "o/out", "the dataset has no samples", dataset=[])
 
 
 def test_a_missing_picture(llava: Pair, tmp_path: Path) -> None:
-    row = {**rows(1)[0], "images": ["/no/picture.png"]}
-    refused(llava, tmp_path / "o/out", "cannot read image '/no/picture.png'", dataset=[row, *rows(1)])
+    sample = {**make_samples(1)[0], "images": ["/no/picture.png"]}
+    refused(llava, tmp_path / "o/out", "cannot read image '/no/picture.png'", dataset=[sample, *make_samples(1)])
 
 
 def test_truncation_that_would_cut_image_tokens(llava: Pair, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import grace_plugin
 from grace_plugin.losses import head_triton, relational_triton
 from grace_plugin.quantizer import fake_quant_triton
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows, pair, recipe_text, run
+from tests.pairs import mixed_samples, pair, recipe_text, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -35,7 +35,7 @@ def test_a_run_on_cuda_ships_what_it_trained(family: str, accumulate: int, tmp_p
     made = pair(family, tmp_path)
     recipe = recipe_text(made.teacher, teacher={"model": str(made.teacher)})
     options = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": True, **ON_CUDA}
-    done = run(made, tmp_path / "out", mixed_rows(12), recipe=recipe, **options)
+    done = run(made, tmp_path / "out", mixed_samples(12), recipe=recipe, **options)
     proved(done.verification)
     proved(grace_plugin.verify(done.checkpoint))
     losses = [row["loss_gdkd"] for row in done.history if "loss_gdkd" in row]
@@ -47,7 +47,7 @@ def test_small_cards_ship_what_they_trained(method: str, tmp_path: Path) -> None
     made = pair("qwen3_vl", tmp_path)
     training = {"method": method, "norms": True}
     recipe = recipe_text(made.teacher, teacher={"model": str(made.teacher)}, training=training)
-    done = run(made, tmp_path / "out", mixed_rows(12), recipe=recipe, **ON_CUDA)
+    done = run(made, tmp_path / "out", mixed_samples(12), recipe=recipe, **ON_CUDA)
     proved(done.verification)
     proved(grace_plugin.verify(done.checkpoint))
 
@@ -71,7 +71,7 @@ def test_the_gpu_trains_as_the_cpu_does(family: str, tmp_path: Path) -> None:
     logs = []
     for place, use_cpu in (("cpu", True), ("cuda", False)):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # patch embeddings are convolutions
-            done = run(made, tmp_path / place, mixed_rows(8), use_cpu=use_cpu, bf16=False, tf32=False, **options)
+            done = run(made, tmp_path / place, mixed_samples(8), use_cpu=use_cpu, bf16=False, tf32=False, **options)
         logs.append([row for row in done.history if "loss_gdkd" in row])
     for cpu, cuda in zip(*logs, strict=True):
         for term in ("loss_ce", "loss_gdkd", "loss_rcka", "grad_norm", "beta"):
@@ -87,7 +87,7 @@ def test_a_teacher_beside_the_student_gives_the_numbers_of_one_in_turn() -> None
     made.teacher.register_forward_hook(
         lambda *_: torch.cuda._sleep(100_000_000)
     )  # what is read of it comes 50 ms later
-    asked = mixed_rows(6)
+    asked = mixed_samples(6)
     host = [made.collate(asked[first : first + 2]) for first in (0, 2, 4)]
     batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in host]
     found = []

@@ -1,11 +1,11 @@
-"""The gradient of one batch of 8 equals that of the same rows as 4 micro-batches, and that of plain PyTorch in float64.
+"""The gradient of one batch of 8 equals that of the same samples as 4 micro-batches, and that of plain PyTorch in float64.
 
-Through the real `grace_plugin.train`: real Trainer, real session, learned scales, all three loss terms, rows of
-different length, two pictures in a row and a row without one. Gradients are read in `on_pre_optimizer_step`,
+Through the real `grace_plugin.train`: real Trainer, real session, learned scales, all three loss terms, samples of
+different length, two pictures in a sample and a sample without one. Gradients are read in `on_pre_optimizer_step`,
 unclipped.
 
 Compared as |a - b| / |a| over each parameter (Frobenius norms). Rounding of float32 through three layers gives a few
-1e-6; a mean of micro-batch means on these rows would differ by some 10 %.
+1e-6; a mean of micro-batch means on these samples would differ by some 10 %.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from grace_plugin.data import ConversationCollator
-from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
+from tests.pairs import Pair, mixed_samples, pair, recipe_text, run
 from tests.reference import distill as slow
 from tests.reference import relational as slow_relational
 from tests.tiny import FAMILIES
 
-ROWS = mixed_rows(8)
+ROWS = mixed_samples(8)
 PROJECTOR = {
     "llava": "multi_modal_projector.linear_1.weight",
     "qwen2_vl": "visual.merger.mlp.0.weight",
@@ -48,11 +48,11 @@ class Gradients(TrainerCallback):
                 self.value[name] = parameter.detach().clone()
 
 
-def gradients(pair: Pair, folder: Path, rows_at_once: int, **options: Any) -> tuple[Gradients, dict[str, Any]]:
+def gradients(pair: Pair, folder: Path, samples_at_once: int, **options: Any) -> tuple[Gradients, dict[str, Any]]:
     seen = Gradients()
     result = run(
-        pair, folder, ROWS, max_steps=1, per_device_train_batch_size=rows_at_once,
-        gradient_accumulation_steps=8 // rows_at_once, max_grad_norm=0.0, logging_steps=1, callbacks=[seen], **options,
+        pair, folder, ROWS, max_steps=1, per_device_train_batch_size=samples_at_once,
+        gradient_accumulation_steps=8 // samples_at_once, max_grad_norm=0.0, logging_steps=1, callbacks=[seen], **options,
     )  # fmt: skip
     return seen, result.history[0]
 
@@ -76,11 +76,11 @@ def whole(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows_at_once", [2, 1])
+@pytest.mark.parametrize("samples_at_once", [2, 1])
 def test_a_cut_batch_has_the_whole_batchs_gradient(
-    pairs: dict[str, Pair], whole: Any, tmp_path: Path, family: str, rows_at_once: int
+    pairs: dict[str, Pair], whole: Any, tmp_path: Path, family: str, samples_at_once: int
 ) -> None:
-    (one, one_log), (cut, cut_log) = whole[family], gradients(pairs[family], tmp_path / "out", rows_at_once)
+    (one, one_log), (cut, cut_log) = whole[family], gradients(pairs[family], tmp_path / "out", samples_at_once)
     apart = distances(one.grad, cut.grad)
     assert max(apart.values()) < 1e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]
     kinds = {"weight_log_scale", "lm_head.weight", "input_layernorm.weight", "q_proj.weight"}
@@ -90,8 +90,8 @@ def test_a_cut_batch_has_the_whole_batchs_gradient(
         assert cut_log[key] == pytest.approx(one_log[key], rel=2e-6)
         assert one_log[key] > 0.0
     assert cut_log["supervised_tokens"] == one_log["supervised_tokens"]
-    assert cut_log["images"] == one_log["images"] == sum(len(row["images"]) for row in ROWS)
-    assert cut_log["rows_without_images"] == one_log["rows_without_images"] == 1
+    assert cut_log["images"] == one_log["images"] == sum(len(sample["images"]) for sample in ROWS)
+    assert cut_log["samples_without_images"] == one_log["samples_without_images"] == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,22 +152,22 @@ def full_loss(
     out = student(**batch, output_hidden_states=True)
     with torch.no_grad():
         ref = teacher(**batch, output_hidden_states=True)
-    rows, columns = map(torch.tensor, zip(*places, strict=True))
-    targets = labels[rows, columns + 1]
-    student_logits = out.logits[rows, columns, :vocabulary]
-    teacher_logits = ref.logits[rows, columns, :vocabulary]
+    samples, columns = map(torch.tensor, zip(*places, strict=True))
+    targets = labels[samples, columns + 1]
+    student_logits = out.logits[samples, columns, :vocabulary]
+    teacher_logits = ref.logits[samples, columns, :vocabulary]
     ce = -torch.log(torch.softmax(student_logits, -1)).gather(1, targets[:, None]).mean()
     q, p = torch.softmax(student_logits / 2, -1), torch.softmax(teacher_logits / 2, -1)
     p_y, q_y = (x.gather(1, targets[:, None]).squeeze(1) for x in (p, q))
     kl = (p * (p / q).log()).sum(-1)
     tckd = p_y * (p_y / q_y).log() + (1 - p_y) * ((1 - p_y) / (1 - q_y)).log()
     nckd = (kl - tckd) / (1 - p_y)
-    gate = torch.tensor([slow.gate(row.tolist()) for row in teacher_logits], dtype=torch.float64)
+    gate = torch.tensor([slow.gate(sample.tolist()) for sample in teacher_logits], dtype=torch.float64)
     gdkd = (gate * (tckd + 4 * nckd) * 4).sum() / gate.sum()
     relation, images = torch.zeros((), dtype=torch.float64), 0
     ids = batch["input_ids"]
-    for b, row in enumerate(ids):
-        tokens = (row == image_id).nonzero().squeeze(1)
+    for b, sample in enumerate(ids):
+        tokens = (sample == image_id).nonzero().squeeze(1)
         for span in tokens.split(16) if len(tokens) else ():  # LLaVA: 4 x 4 patches of every picture
             relation = relation + 1 - centred_alignment(out.hidden_states[-2][b, span], ref.hidden_states[-2][b, span])
             images += 1

@@ -16,7 +16,7 @@ import pytest
 
 from grace_plugin.run import resume
 from tests.pairs import Pair, pair, recipe_text
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 ROOT = Path(__file__).parents[1]
 MAIN = "from grace_plugin.cli.register_grace import main; main()"
@@ -31,10 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: Pair = pair("llava", place / "pair")
     (place / "recipe.yaml").write_text(recipe_text(made.teacher))
     lines = []
-    for number, row in enumerate(rows(6, seed=3)):
-        row["images"][0].save(place / f"{number}.png")
-        lines.append(json.dumps(row | {"images": [f"{number}.png"]}))
-    (place / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    for number, sample in enumerate(make_samples(6, seed=3)):
+        sample["images"][0].save(place / f"{number}.png")
+        lines.append(json.dumps(sample | {"images": [f"{number}.png"]}))
+    (place / "samples.jsonl").write_text("\n".join(lines) + "\n")
     return place
 
 
@@ -43,7 +43,7 @@ def command(folder: Path, out: Path, *further: str) -> list[str]:
     given = [part for name, value in asked.items() for part in ("--set", f"{name}={value}")]
     return [
         sys.executable, "-c", MAIN, "train", str(folder / "recipe.yaml"), "--model", str(folder / "pair" / "student"),
-        "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(out), *given, *further,
+        "--dataset", str(folder / "samples.jsonl"), "--output_dir", str(out), *given, *further,
     ]  # fmt: skip
 
 

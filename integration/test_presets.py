@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 import grace_plugin
 from grace_plugin.data import ConversationCollator
-from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
-from tests.tiny import rows
+from tests.pairs import Pair, mixed_samples, pair, recipe_text, run
+from tests.tiny import make_samples
 
 METHODS: dict[str, dict[str, Any]] = {
     "scales": {"method": "scales"},
@@ -35,7 +35,7 @@ def go(pair: Pair, out: Path, method: str, **options: Any) -> Any:
         "max_steps": STEPS, "learning_rate": 5e-3, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1,
         "per_device_train_batch_size": 4,
     }  # fmt: skip
-    return run(pair, out, mixed_rows(8), recipe=recipe, **(asked | options))
+    return run(pair, out, mixed_samples(8), recipe=recipe, **(asked | options))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def test_in_a_loop_of_ones_own(method: str, pairs: dict[str, Pair], tmp_path: Pa
         assert {p.dtype for g in groups for p in g["params"]} == {torch.float32}
         optimizer = torch.optim.AdamW(groups)
         for seed in (1, 2):
-            batch = collator(rows(2, seed=seed))
+            batch = collator(make_samples(2, seed=seed))
             grace.objective.window([batch])
             grace.objective.loss(student, batch).backward()
             assert grace.objective.measure().finite
@@ -146,6 +146,6 @@ def test_through_oneshot(method: str, pairs: dict[str, Pair], tmp_path: Path) ->
     oneshot = {"epochs": 1, "learning_rate": 1.0e-3}
     result = grace_plugin.oneshot(
         str(pairs["llava"].student), recipe=recipe_text(pairs["llava"].teacher, training=METHODS[method], oneshot=oneshot),
-        dataset=rows(4), output_dir=tmp_path / "out", batch_size=2,
+        dataset=make_samples(4), output_dir=tmp_path / "out", batch_size=2,
     )  # fmt: skip
     assert (result.verification["verified"], result.verification["codes_differing"]) == (True, 0)

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 
 from grace_plugin.run.trainer import STATE_FILE
 from tests.pairs import Pair, pair, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 STEPS, STOP = 8, 4
-DATA = rows(13, seed=21) + rows(2, seed=22, images=2) + rows(2, seed=23, images=0)
+DATA = make_samples(13, seed=21) + make_samples(2, seed=22, images=2) + make_samples(2, seed=23, images=0)
 
 
 class StopAt(TrainerCallback):
@@ -42,7 +42,7 @@ ASCENT = {"enabled": True, "beta_start": 0.4, "tau": 1.0, "eta": 0.01}
 
 
 def go(pair: Pair, out: Path, **options: Any) -> Any:
-    """17 rows in batches of 2, two to a step: five steps an epoch, the fifth of one row, behind the stop at step 4."""
+    """17 samples in batches of 2, two to a step: five steps an epoch, the fifth of one sample, behind the stop at step 4."""
     asked: dict[str, Any] = {
         "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": STOP,
         "logging_steps": 1, "learning_rate": 2e-3,

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import grace_plugin
-from tests.pairs import Pair, mixed_rows, pair, recipe_text
+from tests.pairs import Pair, mixed_samples, pair, recipe_text
 from tests.teacher.caches import everything
 
 GRACE = [sys.executable, "-c", "from grace_plugin.cli.register_grace import main; main()"]
@@ -31,15 +31,15 @@ def grace(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def written(folder: Path, dataset: list[dict[str, Any]]) -> str:
-    """Rows as JSON lines with their pictures beside them."""
+    """Samples as JSON lines with their pictures beside them."""
     lines = []
-    for number, row in enumerate(dataset):
-        names = [f"{number}-{place}.png" for place in range(len(row["images"]))]
-        for name, image in zip(names, row["images"], strict=True):
+    for number, sample in enumerate(dataset):
+        names = [f"{number}-{place}.png" for place in range(len(sample["images"]))]
+        for name, image in zip(names, sample["images"], strict=True):
             image.save(folder / name)
-        lines.append(json.dumps({**row, "id": f"row-{number}", "images": names}))
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    return str(folder / "rows.jsonl")
+        lines.append(json.dumps({**sample, "id": f"sample-{number}", "images": names}))
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "samples.jsonl")
 
 
 def recipes(made: Pair, folder: Path) -> tuple[str, str]:
@@ -63,7 +63,7 @@ def train(recipe: str, made: Pair, data: str, out: Path) -> subprocess.Completed
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_build_train_and_verify_by_the_commands(family: str, tmp_path: Path) -> None:
-    made, data = pair(family, tmp_path), written(tmp_path, mixed_rows(10))
+    made, data = pair(family, tmp_path), written(tmp_path, mixed_samples(10))
     resident, cached = recipes(made, tmp_path)
     build = [
         "--model",
@@ -80,7 +80,7 @@ def test_build_train_and_verify_by_the_commands(family: str, tmp_path: Path) -> 
     done = grace("teacher", "cache", cached, *build)
     assert done.returncode == 0, done.stderr
     size, seconds, total = (
-        done.stdout.find(said) for said in ("predicted size: ", "predicted time from here: ", "10 rows in 1 f")
+        done.stdout.find(said) for said in ("predicted size: ", "predicted time from here: ", "10 samples in 1 f")
     )
     assert 0 <= size < seconds < total, done.stdout
     of_teacher = train(resident, made, data, tmp_path / "a")
@@ -90,12 +90,12 @@ def test_build_train_and_verify_by_the_commands(family: str, tmp_path: Path) -> 
     assert grace("verify", str(tmp_path / "b"), "--source", str(made.student)).returncode == 0
     assert grace_plugin.verify(tmp_path / "b")["verified"]
     left, right = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
-    assert left == right, "each row was run alone on both sides: the same bytes"
+    assert left == right, "each sample was run alone on both sides: the same bytes"
 
 
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     """Killed once its first files stand; the rest is run, the files are kept, and the whole is what it would have been."""
-    made, data = pair("llava", tmp_path), written(tmp_path, mixed_rows(64))
+    made, data = pair("llava", tmp_path), written(tmp_path, mixed_samples(64))
     recipe, _ = recipes(made, tmp_path)
     options = ["--model", str(made.student), "--dataset", data, "--batch_size", "1", "--shard_bytes", "100000"]
     command = [*GRACE, "teacher", "cache", recipe, *options, "--output_dir", str(tmp_path / "cache"), "--workers", "0"]
@@ -111,7 +111,7 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     kept = {path.name for path in (tmp_path / "cache").glob("*.safetensors")}
     done = grace("teacher", "cache", recipe, *options, "--output_dir", str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    stored = int(re.findall(r"; (\d+) rows are there", done.stdout)[0])
+    stored = int(re.findall(r"; (\d+) samples are there", done.stdout)[0])
     assert len(kept) >= 2 and len(kept) <= stored < 64
     assert kept <= {path.name for path in (tmp_path / "cache").glob("*.safetensors")}
     whole = grace("teacher", "cache", recipe, *options, "--output_dir", str(tmp_path / "whole"))
@@ -121,8 +121,8 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
 
 
 def test_two_processes_read_one_cache(tmp_path: Path) -> None:
-    """Two ranks of one row each and one rank of two micro-batches of one row end with the same loss."""
-    made, data = pair("llava", tmp_path), written(tmp_path, mixed_rows(8))
+    """Two ranks of one sample each and one rank of two micro-batches of one sample end with the same loss."""
+    made, data = pair("llava", tmp_path), written(tmp_path, mixed_samples(8))
     resident, cached = recipes(made, tmp_path)
     build = [
         "--model",

@@ -90,7 +90,7 @@ def test_both_ranks_hold_the_same_bits(two: Any, name: str) -> None:
 
 
 def test_the_scenarios_are_what_they_say(one: Any) -> None:
-    assert one["no_image_on_rank_1"][0]["record"]["rows_without_images"] == 4
+    assert one["no_image_on_rank_1"][0]["record"]["samples_without_images"] == 4
     assert one["no_image_on_rank_1"][0]["record"]["images"] == 4
     assert one["no_label_on_rank_1"][0]["record"]["images"] == 8
 

@@ -19,13 +19,13 @@ from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, Probed, probe
 from integration.parity import INT4_KERNEL, Parity, judge, prompts, without_colour
 from tests.pairs import Pair, pair, recipe_text, run
-from tests.tiny import FAMILIES, rows
+from tests.tiny import FAMILIES, make_samples
 
 pytestmark = pytest.mark.vllm
 
 MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats
 LEFT_OUT = "llava, groups of 32, two layers left out"
-QUESTIONS = prompts(rows(12, seed=21) + rows(4, seed=22, images=2) + rows(4, seed=23, images=0))
+QUESTIONS = prompts(make_samples(12, seed=21) + make_samples(4, seed=22, images=2) + make_samples(4, seed=23, images=0))
 
 
 class Served(NamedTuple):
@@ -38,7 +38,7 @@ class Served(NamedTuple):
 
 def trained(pair: Pair, output: Path, recipe: str) -> Path:
     """Thirty steps over rows with one, two and no pictures."""
-    dataset = rows(32, seed=1) + rows(8, seed=2, images=2) + rows(8, seed=3, images=0)
+    dataset = make_samples(32, seed=1) + make_samples(8, seed=2, images=2) + make_samples(8, seed=3, images=0)
     options = {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
     return run(pair, output, dataset, recipe=recipe, **options).checkpoint
 

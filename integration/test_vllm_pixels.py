@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from tests.tiny import FAMILIES, build, rows, save
+from tests.tiny import FAMILIES, build, make_samples, save
 
 pytestmark = pytest.mark.vllm
 
@@ -48,7 +48,7 @@ def pixels_by(python: str | Path, folders: dict[str, str], images: list[str]) ->
 def test_training_and_serving_prepare_equal_pixels(serve_python: Path, tmp_path: Path) -> None:
     folders = {family: str(save(*build(family), tmp_path / family)) for family in FAMILIES}
     images = []
-    for number, row in enumerate(rows(5, seed=41)):
+    for number, row in enumerate(make_samples(5, seed=41)):
         images.append(str(tmp_path / f"{number}.png"))
         row["images"][0].save(images[-1])
     here, there = (pixels_by(python, folders, images) for python in (sys.executable, serve_python))
@@ -58,7 +58,7 @@ def test_training_and_serving_prepare_equal_pixels(serve_python: Path, tmp_path:
 
 def test_the_backends_themselves_differ(tmp_path: Path) -> None:
     folder = save(*build("llava"), tmp_path)
-    picture = rows(1, seed=42)[0]["images"]
+    picture = make_samples(1, seed=42)[0]["images"]
     made = [
         AutoProcessor.from_pretrained(folder, backend=backend).image_processor(images=picture, return_tensors="pt")
         for backend in ("torchvision", "pil")

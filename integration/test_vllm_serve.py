@@ -21,11 +21,11 @@ from grace_plugin.serve.ask import AskError, ask, ask_all
 from grace_plugin.serve.launch import Server, ServerError, serve
 from integration.parity import INT4_KERNEL, judge, prompts
 from tests.pairs import pair, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 pytestmark = pytest.mark.vllm
 
-QUESTIONS = prompts(rows(24, seed=31))
+QUESTIONS = prompts(make_samples(24, seed=31))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
     made = pair("llava", root)
     options = {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
-    return run(made, root / "out", rows(48, seed=1), recipe=recipe_text(made.teacher), **options).checkpoint
+    return run(made, root / "out", make_samples(48, seed=1), recipe=recipe_text(made.teacher), **options).checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_order_is_kept_and_text_is_returned(server: Server) -> None:
 
 
 def test_an_image_too_many_is_refused_with_the_servers_words(server: Server) -> None:
-    one = prompts(rows(1, seed=32, images=2))[0]
+    one = prompts(make_samples(1, seed=32, images=2))[0]
     with pytest.raises(AskError, match=r"refused a question \(400\).*image"):
         ask(server.url, server.model, one["messages"], one["images"])
 

@@ -20,53 +20,56 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.run.inputs import load_processor, load_student
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.upstream import create_session
-from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
-from tests.tiny import rows
+from tests.pairs import Pair, mixed_samples, modifier_of, recipe_text, run
+from tests.tiny import make_samples
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CUDA = os.environ.get("RANKS_ON") == "cuda"
 PLACE: dict[str, Any] = {"use_cpu": not CUDA, "bf16": False, "tf32": False if CUDA else None}
 TOGETHER: dict[str, Any] = {"ddp_backend": "nccl" if CUDA else "gloo", "ddp_timeout": 60} if WORLD > 1 else {}
-PICTURES, TEXTS = rows(4, seed=31), rows(4, seed=32, images=0)
+PICTURES, TEXTS = make_samples(4, seed=31), make_samples(4, seed=32, images=0)
 
 
 def marked(chosen: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
-    return [{**row, mark: True} for row in chosen]
+    return [{**sample, mark: True} for sample in chosen]
 
 
 def interleaved(first: list[Any], second: list[Any]) -> list[Any]:
-    """Two ranks of two rows a batch read batches in turn: rank 0 gets `first`, rank 1 `second`."""
-    return [row for start in range(0, len(first), 2) for part in (first, second) for row in part[start : start + 2]]
+    """Two ranks of two samples a batch read batches in turn: rank 0 gets `first`, rank 1 `second`."""
+    return [
+        sample for start in range(0, len(first), 2) for part in (first, second) for sample in part[start : start + 2]
+    ]
 
 
-#: rows in the order they are read, and further TrainingArguments
+#: samples in the order they are read, and further TrainingArguments
 SCENARIOS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-    "mixed": (mixed_rows(8), {}),
+    "mixed": (mixed_samples(8), {}),
     "no_image_on_rank_1": (interleaved(PICTURES, TEXTS), {}),
     "no_image_on_rank_1_checkpointed": (interleaved(PICTURES, TEXTS), {"gradient_checkpointing": True}),
     "no_image_in_the_last_batch": (PICTURES + TEXTS, {}),
     "no_image_in_the_last_batch_of_rank_1": (interleaved(PICTURES, PICTURES[:2] + TEXTS[:2]), {}),
-    "no_label_on_rank_1": (interleaved(PICTURES, marked(rows(4, seed=33), "mute")), {}),
+    "no_label_on_rank_1": (interleaved(PICTURES, marked(make_samples(4, seed=33), "mute")), {}),
     "no_image_and_no_label": (interleaved(marked(TEXTS, "mute"), marked(TEXTS, "mute")), {}),
     "not_finite_on_rank_1": (
-        interleaved(PICTURES, marked(rows(4, seed=33), "broken")) + interleaved(PICTURES, rows(4, seed=34)),
+        interleaved(PICTURES, marked(make_samples(4, seed=33), "broken"))
+        + interleaved(PICTURES, make_samples(4, seed=34)),
         {"max_steps": 2},
     ),
 }
 
 
 class Collator:
-    """The real collator; a row marked `mute` has no label, one marked `broken` an infinite pixel."""
+    """The real collator; a sample marked `mute` has no label, one marked `broken` an infinite pixel."""
 
     def __init__(self, processor: Any) -> None:
         self.real = ConversationCollator(processor)
 
     def __call__(self, chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.real([{k: row[k] for k in ("messages", "images")} for row in chosen])
-        for number, row in enumerate(chosen):
-            if row.get("mute"):
+        batch = self.real([{k: sample[k] for k in ("messages", "images")} for sample in chosen])
+        for number, sample in enumerate(chosen):
+            if sample.get("mute"):
                 batch["labels"][number] = -100
-            if row.get("broken"):
+            if sample.get("broken"):
                 batch["pixel_values"].view(-1)[0] = float("inf")
         return batch
 
@@ -130,11 +133,11 @@ def main(pair_folder: str, out: str) -> None:
     pair = Pair("llava", Path(pair_folder) / "student", Path(pair_folder) / "teacher")
     seen = {name: scenario(pair, name, folder) for name in SCENARIOS}
     result = run(
-        pair, folder / "trained", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
+        pair, folder / "trained", make_samples(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
         **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=1,
     )  # fmt: skip
     run(
-        pair, folder / "resumed", rows(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
+        pair, folder / "resumed", make_samples(16, seed=35), max_steps=2, per_device_train_batch_size=8 // WORLD,
         **PLACE, **TOGETHER, logging_steps=1, save_strategy="steps", save_steps=1,
         resume_from_checkpoint=str(folder / "trained.run" / "checkpoint-1"),
     )  # fmt: skip

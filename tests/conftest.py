@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.pairs import Pair, pair, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["*_triton.py"]  # `make unit` runs them by themselves, in Triton's interpreter
@@ -39,7 +39,7 @@ def llava(pair_of: Callable[[str], Pair]) -> Pair:
 
 
 class Finished(NamedTuple):
-    """A finished run: its pair, its rows and what `train` gave back."""
+    """A finished run: its pair, its samples and what `train` gave back."""
 
     pair: Pair
     dataset: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="session")
 def finished(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Eight steps of two micro-batches on LLaVA; never change its folder, copy it."""
-    dataset = rows(12, seed=7) + rows(2, seed=8, images=2) + rows(2, seed=9, images=0)
+    dataset = make_samples(12, seed=7) + make_samples(2, seed=8, images=2) + make_samples(2, seed=9, images=0)
     result = run(
         llava,
         tmp_path_factory.mktemp("finished") / "out",

@@ -1,6 +1,6 @@
-"""A mixed dataset on disk: LLaVA JSON, messages, text only, videos as frames and files, and broken rows of many kinds.
+"""A mixed dataset on disk: LLaVA JSON, messages, text only, videos as frames and files, and broken samples of many kinds.
 
-Every broken row is written together with the reason it must be counted under, so a report can be held to the row.
+Every broken sample is written together with the reason it must be counted under, so a report can be held to the sample.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.films import write_film
-from tests.tiny import rows
+from tests.tiny import make_samples
+from tests.videos import write_video
 
 __all__ = ["Mixed", "write_mixed"]
 
@@ -20,16 +20,16 @@ ANSWER = {"from": "gpt", "value": "a red square"}
 
 
 class Mixed(NamedTuple):
-    """mix: the file to load. rows: rows in all. reasons: broken rows by reason. videos: rows with a video."""
+    """mix: the file to load. samples: samples in all. reasons: broken samples by reason. videos: samples with a video."""
 
     mix: Path
-    rows: int
+    samples: int
     reasons: Counter[str]
     videos: int
 
 
 def _broken(number: int) -> tuple[str, dict[str, Any]]:
-    """The number-th broken LLaVA row and its reason."""
+    """The number-th broken LLaVA sample and its reason."""
     ask = {"from": "human", "value": "<image>\nwhat is it?"}
     good = {"id": f"broken-{number}", "image": "pictures/0.png", "conversations": [ask, ANSWER]}
     kinds: list[tuple[str, dict[str, Any]]] = [
@@ -54,21 +54,21 @@ def _broken(number: int) -> tuple[str, dict[str, Any]]:
 def _pictures(folder: Path, seed: int) -> int:
     """Write 40 pictures, two frames of each, a truncated file, a clip of two seconds and a cut one; returns 40."""
     (folder / "pictures").mkdir(parents=True)
-    pictures = [row["images"][0] for row in rows(40, seed=seed)]
+    pictures = [sample["images"][0] for sample in make_samples(40, seed=seed)]
     for number, picture in enumerate(pictures):
         picture.save(folder / "pictures" / f"{number}.png")
         for frame in range(2):
             picture.resize((64, 64)).rotate(90 * frame).save(folder / "pictures" / f"{number}-{frame}.png")
     whole = (folder / "pictures" / "0.png").read_bytes()
     (folder / "pictures" / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
-    write_film(folder / "pictures" / "clip.mp4", size=(64, 64))
+    write_video(folder / "pictures" / "clip.mp4", size=(64, 64))
     whole = (folder / "pictures" / "clip.mp4").read_bytes()
     (folder / "pictures" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     return len(pictures)
 
 
 def _llava(count: int, bad: int, draw: random.Random, pictures: int) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """LLaVA rows, the first `bad` of them broken, shuffled; one or two pictures, one or two turns."""
+    """LLaVA samples, the first `bad` of them broken, shuffled; one or two pictures, one or two turns."""
 
     def place() -> str:
         return f"pictures/{draw.randrange(pictures)}.png"
@@ -77,9 +77,9 @@ def _llava(count: int, bad: int, draw: random.Random, pictures: int) -> tuple[li
     reasons: Counter[str] = Counter()
     for number in range(count):
         if number < bad:
-            reason, row = _broken(number)
+            reason, sample = _broken(number)
             reasons[reason] += 1
-            found.append(row)
+            found.append(sample)
             continue
         several = number % 5 == 0
         ask = "<image>\n<image>\nsay which colour stands left" if several else "<image>\nwhat is the shape?"
@@ -91,7 +91,7 @@ def _llava(count: int, bad: int, draw: random.Random, pictures: int) -> tuple[li
 
 
 def write_mixed(folder: Path, count: int, *, broken: float = 0.05, videos: int = 40, seed: int = 0) -> Mixed:
-    """Write `count` rows under `folder`: the broken share among the LLaVA rows, a quarter text, `videos` with a video."""
+    """Write `count` samples under `folder`: the broken share among the LLaVA samples, a quarter text, `videos` with a video."""
     draw = random.Random(seed)
     pictures = _pictures(folder, seed)
     text = count // 4

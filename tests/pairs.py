@@ -1,4 +1,4 @@
-"""Student and teacher checkpoints, recipes and mixed rows for the tests, made from tests/tiny.py."""
+"""Student and teacher checkpoints, recipes and mixed samples for the tests, made from tests/tiny.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import yaml
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
-__all__ = ["Pair", "loaded", "mixed_rows", "modifier_of", "pair", "recipe_text", "run", "structure"]
+__all__ = ["Pair", "loaded", "mixed_samples", "modifier_of", "pair", "recipe_text", "run", "structure"]
 
 
 class Pair(NamedTuple):
-    """Folders of a student and of a wider, deeper teacher whose head is padded to more rows."""
+    """Folders of a student and of a wider, deeper teacher whose head is padded to more samples."""
 
     family: str
     student: Path
@@ -41,24 +41,24 @@ def recipe_text(model: Path | str | None, **blocks: Any) -> str:
     return yaml.safe_dump({"grace_stage": {"grace_modifiers": {"GraceModifier": asked}}})
 
 
-def mixed_rows(count: int = 8) -> list[dict[str, Any]]:
-    """Rows of different length: one picture, two pictures, one without; answers from two words to three sentences."""
-    mixed = rows(count - 3, seed=3) + rows(2, seed=4, images=2) + rows(1, seed=5, images=0)
-    for number, row in enumerate(mixed[: count - 3]):
-        text = row["messages"][-1]["content"][0]
+def mixed_samples(count: int = 8) -> list[dict[str, Any]]:
+    """Samples of different length: one picture, two pictures, one without; answers from two words to three sentences."""
+    mixed = make_samples(count - 3, seed=3) + make_samples(2, seed=4, images=2) + make_samples(1, seed=5, images=0)
+    for number, sample in enumerate(mixed[: count - 3]):
+        text = sample["messages"][-1]["content"][0]
         text["text"] = " ".join([text["text"]] * (1 + number % 3))
     return mixed
 
 
 def run(pair: Pair, output_dir: Path, dataset: Any = None, *, recipe: Any = None, **options: Any) -> Any:
-    """`grace_plugin.train` on the CPU, quiet, two steps of two rows unless told otherwise."""
+    """`grace_plugin.train` on the CPU, quiet, two steps of two samples unless told otherwise."""
     import grace_plugin
 
     defaults = {
         "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True, "disable_tqdm": True,
         "model": str(pair.student),
     }  # fmt: skip
-    dataset = rows(4) if dataset is None else dataset
+    dataset = make_samples(4) if dataset is None else dataset
     recipe = recipe_text(pair.teacher) if recipe is None else recipe
     return grace_plugin.train(recipe=recipe, dataset=dataset, output_dir=output_dir, **(defaults | options))
 

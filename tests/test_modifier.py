@@ -14,7 +14,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import QuantizationStatus, create_session
 from grace_plugin.vlm import load_tokenizer
 from tests.pairs import Pair, modifier_of, recipe_text
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 
 def student_of(pair: Pair, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -133,7 +133,7 @@ def test_ending_without_a_step_is_refused(llava: Pair) -> None:
 def test_finalizing_hands_codes_and_scales_to_upstream(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
     _, processor = build("llava")
-    batch = ConversationCollator(processor)(rows(2))
+    batch = ConversationCollator(processor)(make_samples(2))
     with create_session() as session:
         session.initialize(recipe=modifier, model=student, copy_data=False)
         objective = modifier.begin(1)

@@ -46,9 +46,9 @@ from transformers import (
 )
 
 from tests import tiny_idefics, tiny_llava
-from tests.tiny_text import LLAVA_TEMPLATE, QWEN2_TEMPLATE, QWEN3_TEMPLATE, make_tokenizer, rows
+from tests.tiny_text import LLAVA_TEMPLATE, QWEN2_TEMPLATE, QWEN3_TEMPLATE, make_samples, make_tokenizer
 
-__all__ = ["EVERY", "FAMILIES", "build", "make_tokenizer", "rows", "save"]
+__all__ = ["EVERY", "FAMILIES", "build", "make_samples", "make_tokenizer", "save"]
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
 """One family of each kind; tests that are not about families go over these."""
@@ -66,7 +66,7 @@ def build(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random float32 model in eval mode and its processor.
 
-    hidden: decoder width, a multiple of 256 (MLP: 1.5 times as wide). layers: decoder depth. vocab_rows: rows of the
+    hidden: decoder width, a multiple of 256 (MLP: 1.5 times as wide). layers: decoder depth. vocab_rows: samples of the
     embedding and the head, at least the tokenizer's length, which is the default. words: "plain" or "other" tokenizer.
     The global random state is left as it was.
     """

@@ -1,4 +1,4 @@
-"""Words and pictures for the tiny models: tokenizers trained on a few sentences, chat templates, conversation rows.
+"""Words and pictures for the tiny models: tokenizers trained on a few sentences, chat templates, conversation samples.
 
 Everything is drawn from seeds; the pictures are a coloured shape on a coloured ground, and the answer says which.
 """
@@ -28,7 +28,7 @@ LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                 "<|video_pad|>"]  # fmt: skip
 MARKS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-GRID = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
+GRID = {f"r{r}c{c}": f"<sample_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
 CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 TILES = {
     "fake": "<fake_token_around_image>",
@@ -94,17 +94,17 @@ QWEN3_TEMPLATE = (
 )
 
 
-def rows(count: int, seed: int = 0, *, images: int = 1, size: int | None = None) -> list[dict[str, Any]]:
+def make_samples(count: int, seed: int = 0, *, images: int = 1, size: int | None = None) -> list[dict[str, Any]]:
     """`count` conversations in TRL's form: {"messages": [...], "images": [PIL RGB, ...]}, drawn from `seed`.
 
-    images: pictures in each row (0 gives text-only rows, with an empty list). size: side in pixels; by default sides
+    images: pictures in each sample (0 gives text-only samples, with an empty list). size: side in pixels; by default sides
     differ from picture to picture (64 to 112), so that families with dynamic resolution see several token counts.
     """
     draw = random.Random(seed)
-    return [_row(draw, images, size) for _ in range(count)]
+    return [_sample(draw, images, size) for _ in range(count)]
 
 
-def _row(draw: random.Random, images: int, size: int | None) -> dict[str, Any]:
+def _sample(draw: random.Random, images: int, size: int | None) -> dict[str, Any]:
     pictures, answers = [], []
     for _ in range(max(images, 1)):
         colour, shape, ground = draw.choice(list(COLORS)), draw.choice(SHAPES), draw.choice(list(COLORS))

@@ -48,7 +48,7 @@ class Budget:
     warmup_steps = 30
     seed = 0
     data_seed = TRAINING_SEED
-    calibration_rows = 512
+    calibration_samples = 512
 
 
 def arguments() -> dict[str, Any]:
@@ -176,7 +176,7 @@ def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> P
     patterns = family_of(model).quantization_ignore()
     options: dict[str, Any] = {"config_groups": low_bit_groups(bits), "ignore": patterns}
     if method == "gptq":
-        rows: Any = list(training_rows(Budget.data_seed, Budget.calibration_rows))
+        rows: Any = list(training_rows(Budget.data_seed, Budget.calibration_samples))
         collator = ConversationCollator(processor)
         loader: Any = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
         oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")

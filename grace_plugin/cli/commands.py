@@ -139,7 +139,7 @@ def _show_result(result: Any) -> None:
 
 def _train(args: Namespace) -> None:
     import grace_plugin
-    from grace_plugin.data import load_rows, stream_rows
+    from grace_plugin.data import load_samples, stream_samples
     from grace_plugin.run.manifest import read_yaml_mapping
     from grace_plugin.run.settings import read_arguments
     from grace_plugin.run.train import run_folder
@@ -158,7 +158,7 @@ def _train(args: Namespace) -> None:
     given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
     names = (
-        "model", "teacher", "max_length", "max_pixels", "max_bad_rows", "packing", "resume_from_checkpoint",
+        "model", "teacher", "max_length", "max_pixels", "max_bad_samples", "packing", "resume_from_checkpoint",
         "allow_resume_changes", "save_minutes", "save_on_signal",
     )  # fmt: skip
     given |= {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -167,7 +167,7 @@ def _train(args: Namespace) -> None:
     if args.recipe is not None:
         given["recipe"] = Path(args.recipe)
     if args.dataset is not None:
-        given["dataset"] = (stream_rows if args.streaming else load_rows)(args.dataset, args.images)
+        given["dataset"] = (stream_samples if args.streaming else load_samples)(args.dataset, args.images)
     if args.run_file is not None:
         result = grace_plugin.train_from(args.run_file, output_dir=args.output_dir, **given)
     else:
@@ -177,12 +177,12 @@ def _train(args: Namespace) -> None:
 
 def _oneshot(args: Namespace) -> None:
     import grace_plugin
-    from grace_plugin.data import load_rows
+    from grace_plugin.data import load_samples
 
     result = grace_plugin.oneshot(
-        args.model, recipe=Path(args.recipe), dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
+        args.model, recipe=Path(args.recipe), dataset=load_samples(args.dataset, args.images), output_dir=args.output_dir,
         teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
-        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows,
+        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_samples=args.max_bad_samples,
         special_tokens=args.special_tokens,
     )  # fmt: skip
     _show_result(result)

@@ -8,8 +8,9 @@ Names are those of the Python API and of the recipe.
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -21,7 +22,7 @@ IMAGES = "folder that image and video paths are relative to (default: the datase
 
 
 def _max_pixels(
-    parser: ArgumentParser, then: str = "rows with a larger one are not used", default: int | None = 64_000_000
+    parser: ArgumentParser, then: str = "samples with a larger one are not used", default: int | None = 64_000_000
 ) -> None:
     parser.add_argument(
         "--max_pixels", type=int, default=default, help=f"largest image in pixels; {then} (default 64 million)"
@@ -39,14 +40,19 @@ def _train(parser: ArgumentParser) -> None:
                         help="run.yaml of an earlier run, or its folder: the same run, but for what is given here")  # fmt: skip
     parser.add_argument("--config", help="YAML file of training arguments, named as for --set, which wins")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
     _max_pixels(parser, default=None)
-    parser.add_argument("--max_bad_rows", type=float,
-                        help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    _max_bad_samples(parser, "share of unusable samples above which the run refuses to start (default 0.05)")
     _special_tokens(parser)
-    parser.add_argument("--packing", action="store_true", default=None,
-                        help="rows of a micro-batch in one sequence without padding, where the family allows it")  # fmt: skip
-    parser.add_argument("--streaming", action="store_true", help="read the rows as they come; needs --set max_steps=N")
+    parser.add_argument(
+        "--packing",
+        action="store_true",
+        default=None,
+        help="samples of a micro-batch in one sequence without padding, where the family allows it",
+    )
+    parser.add_argument(
+        "--streaming", action="store_true", help="read the samples as they come; needs --set max_steps=N"
+    )
     parser.add_argument("--resume_from_checkpoint", action="store_true", default=None,
                         help="go on from the newest whole resume state in <output_dir>.run")  # fmt: skip
     parser.add_argument("--allow_resume_changes", "--allow-resume-changes", dest="allow_resume_changes", nargs="+",
@@ -57,6 +63,25 @@ def _train(parser: ArgumentParser) -> None:
                         help="let Ctrl-C and SIGTERM end the run without a resume state")  # fmt: skip
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
                         help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
+
+
+class _OldName(Action):
+    """Store the value of an option given under its old name, and say the new one."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        print(
+            f"{option_string} is now --{self.dest}; the old name will be removed in the next release", file=sys.stderr
+        )
+        setattr(namespace, self.dest, values)
+
+
+def _max_bad_samples(parser: ArgumentParser, told: str, default: float | None = None) -> None:
+    parser.add_argument("--max_bad_samples", type=float, default=default, help=told)
+    parser.add_argument(
+        "--max_bad_rows", dest="max_bad_samples", type=float, action=_OldName, default=SUPPRESS, help=SUPPRESS
+    )
 
 
 def _special_tokens(parser: ArgumentParser) -> None:
@@ -74,53 +99,53 @@ def _oneshot(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="where the checkpoint is written; must be empty")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument(
-        "--num_calibration_samples", type=int, default=512, help="rows drawn from the dataset (default 512)"
+        "--num_calibration_samples", type=int, default=512, help="samples drawn from the dataset (default 512)"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch (default 8)")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples of a micro-batch (default 8)")
+    parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
     _max_pixels(parser)
-    parser.add_argument("--max_bad_rows", type=float, default=0.05,
-                        help="share of unusable rows above which the run refuses to start (default 0.05)")  # fmt: skip
+    _max_bad_samples(parser, "share of unusable samples above which the run refuses to start (default 0.05)", 0.05)
     _special_tokens(parser)
 
 
 def _data_check(parser: ArgumentParser) -> None:
     parser.add_argument("dataset", help=DATASET)
     parser.add_argument(
-        "--model", required=True, help="folder or hub id whose processor reads the rows; no weights are loaded"
+        "--model", required=True, help="folder or hub id whose processor reads the samples; no weights are loaded"
     )
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument(
         "--output_dir", default="data-check", help="where page.html and the report go (default data-check)"
     )
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones count as not usable")
-    _max_pixels(parser, "rows with a larger one count as not usable")
+    parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones count as not usable")
+    _max_pixels(parser, "samples with a larger one count as not usable")
     _special_tokens(parser)
     parser.add_argument(
         "--teacher", help="folder or hub id of a teacher: tokens that it does not share are counted too"
     )
-    parser.add_argument("--max_bad_rows", type=float, default=1.0, help="exit with 2 above this share (default: never)")
+    _max_bad_samples(parser, "exit with 2 above this share (default: never)", 1.0)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--headers_only", action="store_true", help="read image headers only; truncated files pass")
-    parser.add_argument("--samples", type=int, default=24, help="rows shown on the page (default 24)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the rows shown (default 0)")
+    parser.add_argument("--samples", type=int, default=24, help="samples shown on the page (default 24)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples shown (default 0)")
 
 
 def _teacher_cache(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe with a GraceModifier; its teacher block names the teacher")
-    parser.add_argument("--model", required=True, help="BF16 student: folder or hub id; its processor makes the rows")
+    parser.add_argument(
+        "--model", required=True, help="BF16 student: folder or hub id; its processor makes the samples"
+    )
     parser.add_argument("--dataset", required=True, help=DATASET)
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument(
         "--output_dir", required=True, help="folder of the cache, for teacher.cache; goes on with what is in it"
     )
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
+    parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
     _max_pixels(parser)
-    parser.add_argument("--max_bad_rows", type=float, default=0.05,
-                        help="share of unusable rows above which nothing is written (default 0.05)")  # fmt: skip
+    _max_bad_samples(parser, "share of unusable samples above which nothing is written (default 0.05)", 0.05)
     _special_tokens(parser)
-    parser.add_argument("--batch_size", type=int, default=8, help="rows the teacher runs at a time (default 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples the teacher runs at a time (default 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode and tokenise (default 2)")
     parser.add_argument("--shard_bytes", type=int, default=2**29, help="bytes of a file, about (default 512 MiB)")
     parser.add_argument("--device", help="where the teacher runs (default: cuda if there is one, else cpu)")
@@ -143,14 +168,16 @@ def _report(parser: ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="output_dir of a training, finished or running, for its curves")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="instead: where checkpoint B (INT4) differs from A (BF16); folders or hub ids")  # fmt: skip
-    parser.add_argument("--dataset", help=f"rows to compare on: {DATASET}")
+    parser.add_argument("--dataset", help=f"samples to compare on: {DATASET}")
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", default="report", help="where page.html and report.json go (default report)")
-    parser.add_argument("--limit", type=int, default=512, help="rows used, drawn by the seed; 0 for all (default 512)")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; longer ones are not used, never cut")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows run at a time (default 8)")
-    parser.add_argument("--worst", type=int, default=12, help="rows shown with their pictures (default 12)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the rows (default 0)")
+    parser.add_argument(
+        "--limit", type=int, default=512, help="samples used, drawn by the seed; 0 for all (default 512)"
+    )
+    parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples run at a time (default 8)")
+    parser.add_argument("--worst", type=int, default=12, help="samples shown with their pictures (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples (default 0)")
     parser.add_argument("--device", help="where the models run (default: cuda if there is one, else cpu)")
 
 
@@ -189,7 +216,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
 
 #: of the group `grace data`
 DATA_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
-    ("check", "say what of a dataset can be used, how long its rows are, and show some of them", _data_check),
+    ("check", "say what of a dataset can be used, how long its samples are, and show some of them", _data_check),
 )
 
 #: of the group `grace teacher`

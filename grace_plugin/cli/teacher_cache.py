@@ -30,7 +30,7 @@ def teacher_cache(args: Namespace) -> None:
     Raises:
         ValueError: what `build_cache` refuses.
     """
-    from grace_plugin.data import load_rows
+    from grace_plugin.data import load_samples
     from grace_plugin.run.inputs import grace_modifier, read_recipe
     from grace_plugin.teacher import CachePlan, build_cache
 
@@ -43,10 +43,11 @@ def teacher_cache(args: Namespace) -> None:
             console.print(f"predicted time from here: {_time(plan.seconds)}")
             return
         for name in plan.dropped:
-            console.print(f"{name} is not what was written: dropped, its rows are run again", soft_wrap=True)
+            console.print(f"{name} is not what was written: dropped, its samples are run again", soft_wrap=True)
         console.print(
-            f"predicted size: {_bytes(plan.total_bytes)} of states{' at most' if plan.at_most else ''} for {plan.rows:,} rows, "
-            f"{_bytes(plan.bytes)} of them to be written; {plan.stored:,} rows are there, {plan.tokens:,} tokens to run",
+            f"predicted size: {_bytes(plan.total_bytes)} of states{' at most' if plan.at_most else ''} for "
+            f"{plan.samples:,} samples, {_bytes(plan.bytes)} of them to be written; {plan.stored:,} samples are there, "
+            f"{plan.tokens:,} tokens to run",
             soft_wrap=True,
         )
 
@@ -59,8 +60,9 @@ def teacher_cache(args: Namespace) -> None:
             progress.update(tasks[what], completed=done)
 
         plan = build_cache(
-            args.model, teacher=modifier.teacher, dataset=load_rows(args.dataset, args.images), output_dir=args.output_dir,
-            max_length=args.max_length, max_pixels=args.max_pixels, max_bad_rows=args.max_bad_rows, batch_size=args.batch_size,
+            args.model, teacher=modifier.teacher, dataset=load_samples(args.dataset, args.images), output_dir=args.output_dir,
+            max_length=args.max_length, max_pixels=args.max_pixels, max_bad_samples=args.max_bad_samples,
+            batch_size=args.batch_size,
             workers=args.workers, special_tokens=args.special_tokens,
             visual=modifier.relational.enabled, shard_bytes=args.shard_bytes, device=args.device, announce=announce,
             progress=show,
@@ -68,7 +70,8 @@ def teacher_cache(args: Namespace) -> None:
     files = sorted(Path(args.output_dir).glob("*.safetensors"))
     written, seconds = sum(file.stat().st_size for file in files), plan.seconds or 0.0
     console.print(
-        f"teacher cache: {args.output_dir}, {plan.rows:,} rows in {len(files):,} files of {_bytes(written)}, {_time(seconds)}; "
+        f"teacher cache: {args.output_dir}, {plan.samples:,} samples in {len(files):,} files of {_bytes(written)}, "
+        f"{_time(seconds)}; "
         f"train with teacher: {{kind: cached, cache: {args.output_dir}}}",
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip

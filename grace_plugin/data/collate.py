@@ -1,18 +1,18 @@
-"""Rows to batches, with labels on assistant turns only.
+"""Samples to batches, with labels on assistant turns only.
 
-A row is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have
+A sample is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have
 the tokens they have when served, whatever the chat template, no token id stands for a role, and no seam between a prompt
-and its answer can merge away. Nothing is truncated silently: a row longer than `max_length` is an error that says what
+and its answer can merge away. Nothing is truncated silently: a sample longer than `max_length` is an error that says what
 would be cut.
 
 Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is. Conversations and texts that repeat are
 rendered and tokenised once (`recent.py`), so the processor must not be changed once a collator was made of it.
 
-Packed, the rows of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each row and
-there is no attention mask, from which transformers keeps the rows apart (a block-diagonal mask for SDPA and eager, variable
-lengths for flash attention). That is exact for families with one position per token; `Family.packs` says which.
+Packed, the samples of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each
+sample and there is no attention mask, from which transformers keeps the samples apart (a block-diagonal mask for SDPA and
+eager, variable lengths for flash attention). That is exact for families with one position per token; `Family.packs` says which.
 
-Legend: B batch, S longest row.
+Legend: B batch, S longest sample.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.data.conversation import Row, read_row
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.conversation import Sample, read_sample
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.processed_size import ProcessedSizes
@@ -44,14 +44,14 @@ TOGETHER = 2**21
 
 
 class ConversationCollator:
-    """Callable that turns rows into a right-padded batch.
+    """Callable that turns samples into a right-padded batch.
 
     Args:
         processor: a transformers processor with a chat template; not to be changed from then on.
-        max_length: longest row in tokens, visual tokens included; None for no limit.
+        max_length: longest sample in tokens, visual tokens included; None for no limit.
         max_pixels: largest image in pixels; None for no limit.
-        keys: put each row's `sample_key` into the batch, a list of strings that no model takes.
-        packed: one sequence for all rows, with `position_ids` instead of `attention_mask`.
+        keys: put each sample's `sample_key` into the batch, a list of strings that no model takes.
+        packed: one sequence for all samples, with `position_ids` instead of `attention_mask`.
         special_tokens: special tokens that samples may write; any other that a sample spells stays text.
         vocabulary: token ids that may be used, 0 to `vocabulary` - 1; None for all that the tokenizer has.
         context: tokens that the model takes, None for no limit.
@@ -61,10 +61,17 @@ class ConversationCollator:
     """
 
     def __init__(
-        self, processor: Any, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS, *,
-        keys: bool = False, packed: bool = False, special_tokens: Sequence[str] = (), vocabulary: int | None = None,
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        max_pixels: int | None = DEFAULT_MAX_PIXELS,
+        *,
+        keys: bool = False,
+        packed: bool = False,
+        special_tokens: Sequence[str] = (),
+        vocabulary: int | None = None,
         context: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if getattr(processor, "chat_template", None) is None and processor.tokenizer.chat_template is None:
             raise ValueError("the processor has no chat template; set processor.chat_template to the model's own")
         self.processor = processor
@@ -79,26 +86,26 @@ class ConversationCollator:
         known = pad is not None and (vocabulary is None or pad < vocabulary)
         self._pad = {"input_ids": pad if known else 0, "labels": IGNORE_INDEX}
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """[rows] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """[samples] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
 
-        Packed: input_ids, position_ids, labels, int64 [1, sum of the rows' lengths].
+        Packed: input_ids, position_ids, labels, int64 [1, sum of the samples' lengths].
 
         Raises:
-            ValueError: a row that cannot be used, named.
+            ValueError: a sample that cannot be used, named.
         """
-        batch = self.encode([read_row(row, max_pixels=self.max_pixels) for row in rows])
+        batch = self.encode([read_sample(sample, max_pixels=self.max_pixels) for sample in samples])
         if self.keys:
-            batch[SAMPLE_KEY] = [sample_key(row, special_tokens=self.segmenter.special_tokens) for row in rows]
+            batch[SAMPLE_KEY] = [sample_key(sample, special_tokens=self.segmenter.special_tokens) for sample in samples]
         return batch
 
-    def encode(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Checked rows as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
-        rows = [self._bounded(row) for row in rows]
-        for row in rows:  # of a stream or a sequence that was not checked, an image could ask for any memory here
-            for image in row.images:
-                self.processed_sizes.check((image.height, image.width), row.name)
-        text = [self.pieces(number, row) for number, row in enumerate(rows)]
+    def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Checked samples as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
+        samples = [self._bounded(sample) for sample in samples]
+        for sample in samples:  # of a stream or a sequence that was not checked, an image could ask for any memory here
+            for image in sample.images:
+                self.processed_sizes.check((image.height, image.width), sample.name)
+        text = [self.pieces(number, sample) for number, sample in enumerate(samples)]
         waiting = [piece for own in text for piece in own if not piece.ids]
         pictured = [piece for piece in waiting if piece.images or piece.videos]
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
@@ -109,8 +116,8 @@ class ConversationCollator:
                 batch[VISUAL_SPANS] = visual_spans(pictured, self.segmenter.placeholders)
         if plain:
             self._tokens.plain(plain)
-        for own, row in zip(text, rows, strict=True):
-            self.check_length(row.name, sum(len(piece.ids["input_ids"]) for piece in own))
+        for own, sample in zip(text, samples, strict=True):
+            self.check_length(sample.name, sum(len(piece.ids["input_ids"]) for piece in own))
         keys = [
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
@@ -126,8 +133,8 @@ class ConversationCollator:
                 [[p.ids.get(key, torch.zeros_like(p.ids["input_ids"])) for p in own] for own in text], key
             )
         if self.vocabulary is not None and highest_id(batch["input_ids"]) >= self.vocabulary:
-            for own, row in zip(text, rows, strict=True):
-                self.check_ids(row.name, max(highest_id(piece.ids["input_ids"]) for piece in own))
+            for own, sample in zip(text, samples, strict=True):
+                self.check_ids(sample.name, max(highest_id(piece.ids["input_ids"]) for piece in own))
         labels = [[piece.labels() for piece in own] for own in text]
         if self.packed:
             labels = [[torch.cat(own).index_fill(0, torch.tensor([0]), IGNORE_INDEX)] for own in labels]
@@ -138,19 +145,19 @@ class ConversationCollator:
         return batch
 
     def check_length(self, name: str, length: int) -> None:
-        """Refuse a row of more than `max_length` tokens, or of more than the model's context.
+        """Refuse a sample of more than `max_length` tokens, or of more than the model's context.
 
         Raises:
-            RowError: names the row and both lengths.
+            SampleError: names the sample and both lengths.
         """
         if self.max_length is not None and length > self.max_length:
-            raise RowError(
+            raise SampleError(
                 "too_long",
                 f"{name} has {length} tokens and max_length is {self.max_length}; cutting it would shift or cut its image "
-                "tokens or its answer. Raise max_length, lower the image resolution, or drop the row",
+                "tokens or its answer. Raise max_length, lower the image resolution, or drop the sample",
             )
         if self.context is not None and length > self.context:
-            raise RowError(
+            raise SampleError(
                 "too_long",
                 f"{name} has {length} tokens and the model's context is {self.context} (max_position_embeddings); shorten the "
                 "sample, lower the image resolution, or set rope scaling in the model's config",
@@ -160,39 +167,39 @@ class ConversationCollator:
         """Refuse a sample with a token id that the models do not have; `highest` is its largest.
 
         Raises:
-            RowError: names the sample, the token and the limit.
+            SampleError: names the sample, the token and the limit.
         """
         if self.vocabulary is not None and highest >= self.vocabulary:
             token = self.processor.tokenizer.convert_ids_to_tokens(highest)
-            raise RowError(
+            raise SampleError(
                 "outside_vocabulary",
                 f"{name} has the token {shown(token)} with id {highest}; the student's ids, or those that it shares with its "
                 f"teacher, end at {self.vocabulary - 1}. Remove that text, or take the token out of the tokenizer",
             )
 
-    def _bounded(self, row: Row) -> Row:
-        """The row with those images resized whose parts ask for a size of their own."""
-        bounds = row.bounds if row.images else []
+    def _bounded(self, sample: Sample) -> Sample:
+        """The sample with those images resized whose parts ask for a size of their own."""
+        bounds = sample.bounds if sample.images else []
         if not any(bounds):
-            return row
+            return sample
         images = [
-            image.resize(self.bounded_size((image.height, image.width), asked, row.name)[::-1]) if asked else image
-            for image, asked in zip(row.images, bounds, strict=True)
+            image.resize(self.bounded_size((image.height, image.width), asked, sample.name)[::-1]) if asked else image
+            for image, asked in zip(sample.images, bounds, strict=True)
         ]
-        return replace(row, images=tuple(images))
+        return replace(sample, images=tuple(images))
 
     def bounded_size(self, size: tuple[int, int], asked: Mapping[str, int], name: str) -> tuple[int, int]:
         """Return (height, width) of an image of `size` whose part asks for bounds of its own.
 
         Raises:
-            RowError: the processor takes none for single images, or the bounds are outside its own.
+            SampleError: the processor takes none for single images, or the bounds are outside its own.
         """
         if not asked:
             return size
         try:
             return bounded_size(getattr(self.processor, "image_processor", None), size, asked)
         except ValueError as error:
-            raise RowError("unknown_field", f"{name} gives {', '.join(asked)} for an image: {error}") from error
+            raise SampleError("unknown_field", f"{name} gives {', '.join(asked)} for an image: {error}") from error
 
     def count_tokens(self, pieces: Sequence[Piece], written: Sequence[Sequence[str]]) -> list[int]:
         """Tokens of each piece, with `written` in the places of its images."""
@@ -206,9 +213,9 @@ class ConversationCollator:
             self._tokens.plain(waiting)
         return [len(piece.ids["input_ids"]) for piece in pieces]
 
-    def _join(self, rows: list[list[Tensor]], key: str) -> Tensor:
-        """Rows padded on the right, or one behind the other."""
-        joined = [torch.cat(parts) for parts in rows]
+    def _join(self, samples: list[list[Tensor]], key: str) -> Tensor:
+        """Samples padded on the right, or one behind the other."""
+        joined = [torch.cat(parts) for parts in samples]
         if self.packed:
             return torch.cat(joined)[None]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
@@ -230,12 +237,12 @@ class ConversationCollator:
             ]
         return given
 
-    def segments(self, row: Row) -> list[Segment]:
-        """Return the row's segments, remembered by what the row says."""
-        said = repr((row.messages, len(row.images), len(row.videos), row.tools))
+    def segments(self, sample: Sample) -> list[Segment]:
+        """Return the sample's segments, remembered by what the sample says."""
+        said = repr((sample.messages, len(sample.images), len(sample.videos), sample.tools))
         found = self._recent.get(said)
         if found is None:
-            found = self.segmenter.segments(row)
+            found = self.segmenter.segments(sample)
             self._recent.put(said, found, len(said))
         return found
 
@@ -244,18 +251,20 @@ class ConversationCollator:
         """What the tokenizer puts before a text."""
         return list(self.processor.tokenizer("")["input_ids"])
 
-    def pieces(self, number: int, row: Row) -> list[Piece]:
-        """The pieces of a row; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
-        images, videos = list(row.images), list(row.videos)
+    def pieces(self, number: int, sample: Sample) -> list[Piece]:
+        """The pieces of a sample; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
+        images, videos = list(sample.images), list(sample.videos)
         pieces: list[Piece] = []
         before = ""
-        for segment in self.segments(row):
+        for segment in self.segments(sample):
             piece = Piece(number, segment.text, segment.learned, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
             else:
-                counts = [self.segmenter.count(segment.text, kind) if left else 0
-                          for kind, left in (("image", images), ("video", videos))]  # fmt: skip
+                counts = [
+                    self.segmenter.count(segment.text, kind) if left else 0
+                    for kind, left in (("image", images), ("video", videos))
+                ]
                 piece.images, images = images[: counts[0]], images[counts[0] :]
                 piece.videos, videos = videos[: counts[1]], videos[counts[1] :]
             # what a literal spells is cut to words; a special token at its end is none

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_plugin.data.errors import RowError, raise_unreadable
+from grace_plugin.data.errors import SampleError, raise_unreadable
 from grace_plugin.data.formats import to_messages
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
 from grace_plugin.data.parts import BOUNDS, media_value
@@ -35,7 +35,7 @@ from grace_plugin.data.shown import shown
 from grace_plugin.data.turns import check_order, read_tools, read_turn
 from grace_plugin.data.video import Video, decode_video
 
-__all__ = ["Row", "check_row", "check_rows", "read_row", "row_name"]
+__all__ = ["Sample", "check_sample", "check_samples", "read_sample", "sample_name"]
 
 KINDS = ("image", "video")
 _BOXES = ("<bbox>", "<ref-object>")
@@ -44,8 +44,8 @@ _MARKS = re.compile(r"<\|?(?:[a-z]{1,9}_){0,2}(?:image|img)(?:_[a-z]{1,9})?[ _-]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A checked row: `messages` with content as lists of parts, `images` and `videos` in placeholder order, `name` to say.
+class Sample:
+    """A checked sample: `messages` with content as lists of parts, `images` and `videos` in placeholder order, `name` to say.
 
     tools: what the assistant may call. unused: names of fields that nothing reads.
     """
@@ -65,34 +65,38 @@ class Row:
         return [{key: part[key] for key in BOUNDS if key in part} for part in parts]
 
     def as_sample(self) -> dict[str, Any]:
-        """Return the sample in the form that `check_row` gives back unchanged."""
+        """Return the sample in the form that `check_sample` gives back unchanged."""
         return {
-            "id": self.name.removeprefix("row "), "messages": list(self.messages), "images": list(self.images),
-            "videos": list(self.videos), "fps": self.fps, "tools": list(self.tools),
-        }  # fmt: skip
+            "id": self.name.removeprefix("sample "),
+            "messages": list(self.messages),
+            "images": list(self.images),
+            "videos": list(self.videos),
+            "fps": self.fps,
+            "tools": list(self.tools),
+        }
 
 
-def row_name(row: Any, number: int | None = None) -> str:
-    """How messages speak of a row: by its id or name, its number, or its beginning."""
-    row = row if isinstance(row, Mapping) else {"messages": row}
+def sample_name(sample: Any, number: int | None = None) -> str:
+    """How messages speak of a sample: by its id or name, its number, or its beginning."""
+    sample = sample if isinstance(sample, Mapping) else {"messages": sample}
     for key in ("id", "name"):
-        if row.get(key) is not None:
-            return f"row {shown(row[key])}"
-    return f"the row {shown(row.get('messages'))}" if number is None else f"row {number}"
+        if sample.get(key) is not None:
+            return f"sample {shown(sample[key])}"
+    return f"the sample {shown(sample.get('messages'))}" if number is None else f"sample {number}"
 
 
-def _listed(row: Mapping[str, Any], kind: str, name: str) -> list[Any] | None:
+def _listed(sample: Mapping[str, Any], kind: str, name: str) -> list[Any] | None:
     """The sample's own list of images or videos; None when it has no such field."""
-    many, one = row.get(f"{kind}s"), row.get(kind)
+    many, one = sample.get(f"{kind}s"), sample.get(kind)
     if isinstance(one, str) and not one:
         one = None
     if many is not None and (isinstance(many, (str, bytes, Mapping)) or not hasattr(many, "__iter__")):
-        raise RowError("malformed", f"{name}: {kind}s is a {type(many).__name__}; give a list")
+        raise SampleError("malformed", f"{name}: {kind}s is a {type(many).__name__}; give a list")
     if one is not None and not is_empty(many):
-        raise RowError("malformed", f"{name} has {kind} and {kind}s; give one of them")
+        raise SampleError("malformed", f"{name} has {kind} and {kind}s; give one of them")
     if one is None:  # a column that is there and empty makes tags placeholders as well, so that a lost image is found
         if many is None:
-            return [] if kind in row or f"{kind}s" in row else None
+            return [] if kind in sample or f"{kind}s" in sample else None
         return [media_value(value) for value in many if value is not None]
     several = kind == "image" and isinstance(one, (list, tuple))
     return [media_value(value) for value in (one if several else [one])]
@@ -112,12 +116,12 @@ def _attached(kind: str, listed: list[Any] | None, inline: list[Any], name: str)
     if given and inline and not bare:
         if len(given) == len(inline) and all(map(_is_same, given, inline)):
             return tuple(inline)
-        raise RowError(
+        raise SampleError(
             "placeholder_mismatch",
             f"{name} holds {len(inline)} {kind}(s) in its content and {len(given)} other(s) in {kind}s; give each once",
         )
     if bare != len(given):
-        raise RowError(
+        raise SampleError(
             "placeholder_mismatch",
             f"{name} has {bare} {kind} placeholder(s) and {len(given)} {kind}(s); "
             f'give one {{"type": "{kind}"}} part, or one <{kind}> in plain text, per {kind}, in order',
@@ -127,32 +131,32 @@ def _attached(kind: str, listed: list[Any] | None, inline: list[Any], name: str)
 
 
 def _fps(value: Any, name: str) -> float:
-    """Frames a second, 2 where the row says nothing."""
+    """Frames a second, 2 where the sample says nothing."""
     try:
         fps = 2.0 if value is None else float(value)
     except (TypeError, ValueError):
         fps = math.nan
     if not (math.isfinite(fps) and fps > 0):
-        raise RowError("malformed", f"{name}: fps is {shown(value)}; give frames a second above 0, or leave it out")
+        raise SampleError("malformed", f"{name}: fps is {shown(value)}; give frames a second above 0, or leave it out")
     return fps
 
 
-def _rate(row: Mapping[str, Any], media: list[tuple[str, Any, Any]], name: str) -> float:
+def _rate(sample: Mapping[str, Any], media: list[tuple[str, Any, Any]], name: str) -> float:
     """The sample's frames a second: its own field, or what the parts of its videos say alike."""
     videos = [fps for kind, _, fps in media if kind == "video"]
-    told = {_fps(fps, name) for fps in [row.get("fps"), *videos] if fps is not None}
-    if len(told) > 1 or (row.get("fps") is None and told and None in videos):
-        raise RowError("malformed", f"{name} asks for several values of fps; give one for all of its videos")
+    told = {_fps(fps, name) for fps in [sample.get("fps"), *videos] if fps is not None}
+    if len(told) > 1 or (sample.get("fps") is None and told and None in videos):
+        raise SampleError("malformed", f"{name} asks for several values of fps; give one for all of its videos")
     return told.pop() if told else 2.0
 
 
-def _check_boxes(row: Mapping[str, Any], messages: list[dict[str, Any]], name: str) -> None:
+def _check_boxes(sample: Mapping[str, Any], messages: list[dict[str, Any]], name: str) -> None:
     """Refuse tags that another tool replaces by the sample's `objects`."""
-    if is_empty(row.get("objects")):
+    if is_empty(sample.get("objects")):
         return
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     if any(tag in text for text in texts for tag in _BOXES):
-        raise RowError(
+        raise SampleError(
             "unknown_field",
             f"{name} has the tags <bbox> or <ref-object> in its text, and `objects` is not read; write the boxes into the text "
             "as the model reads them (special tokens: special_tokens=)",
@@ -169,24 +173,24 @@ def _check_marks(messages: list[dict[str, Any]], unplaced: bool, name: str) -> N
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
         found = (_MARKS if unplaced and message["role"] != "assistant" else _HELD).search(text)
         if found is not None:
-            raise RowError(
+            raise SampleError(
                 "placeholder_mismatch",
                 f"{name} has {shown(found.group())} in a text of the {message['role']}, which is no placeholder; write <image> "
                 "into the user's text for each image, and give the images in the field images",
             )
 
 
-def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
-    """Normalise a row without opening its images.
+def check_sample(sample: Mapping[str, Any], number: int | None = None) -> Sample:
+    """Normalise a sample without opening its images.
 
     Raises:
-        RowError (a ValueError): names the row, what is wrong with it and how to fix it.
+        SampleError (a ValueError): names the sample, what is wrong with it and how to fix it.
     """
-    name = row_name(row, number)
-    if not isinstance(row, Mapping):
-        raise RowError("malformed", f"{name} is a {type(row).__name__}, not an object")
-    raise_unreadable(row)
-    made, unused = to_messages(row, name)
+    name = sample_name(sample, number)
+    if not isinstance(sample, Mapping):
+        raise SampleError("malformed", f"{name} is a {type(sample).__name__}, not an object")
+    raise_unreadable(sample)
+    made, unused = to_messages(sample, name)
     listed = {kind: _listed(made, kind, name) for kind in KINDS}
     kinds = tuple(kind for kind in KINDS if listed[kind] is not None)
     messages, media, plain = [], [], []
@@ -196,7 +200,7 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
         media += found
         plain.append(said_plainly)
     check_order(messages, name)
-    _check_boxes(row, messages, name)
+    _check_boxes(sample, messages, name)
     inline = {kind: [value for one, value, _ in media if one == kind] for kind in KINDS}
     _check_marks(messages, bool(listed["image"]) and not inline["image"], name)
     if all(plain) and listed["image"] and not inline["image"]:
@@ -204,20 +208,23 @@ def check_row(row: Mapping[str, Any], number: int | None = None) -> Row:
         first["content"] = [{"type": "image"} for _ in listed["image"]] + first["content"]
         inline["image"] = [None] * len(listed["image"])
     images, videos = (_attached(kind, listed[kind], inline[kind], name) for kind in KINDS)
-    tools = read_tools(row.get("tools"), name)
-    return Row(name, tuple(messages), images, videos, _rate(made, media, name), tools, unused)
+    tools = read_tools(sample.get("tools"), name)
+    return Sample(name, tuple(messages), images, videos, _rate(made, media, name), tools, unused)
 
 
-def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Row:
-    """`check_row`, with every image decoded to RGB and every video to frames.
+def read_sample(
+    sample: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS
+) -> Sample:
+    """`check_sample`, with every image decoded to RGB and every video to frames.
 
     Args:
         max_pixels: largest image in pixels, None for no limit; looked at before an image is decoded.
 
     Raises:
-        RowError (a ValueError): as `check_row`, or an image that is missing, unreadable or too large, named with its path.
+        SampleError (a ValueError): as `check_sample`, or an image that is missing, unreadable or too large, named with its
+            path.
     """
-    checked = check_row(row, number)
+    checked = check_sample(sample, number)
     images = tuple(decode_image(image, checked.name, max_pixels) for image in checked.images)
     videos: tuple[Video, ...] = tuple(
         decode_video(video, checked.name, max_pixels, checked.fps) for video in checked.videos
@@ -225,18 +232,18 @@ def read_row(row: Mapping[str, Any], number: int | None = None, *, max_pixels: i
     return replace(checked, images=images, videos=videos)
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], limit: int = 1000) -> int:
-    """Check the first rows of a dataset before a run; returns how many were looked at.
+def check_samples(samples: Iterable[Mapping[str, Any]], limit: int = 1000) -> int:
+    """Check the first samples of a dataset before a run; returns how many were looked at.
 
     Raises:
-        ValueError: the first row that cannot be used, or a dataset without rows.
+        ValueError: the first sample that cannot be used, or a dataset without samples.
     """
     looked = 0
-    for number, row in enumerate(rows):
+    for number, sample in enumerate(samples):
         if number >= limit:
             break
-        check_row(row, number)
+        check_sample(sample, number)
         looked += 1
     if not looked:
-        raise ValueError("the dataset has no rows")
+        raise ValueError("the dataset has no samples")
     return looked

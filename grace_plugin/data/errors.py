@@ -1,8 +1,8 @@
-"""Why a row cannot be used: a reason to count by, and a sentence that names the row and the way out.
+"""Why a sample cannot be used: a reason to count by, and a sentence that names the sample and the way out.
 
-Every check of the room raises `RowError`. Its `reason` is one of `REASONS`, so that a report can count rows, and its text
-is what a person reads. A source that cannot even parse a row hands out `unreadable(...)` in its place: the row keeps its
-number, and `check_row` raises the fault when the row is looked at.
+Every check of the room raises `SampleError`. Its `reason` is one of `REASONS`, so that a report can count samples, and its text
+is what a person reads. A source that cannot even parse a sample hands out `unreadable(...)` in its place: the sample keeps its
+number, and `check_sample` raises the fault when the sample is looked at.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from grace_plugin.data.shown import MESSAGE, shortened
 
-__all__ = ["REASONS", "RowError", "raise_unreadable", "unreadable"]
+__all__ = ["REASONS", "SampleError", "raise_unreadable", "unreadable"]
 
 #: reason -> what it says
 REASONS: dict[str, str] = {
-    "not_json": "the line or row is no JSON object",
-    "invalid_utf8": "the row holds bytes or characters that are not valid UTF-8",
+    "not_json": "the line or sample is no JSON object",
+    "invalid_utf8": "the sample holds bytes or characters that are not valid UTF-8",
     "empty_conversation": "no messages, or a turn without content",
     "malformed": "fields of another type or name than the format's",
     "unknown_field": "a field that would change what is learned or seen, and that nothing here reads",
@@ -33,16 +33,16 @@ REASONS: dict[str, str] = {
     "template": "a conversation the model's chat template cannot render, or renders without its images",
     "too_long": "more tokens than max_length or than the model's context",
     "outside_vocabulary": "a token that the model, or its teacher, has no embedding for",
-    "no_supervised_tokens": "nothing of the row is learned",
-    "duplicate": "the same id and content as an earlier row",
+    "no_supervised_tokens": "nothing of the sample is learned",
+    "duplicate": "the same id and content as an earlier sample",
 }
 _FAULT = "__grace_fault__"
 
 
-class RowError(ValueError):
-    """A row that cannot be used.
+class SampleError(ValueError):
+    """A sample that cannot be used.
 
-    reason: a key of `REASONS`. The text names the row, what is wrong and the way out; it is cut to `MESSAGE`
+    reason: a key of `REASONS`. The text names the sample, what is wrong and the way out; it is cut to `MESSAGE`
     characters, whatever of the sample it quotes.
     """
 
@@ -57,11 +57,11 @@ class RowError(ValueError):
 
 
 def unreadable(reason: str, message: str) -> dict[str, Any]:
-    """What stands in the place of a row that could not be read."""
+    """What stands in the place of a sample that could not be read."""
     return {_FAULT: [reason, message]}
 
 
-def raise_unreadable(row: Mapping[str, Any]) -> None:
-    """Raise the fault that `unreadable` put into a row's place; a proper row passes."""
-    if isinstance(row, Mapping) and _FAULT in row:
-        raise RowError(*row[_FAULT])
+def raise_unreadable(sample: Mapping[str, Any]) -> None:
+    """Raise the fault that `unreadable` put into a sample's place; a proper sample passes."""
+    if isinstance(sample, Mapping) and _FAULT in sample:
+        raise SampleError(*sample[_FAULT])

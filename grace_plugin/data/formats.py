@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.llava_format import from_llava
 from grace_plugin.data.schema import is_empty, unused_fields
 from grace_plugin.data.shown import shown
@@ -38,51 +38,53 @@ class _Format(NamedTuple):
     messages: Callable[[Mapping[str, Any], str], dict[str, Any]]
 
 
-def _text(row: Mapping[str, Any], field: str, name: str) -> str:
-    value = row.get(field)
+def _text(sample: Mapping[str, Any], field: str, name: str) -> str:
+    value = sample.get(field)
     if not isinstance(value, str):
-        raise RowError("malformed", f"{name}: {field} is a {type(value).__name__}; give text")
+        raise SampleError("malformed", f"{name}: {field} is a {type(value).__name__}; give text")
     return value
 
 
-def _history(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+def _history(sample: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Earlier rounds, [[question, answer], ...]."""
-    given = row.get("history") if row.get("history") is not None else []
+    given = sample.get("history") if sample.get("history") is not None else []
     rounds = given if isinstance(given, (list, tuple)) else None
     if rounds is None or not all(
         isinstance(one, (list, tuple)) and len(one) == 2 and all(isinstance(text, str) for text in one)
         for one in rounds
     ):
-        raise RowError("malformed", f"{name}: history is {shown(given)}; give a list of [question, answer]")
+        raise SampleError("malformed", f"{name}: history is {shown(given)}; give a list of [question, answer]")
     return [
         {"role": role, "content": text} for one in rounds for role, text in zip(("user", "assistant"), one, strict=True)
     ]
 
 
-def _rounds(row: Mapping[str, Any], question: str, answer: str, name: str) -> dict[str, Any]:
+def _rounds(sample: Mapping[str, Any], question: str, answer: str, name: str) -> dict[str, Any]:
     last = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": [*_history(row, name), *last]}
+    return {"messages": [*_history(sample, name), *last]}
 
 
-def _instruction(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    asked, more = _text(row, "instruction", name), row.get("input")
+def _instruction(sample: Mapping[str, Any], name: str) -> dict[str, Any]:
+    asked, more = _text(sample, "instruction", name), sample.get("input")
     if not is_empty(more):
-        asked = f"{asked}\n{_text(row, 'input', name)}"
-    return _rounds(row, asked, _text(row, "output", name), name)
+        asked = f"{asked}\n{_text(sample, 'input', name)}"
+    return _rounds(sample, asked, _text(sample, "output", name), name)
 
 
-def _query(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return _rounds(row, _text(row, "query", name), _text(row, "response", name), name)
+def _query(sample: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return _rounds(sample, _text(sample, "query", name), _text(sample, "response", name), name)
 
 
-def _completion(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _completion(sample: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What is prompt is not learned, answers in it neither."""
     sides = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
-        given = row.get(field)
+        given = sample.get(field)
         turns = [{"role": role, "content": given}] if isinstance(given, str) else given
         if isinstance(turns, (str, Mapping)) or not isinstance(turns, (list, tuple)):
-            raise RowError("malformed", f"{name}: {field} is a {type(turns).__name__}; give text or a list of messages")
+            raise SampleError(
+                "malformed", f"{name}: {field} is a {type(turns).__name__}; give text or a list of messages"
+            )
         sides.append(list(turns))
     prompt = [
         {**turn, "train": False} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
@@ -92,29 +94,29 @@ def _completion(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 FORMATS = (
-    _Format(("messages",), ("messages",), lambda _row, _name: {}),
-    _Format(("conversations",), ("conversations",), lambda row, name: from_llava(row, "conversations", name)),
-    _Format(("conversation",), ("conversation",), lambda row, name: from_llava(row, "conversation", name)),
+    _Format(("messages",), ("messages",), lambda _sample, _name: {}),
+    _Format(("conversations",), ("conversations",), lambda sample, name: from_llava(sample, "conversations", name)),
+    _Format(("conversation",), ("conversation",), lambda sample, name: from_llava(sample, "conversation", name)),
     _Format(("prompt", "completion"), ("prompt", "completion"), _completion),
     _Format(("instruction", "output"), ("instruction", "input", "output", "history"), _instruction),
     _Format(("query", "response"), ("query", "response", "history"), _query),
 )
 
 
-def _format_of(row: Mapping[str, Any]) -> _Format | None:
+def _format_of(sample: Mapping[str, Any]) -> _Format | None:
     """The first format whose fields the sample fills; else the first whose fields it has, empty ones included."""
     for lacks in (is_empty, lambda value: value is None):
         for one in FORMATS:
-            if not any(lacks(row.get(field)) for field in one.needs):
+            if not any(lacks(sample.get(field)) for field in one.needs):
                 return one
     return None
 
 
-def _system(row: Mapping[str, Any], name: str) -> Any:
+def _system(sample: Mapping[str, Any], name: str) -> Any:
     """The sample's system text, by either of its names."""
-    given = [row[field] for field in ("system", "system_prompt") if not is_empty(row.get(field))]
+    given = [sample[field] for field in ("system", "system_prompt") if not is_empty(sample.get(field))]
     if len(given) == 2 and given[0] != given[1]:
-        raise RowError("malformed", f"{name} has a system and another system_prompt; give one of them")
+        raise SampleError("malformed", f"{name} has a system and another system_prompt; give one of them")
     return given[0] if given else None
 
 
@@ -123,32 +125,34 @@ def _with_system(messages: list[Any], system: Any, name: str) -> list[Any]:
     if is_empty(system):
         return messages
     if not isinstance(system, str):
-        raise RowError("malformed", f"{name}: system is a {type(system).__name__}; give text")
+        raise SampleError("malformed", f"{name}: system is a {type(system).__name__}; give text")
     first = messages[0] if isinstance(messages[0], Mapping) else {}
     if first.get("role") not in ("system", "developer"):
         return [{"role": "system", "content": system}, *messages]
     if first.get("content") not in (system, [{"type": "text", "text": system}]):
-        raise RowError("malformed", f"{name} has a system field and another system turn; give one of them")
+        raise SampleError("malformed", f"{name} has a system field and another system turn; give one of them")
     return messages
 
 
-def to_messages(row: Mapping[str, Any], name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def to_messages(sample: Mapping[str, Any], name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a sample in the messages format and the names of its fields that nothing reads.
 
     Raises:
-        RowError: no format that is read, or a field that is refused.
+        SampleError: no format that is read, or a field that is refused.
     """
-    found = _format_of(row)
-    unused = unused_fields(row, found.reads if found is not None else (), name)
+    found = _format_of(sample)
+    unused = unused_fields(sample, found.reads if found is not None else (), name)
     if found is None:
-        fields = ", ".join(shown(key) for key, value in list(row.items())[:20] if value is not None) or "no fields"
-        reason = "malformed" if any(not is_empty(value) for value in row.values()) else "empty_conversation"
-        raise RowError(reason, f"{name} has no messages: it has {fields}; {EXPECTED}")
-    made = {**row, **found.messages(row, name)}
+        fields = ", ".join(shown(key) for key, value in list(sample.items())[:20] if value is not None) or "no fields"
+        reason = "malformed" if any(not is_empty(value) for value in sample.values()) else "empty_conversation"
+        raise SampleError(reason, f"{name} has no messages: it has {fields}; {EXPECTED}")
+    made = {**sample, **found.messages(sample, name)}
     messages = made["messages"]
     if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__len__"):
-        raise RowError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
+        raise SampleError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     messages = list(messages)
     if not messages:
-        raise RowError("empty_conversation", f"{name} has no messages: {found.needs[0]} is empty; give a list of turns")
-    return {**made, "messages": _with_system(messages, _system(row, name), name)}, unused
+        raise SampleError(
+            "empty_conversation", f"{name} has no messages: {found.needs[0]} is empty; give a list of turns"
+        )
+    return {**made, "messages": _with_system(messages, _system(sample, name), name)}, unused

@@ -1,7 +1,7 @@
 """What a caller passes as a dataset, as samples that can be read more than once.
 
-A path is read as `load_rows` reads it. A `DatasetDict`, or a dict of datasets, gives its train split, or the only one it has. A
-DataFrame (pandas, polars), an Arrow table and a dict of lists are tables of samples. Images of a `datasets.Dataset` stay
+A path is read as `load_samples` reads it. A `DatasetDict`, or a dict of datasets, gives its train split, or the only one it
+has. A DataFrame (pandas, polars), an Arrow table and a dict of lists are tables of samples. Images of a `datasets.Dataset` stay
 files or bytes until a sample is used: a damaged one is then counted, and EPS does not reach Pillow. A generator, and any other
 iterator, is refused: it can be read once, but the check before the run, every epoch and a resumed run read it again.
 """
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grace_plugin.data.shown import shown
-from grace_plugin.data.sources import load_rows, undecoded
+from grace_plugin.data.sources import load_samples, undecoded
 
 __all__ = ["as_samples"]
 
-_TAKEN = "give a list of samples, a path, load_rows(...), a datasets.Dataset, any other sequence, or a stream"
+_TAKEN = "give a list of samples, a path, load_samples(...), a datasets.Dataset, any other sequence, or a stream"
 
 
 def _split(dataset: Mapping[Any, Any]) -> Any:
@@ -79,7 +79,7 @@ def as_samples(dataset: Any) -> Any:
     import datasets
 
     if isinstance(dataset, (str, os.PathLike)):
-        return load_rows(os.fspath(dataset))
+        return load_samples(os.fspath(dataset))
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         dataset = _split(dataset)
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):

@@ -1,10 +1,11 @@
-"""Every row of a dataset looked at once, in worker processes, and remembered on disk.
+"""Every sample of a dataset looked at once, in worker processes, and remembered on disk.
 
-The index is one JSON line per row, in order, appended in chunks: a scan that was stopped goes on behind the last whole
+The index is one JSON line per sample, in order, appended in chunks: a scan that was stopped goes on behind the last whole
 line. Its name is a hash of the dataset's fingerprint and of everything of the processor that decides tokens, so another model,
-another template or a changed file starts another index. Each line carries a stamp of the size and time of the row's picture and
-video files: a row whose files were put in place, changed or removed since is looked at again, at the cost of one `stat` a file.
-Each line also carries a hash of its sample and is used for no other (`index_file.py` says why).
+another template or a changed file starts another index. Each line carries a stamp of the size and time of the sample's
+picture and
+video files: a sample whose files were put in place, changed or removed since is looked at again, at the cost of one `stat` a
+file. Each line also carries a hash of its sample and is used for no other (`index_file.py` says why).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.index_file import IndexFile
 from grace_plugin.data.key import processor_settings
 from grace_plugin.data.measure import Entry, Measure
-from grace_plugin.data.mix import Rows
+from grace_plugin.data.mix import Samples
 from grace_plugin.data.parts import inline_media
 from grace_plugin.data.video import DecoderMissingError
 
@@ -52,7 +53,7 @@ def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, f
 
 
 def _files(value: Any) -> Iterator[str]:
-    """Paths of files in an image or video field, at any depth; what is no path is left for `check_row` to refuse."""
+    """Paths of files in an image or video field, at any depth; what is no path is left for `check_sample` to refuse."""
     if isinstance(value, (str, os.PathLike)):
         yield os.fspath(value)
     elif isinstance(value, Mapping):
@@ -64,11 +65,11 @@ def _files(value: Any) -> Iterator[str]:
             yield from _files(part)
 
 
-def stamp(row: Any) -> str:
-    """Digest of size and modification time of the files a row names; "" when it names none."""
+def stamp(sample: Any) -> str:
+    """Digest of size and modification time of the files a sample names; "" when it names none."""
     marks = []
-    named = [row.get(key) for key in ("image", "images", "video", "videos")] if isinstance(row, Mapping) else []
-    named += [part[key] for part, key in inline_media(row)] if isinstance(row, Mapping) else []
+    named = [sample.get(key) for key in ("image", "images", "video", "videos")] if isinstance(sample, Mapping) else []
+    named += [part[key] for part, key in inline_media(sample)] if isinstance(sample, Mapping) else []
     for value in named:
         for path in _files(value):
             try:
@@ -86,33 +87,33 @@ class _Chunks(Dataset[list[Entry]]):
     hashed: give each entry its sample's hash, as an index needs it.
     """
 
-    rows: Sequence[Any]
+    samples: Sequence[Any]
     measure: Measure
     known: list[Entry]
     hashed: bool
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // _CHUNK)
+        return -(-len(self.samples) // _CHUNK)
 
     def __getitem__(self, chunk: int) -> list[Entry]:
-        return [self.entry(i) for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.rows)))]
+        return [self.entry(i) for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.samples)))]
 
     def entry(self, i: int) -> Entry:
-        """The entry of row i."""
+        """The entry of sample i."""
         if not self.hashed:
-            return self.measure(self.rows[i], number_of(self.rows, i))
-        known, sample = self.known[i] if i < len(self.known) else None, sample_hash(self.rows, i)
+            return self.measure(self.samples[i], number_of(self.samples, i))
+        known, content = self.known[i] if i < len(self.known) else None, sample_hash(self.samples, i)
         if known is not None and (
-            known.sample != sample or not sample
+            known.content != content or not content
         ):  # of another place, or of a file that was written over
             known = None
         if known is not None and not known.stamp:
             return known
-        row = self.rows[i]
-        mark = stamp(row)
+        sample = self.samples[i]
+        mark = stamp(sample)
         if known is not None and known.stamp == mark:
             return known
-        return self.measure(row, number_of(self.rows, i))._replace(stamp=mark, sample=sample)
+        return self.measure(sample, number_of(self.samples, i))._replace(stamp=mark, content=content)
 
 
 def _bytes_of(value: Any) -> str:
@@ -123,9 +124,9 @@ def _bytes_of(value: Any) -> str:
 _ENCODER = json.JSONEncoder(default=_bytes_of)
 
 
-def sample_hash(rows: Sequence[Any], index: int) -> str:
+def sample_hash(samples: Sequence[Any], index: int) -> str:
     """24 hexadecimal digits of a sample's content as it is stored; of a line of a file without parsing it."""
-    stored = rows.stored(index) if isinstance(rows, Rows) else rows[index]
+    stored = samples.stored(index) if isinstance(samples, Samples) else samples[index]
     if not isinstance(stored, bytes):
         try:
             stored = _ENCODER.encode(stored).encode()
@@ -138,9 +139,9 @@ def sample_hash(rows: Sequence[Any], index: int) -> str:
     return hashlib.blake2b(stored, digest_size=12).hexdigest()
 
 
-def number_of(rows: Sequence[Any], index: int) -> int:
-    """The number by which reports and messages speak of a row."""
-    return rows.number(index) if isinstance(rows, Rows) else index
+def number_of(samples: Sequence[Any], index: int) -> int:
+    """The number by which reports and messages speak of a sample."""
+    return samples.number(index) if isinstance(samples, Samples) else index
 
 
 def _quiet_worker(_worker: int) -> None:
@@ -154,9 +155,14 @@ def _as_they_are(entries: list[Entry]) -> list[Entry]:
 
 def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
     loader = DataLoader(
-        chunks, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_they_are,
-        worker_init_fn=_quiet_worker, multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+        chunks,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        collate_fn=_as_they_are,
+        worker_init_fn=_quiet_worker,
+        multiprocessing_context="fork" if workers else None,
+    )
     try:
         yield from loader
     except DecoderMissingError as error:  # from a worker it comes with the worker's traceback as its text
@@ -165,29 +171,35 @@ def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
 
 
 def scan(
-    rows: Sequence[Any], collator: ConversationCollator, *, workers: int = 0, decode: bool = True, file: Path | None = None,
-    write: bool = True, progress: Callable[[int, int], None] | None = None,
-) -> list[Entry]:  # fmt: skip
-    """Look at every row.
+    samples: Sequence[Any],
+    collator: ConversationCollator,
+    *,
+    workers: int = 0,
+    decode: bool = True,
+    file: Path | None = None,
+    write: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Entry]:
+    """Look at every sample.
 
     Args:
-        rows: any sequence of rows.
+        samples: any sequence of samples.
         workers: processes that decode and tokenise; 0 does it here.
         decode: decode every image; False looks at headers only.
         file: the index to go on with; None keeps nothing.
         write: whether this process writes the index; one of several should.
-        progress: called with (rows done, rows).
+        progress: called with (samples done, samples).
 
     Returns:
-        One entry per row, in order.
+        One entry per sample, in order.
     """
     entries: list[Entry] = []
-    with IndexFile(file, len(rows), write) as index:
-        for chunk in _entries(_Chunks(rows, Measure(collator, decode), index.known, file is not None), workers):
+    with IndexFile(file, len(samples), write) as index:
+        for chunk in _entries(_Chunks(samples, Measure(collator, decode), index.known, file is not None), workers):
             index.append(chunk[max(0, len(index.known) - len(entries)) :])
             entries += chunk
             if progress is not None:
-                progress(len(entries), len(rows))
+                progress(len(entries), len(samples))
         if entries[: len(index.known)] != index.known:
             index.replace(entries)
     return entries

@@ -52,8 +52,9 @@ class IndexFile:
                 self.write = False
                 logger.warning(
                     "the index of this dataset, %s, is being written by %s; this check reads it and does not write it",
-                    self.file, holder,
-                )  # fmt: skip
+                    self.file,
+                    holder,
+                )
             except NotImplementedError:
                 pass  # a file system without locks: lines that two processes mix are found by their hashes
             except OSError as error:
@@ -123,8 +124,9 @@ class IndexFile:
             logger.warning(
                 "the index of this dataset, %s, cannot be written (%s); the check goes on without it. Free space there, or "
                 "name another folder in $GRACE_CACHE",
-                self.file, shortened(error),
-            )  # fmt: skip
+                self.file,
+                shortened(error),
+            )
         self.write = False
 
 

@@ -1,7 +1,7 @@
-"""What a row is known by, whatever batch it comes in: a hash of its conversation and of the bytes of its media.
+"""What a sample is known by, whatever batch it comes in: a hash of its conversation and of the bytes of its media.
 
 Together with the settings of the processor, which are the same for a whole run, the key decides every token, label and pixel
-that a model gets for the row. Media are hashed as they are given, a file by its bytes, so nothing is decoded for a key; the
+that a model gets for the sample. Media are hashed as they are given, a file by its bytes, so nothing is decoded for a key; the
 same picture given as a file and as a `PIL.Image` has two keys. Processors that draw at random (augmentation) have no such
 key; transformers' own do not draw.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from grace_plugin.data.conversation import check_row
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.conversation import check_sample
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.media import media_source, shown_source
 from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import Video
@@ -26,7 +26,7 @@ from grace_plugin.data.video import Video
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
 
 SAMPLE_KEY = "sample_key"
-"""The batch entry that holds one key a row."""
+"""The batch entry that holds one key a sample."""
 
 
 def _digest(content: bytes) -> str:
@@ -43,7 +43,9 @@ def _media(item: Any, name: str) -> Any:
             with open(source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise RowError("missing_file", f"{name}: cannot read {shown_source(item)}: {shortened(error)}") from error
+            raise SampleError(
+                "missing_file", f"{name}: cannot read {shown_source(item)}: {shortened(error)}"
+            ) from error
     if isinstance(item, Image.Image):
         turned = dict(item.getexif()).get(0x0112, 1)
         return [item.mode, item.size, turned, _digest(item.tobytes())]
@@ -54,16 +56,16 @@ def _media(item: Any, name: str) -> Any:
     return [_media(frame, name) for frame in item]
 
 
-def sample_key(row: Mapping[str, Any], number: int | None = None, special_tokens: Sequence[str] = ()) -> str:
+def sample_key(sample: Mapping[str, Any], number: int | None = None, special_tokens: Sequence[str] = ()) -> str:
     """64 hexadecimal digits: SHA-256 of the checked conversation, its pictures and videos; ids and names do not count.
 
     special_tokens: those that samples may write. Of them only the ones that this sample writes count, for the others change
     nothing in it.
 
     Raises:
-        RowError (a ValueError): a row that cannot be used, or media that cannot be read, named.
+        SampleError (a ValueError): a sample that cannot be used, or media that cannot be read, named.
     """
-    checked = check_row(row, number)
+    checked = check_sample(sample, number)
     parts: dict[str, Any] = {"messages": checked.messages}
     parts |= {kind: [_media(item, checked.name) for item in getattr(checked, kind)] for kind in ("images", "videos")}
     if checked.videos:

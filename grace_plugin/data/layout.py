@@ -1,4 +1,4 @@
-"""What a model's processor writes in the place of an image, without preparing the image's pixels for every row.
+"""What a model's processor writes in the place of an image, without preparing the image's pixels for every sample.
 
 The text depends on the image's size and, for some families, on whether other images stand beside it. It is read off the
 processor by giving it a blank image of that size and a tokenizer that notes what it is asked to tokenise. Most processors also
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.shown import shortened
 
 __all__ = ["Layout", "Written"]
@@ -82,14 +82,14 @@ class Layout:
         """What stands for an image of `size` (height, width).
 
         Raises:
-            RowError: the processor refuses such an image; `name` says whose.
+            SampleError: the processor refuses such an image; `name` says whose.
         """
         alone = alone or not self._beside_others
         if (size, alone) not in self._known:
             try:
                 self._known[size, alone] = (self._stated(size) if alone else None) or self._measured(size, alone)
             except Exception as error:  # processors raise what they like
-                raise RowError(
+                raise SampleError(
                     "image_shape",
                     f"{name}: the model's processor refuses an image of {size[1]} x {size[0]} pixels: {shortened(error)}",
                 ) from error

@@ -1,8 +1,8 @@
-"""A row looked at once: whether it can be used, and how many tokens it becomes, without running the image processor on it.
+"""A sample looked at once: whether it can be used, and how many tokens it becomes, without running the image processor on it.
 
 Images are decoded in full, so a truncated file is found before training. What the processor writes in the place of an image
-depends on its size and on whether it stands alone, so it is taken from blank images and kept by size (`layout.py`); the row's
-text with that in it is tokenised as the batch would be. A row with videos is run through the collator.
+depends on its size and on whether it stands alone, so it is taken from blank images and kept by size (`layout.py`); the
+sample's text with that in it is tokenised as the batch would be. A sample with videos is run through the collator.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from grace_plugin.data.collate import IGNORE_INDEX, ConversationCollator, highest_id
-from grace_plugin.data.conversation import Row, check_row, read_row, row_name
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.conversation import Sample, check_sample, read_sample, sample_name
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.media import decode_image, image_size
 from grace_plugin.data.shown import shortened
@@ -27,12 +27,12 @@ __all__ = ["Entry", "Measure"]
 
 
 class Entry(NamedTuple):
-    """What was found of a row: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
+    """What was found of a sample: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
 
-    mark: digest of its id, digest: of its whole content ("" for a row without an id), stamp: of the state of the files it names
-    ("" for none). film: frames of its longest video, 0 for a row without. highest: its largest token id. unused: names of
-    fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line. sample: hash of its
-    content as stored, for an index.
+    mark: digest of its id, digest: of its whole content ("" for a sample without an id), stamp: of the state of the files
+    it names ("" for none). film: frames of its longest video, 0 for a sample without. highest: its largest token id. unused:
+    names of fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line.
+    content: hash of its content as stored, for an index.
     """
 
     tokens: int = 0
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     highest: int = -1
     unused: str = ""
     spelled: str = ""
-    sample: str = ""
+    content: str = ""
 
 
 def _content(value: Any) -> Any:
@@ -65,7 +65,8 @@ def _digest(value: Any) -> str:
 
 @dataclass
 class Measure:
-    """Callable (row, number) -> Entry for one collator; never raises for a row, only where no video can be decoded at all.
+    """Callable (sample, number) -> Entry for one collator; never raises for a sample, only where no video can be decoded at
+    all.
 
     decode: decode every image; False reads headers only, and a truncated file is found when it is used.
     """
@@ -76,15 +77,15 @@ class Measure:
     def __post_init__(self) -> None:
         self.layout = Layout(self.collator.processor, self.collator.segmenter.placeholders["image"])
 
-    def __call__(self, row: Any, number: int) -> Entry:
-        name = row_name(row, number)
+    def __call__(self, sample: Any, number: int) -> Entry:
+        name = sample_name(sample, number)
         mark = ""
         try:
-            checked = check_row(row, number)
-            if row.get("id") is not None:
-                mark = _digest(row["id"])
-            found = self._run(row, number) if checked.videos else self._count(checked)
-            digest = _digest(dict(row)) if mark else ""  # of images that are decoded by now
+            checked = check_sample(sample, number)
+            if sample.get("id") is not None:
+                mark = _digest(sample["id"])
+            found = self._run(sample, number) if checked.videos else self._count(checked)
+            digest = _digest(dict(sample)) if mark else ""  # of images that are decoded by now
             spelled = [part.text for part in self.collator.segments(checked) if part.literal]
             return found._replace(
                 mark=mark,
@@ -92,32 +93,37 @@ class Measure:
                 unused="\n".join(checked.unused),
                 spelled="\n".join(filter(str.isprintable, spelled)),
             )
-        except RowError as fault:
+        except SampleError as fault:
             text = str(fault)
             return Entry(
-                reason=fault.reason, message=text if text.startswith(name) else f"row {number}: {text}", mark=mark
+                reason=fault.reason, message=text if text.startswith(name) else f"sample {number}: {text}", mark=mark
             )
-        except DecoderMissingError:  # a fault of the environment, not of the row
+        except DecoderMissingError:  # a fault of the environment, not of the sample
             raise
-        except Exception as error:  # fields of types that nobody thought of; one row never ends the look at all of them
+        except (
+            Exception
+        ) as error:  # fields of types that nobody thought of; one sample never ends the look at all of them
             return Entry(
                 reason="malformed",
                 message=f"{name} cannot be read: {type(error).__name__}: {shortened(error)}; mend or drop it",
                 mark=mark,
             )
 
-    def _count(self, row: Row) -> Entry:
-        sizes = [image_size(image, row.name, self.collator.max_pixels) for image in row.images]
-        bounds = row.bounds if sizes else []
-        sizes = [self.collator.bounded_size(size, asked, row.name) for size, asked in zip(sizes, bounds, strict=True)]
+    def _count(self, sample: Sample) -> Entry:
+        sizes = [image_size(image, sample.name, self.collator.max_pixels) for image in sample.images]
+        bounds = sample.bounds if sizes else []
+        sizes = [
+            self.collator.bounded_size(size, asked, sample.name) for size, asked in zip(sizes, bounds, strict=True)
+        ]
         for size in sizes:
-            self.collator.processed_sizes.check(size, row.name)
+            self.collator.processed_sizes.check(size, sample.name)
         if self.decode:
-            for image in row.images:
-                decode_image(image, row.name, self.collator.max_pixels)
-        pieces = self.collator.pieces(0, replace(row, images=tuple(sizes)))
+            for image in sample.images:
+                decode_image(image, sample.name, self.collator.max_pixels)
+        pieces = self.collator.pieces(0, replace(sample, images=tuple(sizes)))
         shown = [
-            [self.layout.written(size, len(piece.images) == 1, row.name) for size in piece.images] for piece in pieces
+            [self.layout.written(size, len(piece.images) == 1, sample.name) for size in piece.images]
+            for piece in pieces
         ]
         counts = self.collator.count_tokens(pieces, [[one.text for one in own] for own in shown])
         counts = [count + sum(one.cut for one in own) for count, own in zip(counts, shown, strict=True)]
@@ -127,30 +133,30 @@ class Measure:
         return Entry(sum(counts), visual, supervised, len(sizes), highest=highest)
 
     def _run(self, given: Mapping[str, Any], number: int) -> Entry:
-        """A row through the collator itself."""
+        """A sample through the collator itself."""
         collator = self.collator
-        row = read_row(given, number, max_pixels=collator.max_pixels)
-        if row.videos and getattr(collator.processor, "video_processor", None) is None:
-            raise RowError(
-                "video_unsupported", f"{row.name} has a video and the model's processor takes none; drop the row"
+        sample = read_sample(given, number, max_pixels=collator.max_pixels)
+        if sample.videos and getattr(collator.processor, "video_processor", None) is None:
+            raise SampleError(
+                "video_unsupported", f"{sample.name} has a video and the model's processor takes none; drop the sample"
             )
         # lengths and ids are checked against the run's limits afterwards: an entry outlives them in the index
         limits = collator.max_length, collator.context, collator.vocabulary
         collator.max_length = collator.context = collator.vocabulary = None
         try:
-            batch = collator.encode([row])
-        except RowError:
+            batch = collator.encode([sample])
+        except SampleError:
             raise
         except Exception as error:  # processors raise what they like, here of a video that was decoded
-            raise RowError(
+            raise SampleError(
                 "video_unsupported",
-                f"{row.name}: the model's processor refuses its video: {shortened(error)}; drop the row",
+                f"{sample.name}: the model's processor refuses its video: {shortened(error)}; drop the sample",
             ) from error
         finally:
             collator.max_length, collator.context, collator.vocabulary = limits
         ids = batch["input_ids"][0]
         visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
         learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
-        film = max((len(video.frames) for video in row.videos), default=0)
-        pictures = len(row.images) + len(row.videos)
+        film = max((len(video.frames) for video in sample.videos), default=0)
+        pictures = len(sample.images) + len(sample.videos)
         return Entry(len(ids), sum(visual.values()), learned, pictures, film=film, highest=highest_id(ids))

@@ -34,7 +34,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image", "image_size", "is_path", "media_source", "shown_source"]
@@ -58,12 +58,12 @@ def is_path(value: str) -> bool:
 
 
 def shown_source(given: Any) -> str:
-    """Return how messages name an image or a video: its path, the beginning of its data URI, or "in the row"."""
+    """Return how messages name an image or a video: its path, the beginning of its data URI, or "in the sample"."""
     if isinstance(given, Mapping):
         given = given.get("path")
     if isinstance(given, str):
         return shown(given, _PATH_SHOWN if is_path(given) else 40)
-    return shown(str(given), _PATH_SHOWN) if isinstance(given, os.PathLike) else "in the row"
+    return shown(str(given), _PATH_SHOWN) if isinstance(given, os.PathLike) else "in the sample"
 
 
 def _from_url(url: str, kind: str, name: str) -> str | bytes:
@@ -72,20 +72,20 @@ def _from_url(url: str, kind: str, name: str) -> str | bytes:
     if scheme == "data":
         header, _, content = url.partition(",")
         if not header.lower().endswith(";base64"):
-            raise RowError(
+            raise SampleError(
                 "malformed",
                 f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it",
             )
         try:
             return base64.b64decode("".join(content.split()), validate=True)
         except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
-            raise RowError(
+            raise SampleError(
                 f"unreadable_{kind}", f"{name}: cannot read {kind} {shown_source(url)}: damaged base64: {error}"
             ) from error
     parts = urlsplit(url) if scheme == "file" else None
     if parts is not None and parts.netloc in ("", "localhost"):
         return url2pathname(parts.path)
-    raise RowError(
+    raise SampleError(
         "missing_file",
         f"{name}: {kind} {shown_source(url)} is an address, and nothing is downloaded during a run; download it first and "
         "give its path",
@@ -101,7 +101,7 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
         name: how errors speak of the sample.
 
     Raises:
-        RowError: another type, a file that is missing or not regular, a damaged data URI, a web address.
+        SampleError: another type, a file that is missing or not regular, a damaged data URI, a web address.
     """
     if (
         not isinstance(given, str)
@@ -113,16 +113,16 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
         return bytes(given)
     if not isinstance(given, str) and not isinstance(given, os.PathLike):
         article, objects = ("an", "a PIL image") if kind == "image" else ("a", "a list of frames")
-        raise RowError(
+        raise SampleError(
             "malformed",
             f"{name}: {article} {kind} is of type {type(given).__name__}; give a path, bytes, a data URI or {objects}",
         )
     try:
         path = _from_url(given, kind, name) if isinstance(given, str) and not is_path(given) else os.fspath(given)
-    except RowError:
+    except SampleError:
         raise
     except ValueError as error:  # urlsplit's, of brackets that do not match
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: {kind} {shown_source(given)} is no address: {shortened(error)}"
         ) from error
     if isinstance(path, bytes):
@@ -130,12 +130,12 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # ValueError: a null byte
-        raise RowError(
+        raise SampleError(
             "missing_file", f"{name}: cannot read {kind} {shown_source(given)}: no such file; {PUT_IT}"
         ) from None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
-        raise RowError(
+        raise SampleError(
             "missing_file",
             f"{name}: cannot read {kind} {shown_source(given)}: it is {what}, not a regular file; {PUT_IT}",
         )
@@ -179,32 +179,32 @@ def _opened(image: Any, name: str) -> Image.Image:
 
 def _check_pixels(width: int, height: int, image: Any, name: str, max_pixels: int | None) -> None:
     if max_pixels is not None and width * height > max_pixels:
-        raise RowError(
+        raise SampleError(
             "image_too_large",
             f"{name}: image {shown_source(image)} has {width} x {height} = {width * height:,} pixels and the limit is "
             f"{max_pixels:,}; {WAY_OUT}",
         )
 
 
-def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> RowError:
-    if isinstance(error, RowError):
+def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> SampleError:
+    if isinstance(error, SampleError):
         return error
     if isinstance(error, Image.DecompressionBombError) or isinstance(error.__context__, Image.DecompressionBombError):
-        return RowError(
+        return SampleError(
             "image_too_large",
             f"{name}: image {shown_source(image)} holds an image above the limit of {max_pixels:,} pixels; {WAY_OUT}",
         )
     said = shortened(error)
     if isinstance(error, UnidentifiedImageError):
         said = f"it is damaged or in none of the formats that are read ({', '.join(_formats())}); convert it"
-    return RowError("unreadable_image", f"{name}: cannot read image {shown_source(image)}: {said}")
+    return SampleError("unreadable_image", f"{name}: cannot read image {shown_source(image)}: {said}")
 
 
 def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of an image as `decode_image` will return it, from its header alone.
 
     Raises:
-        RowError: missing, not an image, or above the limit.
+        SampleError: missing, not an image, or above the limit.
     """
     try:
         with _pillow_limit(max_pixels):
@@ -228,7 +228,7 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         max_pixels: largest image in pixels; None for no limit.
 
     Raises:
-        RowError: missing, not a regular file, unreadable, truncated, or above the limit; names the sample and the file.
+        SampleError: missing, not a regular file, unreadable, truncated, or above the limit; names the sample and the file.
     """
     try:
         with _pillow_limit(max_pixels):

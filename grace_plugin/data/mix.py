@@ -3,13 +3,14 @@
     # mix.yaml
     seed: 0
     sets:
-      - {path: llava/rows.json, images: llava/pictures, cap: 50000}
+      - {path: llava/samples.json, images: llava/pictures, cap: 50000}
       - {path: text.jsonl, weight: 0.5}
       - {path: clips.parquet, weight: 2}
 
-`cap` keeps at most that many rows of a set, drawn by the seed. `weight` is how often an epoch passes over the set's
-usable rows: 2 sees each twice, 0.5 a half of them, drawn by the seed. Paths are relative to the file. Caps act before
-rows are looked at, weights after, so that a report accounts for every row once. A set may be a mix itself, down to 8 levels.
+`cap` keeps at most that many samples of a set, drawn by the seed. `weight` is how often an epoch passes over the set's
+usable samples: 2 sees each twice, 0.5 a half of them, drawn by the seed. Paths are relative to the file. Caps act before
+samples are looked at, weights after, so that a report accounts for every sample once. A set may be a mix itself, down to 8
+levels.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
-from grace_plugin.data.json_rows import JsonLines
+from grace_plugin.data.json_samples import JsonLines
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.shown import shortened, shown
 
-__all__ = ["DrawnRows", "MixEntry", "RowSet", "Rows", "draw_rows", "read_mix"]
+__all__ = ["DrawnSamples", "MixEntry", "SampleSet", "Samples", "draw_samples", "read_mix"]
 
 
 _BYTES, _VALUES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
@@ -98,47 +99,54 @@ def _beside(path: Path, value: str | None) -> str | None:
     return str(beside) if beside.exists() else value
 
 
-class RowSet:
-    """Rows of one set: a sequence, its name and how much of it is used.
+class SampleSet:
+    """Samples of one set: a sequence, its name and how much of it is used.
 
     folder: what image paths are relative to. fingerprint: changes with the content, None when it is not known.
     """
 
     def __init__(
-        self, name: str, rows: Sequence[Any], *, weight: float = 1.0, cap: int | None = None, seed: int = 0,
-        fingerprint: str | None = None, folder: Path | None = None,
-    ) -> None:  # fmt: skip
-        self.name, self.rows, self.weight, self.folder = name, rows, weight, folder
-        self.chosen = np.arange(len(rows))
-        if cap is not None and cap < len(rows):
-            self.chosen = np.sort(shuffled(len(rows), seed)[:cap])
+        self,
+        name: str,
+        samples: Sequence[Any],
+        *,
+        weight: float = 1.0,
+        cap: int | None = None,
+        seed: int = 0,
+        fingerprint: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.name, self.samples, self.weight, self.folder = name, samples, weight, folder
+        self.chosen = np.arange(len(samples))
+        if cap is not None and cap < len(samples):
+            self.chosen = np.sort(shuffled(len(samples), seed)[:cap])
         self.fingerprint = None if fingerprint is None else f"{fingerprint} {cap} {seed if cap else 0}"
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def row(self, index: int) -> Any:
-        """The index-th row that is used."""
+    def sample(self, index: int) -> Any:
+        """The index-th sample that is used."""
         from grace_plugin.data.sources import resolve
 
-        row = self.rows[int(self.chosen[index])]
-        return resolve(row, self.folder) if self.folder is not None and isinstance(row, dict) else row
+        sample = self.samples[int(self.chosen[index])]
+        return resolve(sample, self.folder) if self.folder is not None and isinstance(sample, dict) else sample
 
     def stored(self, index: int) -> Any:
-        """The index-th row that is used as it is stored: the bytes of its line, where it is one."""
+        """The index-th sample that is used as it is stored: the bytes of its line, where it is one."""
         place = int(self.chosen[index])
-        return self.rows.stored(place) if isinstance(self.rows, (JsonLines, Rows)) else self.rows[place]
+        return self.samples.stored(place) if isinstance(self.samples, (JsonLines, Samples)) else self.samples[place]
 
 
-class Rows(Sequence[Any]):
-    """The rows of one or more sets, one set behind the other, each row once.
+class Samples(Sequence[Any]):
+    """The samples of one or more sets, one set behind the other, each sample once.
 
-    source: what `load_rows` was given (path, images), so that a run can be repeated; None for rows made otherwise.
+    source: what `load_samples` was given (path, images), so that a run can be repeated; None for samples made otherwise.
     """
 
     source: dict[str, Any] | None = None
 
-    def __init__(self, sets: Iterable[RowSet]) -> None:
+    def __init__(self, sets: Iterable[SampleSet]) -> None:
         self.sets = tuple(sets)
         self._ends = list(accumulate(len(one) for one in self.sets))
 
@@ -149,25 +157,25 @@ class Rows(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         owner, place = self._place(range(len(self))[index])
-        return owner.row(place)
+        return owner.sample(place)
 
-    def _place(self, index: int) -> tuple[RowSet, int]:
-        """The set of a row, and its place there."""
+    def _place(self, index: int) -> tuple[SampleSet, int]:
+        """The set of a sample, and its place there."""
         place = self.number(index)
         owner = bisect_right(self._ends, place)
         return self.sets[owner], place - (self._ends[owner - 1] if owner else 0)
 
     def stored(self, index: int) -> Any:
-        """A row as it is stored: the bytes of its line, where it is one."""
+        """A sample as it is stored: the bytes of its line, where it is one."""
         owner, place = self._place(index)
         return owner.stored(place)
 
     def set_of(self, index: int) -> int:
-        """Number of the set a row belongs to."""
+        """Number of the set a sample belongs to."""
         return bisect_right(self._ends, self.number(index))
 
     def number(self, index: int) -> int:
-        """The number by which reports and messages speak of a row."""
+        """The number by which reports and messages speak of a sample."""
         return index
 
     @property
@@ -177,11 +185,11 @@ class Rows(Sequence[Any]):
         return None if None in marks else hashlib.sha256("\n".join(map(str, marks)).encode()).hexdigest()
 
 
-class DrawnRows(Rows):
-    """Some rows of a dataset, in its order and under its numbers and sets; numbers: int64 [n], ascending."""
+class DrawnSamples(Samples):
+    """Some samples of a dataset, in its order and under its numbers and sets; numbers: int64 [n], ascending."""
 
-    def __init__(self, rows: Sequence[Any], numbers: np.ndarray) -> None:
-        super().__init__(rows.sets if isinstance(rows, Rows) else [RowSet("rows", rows)])
+    def __init__(self, samples: Sequence[Any], numbers: np.ndarray) -> None:
+        super().__init__(samples.sets if isinstance(samples, Samples) else [SampleSet("samples", samples)])
         self.numbers = numbers
 
     def __len__(self) -> int:
@@ -195,6 +203,6 @@ class DrawnRows(Rows):
         return None
 
 
-def draw_rows(rows: Sequence[Any], count: int, seed: int) -> DrawnRows:
-    """`count` rows drawn by `seed` from all sets, or all there are."""
-    return DrawnRows(rows, np.sort(shuffled(len(rows), seed)[:count]))
+def draw_samples(samples: Sequence[Any], count: int, seed: int) -> DrawnSamples:
+    """`count` samples drawn by `seed` from all sets, or all there are."""
+    return DrawnSamples(samples, np.sort(shuffled(len(samples), seed)[:count]))

@@ -1,13 +1,13 @@
-"""In which order rows are seen: a function of (seed, epoch, rank, world size) and of nothing else.
+"""In which order samples are seen: a function of (seed, epoch, rank, world size) and of nothing else.
 
-The order of an epoch is one permutation of the rows, the same on every rank and for every number of ranks; batch k of it
-goes to rank k mod W, as accelerate deals batches. So two ranks with one micro-batch each see, step for step, the rows
-that one rank sees with two, and a resumed run goes on where it stopped. The permutation sorts rows by a hash (splitmix64)
-of seed, epoch and row number: no random generator's state is involved, nor a library's version.
+The order of an epoch is one permutation of the samples, the same on every rank and for every number of ranks; batch k of it
+goes to rank k mod W, as accelerate deals batches. So two ranks with one micro-batch each see, step for step, the samples
+that one rank sees with two, and a resumed run goes on where it stopped. The permutation sorts samples by a hash (splitmix64)
+of seed, epoch and sample number: no random generator's state is involved, nor a library's version.
 
 Length-grouped: the permutation is cut into stretches of 50 batches, each sorted by length, and the batches are shuffled,
-so that rows of a batch are about equally long and little is padded. Packing (`ConversationCollator(packed=True)`) takes the
-same batches and joins the rows of each.
+so that samples of a batch are about equally long and little is padded. Packing (`ConversationCollator(packed=True)`) takes the
+same batches and joins the samples of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["RowSampler", "epoch_order", "rank_batches", "shuffled"]
+__all__ = ["EpochSampler", "epoch_order", "rank_batches", "shuffled"]
 
 _STRETCH = 50  # batches that are sorted together
 
@@ -42,7 +42,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
 def epoch_order(
     count: int, seed: int, epoch: int, *, lengths: Sequence[int] | np.ndarray | None = None, batch_size: int = 1
 ) -> np.ndarray:
-    """int64 [count]: the rows of an epoch in order; with `lengths` (tokens), rows of a batch are about equally long."""
+    """int64 [count]: the samples of an epoch in order; with `lengths` (tokens), samples of a batch are about equally long."""
     order = shuffled(count, seed, epoch)
     if lengths is None or batch_size < 2:
         return order
@@ -61,16 +61,18 @@ def rank_batches(order: Sequence[int] | np.ndarray, batch_size: int, rank: int, 
 
     As there, the order starts over to fill the last round, so that every rank makes the same number of steps.
     """
-    rows = [int(row) for row in order]
-    if not rows:
+    samples = [int(sample) for sample in order]
+    if not samples:
         return []
-    while len(rows) % (batch_size * world_size):
-        rows += [int(row) for row in order][: batch_size * world_size - len(rows) % (batch_size * world_size)]
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    while len(samples) % (batch_size * world_size):
+        samples += [int(sample) for sample in order][
+            : batch_size * world_size - len(samples) % (batch_size * world_size)
+        ]
+    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     return batches[rank::world_size]
 
 
-class RowSampler(Sampler[int]):
+class EpochSampler(Sampler[int]):
     """`epoch_order` as a torch sampler; accelerate sets the epoch and deals the batches to the ranks."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A dataset on one page: what can be used and why not, how long rows are, and sampled rows as the model will read them.
+"""A dataset on one page: what can be used and why not, how long samples are, and sampled samples as the model will read them.
 
 The page is one HTML file without scripts or outside references; pictures are small JPEGs inside it. What is learned is marked,
 from the same segments that training uses, so the page shows the labels and not a retelling of them.
@@ -16,12 +16,12 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.conversation import Row, read_row
+from grace_plugin.data.conversation import Sample, read_sample
 from grace_plugin.data.errors import REASONS
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.prepare import Prepared, spread
 
-__all__ = ["row_pictures", "write_page"]
+__all__ = ["sample_images", "write_page"]
 
 _SIDE = 256
 _BARS = 40
@@ -36,10 +36,12 @@ def _picture(image: Image.Image, alt: str) -> dict[str, str]:
     return {"src": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", "alt": alt}
 
 
-def row_pictures(row: Row) -> list[dict[str, str]]:
-    """The images of a row and some frames of its videos, small, as `src` (a data URI) and `alt`."""
-    pictures = [_picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(row.images)]
-    for n, video in enumerate(row.videos):
+def sample_images(sample: Sample) -> list[dict[str, str]]:
+    """The images of a sample and some frames of its videos, small, as `src` (a data URI) and `alt`."""
+    pictures = [
+        _picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(sample.images)
+    ]
+    for n, video in enumerate(sample.videos):
         for place in np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames))).astype(int).tolist():
             pictures.append(_picture(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
     return pictures
@@ -53,7 +55,7 @@ def _chart(title: str, values: list[int]) -> dict[str, Any]:
         chart["bars"] = [
             {
                 "height": round(100 * count / counts.max(), 1),
-                "label": f"{edges[i]:.0f} to {edges[i + 1]:.0f}: {count} rows",
+                "label": f"{edges[i]:.0f} to {edges[i + 1]:.0f}: {count} samples",
             }
             for i, count in enumerate(counts.tolist())
         ]
@@ -61,13 +63,17 @@ def _chart(title: str, values: list[int]) -> dict[str, Any]:
 
 
 def _sample(prepared: Prepared, number: int, collator: ConversationCollator) -> dict[str, Any]:
-    row = read_row(prepared.rows[number], number, max_pixels=collator.max_pixels)
+    sample = read_sample(prepared.samples[number], number, max_pixels=collator.max_pixels)
     names = list(prepared.report["sets"])
-    owner = prepared.rows.set_of(number) if hasattr(prepared.rows, "set_of") else 0
+    owner = prepared.samples.set_of(number) if hasattr(prepared.samples, "set_of") else 0
     return {
-        "name": row.name, "number": number, "set": names[owner], "entry": prepared.entries[number],
-        "pictures": row_pictures(row), "segments": collator.segmenter.segments(row),
-    }  # fmt: skip
+        "name": sample.name,
+        "number": number,
+        "set": names[owner],
+        "entry": prepared.entries[number],
+        "pictures": sample_images(sample),
+        "segments": collator.segmenter.segments(sample),
+    }
 
 
 def write_page(
@@ -83,7 +89,7 @@ def write_page(
     """Write the page of a prepared dataset.
 
     Args:
-        samples: usable rows shown, drawn by `seed` over all sets.
+        samples: usable samples shown, drawn by `seed` over all sets.
     """
     used = [n for n, entry in enumerate(prepared.entries) if not entry.reason]
     drawn = sorted(used[i] for i in shuffled(len(used), seed)[:samples].tolist())
@@ -93,15 +99,21 @@ def write_page(
             first.setdefault(entry.reason, entry.message)
     entries = [prepared.entries[n] for n in used]
     charts = [
-        _chart("Tokens per row", [e.tokens for e in entries]),
-        _chart("Image and video tokens per row", [e.visual for e in entries]),
-        _chart("Learned tokens per row", [e.supervised for e in entries]),
+        _chart("Tokens per sample", [e.tokens for e in entries]),
+        _chart("Image and video tokens per sample", [e.visual for e in entries]),
+        _chart("Learned tokens per sample", [e.supervised for e in entries]),
     ]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("page.html.j2").render(
-        title=title, model=model, report=prepared.report, reasons=REASONS, first=first, charts=charts, seed=seed,
+        title=title,
+        model=model,
+        report=prepared.report,
+        reasons=REASONS,
+        first=first,
+        charts=charts,
+        seed=seed,
         samples=[_sample(prepared, number, collator) for number in drawn],
-    )  # fmt: skip
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.media import is_path
 from grace_plugin.data.schema import METADATA, check_turn_fields, is_empty
 from grace_plugin.data.shown import shown
@@ -28,9 +28,16 @@ __all__ = ["BOUNDS", "inline_media", "media_value", "read_parts"]
 
 BOUNDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _KINDS = {
-    "text": "text", "input_text": "text", "output_text": "text", "image": "image", "image_url": "image",
-    "input_image": "image", "video": "video", "video_url": "video", "input_video": "video",
-}  # fmt: skip
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
+}
 _VALUES = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_url", "url", "path"),
@@ -43,7 +50,7 @@ def _from_base64(text: str, name: str) -> dict[str, Any]:
     try:
         return {"bytes": base64.b64decode("".join(text.split()), validate=True), "path": None}
     except (binascii.Error, ValueError) as error:
-        raise RowError(
+        raise SampleError(
             "unreadable_image", f"{name}: base64 is {shown(text, 40)}, which is no base64: {error}"
         ) from error
 
@@ -66,11 +73,11 @@ def _value_of(part: Mapping[str, Any], kind: str, where: str) -> Any:
     if "bytes" in given and set(given) <= {"bytes", "path"}:
         return {"bytes": part["bytes"], "path": part.get("path")}
     if len(given) > 1:
-        raise RowError("malformed", f"{where} gives its {kind} as {' and as '.join(sorted(given))}; give it once")
+        raise SampleError("malformed", f"{where} gives its {kind} as {' and as '.join(sorted(given))}; give it once")
     ((key, value),) = given.items()
     if key == "base64":
         if not isinstance(value, str):
-            raise RowError("malformed", f"{where}: base64 is a {type(value).__name__}; give text")
+            raise SampleError("malformed", f"{where}: base64 is a {type(value).__name__}; give text")
         return _from_base64(value, where) if is_path(value) else value
     return media_value(value)
 
@@ -80,11 +87,11 @@ def _bounds(part: Mapping[str, Any], where: str) -> dict[str, int]:
     found = {key: part[key] for key in BOUNDS if part.get(key) is not None}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RowError("malformed", f"{where}: {key} is {shown(value)}; give a whole number of pixels above 0")
+            raise SampleError("malformed", f"{where}: {key} is {shown(value)}; give a whole number of pixels above 0")
     if ("resized_height" in found) != ("resized_width" in found):
-        raise RowError("malformed", f"{where} gives one of resized_height and resized_width; give both")
+        raise SampleError("malformed", f"{where} gives one of resized_height and resized_width; give both")
     if found.get("min_pixels", 0) > found.get("max_pixels", found.get("min_pixels", 0)):
-        raise RowError(
+        raise SampleError(
             "malformed", f"{where}: min_pixels {found['min_pixels']} is above max_pixels {found['max_pixels']}"
         )
     return found
@@ -99,7 +106,7 @@ def _kind_of(part: Mapping[str, Any], role: str, name: str) -> str:
     kind = _KINDS.get(given) if isinstance(given, str) else None
     if kind is None:
         told = "; give tool_calls in the assistant's turn and a turn of role tool" if given in _TOOL_PARTS else ""
-        raise RowError(
+        raise SampleError(
             "malformed",
             f"{name}: a {role} turn holds a part of type {shown(given)}; samples take text, image, video{told}",
         )
@@ -109,7 +116,7 @@ def _kind_of(part: Mapping[str, Any], role: str, name: str) -> str:
 def _text(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     text = part.get("text")
     if not isinstance(text, str):
-        raise RowError("malformed", f"{name}: a {role} turn holds a text part without text")
+        raise SampleError("malformed", f"{name}: a {role} turn holds a text part without text")
     check_text(text, f"the text of a {role} turn", name)
     check_turn_fields(part, ("type", "text"), f"{name}: a text part of a {role} turn", _METADATA)
     return {"type": "text", "text": text}
@@ -119,12 +126,12 @@ def check_text(text: str, where: str, name: str) -> None:
     """Refuse text with a lone surrogate, which no tokenizer takes.
 
     Raises:
-        RowError: names the place.
+        SampleError: names the place.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(
+        raise SampleError(
             "invalid_utf8", f"{name}: {where} is not valid UTF-8 at character {error.start}; correct the file"
         ) from error
 
@@ -136,10 +143,10 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
         given: the turn's content as a list of parts.
 
     Raises:
-        RowError: a part that cannot be read.
+        SampleError: a part that cannot be read.
     """
     if not isinstance(given, (list, tuple)) or not all(isinstance(part, Mapping) for part in given):
-        raise RowError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
+        raise SampleError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
     parts: list[dict[str, Any]] = []
     media: list[tuple[str, Any, Any]] = []
     for part in given:
@@ -148,12 +155,12 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
             parts.append(_text(part, role, name))
             continue
         if role == "assistant":
-            raise RowError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be learned")
+            raise SampleError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be learned")
         where = f"{name}: an {kind} part" if kind == "image" else f"{name}: a {kind} part"
         more = (*BOUNDS, "detail") if kind == "image" else ("fps",)
         for said in (part, *(part[key] for key in _VALUES[kind] if isinstance(part.get(key), Mapping))):
             if said.get("detail") not in (None, "", "auto"):
-                raise RowError(
+                raise SampleError(
                     "unknown_field",
                     f"{where} asks for detail {shown(said['detail'])}, which is not read; say max_pixels instead",
                 )
@@ -165,10 +172,10 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
     return parts, media
 
 
-def inline_media(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+def inline_media(sample: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield each content part of a sample that holds an image or video by itself, with the field that holds it."""
     for key in ("messages", "conversations", "prompt", "completion"):
-        turns = row.get(key)
+        turns = sample.get(key)
         for turn in turns if isinstance(turns, (list, tuple)) else ():
             content = turn.get("content") if isinstance(turn, Mapping) else None
             for part in content if isinstance(content, (list, tuple)) else ():

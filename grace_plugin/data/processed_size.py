@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.shown import shortened
 
@@ -55,7 +55,7 @@ class ProcessedSizes:
         """Refuse an image of `size` (height, width) of which too many pixels would be made.
 
         Raises:
-            RowError: names the sample, both sizes and how to fix it.
+            SampleError: names the sample, both sizes and how to fix it.
         """
         short, long = sorted(size)
         if self.limit is None or self.image_processor is None or long <= _COMMON * short:
@@ -64,18 +64,18 @@ class ProcessedSizes:
             self._known[size] = self._made(size)
         made = self._known[size]
         if isinstance(made, str):
-            raise RowError(
+            raise SampleError(
                 "image_shape",
                 f"{name}: the model's processor refuses an image of {size[1]} x {size[0]} pixels: {made}",
             )
         if made is None and long > _LONGEST * short:
-            raise RowError(
+            raise SampleError(
                 "image_shape",
                 f"{name}: an image of {size[1]:,} x {size[0]:,} pixels has a side over {_LONGEST} times as long as the other, "
                 "and how much the model's processor makes of it is not known; crop it",
             )
         if made is not None and made > self.limit:
-            raise RowError(
+            raise SampleError(
                 "image_too_large",
                 f"{name}: of an image of {size[1]:,} x {size[0]:,} pixels the model's processor makes {made:,} pixels and the "
                 f"limit is {self.limit:,}; crop the image, or raise max_pixels (--max_pixels)",

@@ -6,7 +6,7 @@ A sample is a closed schema. Every field that is not None and not empty is one o
   `system_prompt`, `tools`;
 - metadata (`METADATA`): an id, a source, a score. It is not read and not reported;
 - refused (`REFUSED`, `WRITTEN_OTHERWISE`): other tools let it change what is learned or what is seen, and nothing here
-  honours it. The sample is left out under `unknown_field`, so a run starts only below `max_bad_rows`;
+  honours it. The sample is left out under `unknown_field`, so a run starts only below `max_bad_samples`;
 - unused: any other field of the sample. It is counted and named in the report and once in the log.
 
 Fields of a turn or of a content part stand where they change the text or the pixels, so that one which is neither read nor
@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.shown import shown
 
 __all__ = ["METADATA", "REFUSED", "check_turn_fields", "is_empty", "unused_fields"]
@@ -28,11 +28,38 @@ __all__ = ["METADATA", "REFUSED", "check_turn_fields", "is_empty", "unused_field
 #: fields of a sample or a turn that say nothing to training
 METADATA = frozenset(
     {
-        "id", "name", "source", "type", "dataset", "accept", "split", "subset", "category", "task", "language", "lang",
-        "url", "license", "index", "idx", "uid", "uuid", "sample_id", "question_id", "image_id", "prompt_id", "score", "width",
-        "height", "metadata", "meta", "data_source", "channel", "timestamp",
+        "id",
+        "name",
+        "source",
+        "type",
+        "dataset",
+        "accept",
+        "split",
+        "subset",
+        "category",
+        "task",
+        "language",
+        "lang",
+        "url",
+        "license",
+        "index",
+        "idx",
+        "uid",
+        "uuid",
+        "sample_id",
+        "question_id",
+        "image_id",
+        "prompt_id",
+        "score",
+        "width",
+        "height",
+        "metadata",
+        "meta",
+        "data_source",
+        "channel",
+        "timestamp",
     }
-)  # fmt: skip
+)
 _MEDIA = ("image", "images", "video", "videos")
 _PREFERENCE = (
     "preference data also holds answers that must not be learned; give the answer to learn as the assistant's turn"
@@ -110,35 +137,37 @@ def _check_whole_weight(field: str, value: Any, name: str) -> None:
     told = (
         "drop a sample that is not to be learned" if isinstance(value, (bool, int, float)) and value == 0 else _PER_TURN
     )
-    raise RowError("unknown_field", f"{name}: {field} is {shown(value)} and samples are not weighted; {told}")
+    raise SampleError("unknown_field", f"{name}: {field} is {shown(value)} and samples are not weighted; {told}")
 
 
-def unused_fields(row: Mapping[str, Any], read: Iterable[str], name: str) -> tuple[str, ...]:
+def unused_fields(sample: Mapping[str, Any], read: Iterable[str], name: str) -> tuple[str, ...]:
     """Return the names of the sample's fields that nothing reads.
 
     Args:
-        row: the sample as it was given.
+        sample: the sample as it was given.
         read: fields that its format reads.
         name: how messages speak of the sample.
 
     Raises:
-        RowError: a field that would change what is learned or seen if it were read.
+        SampleError: a field that would change what is learned or seen if it were read.
     """
     taken, unused = {*read, *_MEDIA, "fps", "system", "system_prompt", "tools"}, []
-    pictured = any(not is_empty(row.get(key)) for key in _MEDIA)
-    for field, value in row.items():
+    pictured = any(not is_empty(sample.get(key)) for key in _MEDIA)
+    for field, value in sample.items():
         if field in taken or field in METADATA or is_empty(value):
             continue
         if field in ("train", "weight") or (field == "loss" and isinstance(value, bool)):
             _check_whole_weight(field, value, name)
             continue
         if field in REFUSED:
-            raise RowError("unknown_field", f"{name} has the field {field!r}, which is not read; {REFUSED[field]}")
+            raise SampleError("unknown_field", f"{name} has the field {field!r}, which is not read; {REFUSED[field]}")
         if field == "label" and "completion" in taken and isinstance(value, bool):
-            raise RowError("unknown_field", f"{name} has the field 'label', which is not read; {_PREFERENCE}")
+            raise SampleError("unknown_field", f"{name} has the field 'label', which is not read; {_PREFERENCE}")
         if not pictured and (field in _WRITTEN_OTHERWISE or _is_media(value)):
             right = _WRITTEN_OTHERWISE.get(field, "image, or images for a list")
-            raise RowError("unknown_field", f"{name} has the field {shown(field)}, which is not read; name it {right}")
+            raise SampleError(
+                "unknown_field", f"{name} has the field {shown(field)}, which is not read; name it {right}"
+            )
         unused.append(str(field)[:200])
     return tuple(unused)
 
@@ -152,10 +181,10 @@ def check_turn_fields(
         metadata: fields that say nothing there.
 
     Raises:
-        RowError: names the field.
+        SampleError: names the field.
     """
     for field, value in given.items():
         if field in read or (field in metadata and field not in _REFUSED_IN_TURNS) or is_empty(value):
             continue
         told = {**REFUSED, **_REFUSED_IN_TURNS}.get(field, f"fields that are read there: {', '.join(sorted(read))}")
-        raise RowError("unknown_field", f"{where} has the field {shown(field)}, which is not read; {told}")
+        raise SampleError("unknown_field", f"{where} has the field {shown(field)}, which is not read; {told}")

@@ -7,7 +7,7 @@ stands between the generation prompt and a mark is the answer's, for it is gener
 template that ends its last answer with no special token (LLaVA-1.5's) would teach a model never to stop, so the tokenizer's
 end of text is added there and learned.
 
-What a row says is text, also when it spells a special token: before rendering, every such string in the row's own text is
+What a sample says is text, also when it spells a special token: before rendering, every such string in the sample's own text is
 replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
 tokenised without special tokens. The end-of-turn mark that the template writes stays what it is. `special_tokens` lists those
 that samples may write as tokens, for instance the marks of a grounding model's boxes.
@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from grace_plugin.data.conversation import Row
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.conversation import Sample
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.data.special import SpecialStrings
 from grace_plugin.data.time_limit import TimeLimitError, memory_limit, time_limit
@@ -50,7 +50,7 @@ class _Cut(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A run of rendered text: whether it is learned, and whether it is a row's own spelling of a special token."""
+    """A run of rendered text: whether it is learned, and whether it is a sample's own spelling of a special token."""
 
     text: str
     learned: bool
@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Segmenter:
-    """Cuts rows for one processor; `processor` must have a chat template.
+    """Cuts samples for one processor; `processor` must have a chat template.
 
     marks: take what is learned from the template's generation marks where it has them; False renders turns apart always.
     special_tokens: special tokens that samples may write; any other that a sample spells stays text.
@@ -122,7 +122,7 @@ class Segmenter:
         """What the template writes for an image and for a video ("" when it writes nothing).
 
         Some processors render a conversation with a video by a template of their own (SmolVLM's). What that one writes does not
-        count: the model was not given it for training, and the rest of the row would be rendered otherwise than others.
+        count: the model was not given it for training, and the rest of the sample would be rendered otherwise than others.
         """
         found = {}
         for kind in KINDS:
@@ -162,35 +162,39 @@ class Segmenter:
         more = {"tools": tools} if tools else {}
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **more)
 
-    def segments(self, row: Row) -> list[Segment]:
-        """The row in segments; their texts joined are the rendered conversation.
+    def segments(self, sample: Sample) -> list[Segment]:
+        """The sample in segments; their texts joined are the rendered conversation.
 
         Raises:
-            RowError: the template cannot render the row, rewrites earlier turns, drops images, or leaves nothing to learn.
+            SampleError: the template cannot render the sample, rewrites earlier turns, drops images, or leaves nothing to
+                learn.
         """
         literals: list[str] = []
-        messages = [self._guarded(message, literals) for message in row.messages]
-        tools = self._hidden(list(row.tools), literals)
-        trains = [message.get("train", True) for message in row.messages if message["role"] == "assistant"]
+        messages = [self._guarded(message, literals) for message in sample.messages]
+        tools = self._hidden(list(sample.tools), literals)
+        trains = [message.get("train", True) for message in sample.messages if message["role"] == "assistant"]
         marked = self.marks and self.has_marks
         if self._stopped >= _RENDERS_STOPPED:
-            raise RowError(
-                "template", f"{row.name}: not rendered, since the chat template did not end for {self._stopped} samples"
+            raise SampleError(
+                "template",
+                f"{sample.name}: not rendered, since the chat template did not end for {self._stopped} samples",
             )
         try:
             with time_limit(_RENDER_SECONDS):
-                cut = (self._marked if marked else self._apart)(messages, tools, trains, row.name)
-                self._check_written(messages, tools, "".join(part.text for part in cut), row.name)
-        except RowError:
+                cut = (self._marked if marked else self._apart)(messages, tools, trains, sample.name)
+                self._check_written(messages, tools, "".join(part.text for part in cut), sample.name)
+        except SampleError:
             raise
         except TimeLimitError:
             self._stopped += 1
-            raise RowError(
-                "template", f"{row.name}: the chat template takes more than {_RENDER_SECONDS} seconds to render it"
+            raise SampleError(
+                "template", f"{sample.name}: the chat template takes more than {_RENDER_SECONDS} seconds to render it"
             ) from None
         except Exception as error:  # jinja's errors, and what a template raises itself
-            raise RowError("template", f"{row.name}: the chat template cannot render it: {shortened(error)}") from error
-        self._check(cut, row)
+            raise SampleError(
+                "template", f"{sample.name}: the chat template cannot render it: {shortened(error)}"
+            ) from error
+        self._check(cut, sample)
         found = [piece for part in cut for piece in _split(part.text, part.learned, literals)]
         end = self.processor.tokenizer.eos_token
         behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
@@ -236,7 +240,7 @@ class Segmenter:
             )
             for part in said:
                 if part.strip() not in text:
-                    raise RowError(
+                    raise SampleError(
                         "template",
                         f"{name}: the chat template leaves out or rewrites the text of a {message['role']} turn",
                     )
@@ -247,23 +251,26 @@ class Segmenter:
             for key in (key for key in (*_TEMPLATED, *named) if key in message):
                 bare = [{k: v for k, v in m.items() if k != key} if m is message else m for m in messages]
                 if self._render(bare, tools=tools) == self._render(messages, tools=tools):
-                    raise RowError(
+                    raise SampleError(
                         "template", f"{name}: the chat template leaves out {key} of turn {place + 1}; {told}"
                     )
         if tools and self._render(messages, tools=tools) == self._render(messages):
-            raise RowError("template", f"{name}: the chat template leaves out the tools; {told}")
+            raise SampleError("template", f"{name}: the chat template leaves out the tools; {told}")
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
         """Cut at the template's own marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=True,
-            **({"tools": tools} if tools else {}), **self._named,
-        )  # fmt: skip
+            conversations=[messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **({"tools": tools} if tools else {}),
+            **self._named,
+        )
         text, done, cut = rendered[0], 0, list[_Cut]()
         if not all(trains) and len(spans[0]) != len(trains):
-            raise RowError(
+            raise SampleError(
                 "template",
                 f"{name}: the chat template marks {len(spans[0])} answers of {len(trains)} assistant turns, so that it is not "
                 "known which of them is not to be learned",
@@ -287,7 +294,7 @@ class Segmenter:
         asked = [{"role": "user", "content": [{"type": "text", "text": "\ufdd2"}]}]
         try:
             bare, prompt = self._render(asked), self._render(asked, prompt=True)
-        except Exception:  # rows will say it
+        except Exception:  # samples will say it
             return ""
         return prompt[len(bare) :] if prompt.startswith(bare) else ""
 
@@ -300,7 +307,7 @@ class Segmenter:
             prompt = self._render(messages[:end], prompt=True, tools=tools)
             full = self._render(messages[: end + 1], tools=tools)
             if not (prompt.startswith(done) and full.startswith(prompt)):
-                raise RowError(
+                raise SampleError(
                     "template",
                     f"{name}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt",
                 )
@@ -309,23 +316,23 @@ class Segmenter:
             done = prompt + answer
         return cut
 
-    def _check(self, cut: list[_Cut], row: Row) -> None:
-        for kind, given in (("image", row.images), ("video", row.videos)):
+    def _check(self, cut: list[_Cut], sample: Sample) -> None:
+        for kind, given in (("image", sample.images), ("video", sample.videos)):
             written = self.count("".join(part.text for part in cut), kind) if given else 0
             if written != len(given):
-                raise RowError(
+                raise SampleError(
                     "template" if self.placeholders[kind] else "video_unsupported",
-                    f"{row.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
+                    f"{sample.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
                     f"this model's template takes no {kind}s there",
                 )
         if not any(part.learned and part.text.strip() for part in cut):
             told = "the chat template marks nothing of it as learned"
             if any(part.answer and part.text.strip() for part in cut):
                 told = "no assistant turn of it is to be learned (train, weight, or answers in a prompt); drop it"
-            raise RowError("no_supervised_tokens", f"{row.name}: {told}")
+            raise SampleError("no_supervised_tokens", f"{sample.name}: {told}")
 
     def count(self, text: str, kind: str) -> int:
-        """Placeholders of a kind in rendered text (a row's own spelling of one is hidden or cut apart by then)."""
+        """Placeholders of a kind in rendered text (a sample's own spelling of one is hidden or cut apart by then)."""
         placeholder = self.placeholders[kind]
         return text.count(placeholder) if placeholder else 0
 

@@ -1,8 +1,8 @@
-"""Where rows come from: JSON, JSONL and parquet files, folders of them, saved datasets, the hub, and mixes.
+"""Where samples come from: JSON, JSONL and parquet files, folders of them, saved datasets, the hub, and mixes.
 
-Rows are in the messages format or in the LLaVA format. Image paths are relative to the image folder if one is given, else
-to the file's folder. Nothing is decoded here, and a row that cannot be read keeps its place as a fault, to be counted
-where rows are looked at: a broken line does not shift the others. JSONL files are read line by line, so their size does
+Samples are in the messages format or in the LLaVA format. Image paths are relative to the image folder if one is given, else
+to the file's folder. Nothing is decoded here, and a sample that cannot be read keeps its place as a fault, to be counted
+where samples are looked at: a broken line does not shift the others. JSONL files are read line by line, so their size does
 not matter.
 """
 
@@ -14,22 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.data.json_rows import JsonLines, check_regular, json_list, read_json
+from grace_plugin.data.json_samples import JsonLines, check_regular, json_list, read_json
 from grace_plugin.data.media import is_path
-from grace_plugin.data.mix import Rows, RowSet, read_mix
+from grace_plugin.data.mix import Samples, SampleSet, read_mix
 from grace_plugin.data.parts import inline_media
 from grace_plugin.data.shown import shown
 
-__all__ = ["load_rows", "stream_rows", "undecoded"]
+__all__ = ["load_samples", "stream_samples", "undecoded"]
 
 FILES = (".json", ".jsonl", ".parquet")
 
 
-def load_rows(source: str, images: str | None = None) -> Rows:
-    """Rows of a dataset, to be looked at by `prepare`; `source` of the result says where they come from.
+def load_samples(source: str, images: str | None = None) -> Samples:
+    """Samples of a dataset, to be looked at by `prepare`; `source` of the result says where they come from.
 
     Args:
-        source: `rows.json`, `rows.jsonl`, `rows.parquet`, a folder of such files, a folder written by
+        source: `samples.json`, `samples.jsonl`, `samples.parquet`, a folder of such files, a folder written by
             `datasets.save_to_disk`, a mix (`mix.yaml`, see `grace_plugin.data.mix`), or a dataset of the hub, or one in a
             folder laid out as on the hub, as `name`, `name:split` or `name:config:split` (split "train" by default).
         images: folder that image and video paths are relative to; by default the file's own, or the dataset's folder.
@@ -53,8 +53,8 @@ def _checked_name(source: str) -> str:
     raise ValueError(f"the dataset {shown(source)} is no path and no name of a dataset. {_WAYS_OUT}")
 
 
-def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Rows:
-    """The rows; `within`: the mixes that name this source."""
+def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Samples:
+    """The samples; `within`: the mixes that name this source."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if images is not None:
@@ -64,27 +64,35 @@ def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Row
         _check_levels(path, within)
         within = (*within, path.resolve())
         sets = [(entry, _load(entry.path, entry.images, within)) for entry in read_mix(path)]
-        return Rows(
-            RowSet(entry.name, rows, weight=entry.weight, cap=entry.cap, seed=entry.seed, fingerprint=rows.fingerprint)
-            for entry, rows in sets
+        return Samples(
+            SampleSet(
+                entry.name,
+                samples,
+                weight=entry.weight,
+                cap=entry.cap,
+                seed=entry.seed,
+                fingerprint=samples.fingerprint,
+            )
+            for entry, samples in sets
         )
     if path.suffix in FILES and not path.is_dir():
-        return Rows([_file(path, images)])
+        return Samples([_file(path, images)])
     if path.is_dir() and not _saved(path):
         files = _files_in(path)
         if files:
-            return Rows(_file(file, images) for file in files)
+            return Samples(_file(file, images) for file in files)
     dataset = _dataset(source)
     fingerprint = getattr(dataset, "_fingerprint", None)
     folder = _folder(images) or _local(_parts_of(source)[0])
-    return Rows([RowSet(path.name, undecoded(dataset), fingerprint=fingerprint, folder=folder)])
+    return Samples([SampleSet(path.name, undecoded(dataset), fingerprint=fingerprint, folder=folder)])
 
 
-def stream_rows(source: str, images: str | None = None) -> Any:
-    """The rows of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a `datasets.IterableDataset`.
+def stream_samples(source: str, images: str | None = None) -> Any:
+    """The samples of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a
+    `datasets.IterableDataset`.
 
-    JSON and JSONL are read by the plugin's own readers, so that rows need not have the same types and a broken line is a fault
-    in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
+    JSON and JSONL are read by the plugin's own readers, so that samples need not have the same types and a broken line is a
+    fault in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
 
     Raises:
         ValueError: nothing readable there, or a mix.
@@ -94,8 +102,8 @@ def stream_rows(source: str, images: str | None = None) -> Any:
     path = Path(_checked_name(source))
     if path.suffix in (".yaml", ".yml"):
         raise ValueError(
-            f"{source} is a mix, and the weights and caps of a mix need all of its rows; leave streaming out, or stream one of "
-            "its sets"
+            f"{source} is a mix, and the weights and caps of a mix need all of its samples; leave streaming out, or stream "
+            "one of its sets"
         )
     files = _files_in(path) if path.is_dir() else [path] if path.suffix in FILES or path.is_file() else []
     for file in files:
@@ -142,8 +150,8 @@ class _Resolve:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return resolve(row, self.folder)
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return resolve(sample, self.folder)
 
 
 def _folder(images: str | None) -> Path | None:
@@ -175,22 +183,22 @@ def _saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _file(path: Path, images: str | None) -> RowSet:
+def _file(path: Path, images: str | None) -> SampleSet:
     check_regular(path)
     folder = _folder(images) or path.parent
     stat = path.stat()
     mark = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {folder.resolve()}".encode()).hexdigest()
-    rows: Any
+    samples: Any
     if path.suffix == ".parquet":
         import datasets
 
         try:
-            rows = undecoded(datasets.Dataset.from_parquet(str(path)))
+            samples = undecoded(datasets.Dataset.from_parquet(str(path)))
         except Exception as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from error
     else:
-        rows = JsonLines(path) if path.suffix == ".jsonl" else json_list(path)
-    return RowSet(path.name, rows, fingerprint=mark, folder=folder)
+        samples = JsonLines(path) if path.suffix == ".jsonl" else json_list(path)
+    return SampleSet(path.name, samples, fingerprint=mark, folder=folder)
 
 
 def _dataset(source: str) -> Any:
@@ -253,8 +261,8 @@ def undecoded(dataset: Any) -> Any:
     return dataset
 
 
-def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
 
     Web addresses, data URIs and file URLs are no paths and stay as they are.
     """
@@ -268,9 +276,9 @@ def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
             return {**value, **{key: join(value[key]) for key in ("path", "url") if isinstance(value.get(key), str)}}
         return value
 
-    keys = [key for key in ("image", "images", "video", "videos") if row.get(key)]
-    found = {**row, **{key: join(row[key]) for key in keys}}
-    held = {id(part): part for part, _ in inline_media(row)}  # parts that hold an image themselves
+    keys = [key for key in ("image", "images", "video", "videos") if sample.get(key)]
+    found = {**sample, **{key: join(sample[key]) for key in keys}}
+    held = {id(part): part for part, _ in inline_media(sample)}  # parts that hold an image themselves
     if not held:
         return found
 
@@ -286,6 +294,8 @@ def resolve(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {**given, "content": parts}
 
     turns = [
-        key for key in ("messages", "conversations", "prompt", "completion") if isinstance(row.get(key), (list, tuple))
+        key
+        for key in ("messages", "conversations", "prompt", "completion")
+        if isinstance(sample.get(key), (list, tuple))
     ]
-    return {**found, **{key: [turn(given) for given in row[key]] for key in turns}}
+    return {**found, **{key: [turn(given) for given in sample[key]] for key in turns}}

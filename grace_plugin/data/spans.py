@@ -13,7 +13,7 @@ def visual_spans(pieces: Sequence[Any], placeholders: Mapping[str, str]) -> list
     """1 for an image and the number of frames for a video, in the order of the text.
 
     Args:
-        pieces: of all rows, in order, each with its text and the `Video`s in it.
+        pieces: of all samples, in order, each with its text and the `Video`s in it.
         placeholders: what the chat template writes for an image and for a video.
     """
     pattern = re.compile("|".join(re.escape(text) for text in placeholders.values() if text))

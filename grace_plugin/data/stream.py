@@ -1,13 +1,14 @@
-"""A stream of rows: too long or too remote to be looked at before the run, so looked at as it comes.
+"""A stream of samples: too long or too remote to be looked at before the run, so looked at as it comes.
 
-The first rows decide whether the run starts; from then on a row that cannot be used is dropped, counted and listed, and
-the run stops when the share of dropped rows exceeds what is allowed. Images are decoded here, in the loader's workers.
+The first samples decide whether the run starts; from then on a sample that cannot be used is dropped, counted and listed, and
+the run stops when the share of dropped samples exceeds what is allowed. Images are decoded here, in the loader's workers.
 
-Rows are dealt to ranks, and those of a rank to its workers, by nothing but their place: a `datasets.IterableDataset` deals its
-files where their number allows it and every n-th row otherwise (`split_dataset_by_node`; shuffle it with a fixed seed), of any
-other stream each takes every n-th row. So an epoch's rows are the same for every number of processes, each seen once, and a
-rank's order follows from the stream's own (a shuffled one's from its seed and the epoch), rank and number of ranks. Ranks
-drop different rows and end at different places; `run/stream_loader.py` makes their steps the same.
+Samples are dealt to ranks, and those of a rank to its workers, by nothing but their place: a `datasets.IterableDataset`
+deals its files where their number allows it and every n-th sample otherwise (`split_dataset_by_node`; shuffle it with a
+fixed seed), of any other stream each takes every n-th sample. So an epoch's samples are the same for every number of
+processes, each seen once, and a rank's order follows from the stream's own (a shuffled one's from its seed and the epoch),
+rank and number of ranks. Ranks drop different samples and end at different places; `run/stream_loader.py` makes their steps
+the same.
 """
 
 from __future__ import annotations
@@ -24,95 +25,102 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.conversation import read_row
-from grace_plugin.data.errors import REASONS, RowError
+from grace_plugin.data.conversation import read_sample
+from grace_plugin.data.errors import REASONS, SampleError
 from grace_plugin.data.measure import Measure
-from grace_plugin.data.prepare import REJECTED, REPORT, BadRowsError
+from grace_plugin.data.prepare import REJECTED, REPORT, BadSamplesError
 
-__all__ = ["StreamedRows"]
+__all__ = ["StreamedSamples"]
 
 _REASONS = tuple(REASONS)
 _WORKERS = 256
 
 
-def _deals(rows: Any) -> bool:
-    """Whether the stream deals its rows to ranks and workers itself."""
+def _deals(samples: Any) -> bool:
+    """Whether the stream deals its samples to ranks and workers itself."""
     import datasets
 
-    return isinstance(rows, datasets.IterableDataset)
+    return isinstance(samples, datasets.IterableDataset)
 
 
-class StreamedRows(IterableDataset[Any]):
-    """The usable rows of an iterable of rows, their images decoded.
+class StreamedSamples(IterableDataset[Any]):
+    """The usable samples of an iterable of samples, their images decoded.
 
     Args:
-        rows: any iterable of rows that can be iterated again, for instance a `datasets.IterableDataset`.
+        samples: any iterable of samples that can be iterated again, for instance a `datasets.IterableDataset`.
         collator: the run's; its limits decide what is usable.
         folder: where `data_rejected.jsonl` grows; None lists nothing.
-        max_bad_rows: largest share of rows that may be dropped.
-        first: rows that are looked at before the run, the same ones on every rank.
-        rank, world_size: whose rows these are, of how many.
+        max_bad_samples: largest share of samples that may be dropped.
+        first: samples that are looked at before the run, the same ones on every rank.
+        rank, world_size: whose samples these are, of how many.
 
     Attributes:
-        looked, pictured: how many rows were looked at before the run, and how many of them have an image or a video.
+        looked, pictured: how many samples were looked at before the run, and how many of them have an image or a video.
 
     Raises:
-        BadRowsError (a ValueError): too many of the first rows cannot be used.
-        ValueError: no rows at all.
+        BadSamplesError (a ValueError): too many of the first samples cannot be used.
+        ValueError: no samples at all.
     """
 
     def __init__(
-        self, rows: Any, collator: ConversationCollator, *, folder: Path | None = None, max_bad_rows: float = 0.05,
-        first: int = 256, rank: int = 0, world_size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        samples: Any,
+        collator: ConversationCollator,
+        *,
+        folder: Path | None = None,
+        max_bad_samples: float = 0.05,
+        first: int = 256,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.collator, self.folder, self.rank, self.world_size = collator, folder, rank, world_size
-        self.max_bad_rows, self.first = max_bad_rows, first
+        self.max_bad_samples, self.first = max_bad_samples, first
         self.counts = torch.zeros(_WORKERS, 1 + len(_REASONS), dtype=torch.int64).share_memory_()  # one line per worker
-        head = list(itertools.islice(iter(rows), first))
+        head = list(itertools.islice(iter(samples), first))
         if not head:
-            raise ValueError("the dataset has no rows")
+            raise ValueError("the dataset has no samples")
         entries = list(map(Measure(collator), head, range(len(head))))
         faults = [entry for entry in entries if entry.reason]
         self.looked, self.pictured = len(head), sum(entry.pictures > 0 for entry in entries if not entry.reason)
-        if len(faults) > max_bad_rows * len(head):
-            raise BadRowsError(
-                f"{len(faults)} of the stream's first {len(head)} rows cannot be used, above max_bad_rows = "
-                f"{max_bad_rows:.1%}. The first: {'; '.join(entry.message for entry in faults[:5])}"
+        if len(faults) > max_bad_samples * len(head):
+            raise BadSamplesError(
+                f"{len(faults)} of the stream's first {len(head)} samples cannot be used, above max_bad_samples = "
+                f"{max_bad_samples:.1%}. The first: {'; '.join(entry.message for entry in faults[:5])}"
             )
-        self.dealt = _deals(rows)
-        self.rows = split_dataset_by_node(rows, rank, world_size) if self.dealt and world_size > 1 else rows
+        self.dealt = _deals(samples)
+        self.samples = split_dataset_by_node(samples, rank, world_size) if self.dealt and world_size > 1 else samples
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to a stream that shuffles by it."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         counts = self.counts[info.id if info is not None else 0]
         measure = Measure(self.collator, decode=False)
-        for number, row in self._own(info):
+        for number, sample in self._own(info):
             counts[0] += 1
-            entry = measure(row, number)
+            entry = measure(sample, number)
             reason, message = entry.reason, entry.message
             if not reason:
                 try:
-                    self.collator.check_length(f"row {number}", entry.tokens)
-                    self.collator.check_ids(f"row {number}", entry.highest)
-                    read = read_row(row, number, max_pixels=self.collator.max_pixels)
+                    self.collator.check_length(f"sample {number}", entry.tokens)
+                    self.collator.check_ids(f"sample {number}", entry.highest)
+                    read = read_sample(sample, number, max_pixels=self.collator.max_pixels)
                     yield read.as_sample()
                     continue
-                except RowError as fault:
+                except SampleError as fault:
                     reason, message = fault.reason, str(fault)
             self._drop(counts, number, reason, message)
 
     def _own(self, info: Any) -> Iterator[tuple[int, Any]]:
-        """The rows of this worker of this rank, numbered as they were read."""
+        """The samples of this worker of this rank, numbered as they were read."""
         if self.dealt:
-            return enumerate(self.rows)
+            return enumerate(self.samples)
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         return itertools.islice(
-            enumerate(self.rows), self.rank + self.world_size * worker, None, self.world_size * workers
+            enumerate(self.samples), self.rank + self.world_size * worker, None, self.world_size * workers
         )
 
     def _drop(self, counts: torch.Tensor, number: int, reason: str, message: str) -> None:
@@ -122,19 +130,19 @@ class StreamedRows(IterableDataset[Any]):
             with (self.folder / self.rejected_file).open("a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(json.dumps({"number": number, "reason": reason, "message": message}) + "\n")
         seen, dropped = int(counts[0]), int(counts[1:].sum())
-        if seen >= self.first and dropped > self.max_bad_rows * seen:
-            raise BadRowsError(
-                f"{dropped} of {seen} rows of the stream could not be used, above max_bad_rows = {self.max_bad_rows:.1%}; "
-                f"the latest: {message}"
+        if seen >= self.first and dropped > self.max_bad_samples * seen:
+            raise BadSamplesError(
+                f"{dropped} of {seen} samples of the stream could not be used, above max_bad_samples = "
+                f"{self.max_bad_samples:.1%}; the latest: {message}"
             )
 
     @property
     def rejected_file(self) -> str:
-        """The list of dropped rows: `data_rejected.jsonl`, and of another rank than the first with its number."""
+        """The list of dropped samples: `data_rejected.jsonl`, and of another rank than the first with its number."""
         return REJECTED if self.rank == 0 else REJECTED.replace(".jsonl", f".{self.rank}.jsonl")
 
     def report(self, device: torch.device | None = None) -> dict[str, Any]:
-        """Rows that all ranks read (ahead of the run by what the loader prefetched), and the dropped ones by reason.
+        """Samples that all ranks read (ahead of the run by what the loader prefetched), and the dropped ones by reason.
 
         device: where the ranks' counts are summed; every rank of several takes part.
         """
@@ -143,8 +151,13 @@ class StreamedRows(IterableDataset[Any]):
             dist.all_reduce(summed)
         totals = summed.tolist()
         rejected = {reason: n for reason, n in zip(_REASONS, totals[1:], strict=True) if n}
-        return {"stream": True, "rows": totals[0], "usable": totals[0] - sum(rejected.values()), "rejected": rejected,
-                "max_bad_rows": self.max_bad_rows}  # fmt: skip
+        return {
+            "stream": True,
+            "samples": totals[0],
+            "usable": totals[0] - sum(rejected.values()),
+            "rejected": rejected,
+            "max_bad_samples": self.max_bad_samples,
+        }
 
     def write_report(self, device: torch.device | None = None) -> dict[str, Any]:
         """Write `report` as `data_report.json`, on the first rank, and return it."""

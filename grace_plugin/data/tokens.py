@@ -1,4 +1,4 @@
-"""Pieces of rows to token ids, each tokenised apart from the others.
+"""Pieces of samples to token ids, each tokenised apart from the others.
 
 Pieces with pictures go through the processor in one call, for what it writes in their place depends on them. The others go
 through the tokenizer in one call, and only those not tokenised lately: answers are few and repeat.
@@ -27,9 +27,9 @@ _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 @dataclass
 class Piece:
-    """A segment of a row: tokenised apart, ids without padding. `before` is what stands in front of it in the row."""
+    """A segment of a sample: tokenised apart, ids without padding. `before` is what stands in front of it in the sample."""
 
-    row: int
+    sample: int
     text: str
     learned: bool
     images: list[Any] = field(default_factory=list)
@@ -83,10 +83,14 @@ class Tokens:
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
             self._padding_processor(
-                text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)], padding=True,
-                padding_side="right", add_special_tokens=False, return_tensors="pt", **pixels,
+                text=[anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)],
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+                return_tensors="pt",
+                **pixels,
             )
-        )  # fmt: skip
+        )
         lengths = out.pop("attention_mask").sum(dim=1).tolist()
         along = {key: out.pop(key) for key in _ALONG_SEQUENCE if key in out}
         for number, (piece, length, anchor) in enumerate(zip(pieces, lengths, anchors, strict=True)):
@@ -114,7 +118,7 @@ class Tokens:
 
     @cached_property
     def _prefixes_space(self) -> bool:
-        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a row."""
+        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a sample."""
         tokens = self.segmenter.processor.tokenizer.convert_ids_to_tokens(self.ids("a"))
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 
@@ -125,7 +129,7 @@ class Tokens:
         return self.segmenter.special.ending(piece.before) or piece.before[-1]
 
     def _anchor(self, piece: Piece) -> str:
-        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the row.
+        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the sample.
 
         Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
         """

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.parts import check_text, read_parts
 from grace_plugin.data.schema import check_turn_fields, is_empty
 from grace_plugin.data.shown import shortened, shown
@@ -47,16 +47,18 @@ def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
     said = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowError(
+            raise SampleError(
                 "malformed",
                 f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is learned (1, true) or not (0, false)",
             )
         if role != "assistant" and value:
-            raise RowError(
+            raise SampleError(
                 "malformed", f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are learned"
             )
     if len({bool(value) for value in said.values()}) > 1:
-        raise RowError("malformed", f"{name}: {' and '.join(said)} of {_article(role)} turn disagree; give one of them")
+        raise SampleError(
+            "malformed", f"{name}: {' and '.join(said)} of {_article(role)} turn disagree; give one of them"
+        )
     return all(said.values())
 
 
@@ -67,7 +69,7 @@ def _parsed(value: Any, what: str, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:  # ValueError also of an integer of more digits than Python converts
-        raise RowError("malformed", f"{name}: {what} is text that is not JSON ({shortened(error)})") from error
+        raise SampleError("malformed", f"{name}: {what} is text that is not JSON ({shortened(error)})") from error
 
 
 def _check_texts(value: Any, what: str, name: str) -> None:
@@ -87,13 +89,13 @@ def _call(given: Any, name: str) -> dict[str, Any]:
     """One tool call as chat templates read it, its arguments an object."""
     function = given.get("function", given) if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError("malformed", f"{name}: a tool call has no function name; give a name and arguments")
+        raise SampleError("malformed", f"{name}: a tool call has no function name; give a name and arguments")
     if function is not given:
         check_turn_fields(given, ("id", "type", "index", "function"), f"{name}: a tool call")
     check_turn_fields(function, ("id", "type", "name", "arguments"), f"{name}: a tool call")
     arguments = _parsed(function.get("arguments") or {}, "arguments of a tool call", name)
     if not isinstance(arguments, Mapping):
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: the arguments of a tool call are a {type(arguments).__name__}, not an object"
         )
     mark = {"id": given["id"]} if given.get("id") is not None else {}
@@ -104,16 +106,16 @@ def read_tools(given: Any, name: str) -> tuple[dict[str, Any], ...]:
     """Return the tools of a sample as chat templates read them: a list of objects, or that as JSON text.
 
     Raises:
-        RowError: another type, or a tool without a name.
+        SampleError: another type, or a tool without a name.
     """
     tools = [] if is_empty(given) else _parsed(given, "tools", name)
     if not isinstance(tools, (list, tuple)):
-        raise RowError("malformed", f"{name}: tools is a {type(tools).__name__}; give a list")
+        raise SampleError("malformed", f"{name}: tools is a {type(tools).__name__}; give a list")
     found = []
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError("malformed", f"{name}: a tool has no name; give name, description and parameters")
+            raise SampleError("malformed", f"{name}: a tool has no name; give name, description and parameters")
         found.append(dict(tool) if function is not tool else {"type": "function", "function": dict(function)})
     _check_texts(found, "tools", name)
     return tuple(found)
@@ -124,25 +126,25 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("tool_calls", "reasoning_content"):
         if not is_empty(turn.get(key)) and role != "assistant":
-            raise RowError(
+            raise SampleError(
                 "unknown_field", f"{name}: {_article(role)} turn has {key}, which only an assistant turn can have"
             )
     calls = _parsed(turn.get("tool_calls"), "tool_calls", name)
     if not is_empty(calls):
         if not isinstance(calls, (list, tuple)):
-            raise RowError("malformed", f"{name}: tool_calls is a {type(calls).__name__}; give a list")
+            raise SampleError("malformed", f"{name}: tool_calls is a {type(calls).__name__}; give a list")
         found["tool_calls"] = [_call(call, name) for call in calls]
     thought = turn.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
-        raise RowError("malformed", f"{name}: reasoning_content is a {type(thought).__name__}; give text")
+        raise SampleError("malformed", f"{name}: reasoning_content is a {type(thought).__name__}; give text")
     if thought and thought.strip():
         found["reasoning_content"] = thought
     if not is_empty(turn.get("tool_call_id")) and role != "tool":
-        raise RowError(
+        raise SampleError(
             "unknown_field", f"{name}: {_article(role)} turn has tool_call_id, which only a tool's turn can have"
         )
     if not is_empty(turn.get("name")) and not isinstance(turn["name"], str):
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: name of {_article(role)} turn is a {type(turn['name']).__name__}; give text"
         )
     found |= {key: turn[key] for key in ("tool_call_id", "name") if not is_empty(turn.get(key))}
@@ -159,23 +161,23 @@ def read_turn(
         kinds: which tags of a user's plain text stand for images and videos.
 
     Raises:
-        RowError: names the sample and what is wrong with the turn.
+        SampleError: names the sample and what is wrong with the turn.
     """
     if not isinstance(turn, Mapping):
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: a message is a {type(turn).__name__}; give an object with role and content"
         )
     said, content = turn.get("role"), turn.get("content")
     role = _SAME.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
-        raise RowError("unknown_role", f"{name}: role {shown(said)} is not one of {ROLES}")
+        raise SampleError("unknown_role", f"{name}: role {shown(said)} is not one of {ROLES}")
     where = f"{name}: {_article(role)} turn"
     check_turn_fields(turn, _READ, where)
     extras = _extras(turn, role, name)
     plain = isinstance(content, str)
     if content is None:
         if "tool_calls" not in extras:
-            raise RowError(
+            raise SampleError(
                 "empty_conversation", f"{name}: {_article(role)} turn has no content; give text or a list of parts"
             )
         content = []
@@ -185,7 +187,7 @@ def read_turn(
     texts = ["x" if part["type"] != "text" else part["text"] for part in parts]
     empty = not "".join(texts).strip() if role == "assistant" else not "".join(texts)
     if empty and "tool_calls" not in extras:
-        raise RowError("empty_conversation", f"{name}: {_article(role)} turn is empty; give text, or drop the turn")
+        raise SampleError("empty_conversation", f"{name}: {_article(role)} turn is empty; give text, or drop the turn")
     trained = _is_trained(turn, role, name)
     return {"role": role, "content": parts, **extras, **({} if trained else {"train": False})}, media, plain
 
@@ -196,11 +198,11 @@ def check_order(messages: list[dict[str, Any]], name: str) -> None:
     Between two assistant turns, answers of tools may take the place of the user's turn.
 
     Raises:
-        RowError: names the order that was given.
+        SampleError: names the order that was given.
     """
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
-        raise RowError(
+        raise SampleError(
             "roles_out_of_order",
             f"{name} ends with a {roles[-1]} turn; the last turn must be the assistant's to learn from it",
         )
@@ -208,7 +210,7 @@ def check_order(messages: list[dict[str, Any]], name: str) -> None:
     follows = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool"), "system": ()}
     if any(before not in follows[role] for before, role in zip(["", *turns], turns, strict=False)):
         listed = ", ".join(roles[:20]) + (", ..." if len(roles) > 20 else "")
-        raise RowError(
+        raise SampleError(
             "roles_out_of_order",
             f"{name}: roles stand in the order {listed}; user and assistant take turns, after one system turn",
         )

@@ -5,8 +5,8 @@ of tensors is [F, 3, H, W], as torchvision gives them. Integers are 0 to 255. Fl
 above 1, else 0 to 255; they are rounded. Other shapes, and values outside these ranges, are refused.
 
 A file is decoded by PyAV (`pip install grace-plugin[video]`), whose wheel brings its own FFmpeg; torchvision's and
-torchcodec's decoders are not used. Without PyAV a row that names a file stops the run before training, with this way out:
-that is a fault of the environment, and counted as a fault of rows it would silently drop every video of a mix.
+torchcodec's decoders are not used. Without PyAV a sample that names a file stops the run before training, with this way out:
+that is a fault of the environment, and counted as a fault of samples it would silently drop every video of a mix.
 
 Sampling: at `fps` frames a second, the first frame that begins at or after each multiple of 1 / fps; a file with fewer
 frames a second gives all of them. Times are the file's own, so a variable frame rate keeps its speed. One pass in order, one
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_plugin.data.errors import RowError
+from grace_plugin.data.errors import SampleError
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image, media_source, shown_source
 from grace_plugin.data.shown import shortened, shown
 
@@ -46,7 +46,7 @@ _ONE_SECOND_GRID = 1e-6  # of a frame: times are fractions, their products float
 
 
 class DecoderMissingError(ValueError):
-    """A row names a video file and PyAV is not installed."""
+    """A sample names a video file and PyAV is not installed."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         fps: frames a second; of the frames given, or wanted from a file.
 
     Raises:
-        RowError: no frames, frames of different size or of no known form, above the limit, or a file that is missing or cannot
-            be decoded.
+        SampleError: no frames, frames of different size or of no known form, above the limit, or a file that is missing or
+            cannot be decoded.
         DecoderMissingError: a file, and no PyAV.
     """
     if isinstance(video, Video):
@@ -83,13 +83,13 @@ def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
     if not isinstance(video, (list, tuple, np.ndarray, torch.Tensor)):
         return _from_file(media_source(video, "video", name), shown_source(video), name, max_pixels, fps)
     if len(getattr(video, "shape", (0,))) == 0:
-        raise RowError("malformed", f"{name}: a video is one number; {_FRAMES_ARE}")
+        raise SampleError("malformed", f"{name}: a video is one number; {_FRAMES_ARE}")
     if len(video) == 0:
-        raise RowError("unreadable_video", f"{name}: a video has no frames")
+        raise SampleError("unreadable_video", f"{name}: a video has no frames")
     frames = [_frame(frame, len(video), name, max_pixels) for frame in video]
     shapes = {frame.shape for frame in frames}
     if len(shapes) > 1:
-        raise RowError(
+        raise SampleError(
             "unreadable_video", f"{name}: the frames of a video differ in size: {shown(sorted(shapes), _SHAPES_SHOWN)}"
         )
     return Video(_bytes(frames, name), fps, tuple(range(len(frames))), len(frames))
@@ -108,11 +108,13 @@ def _frame(frame: Any, count: int, name: str, max_pixels: int | None) -> np.ndar
         elif frame.ndim == 3 and shape[0] == 3:  # numpy has no bfloat16
             frame = frame.detach().cpu().float().permute(1, 2, 0).numpy()
         else:
-            raise RowError("malformed", f"{name}: a frame of a video is a tensor of shape {list(shape)}; {_FRAMES_ARE}")
+            raise SampleError(
+                "malformed", f"{name}: a frame of a video is a tensor of shape {list(shape)}; {_FRAMES_ARE}"
+            )
     elif not isinstance(frame, np.ndarray):
         frame = np.asarray(decode_image(frame, name, max_pixels))
     if frame.ndim != 3 or frame.shape[-1] != 3 or 0 in frame.shape:
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: a frame of a video is an array of shape {list(frame.shape)}; {_FRAMES_ARE}"
         )
     check_frame(f"{name}: a video", frame.shape[1], frame.shape[0], count, max_pixels)
@@ -125,12 +127,12 @@ def _bytes(frames: list[np.ndarray], name: str) -> np.ndarray:
     if kinds == {np.dtype(np.uint8)}:
         return np.stack(frames)
     if any(kind.kind not in "biuf" for kind in kinds):
-        raise RowError(
+        raise SampleError(
             "malformed", f"{name}: the frames of a video are of type {shown(sorted(map(str, kinds)))}; give uint8"
         )
     low, high = min(float(frame.min()) for frame in frames), max(float(frame.max()) for frame in frames)
     if not (low >= 0.0 and high <= 255.0):  # also where they are NaN
-        raise RowError(
+        raise SampleError(
             "unreadable_video",
             f"{name}: the values of a video are from {low:g} to {high:g}; give integers or floats from 0 to 255, or floats "
             "from 0 to 1",
@@ -144,17 +146,17 @@ def check_frame(what: str, width: int, height: int, frames: int, max_pixels: int
     """Refuse frames above the limit, alone or all that are kept, and frames of an extreme shape.
 
     Raises:
-        RowError: `what` is too large.
+        SampleError: `what` is too large.
     """
     if max_pixels is not None and (width * height > max_pixels or frames * width * height > _FILM * max_pixels):
-        raise RowError(
+        raise SampleError(
             "image_too_large",
             f"{what} has frames of {width} x {height} = {width * height:,} pixels, {frames} of them kept; the limit is "
-            f"{max_pixels:,} for one and {_FILM * max_pixels:,} together. Scale it down, give the row a lower fps, "
+            f"{max_pixels:,} for one and {_FILM * max_pixels:,} together. Scale it down, give the sample a lower fps, "
             "or raise max_pixels (--max_pixels)",
         )
     if max(width, height) > _LONGEST * max(1, min(width, height)):
-        raise RowError(
+        raise SampleError(
             "image_shape",
             f"{what} has frames of {width} x {height} pixels; a side may be {_LONGEST} times as long as the other. Crop them",
         )
@@ -172,16 +174,16 @@ def _pyav(named: str, name: str) -> Any:
 
 def _from_file(source: str | bytes, named: str, name: str, max_pixels: int | None, fps: float) -> Video:
     if not (math.isfinite(fps) and fps > 0):
-        raise RowError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
+        raise SampleError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
     av = _pyav(named, name)
     given = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with av.open(given, options={"protocol_whitelist": "file"}) as container:
             return _sampled(_Reader(container, named, name, max_pixels), fps)
-    except RowError:
+    except SampleError:
         raise
     except Exception as error:  # FFmpeg's errors are many, and damaged metadata raises others
-        raise RowError("unreadable_video", f"{name}: cannot read video {named}: {shortened(error)}") from error
+        raise SampleError("unreadable_video", f"{name}: cannot read video {named}: {shortened(error)}") from error
 
 
 class _Reader:
@@ -199,9 +201,9 @@ class _Reader:
             raise self.fault("it states no frame rate")
         self.check_size(self.stream.codec_context.width, self.stream.codec_context.height)
 
-    def fault(self, what: str) -> RowError:
-        """The row's error: `what` is wrong with the file."""
-        return RowError("unreadable_video", f"{self.name}: cannot read video {self.shown}: {what}")
+    def fault(self, what: str) -> SampleError:
+        """The sample's error: `what` is wrong with the file."""
+        return SampleError("unreadable_video", f"{self.name}: cannot read video {self.shown}: {what}")
 
     def check_size(self, width: int, height: int, frames: int = 1) -> None:
         """Refuse a frame, or all frames kept so far, above the limit."""

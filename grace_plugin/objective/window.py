@@ -58,7 +58,7 @@ class StepRecord:
     gate_mean: float
     images: int
     images_skipped: int
-    rows_without_images: int
+    samples_without_images: int
     finite: bool
 
 
@@ -139,7 +139,7 @@ class AccumulationWindow:
             gate_mean=gates * per_token,
             images=int(images),
             images_skipped=int(skipped),
-            rows_without_images=int(bare),
+            samples_without_images=int(bare),
             finite=all(abs(value) < float("inf") for value in (ce, gdkd, rcka)),
         )
 

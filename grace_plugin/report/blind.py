@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grace_plugin.data import ConversationCollator, RowError, check_row
+from grace_plugin.data import ConversationCollator, SampleError, check_sample
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.vlm import Family
 
@@ -35,9 +35,9 @@ def blind_row(
     """The row without pictures, or None for a row that has none.
 
     Raises:
-        RowError: the row cannot be asked without its pictures; names the row and why.
+        SampleError: the row cannot be asked without its pictures; names the row and why.
     """
-    checked = check_row(row, number)
+    checked = check_sample(row, number)
     if not checked.images and not checked.videos:
         return None
     messages = [
@@ -47,13 +47,13 @@ def blind_row(
     batch = collator([blind])
     left = sum(int((batch["input_ids"] == token).sum()) for token in family.token_ids(config).values())
     if left:
-        raise RowError(
+        raise SampleError(
             "template",
             f"{checked.name}: the chat template of family '{family.model_type}' writes {left} image token(s) also without an "
             "image; text-only damage cannot be measured on it",
         )
     if _learned(batch) != _learned(collator([row])):
-        raise RowError(
+        raise SampleError(
             "template", f"{checked.name}: without its pictures the chat template renders other answers than with them"
         )
     return blind
@@ -62,7 +62,7 @@ def blind_row(
 def prompt_text(row: Mapping[str, Any], collator: ConversationCollator) -> str:
     """The row's conversation as the chat template renders it, one placeholder for each picture, up to the first answer."""
     text = ""
-    for segment in collator.segmenter.segments(check_row(row)):
+    for segment in collator.segmenter.segments(check_sample(row)):
         if segment.learned:
             break
         text += segment.text

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from grace_plugin.data import ConversationCollator, Prepared, RowError, load_rows, prepare
+from grace_plugin.data import ConversationCollator, Prepared, SampleError, load_samples, prepare
 from grace_plugin.data.order import shuffled
 from grace_plugin.export.record import environment
 from grace_plugin.export.stage import check_destination
@@ -65,7 +65,7 @@ class _Drawn(Sequence[Any]):
 
 def _usable(rows: _Drawn, collator: ConversationCollator) -> Prepared:
     """Raises ValueError when no row can be used, with the reasons."""
-    found = prepare(rows, collator, max_bad_rows=1.0, allow_empty=True)
+    found = prepare(rows, collator, max_bad_samples=1.0, allow_empty=True)
     if not found.report["usable"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.report["rejected"].items())
         raise ValueError(
@@ -83,7 +83,7 @@ def _blind(rows: _Drawn, usable: list[int], collator: ConversationCollator, pair
     for number in usable:
         try:
             found = blind_row(rows[number], number, collator, pair.family, pair.a.config)
-        except RowError as error:
+        except SampleError as error:
             pictured.add(number)
             said["refused"] += 1
             said["first_refusal"] = said["first_refusal"] or str(error)
@@ -117,7 +117,7 @@ def damage(
     Args:
         a: the reference, folder or hub id; dense or packed.
         b: the checkpoint that is judged, with packed integer weights.
-        dataset: what `load_rows` takes, or rows in the messages or LLaVA format.
+        dataset: what `load_samples` takes, or rows in the messages or LLaVA format.
         output_dir: where `report.json` and `page.html` appear; must not hold anything.
         images: folder that image paths are relative to, for a dataset read from files.
         limit: rows used, drawn by `seed`; None for all.
@@ -138,7 +138,7 @@ def damage(
         check_destination(output_dir)
     pair = read_pair(a, b)
     collator = ConversationCollator(pair.a.processor, max_length)
-    given: Any = load_rows(os.fspath(dataset), images) if isinstance(dataset, str | os.PathLike) else dataset
+    given: Any = load_samples(os.fspath(dataset), images) if isinstance(dataset, str | os.PathLike) else dataset
     rows = _Drawn(given, limit, seed)
     prepared = _usable(rows, collator)
     usable = sorted(range(len(rows)), key=lambda n: (-prepared.entries[n].tokens, n))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grace_plugin.data import read_row
-from grace_plugin.data.page import row_pictures
+from grace_plugin.data import read_sample
+from grace_plugin.data.page import sample_images
 from grace_plugin.report.answers import accepted
 from grace_plugin.report.measure import Measure
 
@@ -34,7 +34,7 @@ def examples(measure: Measure, rows: Sequence[Mapping[str, Any]], numbers: Seque
     tokenizer, found = measure.collator.processor.tokenizer, []
     for number, tokens in measure.worst_rows():
         record = measure.records[number]
-        row = read_row(rows[number], numbers[number], max_pixels=measure.collator.max_pixels)
+        row = read_sample(rows[number], numbers[number], max_pixels=measure.collator.max_pixels)
         found.append({
             "number": numbers[number], "name": row.name, "type": record.group, "kl": record.mean,
             "kl_text_only": None if record.kl_blind is None else record.kl_blind / record.tokens,
@@ -45,6 +45,6 @@ def examples(measure: Measure, rows: Sequence[Mapping[str, Any]], numbers: Seque
                 {"text": tokenizer.decode([label]), "kl": kl, "a": tokenizer.decode([a]), "b": tokenizer.decode([b])}
                 for label, kl, a, b in zip(*(tokens[key] for key in ("label", "kl", "top_a", "top_b")), strict=True)
             ],
-            "pictures": row_pictures(row),
+            "pictures": sample_images(row),
         })  # fmt: skip
     return found

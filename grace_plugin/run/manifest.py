@@ -26,7 +26,7 @@ from torch import nn
 
 from grace_plugin.data import is_scannable, processor_settings
 from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
-from grace_plugin.data.mix import Rows
+from grace_plugin.data.mix import Samples
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.export.record import RUN_FILE, environment
 from grace_plugin.run.settings import arguments_to_record
@@ -85,7 +85,9 @@ def _digest(value: Any) -> str:
 
 def _samples(dataset: Any) -> Iterator[Any]:
     """Samples of a dataset with their media undecoded where that is possible."""
-    if hasattr(dataset, "with_format") and not isinstance(dataset, Rows):  # a datasets.Dataset would decode its images
+    if hasattr(dataset, "with_format") and not isinstance(
+        dataset, Samples
+    ):  # a datasets.Dataset would decode its images
         for batch in dataset.with_format("arrow").iter(batch_size=256):
             yield from batch.to_pylist()
     else:
@@ -102,7 +104,7 @@ def dataset_digest(dataset: Any) -> str | None:
     if not hasattr(dataset, "__len__"):
         return None
     found = hashlib.sha256(str(len(dataset)).encode())
-    if isinstance(dataset, Rows):
+    if isinstance(dataset, Samples):
         found.update(json.dumps([[one.weight, len(one)] for one in dataset.sets]).encode())
     for sample in _samples(dataset):
         if isinstance(sample, Mapping):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.export.plan import checkpoint_bytes, rehearse_save
 from grace_plugin.export.stage import check_space, rehearse
 from grace_plugin.export.write import install_save, save_checkpoint
@@ -34,11 +35,11 @@ from grace_plugin.run.inputs import (
     read_recipe,
 )
 from grace_plugin.run.limits import sample_limits
-from grace_plugin.run.rows import calibration_rows
+from grace_plugin.run.samples import calibration_samples
 from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.teacher import GivenTeacher, check_cached_rows
+from grace_plugin.teacher import GivenTeacher, check_cached_samples
 from grace_plugin.upstream import (
     CalibrationPipeline,
     Modifier,
@@ -126,6 +127,7 @@ def register_pipeline() -> None:
         CalibrationPipeline.register_value(GracePipeline, "grace")
 
 
+@renamed_arguments(max_bad_rows="max_bad_samples")
 def oneshot(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -136,32 +138,32 @@ def oneshot(
     processor: Any = None,
     max_length: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    max_bad_rows: float = 0.05,
+    max_bad_samples: float = 0.05,
     num_calibration_samples: int = 512,
     batch_size: int = 8,
     special_tokens: Sequence[str] = (),
     probe: Any = None,
     record_paths: bool = False,
 ) -> TrainResult:
-    """llm-compressor's `oneshot` with the `grace` pipeline on conversation rows, ending in a verified checkpoint.
+    """llm-compressor's `oneshot` with the `grace` pipeline on conversation samples, ending in a verified checkpoint.
 
     Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
-    rows and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files. The rows
-    drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's `data` and in
+    samples and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files. The
+    samples drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's `data` and in
     `<output_dir>.run`.
 
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier; its oneshot block gives epochs and rate.
-        dataset: rows as for `train`, not a stream, or a ready DataLoader of batches.
+        dataset: samples as for `train`, not a stream, or a ready DataLoader of batches.
         output_dir: where the checkpoint appears; must not hold anything.
         teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor: the student's; read from its checkpoint by default.
-        max_length: longest row in tokens; a longer one is not used, nothing is cut.
-        max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
-        max_bad_rows: largest share of the drawn rows that cannot be used before the run refuses to start.
-        num_calibration_samples: rows drawn from the dataset by the seed of the recipe's oneshot block.
-        batch_size: rows of a micro-batch.
+        max_length: longest sample in tokens; a longer one is not used, nothing is cut.
+        max_pixels: largest image in pixels, None for no limit; a sample with a larger one is not used.
+        max_bad_samples: largest share of the drawn samples that cannot be used before the run refuses to start.
+        num_calibration_samples: samples drawn from the dataset by the seed of the recipe's oneshot block.
+        batch_size: samples of a micro-batch.
         special_tokens, probe, record_paths: as for `train`.
 
     Raises:
@@ -178,20 +180,20 @@ def oneshot(
     check_models(modifier, model)
     student = load_student(model, modifier.training.method)
     processor = processor or load_processor(student)
-    folder, rows = run_folder(output_dir), None
+    folder, samples = run_folder(output_dir), None
     rehearse_save(student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths)
     if not isinstance(dataset, DataLoader):
         collator = ConversationCollator(
             processor, max_length, max_pixels, keys=store is not None, special_tokens=special_tokens,
             **sample_limits(student, modifier, teacher, processor)._asdict(),
         )  # fmt: skip
-        rows = calibration_rows(
-            dataset, collator, folder, count=num_calibration_samples, batch_size=batch_size, share=max_bad_rows,
+        samples = calibration_samples(
+            dataset, collator, folder, count=num_calibration_samples, batch_size=batch_size, share=max_bad_samples,
             seed=modifier.oneshot.seed,
         )  # fmt: skip
         if store is not None:
-            check_cached_rows(store, rows.dataset)
-        dataset = DataLoader(rows.dataset, batch_size=batch_size, sampler=rows.sampler, collate_fn=collator)
+            check_cached_samples(store, samples.dataset)
+        dataset = DataLoader(samples.dataset, batch_size=batch_size, sampler=samples.sampler, collate_fn=collator)
     save_as_before = vars(student).get("save_pretrained")
     try:
         upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
@@ -201,8 +203,8 @@ def oneshot(
         if save_as_before is not None:
             student.save_pretrained = save_as_before
         raise
-    if rows is not None:
-        rows.begin(folder)
+    if samples is not None:
+        samples.begin(folder)
     verification = save_checkpoint(student, modifier, output_dir)
     say(checkpoint_lines(Path(output_dir), time.monotonic() - started))
-    return TrainResult(Path(output_dir), student, verification, data=rows.finish() if rows is not None else {})
+    return TrainResult(Path(output_dir), student, verification, data=samples.finish() if samples is not None else {})

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from grace_plugin.data import load_rows, stream_rows
+from grace_plugin.data import load_samples, stream_samples
 from grace_plugin.data.shown import shown
 from grace_plugin.export.record import environment
 from grace_plugin.run.manifest import checkpoint_digest, dataset_digest, read_run_file
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _COUNT, _SWITCH = ((int, type(None)), "a whole number"), ((bool,), "true or false")
 #: what a run file may say of train() in addition to models, recipe, data and training arguments: types, and how to name them
 _LIMITS: dict[str, tuple[tuple[type, ...], str]] = {
-    "max_length": _COUNT, "max_pixels": _COUNT, "max_bad_rows": ((float, int), "a number"), "packing": _SWITCH,
+    "max_length": _COUNT, "max_pixels": _COUNT, "max_bad_samples": ((float, int), "a number"), "packing": _SWITCH,
     "activation_offloading": _SWITCH, "record_paths": _SWITCH, "special_tokens": ((list,), "a list of tokens"),
 }  # fmt: skip
 
@@ -109,6 +109,8 @@ def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLik
         if name not in ("version", "model", "teacher", "recipe", "dataset", "arguments", "environment")
         and not (isinstance(value, Mapping) and value.get("given") is True)
     }
+    if "max_bad_rows" in options:  # its name in run files of 0.1
+        options["max_bad_samples"] = options.pop("max_bad_rows")
     _check_entries(run_file, options)
     options |= recorded["arguments"]
     if "max_steps" in given or "num_train_epochs" in given:  # one of the two stands for the length
@@ -138,7 +140,9 @@ def _dataset(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     dataset, place = given.get("dataset"), recorded.get("path")
     if "dataset" not in given:
         try:
-            dataset = (stream_rows if recorded.get("streaming") else load_rows)(str(place), recorded.get("images"))
+            dataset = (stream_samples if recorded.get("streaming") else load_samples)(
+                str(place), recorded.get("images")
+            )
         except ValueError as error:
             raise ValueError(f"the dataset of the run cannot be read: {error}; give dataset= (--dataset)") from error
     if recorded.get("fingerprint") is not None:

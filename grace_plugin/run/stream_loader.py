@@ -1,13 +1,13 @@
-"""Batches of a stream for the Trainer: each process reads its own rows, and all of them make the same steps.
+"""Batches of a stream for the Trainer: each process reads its own samples, and all of them make the same steps.
 
-Rows are dealt to ranks where they are read (`grace_plugin.data.StreamedRows`), so ranks drop different rows and end at
+Samples are dealt to ranks where they are read (`grace_plugin.data.StreamedSamples`), so ranks drop different samples and end at
 different times. Before every window they agree, in one collective that each takes part in whatever it holds: how many
 micro-batches the fullest rank has, and whether one of them failed. The window is that long on all; a rank with fewer takes part
-with text of which nothing is learned, which adds 0 to every sum. An epoch ends when no rank has a row left: over an epoch
-each usable row is seen exactly once, for any number of processes, and no rank waits for another.
+with text of which nothing is learned, which adds 0 to every sum. An epoch ends when no rank has a sample left: over an epoch
+each usable sample is seen exactly once, for any number of processes, and no rank waits for another.
 
 A checkpoint holds the epoch of the stream and the windows read of it, so that a resumed run goes on behind them, also in
-a later epoch than the first; rows up to there are read again and thrown away.
+a later epoch than the first; samples up to there are read again and thrown away.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from grace_plugin.data import ConversationCollator, StreamedRows
+from grace_plugin.data import ConversationCollator, StreamedSamples
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.run.outputs import SideOutput
 
@@ -37,8 +37,8 @@ class StreamLoader:
     epoch, windows: the stream's epoch and the windows read of it; the same on every rank.
     """
 
-    def __init__(self, rows: StreamedRows, collator: ConversationCollator, arguments: Any) -> None:
-        self.rows, self.collator, self.arguments = rows, collator, arguments
+    def __init__(self, samples: StreamedSamples, collator: ConversationCollator, arguments: Any) -> None:
+        self.samples, self.collator, self.arguments = samples, collator, arguments
         self.epoch = self.windows = 0
         self._behind = False  # nothing was read yet behind the windows of an earlier run
         self._batches: Iterator[dict[str, Any]] = iter(())
@@ -52,9 +52,9 @@ class StreamLoader:
         self.epoch, self.windows = state["epoch"], state["windows"]
 
     def write_report(self) -> dict[str, Any]:
-        """What became of the rows of all ranks so far, each of which takes part; the first writes it."""
-        found = self.rows.report(self.arguments.device)
-        SideOutput("the report on the data").write(lambda: self.rows.save_report(found))
+        """What became of the samples of all ranks so far, each of which takes part; the first writes it."""
+        found = self.samples.report(self.arguments.device)
+        SideOutput("the report on the data").write(lambda: self.samples.save_report(found))
         return found
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -63,17 +63,21 @@ class StreamLoader:
 
     def _begin(self) -> Iterator[dict[str, Any]]:
         """The batches of the epoch behind the windows already read."""
-        self.rows.set_epoch(self.epoch)
+        self.samples.set_epoch(self.epoch)
         asked = self.arguments
         batches = iter(
             DataLoader(
-                self.rows, batch_size=asked.train_batch_size, collate_fn=self.collator, drop_last=asked.dataloader_drop_last,
-                num_workers=asked.dataloader_num_workers, prefetch_factor=asked.dataloader_prefetch_factor,
+                self.samples,
+                batch_size=asked.train_batch_size,
+                collate_fn=self.collator,
+                drop_last=asked.dataloader_drop_last,
+                num_workers=asked.dataloader_num_workers,
+                prefetch_factor=asked.dataloader_prefetch_factor,
                 pin_memory=asked.dataloader_pin_memory and torch.cuda.is_available(),
                 multiprocessing_context=asked.dataloader_multiprocessing_context,
                 timeout=WORKER_SECONDS if asked.dataloader_num_workers else 0,
             )
-        )  # fmt: skip
+        )
         for _ in range(self.windows * asked.gradient_accumulation_steps):
             if next(batches, None) is None:
                 break
@@ -85,7 +89,7 @@ class StreamLoader:
         Several ranks make the last window of an epoch full, because the last micro-batch is the one that sums gradients.
 
         Raises:
-            RuntimeError: another rank could not read its rows; that one raises what it met.
+            RuntimeError: another rank could not read its samples; that one raises what it met.
         """
         found: list[dict[str, Any]] = []
         failure: Exception | None = None
@@ -98,7 +102,7 @@ class StreamLoader:
         if failure is not None:
             raise failure
         if failed is not None:
-            raise RuntimeError(f"rank {failed} could not read its rows of the stream; its own message says why")
+            raise RuntimeError(f"rank {failed} could not read its samples of the stream; its own message says why")
         if most == 0:
             self.epoch, self.windows = self.epoch + 1, 0
             if not self._behind:

@@ -1,8 +1,9 @@
 """`train`: one call from a student, a teacher, a recipe and a dataset to a verified checkpoint.
 
-The destination, the recipe, the pair, the layers and the rows of files and lists are checked before the first step; a decoder
-frozen as a whole, a label outside the shared vocabulary and a stream's rows show in a step. Trainer's own files (checkpoints to
-resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only when the checkpoint in it is complete and verified.
+The destination, the recipe, the pair, the layers and the samples of files and lists are checked before the first step; a
+decoder frozen as a whole, a label outside the shared vocabulary and a stream's samples show in a step. Trainer's own files
+(checkpoints to resume from, logs) lie in `<output_dir>.run`; `output_dir` appears only when the checkpoint in it is complete
+and verified.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from grace_plugin.data import ConversationCollator, as_samples, is_scannable
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.data.shown import shown
+from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.export.stage import rehearse
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.fingerprint import describe_run
@@ -35,20 +37,20 @@ from grace_plugin.run.inputs import (
 from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.manifest import RunInputs, changed, run_text, started_with, without_paths, write_run_file
 from grace_plugin.run.resume import states
-from grace_plugin.run.rows import TrainingRows, training_rows
+from grace_plugin.run.samples import TrainingSamples, training_samples
 from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
 from grace_plugin.run.states import check_resume_options
 from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.trainer import GraceTrainer
-from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_rows
+from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_samples
 from grace_plugin.upstream import Modifier, Recipe
 from grace_plugin.vlm import family_of
 
 __all__ = ["TrainResult", "run_folder", "train"]
 
 _OWN = (
-    "max_length", "max_pixels", "max_bad_rows", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
+    "max_length", "max_pixels", "max_bad_samples", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
     "processor", "teacher_processor", "teacher", "special_tokens", "probe", "allow_resume_changes", "save_minutes",
     "save_on_signal",
 )  # fmt: skip
@@ -60,7 +62,7 @@ class TrainResult:
     """What a run gives back.
 
     checkpoint: the verified folder. model: the student as saved. verification: the proofs (the same on every rank).
-    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's rows. throughput:
+    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's samples. throughput:
     seconds of training, tokens of all ranks, tokens per second, peak memory in bytes; empty where nothing was trained.
     """
 
@@ -99,13 +101,13 @@ def _arguments(
     return training_arguments(folder, asked, given)
 
 
-def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_rows: float) -> None:
+def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_samples: float) -> None:
     """Refuse limits that no sample can meet or exceed."""
     for name, limit in (("max_length", max_length), ("max_pixels", max_pixels)):
         if limit is not None and limit < 1:
             raise ValueError(f"{name} must be at least 1, got {shown(limit)}")
-    if not 0.0 <= max_bad_rows <= 1.0:
-        raise ValueError(f"max_bad_rows is a share of the samples between 0 and 1, got {shown(max_bad_rows)}")
+    if not 0.0 <= max_bad_samples <= 1.0:
+        raise ValueError(f"max_bad_samples is a share of the samples between 0 and 1, got {shown(max_bad_samples)}")
 
 
 def _check_dataset(given: Any, arguments: Any) -> Any:
@@ -118,33 +120,33 @@ def _check_dataset(given: Any, arguments: Any) -> Any:
     return dataset
 
 
-def _total_steps(arguments: Any, rows: int | None) -> int:
+def _total_steps(arguments: Any, samples: int | None) -> int:
     """Optimizer steps of the run, as Trainer will count them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    if rows is None:
+    if samples is None:
         raise ValueError("the dataset has no length; pass max_steps=")
-    batches = rows / (arguments.train_batch_size * max(1, arguments.world_size))
+    batches = samples / (arguments.train_batch_size * max(1, arguments.world_size))
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
-def _rows(
+def _samples(
     dataset: Any,
     collator: ConversationCollator,
     arguments: Any,
     folder: Path,
-    max_bad_rows: float,
+    max_bad_samples: float,
     store: StateStore | None,
-) -> TrainingRows:
-    """The rows that can be used, all of them in the teacher's cache if there is one, and a first batch made of them."""
-    rows = training_rows(dataset, collator, arguments, folder, max_bad_rows)
+) -> TrainingSamples:
+    """The samples that can be used, all of them in the teacher's cache if there is one, and a first batch made of them."""
+    samples = training_samples(dataset, collator, arguments, folder, max_bad_samples)
     if store is not None and arguments.local_process_index == 0:
-        check_cached_rows(store, rows.dataset)
-    if rows.count is not None:
-        collator([rows.dataset[i] for i in range(min(rows.count, arguments.train_batch_size))])
-    return rows
+        check_cached_samples(store, samples.dataset)
+    if samples.count is not None:
+        collator([samples.dataset[i] for i in range(min(samples.count, arguments.train_batch_size))])
+    return samples
 
 
 def _recipe(recipe: Any, teacher: GivenTeacher | None) -> tuple[Recipe, GraceModifier]:
@@ -173,7 +175,7 @@ def _collator(
 
 
 def _trainer(
-    session: GraceSession, arguments: Any, rows: TrainingRows, collator: ConversationCollator, **options: Any
+    session: GraceSession, arguments: Any, samples: TrainingSamples, collator: ConversationCollator, **options: Any
 ) -> GraceTrainer:
     """The trainer of a session; options are further arguments of `GraceTrainer`."""
     objective, modifier = session.objective, session.modifier
@@ -181,8 +183,8 @@ def _trainer(
         objective.teacher.family.check_packing()
     modifier.teacher_to(arguments.device)
     return GraceTrainer(
-        model=session.student, args=arguments, train_dataset=rows.dataset, data_collator=collator, objective=objective,
-        scale_rate=modifier.scales.learning_rate_multiplier, stream=rows.stream, row_sampler=rows.sampler, **options,
+        model=session.student, args=arguments, train_dataset=samples.dataset, data_collator=collator, objective=objective,
+        scale_rate=modifier.scales.learning_rate_multiplier, stream=samples.stream, epoch_sampler=samples.sampler, **options,
     )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def _result(
 
 
 def _fit(
-    trainer: GraceTrainer, folder: Path, rows: TrainingRows, content: Mapping[str, Any], resume: bool | str
+    trainer: GraceTrainer, folder: Path, samples: TrainingSamples, content: Mapping[str, Any], resume: bool | str
 ) -> None:
     """Write what the run was given, and train.
 
@@ -247,12 +249,13 @@ def _fit(
     """
     trainer.states.check_space(trainer.objective.total_steps, trainer.args.save_strategy != "no")
     if trainer.args.process_index == 0:
-        rows.begin(folder)
+        samples.begin(folder)
         write_run_file(folder, content)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.interrupts.end()
 
 
+@renamed_arguments(max_bad_rows="max_bad_samples")
 def train(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -264,7 +267,7 @@ def train(
     teacher_processor: Any = None,
     max_length: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    max_bad_rows: float = 0.05,
+    max_bad_samples: float = 0.05,
     packing: bool = False,
     special_tokens: Sequence[str] = (),
     resume_from_checkpoint: bool | str = False,
@@ -282,19 +285,19 @@ def train(
     Args:
         model: the BF16 student, a checkpoint or a loaded model with a real `name_or_path`.
         recipe: path, YAML text, Recipe or GraceModifier.
-        dataset: samples in one of the formats of `grace_plugin.data.formats`: a list, a path or `load_rows(...)`, a
+        dataset: samples in one of the formats of `grace_plugin.data.formats`: a list, a path or `load_samples(...)`, a
             `datasets.Dataset` or `DatasetDict`, a pandas DataFrame, a dict of lists, any other sequence, or a stream. A
             generator is refused, since it can be read only once.
         output_dir: where the checkpoint appears; must not hold anything.
         teacher: replaces the recipe's `teacher.model`: a checkpoint, a loaded model or a `grace_plugin.teacher.Teacher`.
         processor: the student's; read from its checkpoint by default.
         teacher_processor: the teacher's, to compare tokenizers; read from its checkpoint by default.
-        max_length: longest row in tokens; a longer one is not used, nothing is cut.
-        max_pixels: largest image in pixels, None for no limit; a row with a larger one is not used.
-        max_bad_rows: largest share of rows that cannot be used before the run refuses to start; they are listed in
+        max_length: longest sample in tokens; a longer one is not used, nothing is cut.
+        max_pixels: largest image in pixels, None for no limit; a sample with a larger one is not used.
+        max_bad_samples: largest share of samples that cannot be used before the run refuses to start; they are listed in
             `<output_dir>.run`.
-        packing: the rows of a micro-batch in one sequence without padding, kept apart by position; refused for families whose
-            positions do not allow it.
+        packing: the samples of a micro-batch in one sequence without padding, kept apart by position; refused for families
+            whose positions do not allow it.
         special_tokens: special tokens that samples may write, for instance the marks of boxes; any other that a sample spells
             stays text and is counted in the report.
         resume_from_checkpoint: True for the newest whole resume state in `<output_dir>.run`, or one by its folder. A run that
@@ -323,7 +326,7 @@ def train(
     folder, started = run_folder(output_dir), time.monotonic()
     asked = read_arguments(given, others=_OWN)
     rehearse(output_dir, folder)
-    _check_limits(max_length, max_pixels, max_bad_rows)
+    _check_limits(max_length, max_pixels, max_bad_samples)
     check_resume_options(bool(resume_from_checkpoint), allow_resume_changes, save_minutes)
     read, modifier = _recipe(recipe, teacher)
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
@@ -334,10 +337,10 @@ def train(
     student = load_student(model, modifier.training.method)
     collator = _collator(student, (modifier, teacher), (processor, teacher_processor), max_length, max_pixels,
                          keys=store is not None, packed=packing, special_tokens=special_tokens)  # fmt: skip
-    rows = _rows(dataset, collator, arguments, folder, max_bad_rows, store)
-    steps, content, written = _total_steps(arguments, rows.count), inputs.content, read.yaml()
-    samples = (rows.dataset, content["dataset"]["fingerprint"])
-    fingerprint = describe_run(arguments, student, modifier, collator, samples, teacher=teacher, total_steps=steps)
+    samples = _samples(dataset, collator, arguments, folder, max_bad_samples, store)
+    steps, content, written = _total_steps(arguments, samples.count), inputs.content, read.yaml()
+    source = (samples.dataset, content["dataset"]["fingerprint"])
+    fingerprint = describe_run(arguments, student, modifier, collator, source, teacher=teacher, total_steps=steps)
     with grace_session(
         student, read, total_steps=steps, teacher=teacher, processor=collator.processor,
         teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
@@ -345,11 +348,11 @@ def train(
         resumed = bool(resume_from_checkpoint) and not allow_resume_changes
         content = _keep_run_file(modifier, folder, content, resumed=resumed, record_paths=record_paths)
         trainer = _trainer(
-            session, arguments, rows, collator, callbacks=list(callbacks), activation_offloading=activation_offloading,
+            session, arguments, samples, collator, callbacks=list(callbacks), activation_offloading=activation_offloading,
             fingerprint=fingerprint, allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
             save_minutes=None if "save_strategy" in given else save_minutes,
             save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
         )  # fmt: skip
-        _fit(trainer, folder, rows, content, resume_from_checkpoint)
+        _fit(trainer, folder, samples, content, resume_from_checkpoint)
         verification = save_finished(trainer, session, output_dir)
-    return _result(Path(output_dir), trainer, verification, rows.finish(), time.monotonic() - started)
+    return _result(Path(output_dir), trainer, verification, samples.finish(), time.monotonic() - started)

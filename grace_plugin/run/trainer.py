@@ -61,7 +61,7 @@ class GraceTrainer(Trainer):
         save_minutes: write a resume state every so many minutes, the newest kept; None for none by the clock.
         save_on_signal: end after the running step on SIGINT or SIGTERM, with a resume state.
         train_loader: a ready DataLoader, instead of a dataset and a collator.
-        row_sampler: the order of the rows, instead of Trainer's own.
+        epoch_sampler: the order of the samples, instead of Trainer's own.
         stream: the batches of a stream, which ranks read apart.
         activation_offloading: keep in host memory what the student's forward pass saves for backward.
     """
@@ -77,13 +77,13 @@ class GraceTrainer(Trainer):
         save_minutes: float | None = None,
         save_on_signal: bool = False,
         train_loader: Any = None,
-        row_sampler: Any = None,
+        epoch_sampler: Any = None,
         stream: StreamLoader | None = None,
         activation_offloading: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective, self.scale_rate = objective, scale_rate
-        self.train_loader, self.row_sampler, self.stream = train_loader, row_sampler, stream
+        self.train_loader, self.epoch_sampler, self.stream = train_loader, epoch_sampler, stream
         self.activation_offloading = activation_offloading
         self.fingerprint, self.allow_resume_changes, self.save_facts = fingerprint, allow_resume_changes, save_facts
         self.changed: set[str] = set()
@@ -170,7 +170,7 @@ class GraceTrainer(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self.row_sampler is None else self.row_sampler
+        return super()._get_train_sampler(train_dataset) if self.epoch_sampler is None else self.epoch_sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -347,7 +347,7 @@ class GraceTrainer(Trainer):
         logs: dict[str, float] = {
             "loss_ce": record.ce, "loss_gdkd": record.gdkd, "loss_tckd": record.tckd, "loss_nckd": record.nckd,
             "loss_rcka": record.rcka, "supervised_tokens": record.tokens, "images": record.images,
-            "images_skipped": record.images_skipped, "rows_without_images": record.rows_without_images,
+            "images_skipped": record.images_skipped, "samples_without_images": record.samples_without_images,
             "beta": objective.beta, "omega": objective.omega, "nonfinite_steps": objective.nonfinite_steps,
             **objective.controller_logs(), **objective.gate_quantiles(),
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from grace_plugin.teacher.base import MISSING, GivenTeacher, Teacher, TeacherStates, model_inputs, supervised_positions
 from grace_plugin.teacher.build import build_cache
-from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_rows, open_store
+from grace_plugin.teacher.cached import CachedTeacher, check_cached_processor, check_cached_samples, open_store
 from grace_plugin.teacher.open import check_pair, open_teacher
 from grace_plugin.teacher.plan import CachePlan
 from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
@@ -22,7 +22,7 @@ __all__ = [
     "TeacherStates",
     "build_cache",
     "check_cached_processor",
-    "check_cached_rows",
+    "check_cached_samples",
     "check_pair",
     "load_teacher",
     "model_inputs",

@@ -1,11 +1,11 @@
 """Run the teacher once over a dataset and keep what training reads of it.
 
-The rows are looked at first, as for training; then it is known how many bytes will be written (exactly, from the counts of
-supervised positions and visual tokens), and the disk is asked whether it has them. Then the longest rows are run first, so
+The samples are looked at first, as for training; then it is known how many bytes will be written (exactly, from the counts of
+supervised positions and visual tokens), and the disk is asked whether it has them. Then the longest samples are run first, so
 memory runs out at once or never, and a few timed batches say how long the rest will take.
 
-Rows that the folder holds already are not run again: a stopped build goes on, a longer dataset adds its rows, and a file that
-is not what was written is dropped and its rows are run anew.
+Samples that the folder holds already are not run again: a stopped build goes on, a longer dataset adds its samples, and a
+file that is not what was written is dropped and its samples are run anew.
 
 For processors that make the same pixels every time. One that draws at random is not noticed: the states would belong to
 other pixels than the student sees.
@@ -36,6 +36,7 @@ from grace_plugin.data import (
     processor_settings,
 )
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
+from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
 from grace_plugin.teacher.cached import teacher_identity
@@ -58,22 +59,23 @@ __all__ = ["build_cache"]
 TIMED = 4  # batches that say how long the rest will take
 
 
+@renamed_arguments(max_bad_rows="max_bad_samples")
 def build_cache(
     model: str | os.PathLike[str], *, teacher: TeacherRecipe, dataset: Any, output_dir: str | os.PathLike[str],
     processor: Any = None, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    max_bad_rows: float = 0.05, special_tokens: Sequence[str] = (), batch_size: int = 8, workers: int = 0,
+    max_bad_samples: float = 0.05, special_tokens: Sequence[str] = (), batch_size: int = 8, workers: int = 0,
     visual: bool = True, shard_bytes: int = 2**29, device: str | torch.device | None = None,
     announce: Callable[[CachePlan], None] | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> CachePlan:  # fmt: skip
-    """Write the states of every usable row of a dataset to `output_dir`, going on with what is there.
+    """Write the states of every usable sample of a dataset to `output_dir`, going on with what is there.
 
     Args:
-        model: the student's checkpoint, whose processor makes the rows; its weights are not read.
+        model: the student's checkpoint, whose processor makes the samples; its weights are not read.
         teacher: the recipe's block; `model`, `revision` and `dtype` are read.
-        dataset: rows as for `grace_plugin.train`, not a stream.
+        dataset: samples as for `grace_plugin.train`, not a stream.
         processor: the student's; read from its checkpoint by default.
-        max_length, max_pixels, max_bad_rows, special_tokens: as for `grace_plugin.train`.
-        batch_size: rows the teacher runs at a time. workers: processes that look at rows and decode.
+        max_length, max_pixels, max_bad_samples, special_tokens: as for `grace_plugin.train`.
+        batch_size: samples the teacher runs at a time. workers: processes that look at samples and decode.
         visual: keep the states of visual tokens, which the relational term reads.
         shard_bytes: states in a file; a stopped build loses at most so much.
         device: where the teacher runs; the first CUDA device, or the CPU.
@@ -84,7 +86,7 @@ def build_cache(
         The plan, with the seconds it took.
 
     Raises:
-        ValueError: a teacher that does not fit, rows that cannot be used, a folder that holds something else or states of
+        ValueError: a teacher that does not fit, samples that cannot be used, a folder that holds something else or states of
             another teacher or processor, or a disk without room; nothing was written.
     """
     started, folder = time.monotonic(), Path(output_dir)
@@ -117,11 +119,11 @@ def build_cache(
             held.enter_context(building(folder))
             restore_store(folder)
         identity["visual"] = check_folder(folder, identity)
-        rows = _checked(dataset, collator, max_bad_rows, workers, progress)
+        samples = _checked(dataset, collator, max_bad_samples, workers, progress)
 
         def planned() -> tuple[CachePlan, list[int]]:
             dropped, width = drop_damaged(folder) if locked else (), source.state_bytes(teacher.dtype)
-            plan, missing = plan_cache(rows, folder, width, identity["visual"], family_of(student))
+            plan, missing = plan_cache(samples, folder, width, identity["visual"], family_of(student))
             return replace(plan, dropped=dropped), missing
 
         plan, missing = planned()
@@ -138,12 +140,12 @@ def build_cache(
             write_store(folder, identity, made_with)
             batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
             with ShardWriter(folder, shard_bytes) as writer:
-                _run(runner, rows, batches, collator, workers, writer, plan, announce, progress)
+                _run(runner, samples, batches, collator, workers, writer, plan, announce, progress)
     return replace(plan, seconds=time.monotonic() - started)
 
 
 def _checked(
-    dataset: Any, collator: ConversationCollator, max_bad_rows: float, workers: int,
+    dataset: Any, collator: ConversationCollator, max_bad_samples: float, workers: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> Prepared:  # fmt: skip
     """The dataset's samples, each checked as for training.
@@ -153,22 +155,22 @@ def _checked(
     """
     dataset = as_samples(dataset)
     if not is_scannable(dataset):
-        raise ValueError("a cache needs rows that can be looked at first; save these as parquet and give those")
+        raise ValueError("a cache needs samples that can be looked at first; save these as parquet and give those")
     return prepare(
-        dataset, collator, max_bad_rows=max_bad_rows, workers=workers,
-        progress=None if progress is None else lambda done, of: progress("looking at every row", done, of),
+        dataset, collator, max_bad_samples=max_bad_samples, workers=workers,
+        progress=None if progress is None else lambda done, of: progress("looking at every sample", done, of),
     )  # fmt: skip
 
 
 def _run(
-    runner: _Runner, rows: Prepared, batches: list[list[int]], collator: ConversationCollator, workers: int,
+    runner: _Runner, samples: Prepared, batches: list[list[int]], collator: ConversationCollator, workers: int,
     writer: ShardWriter, plan: CachePlan, announce: Callable[[CachePlan], None] | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:  # fmt: skip
     """Write the states of the batches, and say how long the rest will take."""
-    given: Any = rows.rows  # a sequence is all that the loader needs
+    given: Any = samples.samples  # a sequence is all that the loader needs
     loader: Any = DataLoader(given, batch_sampler=batches, collate_fn=collator, num_workers=workers)
-    clock, finished = _Clock([sum(rows.entries[number].tokens for number in batch) for batch in batches]), 0
+    clock, finished = _Clock([sum(samples.entries[number].tokens for number in batch) for batch in batches]), 0
     for numbers, batch in zip(batches, loader, strict=True):
         for key, final, seen in runner(batch):
             writer.add(key, final, seen if writer.visual else None)
@@ -198,7 +200,7 @@ class _Clock:
 
 
 class _Runner:
-    """The loaded teacher; turns a batch into the states of its rows.
+    """The loaded teacher; turns a batch into the states of its samples.
 
     Raises:
         ValueError: the head in memory is not the one that training would read.
@@ -221,24 +223,24 @@ class _Runner:
         self.teacher.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Key, `final` and `visual` of each row, in the order of the sequence."""
-        rows, length = batch["labels"].shape
+        """Key, `final` and `visual` of each sample, in the order of the sequence."""
+        samples, length = batch["labels"].shape
         positions, visual = supervised_positions(batch["labels"]), self.family.visual_tokens(self.config, batch)
         states = self.teacher.states(batch, positions, visual)
-        finals = states.final.split(_per_row(positions, rows, length))
+        finals = states.final.split(_per_sample(positions, samples, length))
         if not len(
             states.visual
         ):  # no visual token in the batch, or a decoder of one layer, which has no states of them
-            yield from zip(batch[SAMPLE_KEY], finals, [states.visual] * rows, strict=True)
+            yield from zip(batch[SAMPLE_KEY], finals, [states.visual] * samples, strict=True)
             return
         order = visual.index.argsort()
-        seen = states.visual.index_select(0, order).split(_per_row(visual.index, rows, length))
+        seen = states.visual.index_select(0, order).split(_per_sample(visual.index, samples, length))
         yield from zip(batch[SAMPLE_KEY], finals, seen, strict=True)
 
 
-def _per_row(index: Tensor, rows: int, length: int) -> list[int]:
-    """How many flat positions of [rows, length] lie in each row."""
-    return torch.bincount(index // length, minlength=rows).tolist()
+def _per_sample(index: Tensor, samples: int, length: int) -> list[int]:
+    """How many flat positions of [samples, length] lie in each sample."""
+    return torch.bincount(index // length, minlength=samples).tolist()
 
 
 def _processor(student: Checkpoint) -> Any:

@@ -1,9 +1,10 @@
 """A teacher that was run before: its states are read from a store, and of its weights the head alone is loaded.
 
 The states are exact, in the dtype the teacher computed them in. A resident teacher gives the same bits for a batch of the same
-rows padded alike; for a batch cut otherwise it differs by its own rounding, which a store does not.
+samples padded alike; for a batch cut otherwise it differs by its own rounding, which a store does not.
 
-Rows are found by what they hold (`grace_plugin.data.sample_key`), so batches need the keys: `ConversationCollator(keys=True)`.
+Samples are found by what they hold (`grace_plugin.data.sample_key`), so batches need the keys:
+`ConversationCollator(keys=True)`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from grace_plugin.data import SAMPLE_KEY, Prepared, is_scannable, processor_settings, sample_key
-from grace_plugin.data.conversation import row_name
+from grace_plugin.data.conversation import sample_name
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates
 from grace_plugin.teacher.source import Checkpoint, open_checkpoint
@@ -26,7 +27,14 @@ from grace_plugin.teacher.store import REBUILD, StateStore, differing
 from grace_plugin.vlm import VisualTokens
 from grace_plugin.vlm.loading import check_finite
 
-__all__ = ["CachedTeacher", "check_cached_processor", "check_cached_rows", "keys_of", "open_store", "teacher_identity"]
+__all__ = [
+    "CachedTeacher",
+    "check_cached_processor",
+    "check_cached_samples",
+    "keys_of",
+    "open_store",
+    "teacher_identity",
+]
 
 _CHUNK = 1024
 _WORTH_THREADS = 1 << 20
@@ -75,14 +83,14 @@ def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
 
 
 def keys_of(
-    rows: Sequence[Any], numbers: Iterable[int], special_tokens: Sequence[str] = ()
+    samples: Sequence[Any], numbers: Iterable[int], special_tokens: Sequence[str] = ()
 ) -> Iterator[tuple[int, str]]:
-    """(number, key) of the rows with these numbers; media are read and hashed by several threads."""
+    """(number, key) of the samples with these numbers; media are read and hashed by several threads."""
     numbers, key = list(numbers), partial(sample_key, special_tokens=special_tokens)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), _CHUNK):
             chunk = [int(number) for number in numbers[start : start + _CHUNK]]
-            yield from zip(chunk, pool.map(key, [rows[number] for number in chunk], chunk), strict=True)
+            yield from zip(chunk, pool.map(key, [samples[number] for number in chunk], chunk), strict=True)
 
 
 def check_cached_processor(store: StateStore, processor: Any) -> None:
@@ -99,28 +107,30 @@ def check_cached_processor(store: StateStore, processor: Any) -> None:
         )
 
 
-def check_cached_rows(store: StateStore, dataset: Any) -> None:
-    """Refuse a run that would ask a store for rows that it does not hold; reads every row's media once.
+def check_cached_samples(store: StateStore, dataset: Any) -> None:
+    """Refuse a run that would ask a store for samples that it does not hold; reads every sample's media once.
 
     Args:
         dataset: what the run trains on; a `Prepared` or anything that can be looked at in full.
 
     Raises:
-        ValueError: a dataset that is made as it is read, or rows that are not in the store, named.
+        ValueError: a dataset that is made as it is read, or samples that are not in the store, named.
     """
-    rows, numbers = (dataset.rows, set(dataset.numbers.tolist())) if isinstance(dataset, Prepared) else (dataset, None)
-    if not is_scannable(rows):
+    samples, numbers = (
+        (dataset.samples, set(dataset.numbers.tolist())) if isinstance(dataset, Prepared) else (dataset, None)
+    )
+    if not is_scannable(samples):
         raise ValueError(
-            "a cached teacher needs rows that can be looked at before the run, and these are made as they are read; save them "
-            "as parquet and give those, or use teacher.kind: resident"
+            "a cached teacher needs samples that can be looked at before the run, and these are made as they are read; save "
+            "them as parquet and give those, or use teacher.kind: resident"
         )
-    looked = sorted(numbers) if numbers is not None else range(len(rows))
+    looked = sorted(numbers) if numbers is not None else range(len(samples))
     special_tokens = dataset.special_tokens if isinstance(dataset, Prepared) else ()
-    absent = [number for number, key in keys_of(rows, looked, special_tokens) if key not in store]
+    absent = [number for number, key in keys_of(samples, looked, special_tokens) if key not in store]
     if absent:
-        named = ", ".join(row_name(rows[number], number) for number in absent[:5])
+        named = ", ".join(sample_name(samples[number], number) for number in absent[:5])
         raise ValueError(
-            f"{len(absent)} of {len(looked)} rows are not in the teacher cache {store.folder}: {named}"
+            f"{len(absent)} of {len(looked)} samples are not in the teacher cache {store.folder}: {named}"
             f"{', ...' if len(absent) > 5 else ''}; write them with {REBUILD.format(folder=store.folder)}"
         )
 
@@ -152,25 +162,25 @@ class CachedTeacher(Teacher):
     def states(
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
-        """Read the batch's rows.
+        """Read the batch's samples.
 
         Raises:
-            ValueError: no keys in the batch, a row that is not in the store, or one with other positions than when it was
+            ValueError: no keys in the batch, a sample that is not in the store, or one with other positions than when it was
                 written.
         """
         if batch.get(SAMPLE_KEY) is None:
             raise ValueError(
-                f"a cached teacher finds rows by their key and the batch has no {SAMPLE_KEY}; collate it with "
+                f"a cached teacher finds samples by their key and the batch has no {SAMPLE_KEY}; collate it with "
                 "grace_plugin.data.ConversationCollator(processor, keys=True)"
             )
         absent = [key for key in batch[SAMPLE_KEY] if key not in self.store]
         if absent:
             raise ValueError(
-                f"the row with key {absent[0]} is not in the teacher cache {self.store.folder}; write it with "
+                f"the sample with key {absent[0]} is not in the teacher cache {self.store.folder}; write it with "
                 f"{REBUILD.format(folder=self.store.folder)}"
             )
-        rows = [self.store.read(key) for key in batch[SAMPLE_KEY]]
-        final, seen = [final for final, _ in rows], [seen for _, seen in rows if seen is not None]
+        samples = [self.store.read(key) for key in batch[SAMPLE_KEY]]
+        final, seen = [final for final, _ in samples], [seen for _, seen in samples if seen is not None]
         for what, here, parts in (
             ("supervised positions", len(positions), final),
             ("visual tokens", len(visual.index), seen),
@@ -181,7 +191,7 @@ class CachedTeacher(Teacher):
         states = _together([final, seen] if seen else [final], positions.device)
         if not seen:
             return TeacherStates(states[0], states[0][:0])
-        # a batch lists pictures before videos, a row of the store as they come
+        # a batch lists pictures before videos, a sample of the store as they come
         place = visual.index.argsort().argsort()
         return TeacherStates(states[0], states[1].index_select(0, place))
 
@@ -200,7 +210,7 @@ def _copy(place: Tensor, part: Tensor) -> None:
 
 
 def _together(several: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
-    """States of several rows, one after the other, on the device; to a GPU from pinned memory: nothing waits for that copy.
+    """States of several samples, one after the other, on the device; to a GPU from pinned memory: nothing waits for that copy.
 
     Each is copied once on the host, out of its mapped file; from a mebibyte on by a few threads.
     """
@@ -220,6 +230,6 @@ def _together(several: Sequence[Sequence[Tensor]], device: torch.device) -> list
 
 def _other(what: str, here: int, there: int, store: StateStore) -> str:
     return (
-        f"the batch has {here} {what} and the teacher cache {store.folder} holds {there} for its rows: labels or pixels are "
+        f"the batch has {here} {what} and the teacher cache {store.folder} holds {there} for its samples: labels or pixels are "
         "made otherwise than when it was written; remove it and write it anew"
     )

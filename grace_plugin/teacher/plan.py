@@ -1,4 +1,4 @@
-"""What a build of a teacher cache will do, known before the teacher is loaded: which rows, how many bytes, if it may at all."""
+"""Plan a teacher cache before the teacher is loaded: which samples, how many bytes, and whether the disk holds them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from grace_plugin.vlm import Family
 
 __all__ = ["CachePlan", "check_disk", "check_folder", "drop_damaged", "plan_cache"]
 
-_SPARE = 1024  # bytes a row adds to a file beside its states, at most
+_SPARE = 1024  # bytes a sample adds to a file beside its states, at most
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """What a build will do, and has done.
 
-    rows: distinct rows of the dataset. stored: of them already in the folder. total_bytes, bytes: states of all rows and of
-    those still to be run; `at_most` where a family's line ends count among its visual tokens until it is run. tokens: to run.
+    samples: distinct samples of the dataset. stored: of them already in the folder. total_bytes, bytes: states of all
+    samples and of those still to be run; `at_most` where a family's line ends count among its visual tokens until it is run.
+    tokens: to run.
     dropped: files that were not what was written. seconds: for what is to be run, None until batches were timed.
     """
 
-    rows: int
+    samples: int
     stored: int
     total_bytes: int
     bytes: int
@@ -70,15 +71,21 @@ def drop_damaged(folder: Path) -> tuple[str, ...]:
     return tuple(path.name for path in damaged)
 
 
-def plan_cache(rows: Prepared, folder: Path, width: int, visual: bool, family: Family) -> tuple[CachePlan, list[int]]:
-    """What is to be done, and the rows that are to be run, the longest first. `width`: bytes of a token's state."""
+def plan_cache(
+    samples: Prepared, folder: Path, width: int, visual: bool, family: Family
+) -> tuple[CachePlan, list[int]]:
+    """What is to be done, and the samples that are to be run, the longest first. `width`: bytes of a token's state."""
     store = StateStore(folder) if read_store(folder) is not None else ()
-    keys = {key: number for number, key in keys_of(rows.rows, sorted(set(rows.numbers.tolist())), rows.special_tokens)}
-    entries = rows.entries
+    keys = {
+        key: number
+        for number, key in keys_of(samples.samples, sorted(set(samples.numbers.tolist())), samples.special_tokens)
+    }
+    entries = samples.entries
     sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
     missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)
     plan = CachePlan(
-        rows=len(keys), stored=len(keys) - len(missing), total_bytes=sum(sizes.values()), bytes=sum(sizes[n] for n in missing),
+        samples=len(keys), stored=len(keys) - len(missing), total_bytes=sum(sizes.values()),
+        bytes=sum(sizes[n] for n in missing),
         at_most=visual and type(family).true_tokens is not Family.true_tokens,
         tokens=sum(entries[n].tokens for n in missing),
     )  # fmt: skip
@@ -91,10 +98,11 @@ def check_disk(folder: Path, plan: CachePlan) -> None:
     Raises:
         ValueError: names what is wanted and what is free.
     """
-    wanted = plan.bytes + _SPARE * (plan.rows - plan.stored)
+    wanted = plan.bytes + _SPARE * (plan.samples - plan.stored)
     standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(standing).free
     if wanted > free:
         raise ValueError(
-            f"the states take {wanted:,} bytes and the disk of {folder} has {free:,} free; give another folder, or fewer rows"
+            f"the states take {wanted:,} bytes and the disk of {folder} has {free:,} free; give another folder, or "
+            "fewer samples"
         )

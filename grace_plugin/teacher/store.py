@@ -1,14 +1,14 @@
 """A folder of teacher states: safetensors files named by their own SHA-256, and `store.json`, which says what made them.
 
     store.json           teacher, processor and layer (`identity`), and with what it was made
-    <sha256>.safetensors `<key>.final` [n, d_t] and `<key>.visual` [m, d_t] of some hundred rows, unpadded, in the
+    <sha256>.safetensors `<key>.final` [n, d_t] and `<key>.visual` [m, d_t] of some hundred samples, unpadded, in the
                          teacher's dtype; n supervised positions and m visual tokens in the order of the sequence; what
                          `store.json` says is in its header too
     .build.lock          held by the one process that writes here, which it names
 
 A file is written aside, brought to the disk and renamed, so under its name it is complete: a stopped build leaves whole files
 and goes on after them. The name is the checksum, and the file's own header is the index; a `store.json` that was lost or cut is
-restored from the headers. Files are memory-mapped: a row costs the reading of its own bytes.
+restored from the headers. Files are memory-mapped: a sample costs the reading of its own bytes.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class StateStore:
         return len(self._shards)
 
     def read(self, key: str) -> tuple[Tensor, Tensor | None]:
-        """`final` [n, d_t] and `visual` [m, d_t] of a row; None for `visual` in a store without.
+        """`final` [n, d_t] and `visual` [m, d_t] of a sample; None for `visual` in a store without.
 
         Raises:
-            KeyError: the row is not in the store.
+            KeyError: the sample is not in the store.
         """
         file = self._open(self._shards[key])
         return file.get_tensor(f"{key}.final"), file.get_tensor(f"{key}.visual") if self.identity["visual"] else None
@@ -126,7 +126,7 @@ class StateStore:
     def _corrupt(self, path: Path) -> str:
         return (
             f"{path} is not what was written (its SHA-256 is not its name); run {REBUILD.format(folder=self.folder)} again: "
-            "it drops this file and writes its rows anew"
+            "it drops this file and writes its samples anew"
         )
 
 
@@ -298,7 +298,7 @@ def corrupt_shards(folder: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Collects rows and writes a file whenever `shard_bytes` are full; as a context, the rest at a regular end.
+    """Collects samples and writes a file whenever `shard_bytes` are full; as a context, the rest at a regular end.
 
     Its folder holds a `store.json`, which every file repeats in its header. `visual`: whether it keeps visual tokens.
     """
@@ -308,7 +308,7 @@ class ShardWriter:
         header = (folder / STORE).read_text(encoding="utf-8")
         self.visual = bool(json.loads(header)["identity"]["visual"])
         self._header = {_HEADER: header}
-        self._rows: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
         self._bytes = 0
 
     def __enter__(self) -> ShardWriter:
@@ -319,10 +319,10 @@ class ShardWriter:
             self.flush()
 
     def add(self, key: str, final: Tensor, visual: Tensor | None) -> None:
-        """Take a row: `final` [n, d_t], `visual` [m, d_t] or None."""
+        """Take a sample: `final` [n, d_t], `visual` [m, d_t] or None."""
         for name, states in (("final", final), ("visual", visual)):
             if states is not None:
-                self._rows[f"{key}.{name}"] = states.detach().cpu().clone(memory_format=torch.contiguous_format)
+                self._samples[f"{key}.{name}"] = states.detach().cpu().clone(memory_format=torch.contiguous_format)
                 self._bytes += states.numel() * states.element_size()
         if self._bytes >= self.shard_bytes:
             self.flush()
@@ -333,11 +333,11 @@ class ShardWriter:
         Raises:
             RuntimeError: it cannot be written; what was written before stays.
         """
-        if not self._rows:
+        if not self._samples:
             return
         partial = self.folder / f"writing-{os.getpid()}{PARTIAL}"
         try:
-            save_file(self._rows, partial, self._header)
+            save_file(self._samples, partial, self._header)
             _publish(partial, self.folder / f"{_sha256(partial)}.safetensors")
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -346,4 +346,4 @@ class ShardWriter:
                 f"the states cannot be written to {self.folder} ({error}); those written before stay: free some space, and run "
                 "the command again to go on after them"
             ) from error
-        self._rows, self._bytes = {}, 0
+        self._samples, self._bytes = {}, 0

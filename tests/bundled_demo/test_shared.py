@@ -17,7 +17,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.objective import GraceObjective
 from grace_plugin.teacher import ResidentTeacher, supervised_positions
 from grace_plugin.vlm import family_of
-from tests.pairs import Pair, mixed_rows, modifier_of, recipe_text, run
+from tests.pairs import Pair, mixed_samples, modifier_of, recipe_text, run
 from tests.tiny import build
 
 
@@ -40,7 +40,7 @@ def test_a_batch_is_computed_once_and_read_as_it_was(tmp_path: Path) -> None:
     one, other = (Counted(made.bfloat16(), tmp_path) for made, _ in models[:2])
     alone = ResidentTeacher(models[2][0].bfloat16())
     collate, family = ConversationCollator(processor), family_of(model)
-    batches = [collate(mixed_rows(5)), collate(mixed_rows(4))]
+    batches = [collate(mixed_samples(5)), collate(mixed_samples(4))]
     for batch in batches:
         asked = (batch, supervised_positions(batch["labels"]), family.visual_tokens(model.config, batch))
         made, read, want = (teacher.states(*asked) for teacher in (one, other, alone))
@@ -54,7 +54,7 @@ def test_a_batch_is_computed_once_and_read_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "more"), [("input_ids", 5), ("attention_mask", 1), ("labels", 1), ("pixel_values", 1)])
 def test_another_value_is_another_batch(tmp_path: Path, key: str, more: int) -> None:
     model, processor = build("llava", seed=1)
-    batch = ConversationCollator(processor)(mixed_rows(4))
+    batch = ConversationCollator(processor)(mixed_samples(4))
     teacher = SharedTeacher(model, tmp_path)
     asked = (supervised_positions(batch["labels"]), family_of(model).visual_tokens(model.config, batch))
     teacher.states(batch, *asked)
@@ -76,7 +76,7 @@ def test_runs_that_share_write_the_checkpoints_of_runs_that_do_not(llava: Pair, 
             torch.nn.init.zeros_(model.model.language_model.layers[0].mlp.down_proj.weight)
         found = []
         for name, teacher in (("shared", SharedTeacher(model, tmp_path / "states")), ("alone", loaded(llava))):
-            run(llava, tmp_path / f"{name}{bits}", mixed_rows(8), recipe=recipe, teacher=teacher)
+            run(llava, tmp_path / f"{name}{bits}", mixed_samples(8), recipe=recipe, teacher=teacher)
             found.append(load_file(tmp_path / f"{name}{bits}" / "model.safetensors"))
         shared, alone = found
         assert shared.keys() == alone.keys() and all(torch.equal(shared[key], alone[key]) for key in shared)
@@ -103,7 +103,7 @@ def test_use_objective__plain_kl__its_loss_is_trained_and_verified(llava: Pair, 
     for name, kind in (("plain", PlainObjective), ("decoupled", GraceObjective)):
         modifier = modifier_of(recipe_text(llava.teacher, **blocks))
         modifier.use_objective(kind)
-        result = run(llava, tmp_path / name, mixed_rows(8), recipe=modifier)
+        result = run(llava, tmp_path / name, mixed_samples(8), recipe=modifier)
         assert result.verification["verified"] and type(modifier.objective) is kind
         found.append(load_file(tmp_path / name / "model.safetensors"))
     assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])

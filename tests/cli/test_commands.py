@@ -26,7 +26,7 @@ from grace_plugin.cli.register_grace import (
 )
 from tests.conftest import Finished
 from tests.pairs import Pair, recipe_text
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 BIN = Path(sys.executable).parent
 ENTRIES = ([str(BIN / "grace")], [str(BIN / "optimum-cli"), "grace"])
@@ -112,12 +112,12 @@ def test_verify_of_another_folder_ends_with_status_2(
 
 def written(pair: Pair, folder: Path) -> tuple[Path, Path]:
     """A recipe file and a JSONL dataset with pictures beside it."""
-    recipe, data = folder / "recipe.yaml", folder / "rows.jsonl"
+    recipe, data = folder / "recipe.yaml", folder / "samples.jsonl"
     recipe.write_text(recipe_text(pair.teacher, oneshot={"epochs": 1.0, "learning_rate": 1e-3}))
     lines = []
-    for number, row in enumerate(rows(4, seed=61)):
-        row["images"][0].save(folder / f"{number}.png")
-        lines.append(json.dumps({**row, "images": [f"{number}.png"]}))
+    for number, sample in enumerate(make_samples(4, seed=61)):
+        sample["images"][0].save(folder / f"{number}.png")
+        lines.append(json.dumps({**sample, "images": [f"{number}.png"]}))
     data.write_text("\n".join(lines))
     return recipe, data
 
@@ -152,16 +152,16 @@ def test_a_stream_through_the_command(
     assert in_process(monkeypatch, "train", *given, "--set", "max_steps=1") == 0
     assert f"verified checkpoint: {tmp_path / 'out'}" in capsys.readouterr().out
     report = json.loads((tmp_path / "out.run/data_report.json").read_text())
-    assert report["stream"] and report["usable"] == report["rows"] > 0
+    assert report["stream"] and report["usable"] == report["samples"] > 0
 
 
-@pytest.mark.parametrize("limits", [("--max_pixels", "99"), ("--max_pixels", "99", "--max_bad_rows", "1.0")])
+@pytest.mark.parametrize("limits", [("--max_pixels", "99"), ("--max_pixels", "99", "--max_bad_samples", "1.0")])
 @pytest.mark.parametrize("name", ["train", "oneshot", "teacher cache", "data check"])
-def test_limits_of_rows_are_taken_from_the_command(
+def test_limits_of_samples_are_taken_from_the_command(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str,
     limits: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """No picture has so few pixels: every row is too large, and with every row allowed to be, none is left."""
+    """No picture has so few pixels: every sample is too large, and with every sample allowed to be, none is left."""
     monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "index"))
     recipe, data = written(llava, tmp_path)
     given = [str(data)] if name == "data check" else [str(recipe), "--dataset", str(data)]
@@ -169,11 +169,11 @@ def test_limits_of_rows_are_taken_from_the_command(
     status = in_process(monkeypatch, *name.split(), *given)
     said = capsys.readouterr()
     if name == "data check":
-        assert status == 2 and "0 of 4 rows can be used" in said.out and "image_too_large" in said.out
+        assert status == 2 and "0 of 4 samples can be used" in said.out and "image_too_large" in said.out
         return
     assert status == 2
-    above = f"above max_bad_rows = {'100.0' if len(limits) > 2 else '5.0'}%"
-    assert f"4 of 4 rows cannot be used, 100.0%, {above} (4 image_too_large)" in said.err
+    above = f"above max_bad_samples = {'100.0' if len(limits) > 2 else '5.0'}%"
+    assert f"4 of 4 samples cannot be used, 100.0%, {above} (4 image_too_large)" in said.err
     assert "the limit is 99; scale it down, or raise max_pixels (--max_pixels)" in said.err
     assert not (tmp_path / "out").exists()
 

@@ -95,7 +95,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(
 def test_a_recipe_that_cannot_be_used_ends_with_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: bytes | None, said: str
 ) -> None:
-    recipe, data = tmp_path / "[x].yaml", tmp_path / "rows.jsonl"
+    recipe, data = tmp_path / "[x].yaml", tmp_path / "samples.jsonl"
     data.write_text("{}\n")
     if content is not None:
         recipe.write_bytes(content)
@@ -107,4 +107,4 @@ def test_a_recipe_that_cannot_be_used_ends_with_status_2(
     assert printed.startswith(f"grace {command}: ") and said in printed
     assert str(recipe) in printed or content == b"grace_stage: {grace_modifiers: {}}"
     assert "Traceback" not in printed and printed.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} <= {"[x].yaml", "rows.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"[x].yaml", "samples.jsonl"}

@@ -24,8 +24,8 @@ def test_it_predicts_writes_and_goes_on(
     assert in_process(monkeypatch, "teacher", "cache", str(recipe), *given) == 0
     printed = capsys.readouterr().out
     first, *_, last = printed.strip().splitlines()
-    assert first.startswith("predicted size: ") and "for 4 rows" in first and "0 rows are there" in first
-    assert last.startswith(f"teacher cache: {tmp_path / 'cache'}, 4 rows in ")
+    assert first.startswith("predicted size: ") and "for 4 samples" in first and "0 samples are there" in first
+    assert last.startswith(f"teacher cache: {tmp_path / 'cache'}, 4 samples in ")
     assert last.endswith(f"train with teacher: {{kind: cached, cache: {tmp_path / 'cache'}}}")
     damaged = sorted((tmp_path / "cache").glob("*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -33,7 +33,7 @@ def test_it_predicts_writes_and_goes_on(
     assert in_process(monkeypatch, "teacher", "cache", str(recipe), *again) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{damaged.name} is not what was written: dropped")
-    assert "for 4 rows" in printed
+    assert "for 4 samples" in printed
 
 
 @pytest.mark.parametrize(

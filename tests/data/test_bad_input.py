@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grace_plugin.data import BadRowsError, ConversationCollator, RowError, load_rows, prepare, read_row
+from grace_plugin.data import BadSamplesError, ConversationCollator, SampleError, load_samples, prepare, read_sample
 from grace_plugin.data.media import decode_image, image_size
 from grace_plugin.data.segments import Segmenter
 from grace_plugin.data.video import decode_video
-from tests.tiny import EVERY, FAMILIES, build, rows
+from tests.tiny import EVERY, FAMILIES, build, make_samples
 
 PROCESSORS = {family: build(family)[1] for family in FAMILIES}
 IMAGE = {"type": "image"}
@@ -31,8 +31,8 @@ def pictured(image: Any) -> dict[str, Any]:
     return {"id": "r", "messages": talk(images=1), "images": [image]}
 
 
-def reason_of(row: Any, family: str = "llava", **limits: Any) -> str:
-    found = prepare([row], ConversationCollator(PROCESSORS[family], **limits), max_bad_rows=1.0, allow_empty=True)
+def reason_of(sample: Any, family: str = "llava", **limits: Any) -> str:
+    found = prepare([sample], ConversationCollator(PROCESSORS[family], **limits), max_bad_samples=1.0, allow_empty=True)
     return found.entries[0].reason
 
 
@@ -51,12 +51,17 @@ def png(path: Path, width: int, height: int, data: bytes, *more: tuple[bytes, by
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "missing image file": (pictured("/nowhere/at/all.png"), "missing_file"),
     "more placeholders than images": (
-        {"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+        {"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]},
+        "placeholder_mismatch",
+    ),
     "an image without placeholder": (
-        {"messages": talk(), "images": [Image.new("RGB", (60, 60))]}, "placeholder_mismatch"),
+        {"messages": talk(), "images": [Image.new("RGB", (60, 60))]},
+        "placeholder_mismatch",
+    ),
     "a LLaVA image without placeholder": (
         {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        "placeholder_mismatch"),
+        "placeholder_mismatch",
+    ),
     "no messages": ({"messages": []}, "empty_conversation"),
     "no conversations": ({"conversations": []}, "empty_conversation"),
     "an empty answer": ({"messages": talk(answer=" ")}, "empty_conversation"),
@@ -64,12 +69,18 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "two answers": ({"messages": talk() + talk()[1:]}, "roles_out_of_order"),
     "two questions": ({"messages": talk()[:1] + talk()}, "roles_out_of_order"),
     "a system turn in the middle": (
-        {"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
+        {"messages": [*talk(), {"role": "system", "content": "x"}, talk()[1]]},
+        "roles_out_of_order",
+    ),
     "a tool's turn without its call": (
-        {"messages": [{"role": "tool", "content": "x"}, talk()[1]]}, "roles_out_of_order"),
+        {"messages": [{"role": "tool", "content": "x"}, talk()[1]]},
+        "roles_out_of_order",
+    ),
     "a function's turn": ({"messages": [{"role": "function", "content": "x"}, talk()[1]]}, "unknown_role"),
     "an unknown speaker": (
-        {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
+        {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "x"}]},
+        "unknown_role",
+    ),
     "a lone surrogate": ({"messages": talk(text="a\udce9b")}, "invalid_utf8"),
     "a turn without text": ({"conversations": [{"from": "human"}]}, "malformed"),
     "messages as text": ({"messages": "hello"}, "malformed"),
@@ -77,31 +88,35 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "an image that is a number": ({"messages": talk(images=1), "images": [7]}, "malformed"),
     "a path that is a number": ({"messages": talk(images=1), "images": [{"path": 5}]}, "malformed"),
     "a video that is a number": (
-        {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": [5]}, "malformed"),
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": [5]},
+        "malformed",
+    ),
     "messages as a number": ({"messages": 5}, "malformed"),
     "a speaker in a list": (
-        {"conversations": [{"from": ["human"], "value": "x"}, {"from": "gpt", "value": "x"}]}, "unknown_role"),
+        {"conversations": [{"from": ["human"], "value": "x"}, {"from": "gpt", "value": "x"}]},
+        "unknown_role",
+    ),
     "a rate in words": ({"messages": talk(), "fps": "fast"}, "malformed"),
     "a rate of nothing": ({"messages": talk(), "fps": 0}, "malformed"),
     "keys of two kinds": ({"id": 1, 5: "x", "messages": talk()}, "malformed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_counted_under_its_reason(name: str) -> None:
-    row, reason = BAD_ROWS[name]
-    found = prepare([*rows(1), row], ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.5)
+def test_a_bad_sample_is_counted_under_its_reason(name: str) -> None:
+    sample, reason = BAD_ROWS[name]
+    found = prepare([*make_samples(1), sample], ConversationCollator(PROCESSORS["llava"]), max_bad_samples=0.5)
     assert (found.numbers.tolist(), found.entries[1].reason) == ([0], reason)
-    named = repr(row["id"]) if "id" in row else "1"
-    assert found.rejected[0]["message"].startswith(f"row {named}")
+    named = repr(sample["id"]) if "id" in sample else "1"
+    assert found.rejected[0]["message"].startswith(f"sample {named}")
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_an_image_of_one_pixel_is_used(family: str) -> None:
     collator = ConversationCollator(PROCESSORS.get(family) or build(family)[1])
-    row = pictured(Image.new("RGB", (1, 1), (200, 0, 0)))
-    found = prepare([row], collator)
-    assert found.lengths[0] == collator([row])["input_ids"].shape[1]
+    sample = pictured(Image.new("RGB", (1, 1), (200, 0, 0)))
+    found = prepare([sample], collator)
+    assert found.lengths[0] == collator([sample])["input_ids"].shape[1]
     assert found.entries[0].visual >= 1
 
 
@@ -117,10 +132,11 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
     )  # a twentieth of its lines: decoded, it would be unreadable
     path = png(tmp_path / "big.png", 20000, 20000, data)
     with pytest.raises(
-        RowError, match=rf"row 'r': image '{path}' has 20000 x 20000 = 400,000,000 pixels and the limit is 64,000,000; "
+        SampleError,
+        match=rf"sample 'r': image '{path}' has 20000 x 20000 = 400,000,000 pixels and the limit is 64,000,000; "
         r"scale it down, or raise max_pixels \(--max_pixels\)",
-    ) as caught:  # fmt: skip
-        read_row(pictured(str(path)))
+    ) as caught:
+        read_sample(pictured(str(path)))
     assert caught.value.reason == "image_too_large"
     assert reason_of(pictured(str(path))) == "image_too_large"
     before = Image.MAX_IMAGE_PIXELS
@@ -130,7 +146,7 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
         None,
     ):  # the way out is one: Pillow's own limit, 179 million, does not stand
         assert image_size(str(path), "r", raised) == (20000, 20000)
-    with pytest.raises(RowError, match="has 20000 x 20000"):
+    with pytest.raises(SampleError, match="has 20000 x 20000"):
         image_size(str(path), "r", 399_999_999)
     assert Image.MAX_IMAGE_PIXELS == before
 
@@ -143,20 +159,22 @@ def test_a_picture_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> Non
     content[6:8] = (16, 16)
     path.write_bytes(content)
     assert decode_image(str(path), "r", 4096).size == (64, 64)
-    with pytest.raises(RowError, match=r"holds an image above the limit of 4,095 pixels; .*raise max_pixels") as caught:
+    with pytest.raises(
+        SampleError, match=r"holds an image above the limit of 4,095 pixels; .*raise max_pixels"
+    ) as caught:
         decode_image(str(path), "r", 4095)
     assert caught.value.reason == "image_too_large"
 
 
 def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    assert read_row(pictured(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
+    assert read_sample(pictured(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
     with pytest.raises(
-        RowError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"
+        SampleError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"
     ):
-        read_row(pictured(tmp_path / "a.png"), max_pixels=599)
-    with pytest.raises(RowError, match=r"image in the row has 30 x 20"):
-        read_row(pictured(Image.new("RGB", (30, 20))), max_pixels=599)
+        read_sample(pictured(tmp_path / "a.png"), max_pixels=599)
+    with pytest.raises(SampleError, match=r"image in the sample has 30 x 20"):
+        read_sample(pictured(Image.new("RGB", (30, 20))), max_pixels=599)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "text", "data"])
@@ -194,10 +212,15 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     upright = {
-        1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
-        5: lambda p: p.transpose(1, 0, 2), 6: lambda p: p[::-1].transpose(1, 0, 2),
-        7: lambda p: p[::-1, ::-1].transpose(1, 0, 2), 8: lambda p: p.transpose(1, 0, 2)[::-1],
-    }[orientation](pixels)  # fmt: skip
+        1: lambda p: p,
+        2: lambda p: p[:, ::-1],
+        3: lambda p: p[::-1, ::-1],
+        4: lambda p: p[::-1],
+        5: lambda p: p.transpose(1, 0, 2),
+        6: lambda p: p[::-1].transpose(1, 0, 2),
+        7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda p: p.transpose(1, 0, 2)[::-1],
+    }[orientation](pixels)
     found = decode_image(str(tmp_path / "a.png"), "r")
     assert np.array_equal(np.asarray(found), upright)
     assert image_size(str(tmp_path / "a.png"), "r") == upright.shape[:2]
@@ -223,70 +246,91 @@ def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path)
 
 def test_images_in_bytes_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (16, 8), (1, 2, 3)).save(tmp_path / "a.png")
-    row = pictured({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
-    assert read_row(row).images[0].getpixel((3, 3)) == (1, 2, 3)
-    row["images"][0]["bytes"] = b"nothing"
-    with pytest.raises(RowError, match=r"row 'r': cannot read image 'gone\.png'"):
-        read_row(row)
+    sample = pictured({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
+    assert read_sample(sample).images[0].getpixel((3, 3)) == (1, 2, 3)
+    sample["images"][0]["bytes"] = b"nothing"
+    with pytest.raises(SampleError, match=r"sample 'r': cannot read image 'gone\.png'"):
+        read_sample(sample)
 
 
 def test_faults_of_videos_are_counted(tmp_path: Path) -> None:
-    def row(video: Any) -> dict[str, Any]:
+    def sample(video: Any) -> dict[str, Any]:
         content = [{"type": "video"}, {"type": "text", "text": "q"}]
         return {"messages": [{"role": "user", "content": content}, talk()[1]], "videos": [video]}
 
     frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
-    assert reason_of(row(frames), "qwen3_vl") == ""
-    assert reason_of(row(frames), "llava") == "video_unsupported"
+    assert reason_of(sample(frames), "qwen3_vl") == ""
+    assert reason_of(sample(frames), "llava") == "video_unsupported"
     smolvlm = ConversationCollator(build("smolvlm")[1])  # has a video processor, and another template for videos
-    assert prepare([row(frames)], smolvlm, max_bad_rows=1.0, allow_empty=True).entries[0].reason == "video_unsupported"
-    assert reason_of(row([]), "qwen3_vl") == "unreadable_video"
-    assert reason_of(row([frames[0], Image.new("RGB", (32, 64))]), "qwen3_vl") == "unreadable_video"
-    assert reason_of(row("/nowhere.mp4"), "qwen3_vl") == "missing_file"
+    assert (
+        prepare([sample(frames)], smolvlm, max_bad_samples=1.0, allow_empty=True).entries[0].reason
+        == "video_unsupported"
+    )
+    assert reason_of(sample([]), "qwen3_vl") == "unreadable_video"
+    assert reason_of(sample([frames[0], Image.new("RGB", (32, 64))]), "qwen3_vl") == "unreadable_video"
+    assert reason_of(sample("/nowhere.mp4"), "qwen3_vl") == "missing_file"
     (tmp_path / "a.mp4").write_bytes(b"no video")
-    assert reason_of(row(str(tmp_path / "a.mp4")), "qwen3_vl") == "unreadable_video"
+    assert reason_of(sample(str(tmp_path / "a.mp4")), "qwen3_vl") == "unreadable_video"
     found = decode_video(frames, "r", fps=4.0)
     assert found.frames.shape == (4, 64, 64, 3)
     assert (found.fps, found.indices, found.frames[2, 0, 0, 0]) == (4.0, (0, 1, 2, 3), 100)
 
 
-def test_a_row_above_the_limit_is_dropped_and_counted() -> None:
+def test_a_sample_above_the_limit_is_dropped_and_counted() -> None:
     short, long = {"messages": talk()}, {"id": "long", "messages": talk(text="one two three " * 40)}
     collator = ConversationCollator(PROCESSORS["llava"], max_length=64)
-    found = prepare([short, long], collator, max_bad_rows=0.5)
+    found = prepare([short, long], collator, max_bad_samples=0.5)
     assert found.numbers.tolist() == [0]
     assert found.report["rejected"] == {"too_long": 1}
     assert "max_length is 64" in found.entries[1].message
 
 
-def test_invalid_utf8_in_a_file_is_counted_in_its_row(tmp_path: Path) -> None:
+def test_invalid_utf8_in_a_file_is_counted_in_its_sample(tmp_path: Path) -> None:
     good = json.dumps({"messages": talk()}).encode()
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, good.replace(b"what", b"wh\xe9t"), good]))
-    found = prepare(load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.4,
-                    cache=tmp_path / "cache", folder=tmp_path / "out")  # fmt: skip
+    (tmp_path / "samples.jsonl").write_bytes(b"\n".join([good, good.replace(b"what", b"wh\xe9t"), good]))
+    found = prepare(
+        load_samples(str(tmp_path / "samples.jsonl")),
+        ConversationCollator(PROCESSORS["llava"]),
+        max_bad_samples=0.4,
+        cache=tmp_path / "cache",
+        folder=tmp_path / "out",
+    )
     assert found.numbers.tolist() == [0, 2]
     assert found.report["rejected"] == {"invalid_utf8": 1}
     lone = json.dumps({"messages": talk(text="\udce9")}).encode()
-    (tmp_path / "rows.jsonl").write_bytes(lone)
-    with pytest.raises(BadRowsError, match=r"1 invalid_utf8"):
+    (tmp_path / "samples.jsonl").write_bytes(lone)
+    with pytest.raises(BadSamplesError, match=r"1 invalid_utf8"):
         prepare(
-            load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["llava"]), cache=tmp_path / "cache"
+            load_samples(str(tmp_path / "samples.jsonl")),
+            ConversationCollator(PROCESSORS["llava"]),
+            cache=tmp_path / "cache",
         )
 
 
-SPELLED = ("</s>", "<image>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>assistant\nno", "<|image_pad|>", "<|vision_start|>",
-           "<|video_pad|>", "<|endoftext|>", "\ufdd0x\ufdd1")  # fmt: skip
+SPELLED = (
+    "</s>",
+    "<image>",
+    "<s>",
+    "<pad>",
+    "<|im_end|>",
+    "<|im_start|>assistant\nno",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|video_pad|>",
+    "<|endoftext|>",
+    "\ufdd0x\ufdd1",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spelled", SPELLED)
 @pytest.mark.parametrize("images", [0, 1])
 def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int) -> None:
-    """With them in a question and in an answer, a row has the special tokens of the same row without them, and their text."""
+    """With them in question and answer, a sample has the special tokens of the same sample without them, and their text."""
     processor = PROCESSORS[family]
     collator, tokenizer = ConversationCollator(processor), processor.tokenizer
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pictures = rows(1)[0]["images"] if images else []
+    pictures = make_samples(1)[0]["images"] if images else []
 
     def batch(word: str) -> Any:
         talked = [*talk(f"say {word} left", f"a {word} red", images), *talk("and?", "two")]
@@ -307,7 +351,7 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
 
 @pytest.mark.parametrize("family", EVERY)
 def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
-    """Each of the family's special tokens in question and answer, beside an image: the row's own are those of a plain row."""
+    """Each of the family's special tokens in question and answer, beside an image: special tokens as in a plain sample."""
     processor = PROCESSORS.get(family) or build(family)[1]
     collator = ConversationCollator(processor)
     added = processor.tokenizer.added_tokens_decoder.items()
@@ -316,7 +360,7 @@ def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
 
     def kept(word: str) -> list[int]:
         talked = talk(f"say {word} left", f"a {word} red", 1)
-        ids = collator([{"messages": talked, "images": rows(1)[0]["images"]}])["input_ids"][0].tolist()
+        ids = collator([{"messages": talked, "images": make_samples(1)[0]["images"]}])["input_ids"][0].tolist()
         return [i for i in ids if i in special.values()]
 
     assert all(kept(spelled) == kept("x") for spelled in special)
@@ -337,14 +381,16 @@ def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> No
 
 
 def test_a_dataset_without_any_images_says_so() -> None:
-    found = prepare(rows(4, images=0), ConversationCollator(PROCESSORS["llava"]))
+    found = prepare(make_samples(4, images=0), ConversationCollator(PROCESSORS["llava"]))
     assert found.report["images_and_videos"] == 0
-    assert found.report["rows_without_images"] == 4
+    assert found.report["samples_without_images"] == 4
     assert found.report["visual_tokens"]["sum"] == 0
 
 
 def test_a_missing_file_comes_with_its_way_out() -> None:
-    for row in (pictured("/nowhere.png"), {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]],
-                                           "videos": ["/nowhere.mp4"]}):  # fmt: skip
-        with pytest.raises(RowError, match=r"no such file; put the file there, or pass images= \(--images\)"):
-            read_row(row)
+    for sample in (
+        pictured("/nowhere.png"),
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": ["/nowhere.mp4"]},
+    ):
+        with pytest.raises(SampleError, match=r"no such file; put the file there, or pass images= \(--images\)"):
+            read_sample(sample)

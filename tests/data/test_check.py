@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 
 from grace_plugin.cli import commands
 from grace_plugin.cli.register_grace import DATA_COMMANDS
-from grace_plugin.data import ConversationCollator, load_rows, prepare
+from grace_plugin.data import ConversationCollator, load_samples, prepare
 from grace_plugin.data.page import write_page
 from tests.mixed_files import Mixed, write_mixed
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_command_reports_and_writes_a_page(
     assert check(*given) == 0
     printed = capsys.readouterr().out
     bad = sum(mixed.reasons.values())
-    assert f"{120 - bad} of 120 rows can be used" in printed
+    assert f"{120 - bad} of 120 samples can be used" in printed
     for reason, count in mixed.reasons.items():
         assert re.search(rf"{reason}\W+{count}\b", printed)
     report = json.loads((out / "data_report.json").read_text())
@@ -96,18 +96,18 @@ def test_the_command_reports_and_writes_a_page(
     assert "link" not in page.tags
     assert sum("a red square<|im_end|>" in text for text in page.marked) > 10
     assert not any("what is" in text for text in page.marked[1:])  # the first mark is the legend's
-    assert check(*given, "--max_bad_rows", "0.01") == 2
-    assert "above --max_bad_rows 1.0%" in capsys.readouterr().err
+    assert check(*given, "--max_bad_samples", "0.01") == 2
+    assert "above --max_bad_samples 1.0%" in capsys.readouterr().err
 
 
 def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path: Path) -> None:
-    """One index serves both: the run's own look at the rows, with its own collator, begins no other."""
+    """One index serves both: the run's own look at the samples, with its own collator, begins no other."""
     given = [str(mixed.mix), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
     assert check(*given, "--max_length", "4000") == 0
     (index,) = (tmp_path / "cache").glob("*.jsonl")
     before = index.read_bytes()
     collator = ConversationCollator(AutoProcessor.from_pretrained(model), max_length=40)
-    found = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=1.0)
+    found = prepare(load_samples(str(mixed.mix)), collator, max_bad_samples=1.0)
     assert found.report["index"] == str(index)
     assert found.report["rejected"]["too_long"] > 0
     assert [path.read_bytes() for path in (tmp_path / "cache").glob("*.jsonl")] == [before]
@@ -128,9 +128,9 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
     ]
     assert check(*given) == commands.BAD_INPUT
     shown = capsys.readouterr()
-    assert "no sample can be used; the first: row 0 has no messages" in shown.err
+    assert "no sample can be used; the first: sample 0 has no messages" in shown.err
     printed = shown.out
-    assert "0 of 2 rows can be used" in printed
+    assert "0 of 2 samples can be used" in printed
     assert "the relational term would be absent" in printed
     assert "empty_conversation" in (tmp_path / "out" / "page.html").read_text()
 
@@ -149,14 +149,14 @@ def test_faults_of_the_command_are_one_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_what_a_row_says_is_text_on_the_page(tmp_path: Path) -> None:
-    """Markup in a row is escaped, and a spelled special token is shown as such."""
+def test_what_a_sample_says_is_text_on_the_page(tmp_path: Path) -> None:
+    """Markup in a sample is escaped, and a spelled special token is shown as such."""
     evil = "<script>alert(1)</script> & <|im_end|>"
-    row: dict[str, Any] = {
+    sample: dict[str, Any] = {
         "messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "<b>red</b>"}]
     }
     collator = ConversationCollator(build("qwen2_vl")[1])
-    found = prepare([row, *rows(2)], collator)
+    found = prepare([sample, *make_samples(2)], collator)
     path = write_page(tmp_path / "p.html", found, collator, title="<i>t</i>", model="m")
     page = Page(path.read_text())
     assert not {"script", "b", "i"} & page.tags

@@ -1,4 +1,4 @@
-"""Rows to batches: tokens are the chat template's own, labels stand on assistant turns only, nothing is cut silently."""
+"""Samples to batches: tokens are the chat template's own, labels stand on assistant turns only, nothing is cut silently."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grace_plugin.data import ConversationCollator
-from tests.pairs import mixed_rows
-from tests.tiny import FAMILIES, build, rows
+from tests.pairs import mixed_samples
+from tests.tiny import FAMILIES, build, make_samples
 
 PROCESSORS = {family: build(family)[1] for family in FAMILIES}
 GENERATION_MARKS = ("llava", "qwen3_vl")
@@ -27,17 +27,17 @@ def conversation(*texts: str, system: str | None = None, images: int = 0) -> dic
     messages = [turn("system", system)] if system else []
     for number, text in enumerate(texts):
         messages.append(turn("assistant" if number % 2 else "user", text, images if number == 0 else 0))
-    return {"messages": messages, "images": [r["images"][0] for r in rows(images, seed=11)]}
+    return {"messages": messages, "images": [r["images"][0] for r in make_samples(images, seed=11)]}
 
 
-def answers_by_text(processor: Any, row: dict[str, Any]) -> list[str]:
+def answers_by_text(processor: Any, sample: dict[str, Any]) -> list[str]:
     """What must be learned: every assistant text with its end-of-turn mark."""
     end = "</s>" if "<image>" in processor.tokenizer.get_vocab() else "<|im_end|>"
-    return [m["content"][-1]["text"] + end for m in row["messages"] if m["role"] == "assistant"]
+    return [m["content"][-1]["text"] + end for m in sample["messages"] if m["role"] == "assistant"]
 
 
 def learned(processor: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
-    """Labelled runs of a row as text."""
+    """Labelled runs of a sample as text."""
     runs: list[list[int]] = [[]]
     for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
         if label == -100:
@@ -52,11 +52,11 @@ def learned(processor: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[str
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_multi_turn_labels_are_the_assistants_texts(family: str, images: int) -> None:
     processor = PROCESSORS[family]
-    row = conversation(
+    sample = conversation(
         "what is it?", "a red square", "and USER: assistant?", "no, two", system="answer in words", images=images
     )
-    batch = ConversationCollator(processor)([row])
-    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, row)
+    batch = ConversationCollator(processor)([sample])
+    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
 
 
 @pytest.mark.parametrize("family", GENERATION_MARKS)
@@ -68,13 +68,16 @@ def test_labels_are_the_templates_generation_mask(family: str, question: str) ->
     and answer is no merge; the marks stand at the same seam.
     """
     processor = PROCESSORS[family]
-    row = conversation(question, "a red square", "which colour stands left", "blue no")
-    batch = ConversationCollator(processor)([row])
+    sample = conversation(question, "a red square", "which colour stands left", "blue no")
+    batch = ConversationCollator(processor)([sample])
     tokenizer = processor.tokenizer
     rendered = tokenizer.apply_chat_template(
-        [{"role": m["role"], "content": m["content"][0]["text"]} for m in row["messages"]],
-        chat_template=processor.chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-    )  # fmt: skip
+        [{"role": m["role"], "content": m["content"][0]["text"]} for m in sample["messages"]],
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     expected = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m])
     found = batch["labels"][0]
@@ -87,11 +90,11 @@ def test_labels_are_the_templates_generation_mask(family: str, question: str) ->
 def test_the_prompt_has_the_tokens_it_has_when_served(family: str, images: int) -> None:
     """Up to the last answer, ids are those of the processor's own chat template with a generation prompt."""
     processor = PROCESSORS[family]
-    row = conversation("what is the shape?", "a blue circle", images=images)
-    batch = ConversationCollator(processor)([row])
-    messages = [dict(m, content=[dict(c) for c in m["content"]]) for m in row["messages"][:-1]]
+    sample = conversation("what is the shape?", "a blue circle", images=images)
+    batch = ConversationCollator(processor)([sample])
+    messages = [dict(m, content=[dict(c) for c in m["content"]]) for m in sample["messages"][:-1]]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    served = processor(text=[text], **({"images": row["images"]} if images else {}), return_tensors="pt")
+    served = processor(text=[text], **({"images": sample["images"]} if images else {}), return_tensors="pt")
     length = served["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], served["input_ids"])
     assert bool((batch["labels"][:, :length] == -100).all())
@@ -105,10 +108,10 @@ def test_the_prompt_has_the_tokens_it_has_when_served(family: str, images: int) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_apply_chat_templates(family: str) -> None:
     processor = PROCESSORS[family]
-    row = rows(1, seed=4)[0]
-    batch = ConversationCollator(processor)([row])
-    messages = [dict(m, content=[dict(c) for c in m["content"]]) for m in row["messages"]]
-    messages[0]["content"][0]["image"] = row["images"][0]
+    sample = make_samples(1, seed=4)[0]
+    batch = ConversationCollator(processor)([sample])
+    messages = [dict(m, content=[dict(c) for c in m["content"]]) for m in sample["messages"]]
+    messages[0]["content"][0]["image"] = sample["images"][0]
     out = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     decode = processor.tokenizer.decode
     assert decode(batch["input_ids"][0]) == decode(out["input_ids"][0]).rstrip("\n")
@@ -116,12 +119,12 @@ def test_ids_are_apply_chat_templates(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_padded_on_the_right_and_padding_is_no_label(family: str) -> None:
+def test_samples_are_padded_on_the_right_and_padding_is_no_label(family: str) -> None:
     processor = PROCESSORS[family]
     collator = ConversationCollator(processor)
-    chosen = mixed_rows(6)
+    chosen = mixed_samples(6)
     batch = collator(chosen)
-    alone = [collator([row]) for row in chosen]
+    alone = [collator([sample]) for sample in chosen]
     for number, single in enumerate(alone):
         length = single["input_ids"].shape[1]
         for key, fill in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
@@ -131,20 +134,22 @@ def test_rows_are_padded_on_the_right_and_padding_is_no_label(family: str) -> No
     pixels = [single["pixel_values"] for single in alone if "pixel_values" in single]
     assert torch.equal(batch["pixel_values"], torch.cat(pixels))
     assert {key: len(value) for key, value in batch.items() if key in ("input_ids", "labels", "attention_mask")} == {
-        "input_ids": 6, "labels": 6, "attention_mask": 6,
-    }  # fmt: skip
+        "input_ids": 6,
+        "labels": 6,
+        "attention_mask": 6,
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_does_not_change_what_a_row_computes(family: str) -> None:
+def test_padding_does_not_change_what_a_sample_computes(family: str) -> None:
     model, processor = build(family)
     collator = ConversationCollator(processor)
-    chosen = mixed_rows(6)
+    chosen = mixed_samples(6)
     batch = collator(chosen)
     with torch.no_grad():
         together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-        for number, row in enumerate(chosen):
-            single = collator([row])
+        for number, sample in enumerate(chosen):
+            single = collator([sample])
             alone = model(**{k: v for k, v in single.items() if k != "labels"}).logits[0]
             torch.testing.assert_close(together[number, : len(alone)], alone, rtol=1e-5, atol=2e-5)
 
@@ -158,21 +163,21 @@ def test_padding_does_not_change_what_a_row_computes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_the_user_says_is_never_a_label(family: str, words: list[str]) -> None:
     processor = PROCESSORS[family]
-    row = conversation(" ".join(words), "blue", " ".join(reversed(words)), "two")
-    batch = ConversationCollator(processor)([row])
-    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, row)
+    sample = conversation(" ".join(words), "blue", " ".join(reversed(words)), "two")
+    batch = ConversationCollator(processor)([sample])
+    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_longer_than_max_length_is_refused_by_name(family: str) -> None:
+def test_a_sample_longer_than_max_length_is_refused_by_name(family: str) -> None:
     processor = PROCESSORS[family]
-    row = {**rows(1)[0], "id": "train-17"}
-    length = ConversationCollator(processor)([row])["input_ids"].shape[1]
-    assert ConversationCollator(processor, max_length=length)([row])["input_ids"].shape[1] == length
+    sample = {**make_samples(1)[0], "id": "train-17"}
+    length = ConversationCollator(processor)([sample])["input_ids"].shape[1]
+    assert ConversationCollator(processor, max_length=length)([sample])["input_ids"].shape[1] == length
     with pytest.raises(
-        ValueError, match=rf"row 'train-17' has {length} tokens and max_length is {length - 1}; .*Raise max_length"
+        ValueError, match=rf"sample 'train-17' has {length} tokens and max_length is {length - 1}; .*Raise max_length"
     ):
-        ConversationCollator(processor, max_length=length - 1)([row])
+        ConversationCollator(processor, max_length=length - 1)([sample])
 
 
 def test_a_processor_without_a_chat_template_is_refused() -> None:
@@ -188,12 +193,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         "{{ messages | length }}{% for m in messages %}{{ m['role'] }}: {{ m['content'][0]['text'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(ValueError, match=r"row 'x': the chat template rewrites earlier turns"):
+    with pytest.raises(ValueError, match=r"sample 'x': the chat template rewrites earlier turns"):
         ConversationCollator(processor)([{**conversation("a", "b", "c", "d"), "id": "x"}])
 
 
 def test_no_token_is_added_or_removed_by_a_bos() -> None:
-    """A tokenizer that puts a start token before every text puts it once before a row."""
+    """A tokenizer that puts a start token before every text puts it once before a sample."""
     from tokenizers.processors import TemplateProcessing
 
     _, processor = build("llava")

@@ -1,8 +1,8 @@
-"""What the collator remembers and does together changes no bit: the oracle makes every row anew, piece by piece.
+"""What the collator remembers and does together changes no bit: the oracle makes every sample anew, piece by piece.
 
-The oracle shares the cutting of rows (`Segmenter`, made new for each row) with the collator, and none of its memories: images
-are opened by Pillow and turned in every case, texts without pictures are tokenised one by one, and pictures of one size are not
-processed together.
+The oracle shares the cutting of samples (`Segmenter`, made new for each sample) with the collator, and none of its memories:
+images are opened by Pillow and turned in every case, texts without pictures are tokenised one by one, and pictures of one
+size are not processed together.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from grace_plugin.data import ConversationCollator, check_row
+from grace_plugin.data import ConversationCollator, check_sample
 from grace_plugin.data.collate import TOGETHER
 from grace_plugin.data.media import decode_image
 from grace_plugin.data.recent import Recent
 from grace_plugin.data.segments import Segmenter
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
 
 ALONG = ("input_ids", "token_type_ids", "mm_token_type_ids")
 
@@ -34,9 +34,9 @@ def opened(path: str) -> Image.Image:
 def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, Any]:
     """The batch without memory."""
     pieces: list[tuple[int, bool, str, list[Image.Image]]] = []
-    for number, row in enumerate(map(check_row, given)):
-        segmenter, images = Segmenter(processor), list(row.images)
-        for segment in segmenter.segments(row):
+    for number, sample in enumerate(map(check_sample, given)):
+        segmenter, images = Segmenter(processor), list(sample.images)
+        for segment in segmenter.segments(sample):
             count = segmenter.count(segment.text, "image")
             pieces.append((number, segment.learned, segment.text, [opened(path) for path in images[:count]]))
             images = images[count:]
@@ -45,10 +45,13 @@ def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, An
     common = {"add_special_tokens": False, "return_tensors": "pt"}
     batch = dict(
         processor(
-            text=[pieces[i][2] for i in shown], images=[pieces[i][3] for i in shown], padding=True,
-            padding_side="right", **common,
+            text=[pieces[i][2] for i in shown],
+            images=[pieces[i][3] for i in shown],
+            padding=True,
+            padding_side="right",
+            **common,
         )
-    )  # fmt: skip
+    )
     mask = batch.pop("attention_mask").bool()
     along = {key: batch.pop(key) for key in ALONG if key in batch}
     for place, i in enumerate(shown):
@@ -62,40 +65,49 @@ def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, An
         own = [(piece, ids) for piece, ids in zip(pieces, out, strict=True) if piece[0] == number]
         bos = processor.tokenizer.bos_token
         before = [] if bos and own[0][0][2].startswith(bos) else start
-        row = {"labels": [-100] * len(before), **{key: [0] * len(before) for key in ALONG}, "input_ids": list(before)}
+        sample = {
+            "labels": [-100] * len(before),
+            **{key: [0] * len(before) for key in ALONG},
+            "input_ids": list(before),
+        }
         for (_, learned, _, _), ids in own:
             tokens = ids["input_ids"]
-            row["labels"] += tokens if learned else [-100] * len(tokens)
+            sample["labels"] += tokens if learned else [-100] * len(tokens)
             for key in ALONG:
-                row[key] += ids.get(key, [0] * len(tokens))
-        joined.append(row | {"attention_mask": [1] * len(row["input_ids"])})
+                sample[key] += ids.get(key, [0] * len(tokens))
+        joined.append(sample | {"attention_mask": [1] * len(sample["input_ids"])})
     fills = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100}
     kept = {"input_ids", "labels", "attention_mask"}
     kept |= {"mm_token_type_ids"} & set(processor.model_input_names)
-    kept |= {"token_type_ids"} if any(any(row["token_type_ids"]) for row in joined) else set()
-    width = max(len(row["input_ids"]) for row in joined)
+    kept |= {"token_type_ids"} if any(any(sample["token_type_ids"]) for sample in joined) else set()
+    width = max(len(sample["input_ids"]) for sample in joined)
     for key in kept:
-        batch[key] = torch.tensor([row[key] + [fills.get(key, 0)] * (width - len(row[key])) for row in joined])
+        batch[key] = torch.tensor([sample[key] + [fills.get(key, 0)] * (width - len(sample[key])) for sample in joined])
     return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def on_disk(folder: Path) -> list[dict[str, Any]]:
-    """Rows whose pictures are PNG and JPEG files of two sizes, some turned by EXIF; questions and answers repeat."""
+    """Samples whose pictures are PNG and JPEG files of two sizes, some turned by EXIF; questions and answers repeat."""
     turned = Image.Exif()
     turned[0x0112] = 6
-    made = rows(6, seed=41) + rows(2, seed=42, images=2) + rows(2, seed=43, images=0) + rows(3, seed=41)
-    for number, row in enumerate(made):
+    made = (
+        make_samples(6, seed=41)
+        + make_samples(2, seed=42, images=2)
+        + make_samples(2, seed=43, images=0)
+        + make_samples(3, seed=41)
+    )
+    for number, sample in enumerate(made):
         files = []
-        for place, image in enumerate(row["images"]):
+        for place, image in enumerate(sample["images"]):
             files.append(str(folder / f"{number}-{place}.{'png' if number % 2 else 'jpg'}"))
             exif = {"exif": turned} if number % 3 == 0 else {}
             image.resize((72, 56) if number % 4 else (56, 56)).save(files[-1], **exif)
-        row["images"] = files
+        sample["images"] = files
     return made
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_a_batch_is_bit_for_bit_what_its_rows_are_anew(family: str, tmp_path: Path) -> None:
+def test_a_batch_is_bit_for_bit_what_its_samples_are_anew(family: str, tmp_path: Path) -> None:
     """Cold, warm, in another order, and from a copy in a worker."""
     processor = build(family)[1]
     given = on_disk(tmp_path)
@@ -113,27 +125,27 @@ def test_a_batch_is_bit_for_bit_what_its_rows_are_anew(family: str, tmp_path: Pa
 def test_what_repeats_is_rendered_and_tokenised_once() -> None:
     processor = build("qwen2_vl")[1]
     collator = ConversationCollator(processor)
-    given = rows(4, seed=7, images=0)
+    given = make_samples(4, seed=7, images=0)
     first = collator(given)
     processor.chat_template = "{{ raise_exception('rendered again') }}"
     again = collator(given)
     assert all(torch.equal(first[key], again[key]) for key in first)
     with pytest.raises(ValueError, match="rendered again"):
-        collator(rows(1, seed=8))
-    pairs = [[piece for row in given for piece in collator.pieces(0, check_row(row))] for _ in range(2)]
+        collator(make_samples(1, seed=8))
+    pairs = [[piece for sample in given for piece in collator.pieces(0, check_sample(sample))] for _ in range(2)]
     for pieces in pairs:
         collator._tokens.plain(pieces)
     assert all(one.ids["input_ids"] is other.ids["input_ids"] for one, other in zip(*pairs, strict=True))
 
 
-def test_a_fault_names_its_own_row_each_time() -> None:
-    """Only what went well is remembered, and a row's name is no part of it."""
+def test_a_fault_names_its_own_sample_each_time() -> None:
+    """Only what went well is remembered, and a sample's name is no part of it."""
     processor = build("qwen2_vl")[1]
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
     collator = ConversationCollator(processor)
     for name in ("a", "b"):
-        with pytest.raises(ValueError, match=f"row '{name}' has 1 image"):
-            collator([{**rows(1)[0], "id": name}])
+        with pytest.raises(ValueError, match=f"sample '{name}' has 1 image"):
+            collator([{**make_samples(1)[0], "id": name}])
 
 
 def test_the_memory_is_bounded_and_stays_in_its_process() -> None:
@@ -152,17 +164,19 @@ def test_the_memory_is_bounded_and_stays_in_its_process() -> None:
 def test_small_pictures_of_a_batch_are_processed_together(count: int, together: bool) -> None:
     collator = ConversationCollator(build("llava")[1])
     side = int((TOGETHER / 1.5) ** 0.5)
-    row = {**rows(1)[0], "images": [Image.new("RGB", (side, side))]}
-    pieces = [piece for number in range(count) for piece in collator.pieces(number, check_row(row)) if piece.images]
+    sample = {**make_samples(1)[0], "images": [Image.new("RGB", (side, side))]}
+    pieces = [
+        piece for number in range(count) for piece in collator.pieces(number, check_sample(sample)) if piece.images
+    ]
     assert collator._pixels(pieces).get("disable_grouping", True) is not together
 
 
 @pytest.mark.parametrize("name", ["plain.png", "animated.png", "plain.jpg", "animated.gif", "animated.webp"])
 def test_a_decoded_file_is_closed(name: str, tmp_path: Path) -> None:
-    frames = [row["images"][0].resize((64, 48)) for row in rows(3, seed=5)]
+    frames = [sample["images"][0].resize((64, 48)) for sample in make_samples(3, seed=5)]
     more = {"save_all": True, "append_images": frames[1:]} if name.startswith("animated") else {}
     frames[0].save(tmp_path / name, **more)
     before = len(os.listdir("/proc/self/fd"))
-    held = [decode_image(str(tmp_path / name), "row") for _ in range(3)]
+    held = [decode_image(str(tmp_path / name), "sample") for _ in range(3)]
     assert len(os.listdir("/proc/self/fd")) == before
     assert [image.size for image in held] == [frames[0].size] * 3

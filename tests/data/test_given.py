@@ -17,7 +17,7 @@ from PIL import Image
 import grace_plugin
 from grace_plugin.data import ConversationCollator, as_samples, prepare
 from tests.pairs import Pair, recipe_text
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "red"}]
 SAMPLES = [{"id": str(n), "messages": TALK} for n in range(3)]
@@ -95,7 +95,7 @@ def test_train_and_oneshot__dataset_that_cannot_be_read__is_refused_before_anyth
 
 
 def test_prepare__generator__is_refused_and_not_half_read() -> None:
-    given = iter(rows(2))
+    given = iter(make_samples(2))
     with pytest.raises(ValueError, match="which can be read once"):
         prepare(given, ConversationCollator(build("qwen2_vl")[1]))
     assert len(list(given)) == 2
@@ -127,7 +127,7 @@ def test_prepare__damaged_image_in_a_dataset_of_images__is_counted_and_not_raise
     else:
         features[place] = image if place == "image" else datasets.List(image)
     given = dataset.cast(features).select([2, 1, 0])
-    found = prepare(given, ConversationCollator(build("qwen2_vl")[1]), max_bad_rows=0.5)
+    found = prepare(given, ConversationCollator(build("qwen2_vl")[1]), max_bad_samples=0.5)
     assert found.report["rejected"] == {"unreadable_image": 1}
     assert found.numbers.tolist() == [0, 2]
     assert found.report["images_and_videos"] == 2

@@ -19,18 +19,26 @@ import pytest
 import torch
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator, RowError, StreamedRows, load_rows, prepare, read_row, stream_rows
+from grace_plugin.data import (
+    ConversationCollator,
+    SampleError,
+    StreamedSamples,
+    load_samples,
+    prepare,
+    read_sample,
+    stream_samples,
+)
 from grace_plugin.data.key import sample_key
 from grace_plugin.data.media import FORMATS, decode_image, image_size
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.data.video import decode_video
 from tests.data.test_bad_input import PROCESSORS, pictured, png, reason_of, talk
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
 
 
-def entry_of(row: Any, family: str = "llava", **limits: Any) -> Any:
+def entry_of(sample: Any, family: str = "llava", **limits: Any) -> Any:
     collator = ConversationCollator(PROCESSORS[family], **limits)
-    return prepare([row], collator, max_bad_rows=1.0, allow_empty=True).entries[0]
+    return prepare([sample], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
 
 
 def filmed(video: Any) -> dict[str, Any]:
@@ -84,20 +92,36 @@ def test_video_of_floats__above_one__is_not_scaled_and_is_rounded() -> None:
 NUMBERS: dict[str, tuple[Any, str, str]] = {
     "not a number": (np.full((2, 8, 8, 3), np.nan), "unreadable_video", "from nan to nan"),
     "below 0": (np.full((2, 8, 8, 3), -0.5), "unreadable_video", "from -0.5 to -0.5"),
-    "above 255": (np.full((2, 8, 8, 3), 300, dtype=np.int32), "unreadable_video", "from 300 to 300; give integers or floats"),
-    "two channels": (np.zeros((2, 8, 8, 2), np.uint8), "malformed", r"array of shape \[8, 8, 2\]; give images, an array"),
+    "above 255": (
+        np.full((2, 8, 8, 3), 300, dtype=np.int32),
+        "unreadable_video",
+        "from 300 to 300; give integers or floats",
+    ),
+    "two channels": (
+        np.zeros((2, 8, 8, 2), np.uint8),
+        "malformed",
+        r"array of shape \[8, 8, 2\]; give images, an array",
+    ),
     "transparent": (np.zeros((2, 8, 8, 4), np.uint8), "malformed", r"array of shape \[8, 8, 4\]"),
     "grey frames": (np.zeros((2, 8, 8), np.uint8), "malformed", r"array of shape \[8, 8\]"),
     "a batch": (np.zeros((1, 2, 8, 8, 3), np.uint8), "malformed", r"array of shape \[2, 8, 8, 3\]"),
     "one number": (np.array(3.0), "malformed", "a video is one number"),
     "complex": (np.zeros((2, 8, 8, 3), complex), "malformed", "of type .*complex128.*; give uint8"),
     "no pixels": (np.zeros((2, 0, 8, 3), np.uint8), "malformed", r"array of shape \[0, 8, 3\]"),
-    "a tensor's channels last": (torch.zeros(2, 8, 8, 3), "malformed", r"tensor of shape \[8, 8, 3\]; .* \[F, 3, H, W\]"),
+    "a tensor's channels last": (
+        torch.zeros(2, 8, 8, 3),
+        "malformed",
+        r"tensor of shape \[8, 8, 3\]; .* \[F, 3, H, W\]",
+    ),
     "frames above the limit": (np.zeros((2, 300, 300, 3), np.uint8), "image_too_large", "300 x 300 = 90,000 pixels"),
-    "too many frames": (np.zeros((40, 90, 90, 3), np.uint8), "image_too_large", "40 of them kept; the limit is 10,000 for one"),
+    "too many frames": (
+        np.zeros((40, 90, 90, 3), np.uint8),
+        "image_too_large",
+        "40 of them kept; the limit is 10,000 for one",
+    ),
     "a very long frame": (np.zeros((2, 1, 400, 3), np.uint8), "image_shape", "400 x 1 pixels"),
     "a generator": ((frame for frame in levels("uint8")), "malformed", "a video is of type generator"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -105,8 +129,8 @@ def test_video_of_numbers__wrong_values_or_shape__counted_with_what_is_expected(
     video, reason, message = NUMBERS[name]
     found = entry_of(filmed(video), "qwen3_vl", max_pixels=10_000)
     assert found.reason == reason
-    with pytest.raises(RowError, match=message):
-        read_row(filmed(video), max_pixels=10_000)
+    with pytest.raises(SampleError, match=message):
+        read_sample(filmed(video), max_pixels=10_000)
 
 
 def test_video_in_unit_floats__through_the_collator__same_batch_as_in_bytes() -> None:
@@ -120,11 +144,21 @@ def test_video_in_unit_floats__through_the_collator__same_batch_as_in_bytes() ->
 
 
 def test_image_in_every_form__same_pixels_and_key_of_its_bytes(tmp_path: Path) -> None:
-    image = rows(1)[0]["images"][0]
+    image = make_samples(1)[0]["images"][0]
     content, path = encoded(image), tmp_path / "with space.png"
     path.write_bytes(content)
-    forms: list[Any] = [str(path), path, path.as_uri(), content, bytearray(content), uri(content), {"bytes": content},
-                        {"path": uri(content)}, uri(content).replace(",", ",\n"), {"path": path.as_uri()}]  # fmt: skip
+    forms: list[Any] = [
+        str(path),
+        path,
+        path.as_uri(),
+        content,
+        bytearray(content),
+        uri(content),
+        {"bytes": content},
+        {"path": uri(content)},
+        uri(content).replace(",", ",\n"),
+        {"path": path.as_uri()},
+    ]
     for form in forms:
         assert np.array_equal(np.asarray(decode_image(form, "r")), np.asarray(image))
         assert image_size(form, "r") == (image.height, image.width)
@@ -133,12 +167,12 @@ def test_image_in_every_form__same_pixels_and_key_of_its_bytes(tmp_path: Path) -
 
 
 def test_data_uri_and_relative_path_of_a_file__both_read(tmp_path: Path) -> None:
-    image = rows(1)[0]["images"][0]
+    image = make_samples(1)[0]["images"][0]
     image.save(tmp_path / "a.png")
     lines = [pictured("a.png"), pictured(uri(encoded(image))), {**pictured((tmp_path / "a.png").as_uri()), "id": "s"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
     collator = ConversationCollator(PROCESSORS["llava"])
-    found = prepare(load_rows(str(tmp_path / "rows.jsonl")), collator, cache=tmp_path / "cache")
+    found = prepare(load_samples(str(tmp_path / "samples.jsonl")), collator, cache=tmp_path / "cache")
     assert found.report["images_and_videos"] == 3
 
 
@@ -154,15 +188,15 @@ def test_data_uri_and_relative_path_of_a_file__both_read(tmp_path: Path) -> None
         ("data:image/png;base64,$$$", "unreadable_image", "damaged base64"),
         ("data:image/png;base64,\u00e9", "unreadable_image", "damaged base64"),
         (uri(b"no image"), "unreadable_image", "in none of the formats that are read"),
-        (b"no image", "unreadable_image", "cannot read image in the row: "),
+        (b"no image", "unreadable_image", "cannot read image in the sample: "),
         ("a\0b.png", "missing_file", "no such file"),
         ("/", "missing_file", "it is a folder, not a regular file"),
     ],
 )
 def test_image_that_cannot_be_read__counted_and_said(image: Any, reason: str, message: str) -> None:
     assert entry_of(pictured(image)).reason == reason
-    with pytest.raises(RowError, match=message):
-        read_row(pictured(image))
+    with pytest.raises(SampleError, match=message):
+        read_sample(pictured(image))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -210,25 +244,25 @@ def test_special_file_as_image_and_video__counted_without_reading(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = special(kind, Path("media"))
-    for row, family in (
+    for sample, family in (
         (pictured(str(path)), "llava"),
         (filmed(str(path)), "qwen3_vl"),
         (filmed([str(path)]), "qwen3_vl"),
     ):
-        found = entry_of(row, family)
+        found = entry_of(sample, family)
         assert (found.reason, "not a regular file" in found.message) == ("missing_file", True)
-        for use in (read_row, sample_key):
-            with pytest.raises(RowError, match="not a regular file"):
-                use(row)
+        for use in (read_sample, sample_key):
+            with pytest.raises(SampleError, match="not a regular file"):
+                use(sample)
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("load", [load_rows, stream_rows])
+@pytest.mark.parametrize("load", [load_samples, stream_samples])
 def test_fifo_as_dataset__refused_by_name(tmp_path: Path, suffix: str, inside: bool, load: Any) -> None:
-    path = tmp_path / f"rows.{suffix}"
+    path = tmp_path / f"samples.{suffix}"
     os.mkfifo(path)
-    with pytest.raises(ValueError, match=rf"rows\.{suffix}") as caught:
+    with pytest.raises(ValueError, match=rf"samples\.{suffix}") as caught:
         list(load(str(tmp_path if inside else path)))
     assert "regular file" in str(caught.value)
 
@@ -244,10 +278,10 @@ def test_image_of_one_by_a_million__every_family__memory_stays_bounded(tmp_path:
     processor = PROCESSORS.get(family) or build(family)[1]
     collator = ConversationCollator(processor)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = prepare([pictured(str(path))], collator, max_bad_rows=1.0, allow_empty=True).entries[0]
+    found = prepare([pictured(str(path))], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
     assert found.reason in ("", "image_shape", "image_too_large")
     if found.reason:
-        with pytest.raises((RowError, ValueError)):
+        with pytest.raises((SampleError, ValueError)):
             collator([pictured(str(path))])
     else:
         assert collator([pictured(str(path))])["input_ids"].shape[1] == found.tokens
@@ -255,12 +289,12 @@ def test_image_of_one_by_a_million__every_family__memory_stays_bounded(tmp_path:
 
 
 def test_image_that_the_processor_enlarges__counted_with_both_sizes() -> None:
-    row = pictured(Image.new("RGB", (1_000_000, 1)))
-    found = entry_of(row)
+    sample = pictured(Image.new("RGB", (1_000_000, 1)))
+    found = entry_of(sample)
     assert found.reason == "image_too_large"
     assert "of an image of 1,000,000 x 1 pixels the model's processor makes 3,136,000,000 pixels" in found.message
-    with pytest.raises(RowError, match="makes 3,136,000,000 pixels"):  # a stream is not checked ahead
-        ConversationCollator(PROCESSORS["llava"])([row])
+    with pytest.raises(SampleError, match="makes 3,136,000,000 pixels"):  # a stream is not checked ahead
+        ConversationCollator(PROCESSORS["llava"])([sample])
     long = pictured(Image.new("RGB", (20_000, 1)))
     assert entry_of(long).reason == ""  # 56 x 1,120,000: below 64 million
     assert entry_of(long, max_pixels=30_000).reason == ""  # a lower limit on images does not lower what is made of them
@@ -273,16 +307,16 @@ def test_padding_to_a_square_and_slow_processors__bounded_as_well() -> None:
     from grace_plugin.data.processed_size import ProcessedSizes
 
     square = ProcessedSizes(LlavaImageProcessor(do_pad=True), 64_000_000)
-    with pytest.raises(RowError, match="makes 100,000,000 pixels"):
-        square.check((10, 10_000), "row 0")
-    square.check((600, 6_000), "row 0")
+    with pytest.raises(SampleError, match="makes 100,000,000 pixels"):
+        square.check((10, 10_000), "sample 0")
+    square.check((600, 6_000), "sample 0")
     slow = ProcessedSizes(CLIPImageProcessorPil(), 64_000_000)
-    with pytest.raises(RowError, match="a side over 200 times as long as the other") as caught:
-        slow.check((1, 300), "row 0")
+    with pytest.raises(SampleError, match="a side over 200 times as long as the other") as caught:
+        slow.check((1, 300), "sample 0")
     assert caught.value.reason == "image_shape"
-    slow.check((2, 300), "row 0")
-    ProcessedSizes(LlavaImageProcessor(do_pad=True), None).check((10, 10_000), "row 0")
-    ProcessedSizes(None, 64_000_000).check((1, 10_000), "row 0")
+    slow.check((2, 300), "sample 0")
+    ProcessedSizes(LlavaImageProcessor(do_pad=True), None).check((10, 10_000), "sample 0")
+    ProcessedSizes(None, 64_000_000).check((1, 10_000), "sample 0")
 
 
 # Values in messages
@@ -306,19 +340,19 @@ HUGE: dict[str, dict[str, Any]] = {
     "many keys": {f"key {n}": n for n in range(10_000)},
     "bytes": pictured(b"x" * 1_000_000),
     "message": {"messages": [LONG]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HUGE)
 def test_message__value_of_a_megabyte__below_500_characters(name: str, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS["qwen3_vl"])
-    found = prepare([HUGE[name]] * 20, collator, max_bad_rows=1.0, allow_empty=True)
+    found = prepare([HUGE[name]] * 20, collator, max_bad_samples=1.0, allow_empty=True)
     found.write_report(tmp_path)
     assert len(found.rejected) == 20
     assert all(20 < len(line["message"]) < 500 for line in found.rejected)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 20_000
     with pytest.raises(ValueError, match=r"^.{20,480}$"):
-        read_row(HUGE[name])
+        read_sample(HUGE[name])
 
 
 def test_shown__any_value__short_and_recognisable() -> None:
@@ -357,11 +391,14 @@ def test_shown__any_value__short_and_recognisable() -> None:
 
 GOOD = json.dumps({"messages": talk()})
 UNUSABLE = {
-    "an integer of 4,301 digits": ('{"id": %s, "messages": []}' % ("7" * 4301), "holds an integer of 4,301 digits; write"),
+    "an integer of 4,301 digits": (
+        '{"id": %s, "messages": []}' % ("7" * 4301),
+        "holds an integer of 4,301 digits; write",
+    ),
     "an integer inside": ('{"messages": [], "n": [{"a": [-%s]}]}' % ("7" * 9999), "holds an integer of 10,000 digits"),
     "a field twice": ('{"messages": [], "images": [], "images": ["a.png"]}', "holds the field 'images' twice"),
     "a number": ("7" * 5000, "holds an integer of 5,000 digits"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
@@ -371,62 +408,64 @@ def test_json_that_python_cannot_take__fault_of_its_sample_alone(
     tmp_path: Path, name: str, suffix: str, streamed: bool
 ) -> None:
     bad, message = UNUSABLE[name]
-    lines, path = [GOOD, bad, GOOD], tmp_path / f"rows.{suffix}"
+    lines, path = [GOOD, bad, GOOD], tmp_path / f"samples.{suffix}"
     path.write_text("\n".join(lines) if suffix == "jsonl" else "[" + ",\n".join(lines) + "]")
     collator = ConversationCollator(PROCESSORS["llava"])
-    where = "line 2" if suffix == "jsonl" else "row 1"
+    where = "line 2" if suffix == "jsonl" else "sample 1"
     if streamed:
-        stream = StreamedRows(stream_rows(str(path)), collator, max_bad_rows=0.4, folder=tmp_path)
+        stream = StreamedSamples(stream_samples(str(path)), collator, max_bad_samples=0.4, folder=tmp_path)
         assert len(list(stream)) == 2
         assert stream.report()["rejected"] == {"not_json": 1}
         said = json.loads((tmp_path / "data_rejected.jsonl").read_text())["message"]
     else:
-        found = prepare(load_rows(str(path)), collator, max_bad_rows=0.4, cache=tmp_path / "cache")
+        found = prepare(load_samples(str(path)), collator, max_bad_samples=0.4, cache=tmp_path / "cache")
         assert (found.numbers.tolist(), found.entries[1].reason) == ([0, 2], "not_json")
         said = found.entries[1].message
-    assert f"rows.{suffix}, {where} {message}" in said
+    assert f"samples.{suffix}, {where} {message}" in said
 
 
 def test_json_lines__nested_too_deep__fault_of_their_line(tmp_path: Path) -> None:
     deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{deep}\n{GOOD}")
+    (tmp_path / "samples.jsonl").write_text(f"{GOOD}\n{deep}\n{GOOD}")
     collator = ConversationCollator(PROCESSORS["llava"])
-    found = prepare(load_rows(str(tmp_path / "rows.jsonl")), collator, max_bad_rows=0.4, cache=tmp_path / "cache")
+    found = prepare(
+        load_samples(str(tmp_path / "samples.jsonl")), collator, max_bad_samples=0.4, cache=tmp_path / "cache"
+    )
     assert (found.numbers.tolist(), found.entries[1].reason) == ([0, 2], "not_json")
-    (tmp_path / "rows.json").write_text(f"[{GOOD}, {deep}]")
-    with pytest.raises(ValueError, match=r"rows\.json, row 1 is not JSON: maximum recursion depth"):
-        load_rows(str(tmp_path / "rows.json"))
+    (tmp_path / "samples.json").write_text(f"[{GOOD}, {deep}]")
+    with pytest.raises(ValueError, match=r"samples\.json, sample 1 is not JSON: maximum recursion depth"):
+        load_samples(str(tmp_path / "samples.json"))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"[{GOOD}, {{]", r"rows\.json, row 1 is not JSON: .*line 1 column \d+"),
-        (f"[{GOOD} {GOOD}]", r"row 0 is not JSON: Expecting ',' delimiter: line 1 column \d+"),
-        (f"[{GOOD}", r"row 0 is not JSON: Expecting ',' delimiter"),
+        (f"[{GOOD}, {{]", r"samples\.json, sample 1 is not JSON: .*line 1 column \d+"),
+        (f"[{GOOD} {GOOD}]", r"sample 0 is not JSON: Expecting ',' delimiter: line 1 column \d+"),
+        (f"[{GOOD}", r"sample 0 is not JSON: Expecting ',' delimiter"),
         (f"[{GOOD}] []", "there is more after its list"),
-        (f"{GOOD}\n{GOOD}", "holds a dict, not a list of rows; one object a line is called .jsonl"),
-        ("7", "holds a int, not a list of rows"),
+        (f"{GOOD}\n{GOOD}", "holds a dict, not a list of samples; one object a line is called .jsonl"),
+        ("7", "holds a int, not a list of samples"),
         ("", "is not JSON: Expecting value: line 1 column 1"),
     ],
 )
 def test_json_list__not_json__one_sentence_with_its_place(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "samples.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_rows(str(tmp_path / "rows.json"))
+        load_samples(str(tmp_path / "samples.json"))
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_json__byte_order_mark_and_odd_spaces__read(tmp_path: Path, suffix: str) -> None:
     text = f"\ufeff\n [ {GOOD}\t,\r\n{GOOD} ] \n" if suffix == "json" else f"\ufeff{GOOD}\r\n\r\n{GOOD}"
-    (tmp_path / f"rows.{suffix}").write_text(text, encoding="utf-8", newline="")
-    assert [row["messages"] for row in load_rows(str(tmp_path / f"rows.{suffix}"))] == [talk(), talk()]
+    (tmp_path / f"samples.{suffix}").write_text(text, encoding="utf-8", newline="")
+    assert [sample["messages"] for sample in load_samples(str(tmp_path / f"samples.{suffix}"))] == [talk(), talk()]
     (tmp_path / "none.json").write_text("[ ]")
-    assert len(load_rows(str(tmp_path / "none.json"))) == 0
+    assert len(load_samples(str(tmp_path / "none.json"))) == 0
 
 
 def test_reason_helper__plain_sample__none() -> None:
-    assert reason_of(rows(1)[0]) == ""
+    assert reason_of(make_samples(1)[0]) == ""
 
 
 def test_opened_image_that_is_not_decoded_yet__cut_off_or_eps__counted_when_inspected() -> None:
@@ -446,5 +485,5 @@ def test_json_text_with_an_endless_integer__refused_with_its_field() -> None:
             "function_call",
         ),
     ):
-        with pytest.raises(RowError, match=field):
-            read_row(sample)
+        with pytest.raises(SampleError, match=field):
+            read_sample(sample)

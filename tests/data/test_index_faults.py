@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from grace_plugin.data import ConversationCollator, load_rows, prepare
+from grace_plugin.data import ConversationCollator, load_samples, prepare
 from grace_plugin.data.index import scan
-from grace_plugin.data.json_rows import JsonLines
+from grace_plugin.data.json_samples import JsonLines
 from grace_plugin.locks import HeldError, held
 from tests.tiny import build
 
@@ -34,22 +34,27 @@ class StopError(Exception):
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text samples of different lengths, every fifth without an answer: no entry fits another place."""
     lines = [
-        {"id": n, "messages": [{"role": "user", "content": "one two three " * (n % 97) + "?"},
-                               {"role": "assistant", "content": "red" if n % 5 else " "}]}
+        {
+            "id": n,
+            "messages": [
+                {"role": "user", "content": "one two three " * (n % 97) + "?"},
+                {"role": "assistant", "content": "red" if n % 5 else " "},
+            ],
+        }
         for n in range(COUNT)
-    ]  # fmt: skip
-    path = tmp_path_factory.mktemp("set") / "rows.jsonl"
+    ]
+    path = tmp_path_factory.mktemp("set") / "samples.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
 @pytest.fixture(scope="module")
 def truth(path: Path) -> list[Any]:
-    return [entry._replace(sample="") for entry in scan(load_rows(str(path)), COLLATOR)]
+    return [entry._replace(content="") for entry in scan(load_samples(str(path)), COLLATOR)]
 
 
 def same(found: list[Any], truth: list[Any]) -> bool:
-    return [entry._replace(sample="") for entry in found] == truth
+    return [entry._replace(content="") for entry in found] == truth
 
 
 def test_two_checks_stopped_together__index_is_not_poisoned(
@@ -66,17 +71,17 @@ def test_two_checks_stopped_together__index_is_not_poisoned(
     def first(done: int, _total: int) -> None:
         if done == 2 * 64:
             with caplog.at_level(logging.WARNING), pytest.raises(StopError):
-                scan(load_rows(str(path)), COLLATOR, file=file, progress=second)
+                scan(load_samples(str(path)), COLLATOR, file=file, progress=second)
             said.extend(record.getMessage() for record in caplog.records)
         if done == 4 * 64:
             raise StopError
 
     with pytest.raises(StopError):
-        scan(load_rows(str(path)), COLLATOR, file=file, progress=first)
+        scan(load_samples(str(path)), COLLATOR, file=file, progress=first)
     assert len(said) == 1
     assert f"{file}, is being written by process {os.getpid()} on " in said[0]
     assert len(file.read_text().splitlines()) == 4 * 64
-    assert same(scan(load_rows(str(path)), COLLATOR, file=file), truth)
+    assert same(scan(load_samples(str(path)), COLLATOR, file=file), truth)
     assert len(file.read_text().splitlines()) == COUNT
 
 
@@ -90,37 +95,40 @@ def test_index_with_wrong_lines__each_line_used_for_its_own_sample_only(
 ) -> None:
     """Two checks without a lock (a file system that knows none) mix their lines; files are edited and copied."""
     file = tmp_path / "index.jsonl"
-    scan(load_rows(str(path)), COLLATOR, file=file)
+    scan(load_samples(str(path)), COLLATOR, file=file)
     lines = file.read_text().splitlines(keepends=True)
     mixed = list(lines)
     random.Random(0).shuffle(mixed)
     changed = {
-        "shuffled": mixed, "doubled": lines[:64] + lines[:64] + lines[64:-64], "damaged": [*lines[:9], "[1, 2\n", *lines[10:]],
-        "of another dataset": [line.replace('"]', '0"]') for line in lines], "wrong types": ["[1]\n", "7\n", *lines[2:]],
+        "shuffled": mixed,
+        "doubled": lines[:64] + lines[:64] + lines[64:-64],
+        "damaged": [*lines[:9], "[1, 2\n", *lines[10:]],
+        "of another dataset": [line.replace('"]', '0"]') for line in lines],
+        "wrong types": ["[1]\n", "7\n", *lines[2:]],
         "no hash": [json.dumps(json.loads(line)[:-1]) + "\n" for line in lines],
-    }  # fmt: skip
+    }
     file.write_text("".join(changed[fault]))
-    assert same(scan(load_rows(str(path)), COLLATOR, file=file), truth)
+    assert same(scan(load_samples(str(path)), COLLATOR, file=file), truth)
     assert [entry[:3] for entry in entries_of(file)] == [list(entry[:3]) for entry in truth]
 
 
 def test_index_of_a_file_written_over_with_the_same_size_and_time__its_samples_are_inspected_again(
     tmp_path: Path,
 ) -> None:
-    file, rows = tmp_path / "index.jsonl", tmp_path / "rows.jsonl"
+    file, samples = tmp_path / "index.jsonl", tmp_path / "samples.jsonl"
     line = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "red"}]})
-    rows.write_text(line)
-    stat = rows.stat()
-    [before] = scan(load_rows(str(rows)), COLLATOR, file=file)
-    rows.write_text(line.replace('"red"', '"   "'))
-    os.utime(rows, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    [after] = scan(load_rows(str(rows)), COLLATOR, file=file)
+    samples.write_text(line)
+    stat = samples.stat()
+    [before] = scan(load_samples(str(samples)), COLLATOR, file=file)
+    samples.write_text(line.replace('"red"', '"   "'))
+    os.utime(samples, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    [after] = scan(load_samples(str(samples)), COLLATOR, file=file)
     assert (before.reason, after.reason) == ("", "empty_conversation")
 
 
 def _check(path: Path, file: Path) -> None:
     """A check in a process of its own, slowed so that it can be killed in its middle."""
-    scan(load_rows(str(path)), COLLATOR, file=file, progress=lambda _done, _total: time.sleep(0.02))
+    scan(load_samples(str(path)), COLLATOR, file=file, progress=lambda _done, _total: time.sleep(0.02))
 
 
 def test_two_processes_killed_together__five_times__final_check_is_right(
@@ -140,7 +148,7 @@ def test_two_processes_killed_together__five_times__final_check_is_right(
             whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             found = [json.loads(line)[:3] for line in whole]
             assert found == [list(entry[:3]) for entry in truth[: len(found)]]
-    assert same(scan(load_rows(str(path)), COLLATOR, file=file), truth)
+    assert same(scan(load_samples(str(path)), COLLATOR, file=file), truth)
 
 
 @pytest.mark.parametrize("where", ["read-only folder", "a file as folder", "index is a folder"])
@@ -155,9 +163,9 @@ def test_index_that_cannot_be_written__said_once_and_the_check_goes_on(
     with caplog.at_level(logging.WARNING):
         if where == "index is a folder":
             (cache / "index.jsonl").mkdir(parents=True)
-            entries = scan(load_rows(str(path)), COLLATOR, file=cache / "index.jsonl")
+            entries = scan(load_samples(str(path)), COLLATOR, file=cache / "index.jsonl")
         else:
-            entries = prepare(load_rows(str(path)), COLLATOR, cache=cache, max_bad_rows=1.0).entries
+            entries = prepare(load_samples(str(path)), COLLATOR, cache=cache, max_bad_samples=1.0).entries
     assert same(entries, truth)
     said = [record.getMessage() for record in caplog.records if "the index of this dataset" in record.getMessage()]
     assert len(said) == 1
@@ -167,7 +175,7 @@ def test_index_that_cannot_be_written__said_once_and_the_check_goes_on(
 def _check_with_little_space(path: Path, file: Path, log: Path) -> None:
     logging.basicConfig(filename=log, level=logging.WARNING, force=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    raise SystemExit(0 if len(scan(load_rows(str(path)), COLLATOR, file=file)) == COUNT else 1)
+    raise SystemExit(0 if len(scan(load_samples(str(path)), COLLATOR, file=file)) == COUNT else 1)
 
 
 def test_index_on_a_disk_that_fills__whole_lines_stay_usable(path: Path, truth: list[Any], tmp_path: Path) -> None:
@@ -181,7 +189,7 @@ def test_index_on_a_disk_that_fills__whole_lines_stay_usable(path: Path, truth: 
     assert "File too large" in log.read_text()
     assert file.stat().st_size == 20_000
     assert not file.read_bytes().endswith(b"\n")
-    assert same(scan(load_rows(str(path)), COLLATOR, file=file), truth)
+    assert same(scan(load_samples(str(path)), COLLATOR, file=file), truth)
     assert [entry[:3] for entry in entries_of(file)] == [list(entry[:3]) for entry in truth]
 
 
@@ -221,15 +229,15 @@ def test_lock__holder_is_killed__free(tmp_path: Path) -> None:
 
 def test_index__entries_known__file_is_not_parsed_again(path: Path, tmp_path: Path) -> None:
     """What a second check costs: the hash of each line, and no sample is read as JSON."""
-    copy, file = tmp_path / "rows.jsonl", tmp_path / "index.jsonl"
+    copy, file = tmp_path / "samples.jsonl", tmp_path / "index.jsonl"
     shutil.copy(path, copy)
-    scan(load_rows(str(copy)), COLLATOR, file=file)
-    given = load_rows(str(copy))
+    scan(load_samples(str(copy)), COLLATOR, file=file)
+    given = load_samples(str(copy))
 
     class Unread(JsonLines):
         def __getitem__(self, index: Any) -> Any:
             raise AssertionError("a sample was parsed")
 
-    assert isinstance(given.sets[0].rows, JsonLines)
-    given.sets[0].rows.__class__ = Unread
+    assert isinstance(given.sets[0].samples, JsonLines)
+    given.sets[0].samples.__class__ = Unread
     assert len(scan(given, COLLATOR, file=file)) == COUNT

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator, RowError, load_rows, prepare, read_row, sample_key
+from grace_plugin.data import ConversationCollator, SampleError, load_samples, prepare, read_sample, sample_key
 from grace_plugin.data.index import stamp
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 ANSWER = {"role": "assistant", "content": "red"}
 
@@ -23,7 +23,7 @@ def shown(image: Any, **bounds: int) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "q"}]}, ANSWER]}
 
 
-def test_load_rows__paths_in_parts__are_relative_to_the_image_folder_and_watched(tmp_path: Path) -> None:
+def test_load_samples__paths_in_parts__are_relative_to_the_image_folder_and_watched(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "pictures" / "a.png")
     forms = [
@@ -33,9 +33,9 @@ def test_load_rows__paths_in_parts__are_relative_to_the_image_folder_and_watched
     ]
     samples = [{"messages": [{"role": "user", "content": [part]}, ANSWER]} for part in forms]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    loaded = load_rows(str(tmp_path / "s.jsonl"), str(tmp_path / "pictures"))
+    loaded = load_samples(str(tmp_path / "s.jsonl"), str(tmp_path / "pictures"))
     for sample in loaded:
-        assert read_row(sample).images[0].getpixel((3, 3)) == (200, 0, 0)
+        assert read_sample(sample).images[0].getpixel((3, 3)) == (200, 0, 0)
     before = [stamp(sample) for sample in loaded]
     os.utime(tmp_path / "pictures" / "a.png", ns=(1, 1))
     assert all(old and new and old != new for old, new in zip(before, map(stamp, loaded), strict=True))
@@ -43,13 +43,16 @@ def test_load_rows__paths_in_parts__are_relative_to_the_image_folder_and_watched
 
 @pytest.mark.parametrize(
     ("bounds", "size"),
-    [({"max_pixels": 6000}, (56, 84)), ({"resized_height": 60, "resized_width": 90}, (56, 84)),
-     ({"min_pixels": 9500}, (84, 140))],
-)  # fmt: skip
+    [
+        ({"max_pixels": 6000}, (56, 84)),
+        ({"resized_height": 60, "resized_width": 90}, (56, 84)),
+        ({"min_pixels": 9500}, (84, 140)),
+    ],
+)
 def test_collate__bounds_of_one_image__give_the_pixels_of_that_image_resized(bounds: dict[str, int], size: Any) -> None:
     """The oracle resizes by hand to a size worked out by hand: multiples of 28 of an image of 80 x 120 pixels."""
     processor = build("qwen2_vl")[1]
-    image = rows(1, size=120)[0]["images"][0].crop((0, 0, 120, 80))
+    image = make_samples(1, size=120)[0]["images"][0].crop((0, 0, 120, 80))
     collator = ConversationCollator(processor)
     found, plain = collator([shown(image, **bounds)]), collator([shown(image)])
     expected = collator([shown(image.resize((size[1], size[0])))])
@@ -80,9 +83,9 @@ def test_collate__bounds_that_cannot_be_honoured__are_refused(
 ) -> None:
     sample = shown(Image.new("RGB", (120, 80)), **bounds)
     collator = ConversationCollator(build(family)[1])
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(SampleError, match=message):
         collator([sample])
-    found = prepare([sample], collator, max_bad_rows=1.0, allow_empty=True)
+    found = prepare([sample], collator, max_bad_samples=1.0, allow_empty=True)
     assert found.report["rejected"] == {"unknown_field": 1}
 
 
@@ -93,7 +96,7 @@ def test_template__system_turn_that_it_leaves_out__is_refused() -> None:
     )
     collator = ConversationCollator(processor)
     sample = {"system": "short", "messages": [{"role": "user", "content": "q"}, ANSWER]}
-    with pytest.raises(RowError, match="leaves out or rewrites the text of a system turn") as caught:
+    with pytest.raises(SampleError, match="leaves out or rewrites the text of a system turn") as caught:
         collator([sample])
     assert caught.value.reason == "template"
     assert collator([{"messages": sample["messages"]}])["input_ids"].shape[0] == 1
@@ -101,6 +104,8 @@ def test_template__system_turn_that_it_leaves_out__is_refused() -> None:
 
 def test_report__unused_fields__are_counted_over_the_samples() -> None:
     talked = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
-    found = prepare([{**talked, "hardness": 3}, {**talked, "hardness": 4, "topic": "x"}, talked],
-                    ConversationCollator(build("llava")[1]))  # fmt: skip
+    found = prepare(
+        [{**talked, "hardness": 3}, {**talked, "hardness": 4, "topic": "x"}, talked],
+        ConversationCollator(build("llava")[1]),
+    )
     assert found.report["unused_fields"] == {"hardness": 2, "topic": 1}

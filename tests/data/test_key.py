@@ -1,4 +1,4 @@
-"""A row's key is its content: the same however it is spelled, another when a word, a pixel or the order changes."""
+"""A sample's key is its content: the same however it is spelled, another when a word, a pixel or the order changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator, RowError, processor_settings, sample_key
-from tests.tiny import build, rows, save
-from tests.tiny_text import rows as draw
+from grace_plugin.data import ConversationCollator, SampleError, processor_settings, sample_key
+from tests.tiny import build, make_samples, save
+from tests.tiny_text import make_samples as draw
 
 
 def turned(image: Image.Image) -> Image.Image:
@@ -22,29 +22,32 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def test_what_counts_and_what_does_not() -> None:
-    (row,) = rows(1, images=2)
-    first, second = row["images"]
-    key = sample_key(row)
+    (sample,) = make_samples(1, images=2)
+    first, second = sample["images"]
+    key = sample_key(sample)
     assert len(key) == 64 and sample_key(draw(1, images=2)[0]) == key
-    assert sample_key({**row, "id": "a", "name": "b"}) == key
-    plain = [{"role": "assistant", "content": row["messages"][1]["content"][0]["text"]}]
-    assert sample_key({**row, "messages": [row["messages"][0], *plain]}) == key
+    assert sample_key({**sample, "id": "a", "name": "b"}) == key
+    plain = [{"role": "assistant", "content": sample["messages"][1]["content"][0]["text"]}]
+    assert sample_key({**sample, "messages": [sample["messages"][0], *plain]}) == key
     one = first.copy()
     one.putpixel((0, 0), tuple(255 - c for c in one.getpixel((0, 0))))
-    said = [row["messages"][0], {"role": "assistant", "content": "something else"}]
+    said = [sample["messages"][0], {"role": "assistant", "content": "something else"}]
     others = [
-        {**row, "images": [second, first]}, {**row, "images": [one, second]}, {**row, "messages": said},
-        {**row, "images": [first.convert("RGBA"), second]}, {**row, "images": [turned(first), second]},
-    ]  # fmt: skip
+        {**sample, "images": [second, first]},
+        {**sample, "images": [one, second]},
+        {**sample, "messages": said},
+        {**sample, "images": [first.convert("RGBA"), second]},
+        {**sample, "images": [turned(first), second]},
+    ]
     keys = {sample_key(other) for other in others}
     assert len(keys) == 5 and key not in keys
 
 
 def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
-    (row,) = rows(1)
+    (sample,) = make_samples(1)
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
-        row["images"][0].save(path)
+        sample["images"][0].save(path)
     content = paths[0].read_bytes()
     ways: list[Any] = [
         str(paths[0]),
@@ -52,15 +55,15 @@ def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
         {"bytes": content, "path": None},
         {"bytes": None, "path": str(paths[0])},
     ]
-    assert len({sample_key({**row, "images": [way]}) for way in ways}) == 1
-    row["images"][0].rotate(90).save(paths[1])
-    assert sample_key({**row, "images": [paths[0]]}) != sample_key({**row, "images": [paths[1]]})
-    with pytest.raises(RowError, match=r"row 7: cannot read image '.*none\.png'"):
-        sample_key({**row, "images": [tmp_path / "none.png"]}, 7)
+    assert len({sample_key({**sample, "images": [way]}) for way in ways}) == 1
+    sample["images"][0].rotate(90).save(paths[1])
+    assert sample_key({**sample, "images": [paths[0]]}) != sample_key({**sample, "images": [paths[1]]})
+    with pytest.raises(SampleError, match=r"sample 7: cannot read image '.*none\.png'"):
+        sample_key({**sample, "images": [tmp_path / "none.png"]}, 7)
 
 
 def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
-    frames = [row["images"][0].resize((64, 64)) for row in rows(3)]
+    frames = [sample["images"][0].resize((64, 64)) for sample in make_samples(3)]
     content = [{"type": "video"}, {"type": "text", "text": "what?"}]
     said = [{"role": "user", "content": content}, {"role": "assistant", "content": "this"}]
     (tmp_path / "film.mp4").write_bytes(b"film")
@@ -74,9 +77,11 @@ def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
 
 def test_a_batch_carries_keys_only_when_asked() -> None:
     _, processor = build("llava")
-    dataset = rows(2)
+    dataset = make_samples(2)
     assert "sample_key" not in ConversationCollator(processor)(dataset)
-    assert ConversationCollator(processor, keys=True)(dataset)["sample_key"] == [sample_key(row) for row in dataset]
+    assert ConversationCollator(processor, keys=True)(dataset)["sample_key"] == [
+        sample_key(sample) for sample in dataset
+    ]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from examples.bundled_demo.pair import make_processor
-from grace_plugin.data import ConversationCollator, RowError, check_row
+from grace_plugin.data import ConversationCollator, SampleError, check_sample
 from grace_plugin.data.segments import Segmenter
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
 from tests.tiny_text import QWEN2_TEMPLATE, QWEN3_TEMPLATE, SENTENCES
 
 PROCESSORS = {family: build(family)[1] for family in EVERY} | {"demo": make_processor()}
@@ -53,7 +53,7 @@ def talk(*texts: str, images: int = 0) -> dict[str, Any]:
     for number, text in enumerate(texts):
         content = [*[{"type": "image"}] * (images if number == 0 else 0), {"type": "text", "text": text}]
         messages.append({"role": "assistant" if number % 2 else "user", "content": content})
-    return {"messages": messages, "images": [r["images"][0] for r in rows(images, seed=2)]}
+    return {"messages": messages, "images": [r["images"][0] for r in make_samples(images, seed=2)]}
 
 
 @pytest.mark.parametrize("family", [*EVERY, "demo"])
@@ -61,15 +61,17 @@ def talk(*texts: str, images: int = 0) -> dict[str, Any]:
 def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
     """Every family's template, with marks (its own, or put in) and by turns rendered apart."""
     processor = copy.copy(PROCESSORS[family])
-    row = talk("what is the shape", "a red square", "assistant: and </s> left?\n", "<|im_end|> blue  ", images=images)
+    sample = talk(
+        "what is the shape", "a red square", "assistant: and </s> left?\n", "<|im_end|> blue  ", images=images
+    )
     apart = ConversationCollator(processor)
     assert apart.segmenter.has_marks == (family in MARKED)
     apart.segmenter.marks = False
-    two = apart([row])
+    two = apart([sample])
     processor.chat_template = marked(apart.segmenter.template)
     by_marks = ConversationCollator(processor)
     assert by_marks.segmenter.has_marks
-    one = by_marks([row])
+    one = by_marks([sample])
     assert one.keys() == two.keys()
     assert bool((one["labels"] != -100).any())
     for key in ("input_ids", "labels"):
@@ -82,18 +84,20 @@ def test_llavas_published_template(scheme: str, marks: bool) -> None:
     """Prompts are cut as they are served, the space behind an answer is not learned, and the end of text is."""
     processor = metaspace(scheme)
     processor.chat_template = PUBLISHED_LLAVA
-    row = talk("what is the shape?", "a red square", "which colour?", "blue", images=1)
+    sample = talk("what is the shape?", "a red square", "which colour?", "blue", images=1)
     collator = ConversationCollator(processor)
     collator.segmenter.marks = marks
-    batch = collator([row])
+    batch = collator([sample])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     name = processor.tokenizer.convert_ids_to_tokens
     assert name([label for label in labels if label != -100]) == ["▁a", "▁red", "▁square", "▁blue", "</s>"]
     for turn in (1, 3):
         served = processor(
-            text=[processor.apply_chat_template(row["messages"][:turn], add_generation_prompt=True, tokenize=False)],
-            images=row["images"], add_special_tokens=False, return_tensors="pt",
-        )["input_ids"][0].tolist()  # fmt: skip
+            text=[processor.apply_chat_template(sample["messages"][:turn], add_generation_prompt=True, tokenize=False)],
+            images=sample["images"],
+            add_special_tokens=False,
+            return_tensors="pt",
+        )["input_ids"][0].tolist()
         assert ids[: len(served)] == served
         assert labels[len(served) - 1] == -100
         assert labels[len(served)] != -100
@@ -119,7 +123,7 @@ def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     processor = metaspace("first")
     processor.chat_template = processor.chat_template.replace("<image>\n", "<image>")
-    batch = ConversationCollator(processor)([{"messages": messages, "images": rows(1)[0]["images"]}])
+    batch = ConversationCollator(processor)([{"messages": messages, "images": make_samples(1)[0]["images"]}])
     assert int((batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 16
 
 
@@ -127,9 +131,9 @@ def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
 def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
     """transformers computes its mask from characters of the whole text; segments must mark the same tokens."""
     processor = PROCESSORS[family]
-    row = talk("what is the shape?", "a red square", "which colour stands left?", "blue")
-    batch = ConversationCollator(processor)([row])
-    flat = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row["messages"]]
+    sample = talk("what is the shape?", "a red square", "which colour stands left?", "blue")
+    batch = ConversationCollator(processor)([sample])
+    flat = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in sample["messages"]]
     own = processor.tokenizer.apply_chat_template(
         flat, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -153,15 +157,15 @@ def test_only_marked_turns_are_learned() -> None:
 def test_a_template_that_drops_images_is_refused() -> None:
     _, processor = build("qwen2_vl")
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
-    with pytest.raises(RowError, match=r"has 1 image\(s\) and the chat template writes 0 placeholder\(s\)"):
+    with pytest.raises(SampleError, match=r"has 1 image\(s\) and the chat template writes 0 placeholder\(s\)"):
         ConversationCollator(processor)([talk("q", "a", images=1)])
 
 
-def test_a_template_that_raises_is_a_fault_of_the_row() -> None:
+def test_a_template_that_raises_is_a_fault_of_the_sample() -> None:
     _, processor = build("llava")
     processor.chat_template = "{{ raise_exception('no such talk') }}"
-    with pytest.raises(RowError, match=r"row 'r': the chat template cannot render it: no such talk") as caught:
-        Segmenter(processor).segments(check_row({**talk("q", "a"), "id": "r"}))
+    with pytest.raises(SampleError, match=r"sample 'r': the chat template cannot render it: no such talk") as caught:
+        Segmenter(processor).segments(check_sample({**talk("q", "a"), "id": "r"}))
     assert caught.value.reason == "template"
 
 
@@ -171,8 +175,8 @@ def test_a_template_that_marks_nothing_is_refused() -> None:
         "{% for m in messages %}{{ m['content'][0]['text'] }}"
         "{% if false %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RowError, match=r"marks nothing of it as learned") as caught:
-        Segmenter(processor).segments(check_row(talk("q", "a")))
+    with pytest.raises(SampleError, match=r"marks nothing of it as learned") as caught:
+        Segmenter(processor).segments(check_sample(talk("q", "a")))
     assert caught.value.reason == "no_supervised_tokens"
 
 
@@ -189,25 +193,35 @@ def metaspace(scheme: str) -> LlavaProcessor:
         trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
     return LlavaProcessor(
-        processor.image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        chat_template=processor.chat_template, num_additional_image_tokens=1,
-    )  # fmt: skip
+        processor.image_processor,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=processor.chat_template,
+        num_additional_image_tokens=1,
+    )
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("images", [0, 1])
-def test_no_word_start_is_invented_in_the_middle_of_a_row(scheme: str, images: int) -> None:
+def test_no_word_start_is_invented_in_the_middle_of_a_sample(scheme: str, images: int) -> None:
     """Ids are those of the whole rendered text, as SentencePiece tokenizers cut it in one go."""
     processor = metaspace(scheme)
-    row = talk("what is the shape?", "a red square", "which colour stands left?", "blue", images=images)
-    batch = ConversationCollator(processor)([row])
-    text = processor.apply_chat_template(row["messages"], tokenize=False)
+    sample = talk("what is the shape?", "a red square", "which colour stands left?", "blue", images=images)
+    batch = ConversationCollator(processor)([sample])
+    text = processor.apply_chat_template(sample["messages"], tokenize=False)
     whole = processor(
-        text=[text], **({"images": row["images"]} if images else {}), add_special_tokens=False, return_tensors="pt"
+        text=[text], **({"images": sample["images"]} if images else {}), add_special_tokens=False, return_tensors="pt"
     )
     assert batch["input_ids"][0].tolist() == whole["input_ids"][0].tolist()
     learned = [t for t in batch["labels"][0].tolist() if t != -100]

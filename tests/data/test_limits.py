@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedConfig
 
 import grace_plugin
-from grace_plugin.data import BadRowsError, ConversationCollator, RowError, prepare, sample_key
+from grace_plugin.data import BadSamplesError, ConversationCollator, SampleError, prepare, sample_key
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.vlm import context_length
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 BOX = "<|vision_start|>"  # stands for the marks of a grounding model's boxes
 
@@ -37,11 +37,11 @@ def test_prepare__token_outside_the_vocabulary__is_counted_with_its_name(sample:
     processor = grown()
     limit = processor.tokenizer.convert_tokens_to_ids("[rect]")
     collator = ConversationCollator(processor, vocabulary=limit)
-    found = prepare([talk("say"), sample], collator, max_bad_rows=0.5)
+    found = prepare([talk("say"), sample], collator, max_bad_samples=0.5)
     assert found.numbers.tolist() == [0]
     assert found.report["rejected"] == {"outside_vocabulary": 1}
     message = rf"has the token '\[rect\]' with id {limit}; .* end at {limit - 1}"
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(SampleError, match=message):
         collator([sample])
     again = ConversationCollator(processor, vocabulary=limit + 1)
     assert prepare([talk("say"), sample], again).report["usable"] == 2
@@ -60,7 +60,7 @@ def test_collate__pad_token_outside_the_vocabulary__pads_with_an_id_that_both_mo
 def test_train__token_that_a_model_does_not_have__is_refused_before_the_first_step(
     which: str, llava: Pair, tmp_path: Path
 ) -> None:
-    """The teacher has no such token; or the student's embedding has no such row."""
+    """The teacher has no such token; or the student's embedding has no such sample."""
     processor = grown("llava")
     extra = processor.tokenizer.convert_tokens_to_ids("[rect]")
     student: Any = str(llava.student)
@@ -68,8 +68,8 @@ def test_train__token_that_a_model_does_not_have__is_refused_before_the_first_st
         model = build("llava", vocab_rows=extra + 64)[0]
         model.name_or_path = str(llava.student)
         student = model
-    dataset = [*rows(2), talk("say [rect]")]
-    with pytest.raises(BadRowsError, match=r"1 outside_vocabulary.*has the token '\[rect\]'"):
+    dataset = [*make_samples(2), talk("say [rect]")]
+    with pytest.raises(BadSamplesError, match=r"1 outside_vocabulary.*has the token '\[rect\]'"):
         run(llava, tmp_path / "out", dataset, model=student, processor=processor)
     # a tokenizer that is larger than the student's embedding is refused by oneshot even before the samples
     with pytest.raises(ValueError, match=r"1 outside_vocabulary|1 tokens beyond the 383 rows"):
@@ -85,7 +85,7 @@ def test_train__token_that_a_model_does_not_have__is_refused_before_the_first_st
 
 def test_train__sample_longer_than_the_context__is_counted_and_named(llava: Pair, tmp_path: Path) -> None:
     long = talk("one two three four " * 600)
-    with pytest.raises(BadRowsError, match=r"1 too_long.*the model's context is 2048 \(max_position_embeddings\)"):
+    with pytest.raises(BadSamplesError, match=r"1 too_long.*the model's context is 2048 \(max_position_embeddings\)"):
         run(llava, tmp_path / "out", [talk("say"), long])
     assert ConversationCollator(build("llava")[1])([long])["input_ids"].shape[1] > 2048
 
@@ -149,7 +149,7 @@ def test_special_tokens__unknown_or_visual__are_refused(tokens: Any, message: st
 
 @pytest.mark.parametrize("family", ["pixtral", "qwen2_vl", "llava"])
 def test_collate__tokenizer_without_a_pad_token__gives_the_batch_of_one_with_it(family: str) -> None:
-    samples = [*rows(2, images=1), *rows(1, seed=1, images=2), *rows(1, images=0)]
+    samples = [*make_samples(2, images=1), *make_samples(1, seed=1, images=2), *make_samples(1, images=0)]
     expected = ConversationCollator(build(family)[1])(samples)
     processor = build(family)[1]
     processor.tokenizer.pad_token = None
@@ -168,6 +168,6 @@ def test_train__pixtral_without_a_pad_token__ends_in_a_checkpoint(pair_of: Any, 
     pair = pair_of("pixtral")
     processor = build("pixtral")[1]
     processor.tokenizer.pad_token = None
-    result = run(pair, tmp_path / "out", rows(2) + rows(2, images=2), max_steps=1, processor=processor)
+    result = run(pair, tmp_path / "out", make_samples(2) + make_samples(2, images=2), max_steps=1, processor=processor)
     assert (result.checkpoint / "config.json").is_file()
     assert json.loads((tmp_path / "out.run" / "data_report.json").read_text())["usable"] == 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator, RowError
+from grace_plugin.data import ConversationCollator, SampleError
 from grace_plugin.data.layout import Layout
 from grace_plugin.data.measure import Measure
 from grace_plugin.vlm import family_of
@@ -17,8 +17,8 @@ SIZES = ((64, 48), (48, 64), (112, 112), (100, 40), (57, 83), (90, 61), (64, 48)
 AROUND = (("", "what is it?"), ("", "\n\nsay\n"), ("look at this\n\n", "what <image> is it?"), ("say ", " left"))
 
 
-def row(number: int, images: int) -> dict[str, Any]:
-    """A row whose images differ in size from row to row, with text that may run into what stands around an image."""
+def sample(number: int, images: int) -> dict[str, Any]:
+    """A sample whose images differ in size from sample to sample, with text that may run into what stands around an image."""
     before, after = AROUND[number % len(AROUND)]
     shown = [Image.new("RGB", SIZES[(number + k) % len(SIZES)]) for k in range(images)]
     asked = [{"type": "text", "text": before}, *[{"type": "image"}] * images, {"type": "text", "text": after}]
@@ -35,7 +35,7 @@ def test_counted_lengths_are_those_of_the_batches(name: str) -> None:
     token = family_of(model).token_ids(model.config)["image"]
     for number in range(12):
         for images in (1, 2):
-            given = row(number, images)
+            given = sample(number, images)
             entry, batch = measure(given, number), collator([given])
             assert entry.reason == ""
             assert entry.tokens == batch["input_ids"].shape[1]
@@ -71,7 +71,7 @@ def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed(name: str, b
     if believed:
         assert layout.written((56, 112), True, "r").visual > 0
     else:
-        with pytest.raises(RowError, match=r"r: the model's processor refuses an image of 112 x 56 pixels: no more"):
+        with pytest.raises(SampleError, match=r"r: the model's processor refuses an image of 112 x 56 pixels: no more"):
             layout.written((56, 112), True, "r")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from grace_plugin.data.measure import Entry
 from integration.mutated_samples import Workshop, _judged, mutant, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_mutated_samples__made_from_their_number__the_same_again(shop: Workshop)
 
 def test_judgement_of_a_mutant__what_must_not_happen__is_a_fault(shop: Workshop) -> None:
     """The checks themselves: each of them can fail."""
-    collator, [sample] = shop.collators[0], rows(1)
+    collator, [sample] = shop.collators[0], make_samples(1)
 
     def judged(entry: Entry, given: Any = sample) -> str:
         return _judged(given, entry, 0, collator)
@@ -45,7 +45,9 @@ def test_judgement_of_a_mutant__what_must_not_happen__is_a_fault(shop: Workshop)
     tokens = collator([sample])["input_ids"].shape[1]
     assert judged(Entry(tokens=tokens)) == "used"
     assert judged(Entry(tokens=tokens + 1)).startswith("FAULT: ")
-    assert judged(Entry(tokens=tokens), {"messages": []}).startswith("FAULT: checked, and the collator raises RowError")
+    assert judged(Entry(tokens=tokens), {"messages": []}).startswith(
+        "FAULT: checked, and the collator raises SampleError"
+    )
     assert judged(Entry(reason="malformed", message="x" * 600)) == "malformed"
     assert judged(Entry(reason="malformed", message="x" * 601)) == "FAULT: a message of 601 characters"
     assert judged(Entry(reason="malformed")) == "FAULT: a message of 0 characters"

@@ -1,4 +1,4 @@
-"""The order of rows depends on seed and epoch alone: same for any number of ranks, and after a resume."""
+"""The order of samples depends on seed and epoch alone: same for any number of ranks, and after a resume."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from grace_plugin.data import RowSampler, epoch_order, rank_batches
+from grace_plugin.data import EpochSampler, epoch_order, rank_batches
 from grace_plugin.data.order import shuffled
 
 
-def sampler(count: int, epoch: int = 0, seed: int = 5, batch_size: int = 4, grouped: bool = True) -> RowSampler:
+def sampler(count: int, epoch: int = 0, seed: int = 5, batch_size: int = 4, grouped: bool = True) -> EpochSampler:
     lengths = np.random.default_rng(0).integers(10, 400, count) if grouped else None
-    made = RowSampler(count, seed, lengths=lengths, batch_size=batch_size)
+    made = EpochSampler(count, seed, lengths=lengths, batch_size=batch_size)
     made.set_epoch(epoch)
     return made
 
 
 @given(count=st.integers(0, 700), seed=st.integers(0, 2**40), epoch=st.integers(0, 50), batch=st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_sees_every_row_once(count: int, seed: int, epoch: int, batch: int) -> None:
+def test_an_epoch_sees_every_sample_once(count: int, seed: int, epoch: int, batch: int) -> None:
     lengths = [(7 * n) % 101 for n in range(count)]
     for order in (epoch_order(count, seed, epoch), epoch_order(count, seed, epoch, lengths=lengths, batch_size=batch)):
         assert sorted(order.tolist()) == list(range(count))
@@ -85,4 +85,4 @@ def test_batches_are_grouped_by_length() -> None:
 
 def test_nothing_to_deal() -> None:
     assert rank_batches([], 4, 0, 2) == []
-    assert len(RowSampler(7, 0)) == 7
+    assert len(EpochSampler(7, 0)) == 7

@@ -1,4 +1,4 @@
-"""Packed rows compute what padded rows compute, loss and gradient, where a family allows it; elsewhere packing is refused."""
+"""Packed samples give the loss and gradient of padded ones where a family allows it; elsewhere packing is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import AutoModelForImageTextToText
 from grace_plugin.data import ConversationCollator
 from grace_plugin.vlm import FAMILIES as REGISTRY
 from grace_plugin.vlm import family_of, register_family
-from tests.films import films
 from tests.objective.parts import Set
-from tests.pairs import Pair, mixed_rows, run
+from tests.pairs import Pair, mixed_samples, run
 from tests.tiny import EVERY, build
+from tests.videos import films
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PACKING = tuple(name for name in EVERY if name not in QWEN)
@@ -27,17 +27,17 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PACKING)
-def test_the_loss_and_its_gradient_are_those_of_padded_rows(name: str) -> None:
-    """CE, distillation and relation of six rows with two, one and no images; only the order of sums differs."""
+def test_the_loss_and_its_gradient_are_those_of_padded_samples(name: str) -> None:
+    """CE, distillation and relation of six samples with two, one and no images; only the order of sums differs."""
     first, second = (
         Set(name, quantized=True),
         Set(name, quantized=True),
     )  # one step each: weights of terms move with steps
-    rows = mixed_rows(6)
-    padded, packed = first.collate(rows), ConversationCollator(second.processor, packed=True)(rows)
+    samples = mixed_samples(6)
+    padded, packed = first.collate(samples), ConversationCollator(second.processor, packed=True)(samples)
     (one, record), (two, again) = first.step(padded), second.step(packed)
     assert two.item() == pytest.approx(one.item(), rel=1e-5)
-    assert (again.tokens, again.images, again.rows_without_images) == (record.tokens, 7, 1)
+    assert (again.tokens, again.images, again.samples_without_images) == (record.tokens, 7, 1)
     assert again.rcka == pytest.approx(record.rcka, rel=1e-4)
     one.backward()
     two.backward()
@@ -54,25 +54,25 @@ def test_the_loss_and_its_gradient_are_those_of_padded_rows(name: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_family_says_truly_whether_its_rows_can_be_packed(name: str, attention: str) -> None:
+def test_a_family_says_truly_whether_its_samples_can_be_packed(name: str, attention: str) -> None:
     model, processor = build(name)
     model.set_attn_implementation(attention)
-    rows = mixed_rows(4)
-    padded, packed = ConversationCollator(processor)(rows), ConversationCollator(processor, packed=True)(rows)
+    samples = mixed_samples(4)
+    padded, packed = ConversationCollator(processor)(samples), ConversationCollator(processor, packed=True)(samples)
     alone = logits(model, padded)[padded["attention_mask"].bool()]
     apart = float((logits(model, packed)[0] - alone).abs().max())
     assert family_of(model).packs == (name in PACKING)
     assert apart < 1e-4 if family_of(model).packs else apart > 1e-1
-    del packed["position_ids"]  # nothing keeps the rows apart then
+    del packed["position_ids"]  # nothing keeps the samples apart then
     assert float((logits(model, packed)[0] - alone).abs().max()) > 1e-1
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_a_packed_batch_is_its_rows_one_behind_the_other(name: str) -> None:
+def test_a_packed_batch_is_its_samples_one_behind_the_other(name: str) -> None:
     _, processor = build(name)
     collator = ConversationCollator(processor, packed=True)
-    rows = mixed_rows(4)
-    packed, singles = collator(rows), [ConversationCollator(processor)([row]) for row in rows]
+    samples = mixed_samples(4)
+    packed, singles = collator(samples), [ConversationCollator(processor)([sample]) for sample in samples]
     lengths = [single["input_ids"].shape[1] for single in singles]
     assert "attention_mask" not in packed
     assert packed["input_ids"].tolist() == [[i for single in singles for i in single["input_ids"][0].tolist()]]
@@ -80,8 +80,8 @@ def test_a_packed_batch_is_its_rows_one_behind_the_other(name: str) -> None:
     assert packed["position_ids"].tolist() == [[i for length in lengths for i in range(length)]]
 
 
-def test_the_first_token_of_a_row_is_no_answer_to_the_row_before() -> None:
-    """A template that marks everything as learned would otherwise teach one row to begin the next."""
+def test_the_first_token_of_a_sample_is_no_answer_to_the_sample_before() -> None:
+    """A template that marks everything as learned would otherwise teach one sample to begin the next."""
     _, processor = build("llava")
     said = "{% generation %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endgeneration %}"
     processor.chat_template = "{% for m in messages %}" + said + "{% endfor %}"
@@ -96,11 +96,11 @@ def test_the_first_token_of_a_row_is_no_answer_to_the_row_before() -> None:
 def test_packed_videos_keep_their_tokens() -> None:
     model, processor = build("llava_onevision")
     answer = {"role": "assistant", "content": "two"}
-    rows = [
+    samples = [
         {"messages": [*film["messages"], answer], "videos": [list(film["videos"][0][0])]} for film in films(3, frames=4)
     ]
-    rows[1:1] = mixed_rows(4)[-1:]
-    padded, packed = ConversationCollator(processor)(rows), ConversationCollator(processor, packed=True)(rows)
+    samples[1:1] = mixed_samples(4)[-1:]
+    padded, packed = ConversationCollator(processor)(samples), ConversationCollator(processor, packed=True)(samples)
     family = family_of(model)
     assert family.visual_tokens(model.config, packed).sizes == family.visual_tokens(model.config, padded).sizes
     alone = logits(model, padded)[padded["attention_mask"].bool()]
@@ -109,17 +109,17 @@ def test_packed_videos_keep_their_tokens() -> None:
 
 def test_a_run_trains_packed_and_is_the_padded_run(llava: Pair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
-    padded = run(llava, tmp_path / "padded", mixed_rows(8), **options)
-    packed = run(llava, tmp_path / "packed", mixed_rows(8), packing=True, **options)
+    padded = run(llava, tmp_path / "padded", mixed_samples(8), **options)
+    packed = run(llava, tmp_path / "packed", mixed_samples(8), packing=True, **options)
     assert packed.verification["codes_differing"] == 0
     for left, right in zip(padded.history[:3], packed.history[:3], strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-3)
-        assert (right["images"], right["rows_without_images"]) == (left["images"], left["rows_without_images"])
+        assert (right["images"], right["samples_without_images"]) == (left["images"], left["samples_without_images"])
 
 
 def test_packing_is_refused_where_positions_do_not_allow_it(pair_of: Any, tmp_path: Path) -> None:
-    """Before any row is looked at: this one could not be used either."""
-    with pytest.raises(ValueError, match=r"rows of family 'qwen2_vl' cannot be packed: .*Leave packing out"):
+    """Before any sample is looked at: this one could not be used either."""
+    with pytest.raises(ValueError, match=r"samples of family 'qwen2_vl' cannot be packed: .*Leave packing out"):
         run(pair_of("qwen2_vl"), tmp_path / "o/out", [{"messages": []}], packing=True)
     assert not (tmp_path / "o").exists()
 
@@ -133,8 +133,8 @@ def test_packing_is_refused_for_the_teachers_sake(llava: Pair, tmp_path: Path) -
     teacher.config.model_type = "other"
     try:
         register_family(Other())
-        with pytest.raises(ValueError, match=r"rows of family 'other' cannot be packed"):
-            run(llava, tmp_path / "o/out", mixed_rows(4), teacher=teacher, packing=True)
+        with pytest.raises(ValueError, match=r"samples of family 'other' cannot be packed"):
+            run(llava, tmp_path / "o/out", mixed_samples(4), teacher=teacher, packing=True)
     finally:
         REGISTRY.pop("other", None)
     assert not (tmp_path / "o").exists()

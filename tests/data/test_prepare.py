@@ -1,4 +1,4 @@
-"""Every row of a dataset is accounted for, the index is resumed and believed, and lengths are those of the batches."""
+"""Every sample of a dataset is accounted for, the index is resumed and believed, and lengths are those of the batches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_plugin.data import BadRowsError, ConversationCollator, is_scannable, load_rows, prepare
+from grace_plugin.data import BadSamplesError, ConversationCollator, is_scannable, load_samples, prepare
 from grace_plugin.data.index import index_file, scan
 from tests.mixed_files import Mixed, write_mixed
-from tests.tiny import FAMILIES, build, rows
+from tests.tiny import FAMILIES, build, make_samples
 
 PROCESSORS = {family: build(family)[1] for family in FAMILIES}
 ROWS = 132
@@ -24,12 +24,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
 
 
 @pytest.mark.parametrize(("family", "workers"), [("llava", 2), ("qwen2_vl", 0), ("qwen3_vl", 0)])
-def test_the_report_accounts_for_every_row(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
+def test_the_report_accounts_for_every_sample(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
     found = prepare(
-        load_rows(str(mixed.mix)),
+        load_samples(str(mixed.mix)),
         collator,
-        max_bad_rows=0.1,
+        max_bad_samples=0.1,
         workers=workers,
         cache=tmp_path / "cache",
     )
@@ -39,11 +39,11 @@ def test_the_report_accounts_for_every_row(family: str, workers: int, mixed: Mix
         expected["video_unsupported"] = mixed.videos
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["rejected"] == expected
-    assert report["rows"] == ROWS == report["usable"] + sum(expected.values())
+    assert report["samples"] == ROWS == report["usable"] + sum(expected.values())
     assert report["usable"] == len(found) == sum(one["usable"] for one in report["sets"].values())
     lines = [json.loads(line) for line in (tmp_path / "data_rejected.jsonl").read_text().splitlines()]
     assert len(lines) == sum(expected.values())
-    given = load_rows(str(mixed.mix))
+    given = load_samples(str(mixed.mix))
     for line in lines:
         if line["set"] == "llava.json":
             assert given[line["number"]]["id"].startswith("broken-")
@@ -54,7 +54,7 @@ def test_the_report_accounts_for_every_row(family: str, workers: int, mixed: Mix
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
-    found = prepare(load_rows(str(mixed.mix)), collator, max_bad_rows=0.1, cache=tmp_path)
+    found = prepare(load_samples(str(mixed.mix)), collator, max_bad_samples=0.1, cache=tmp_path)
     for place in range(0, len(found), 5):
         batch = collator([found[place]])
         entry = found.entries[found.numbers[place]]
@@ -67,8 +67,8 @@ def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: P
 
 
 def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixed, tmp_path: Path) -> None:
-    """Counts changed by hand in the index come back for every row that is not looked at again."""
-    given, collator = load_rows(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
+    """Counts changed by hand in the index come back for every sample that is not looked at again."""
+    given, collator = load_samples(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
     assert given.fingerprint is not None
     file = index_file(given.fingerprint, collator, True, tmp_path)
     whole = scan(given, collator, file=file)
@@ -92,35 +92,40 @@ def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixe
 
 @pytest.mark.parametrize(
     ("name", "field", "value"),
-    [("llava", "patch_size", 28), ("llava", "num_additional_image_tokens", 0), ("gemma3", "image_seq_length", 64),
-     ("internvl", "image_seq_length", 16), ("llava_onevision", "num_image_tokens", 4)],
-)  # fmt: skip
+    [
+        ("llava", "patch_size", 28),
+        ("llava", "num_additional_image_tokens", 0),
+        ("gemma3", "image_seq_length", 64),
+        ("internvl", "image_seq_length", 16),
+        ("llava_onevision", "num_image_tokens", 4),
+    ],
+)
 def test_the_processors_own_fields_are_of_the_indexs_name(name: str, field: str, value: int, tmp_path: Path) -> None:
     """They decide tokens and lie neither in the image processor nor in the tokenizer."""
     processor = build(name)[1]
-    before = index_file("rows", ConversationCollator(processor), True, tmp_path)
+    before = index_file("samples", ConversationCollator(processor), True, tmp_path)
     assert getattr(processor, field) != value
     setattr(processor, field, value)
-    assert index_file("rows", ConversationCollator(processor), True, tmp_path) != before
+    assert index_file("samples", ConversationCollator(processor), True, tmp_path) != before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rows_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
-    """A picture put in place, one replaced, one removed: each row is judged anew, and no other row."""
+def test_samples_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
+    """A picture put in place, one replaced, one removed: each sample is judged anew, and no other sample."""
     talk = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "red"}]
     lines = [{"id": n, "image": f"{n}.png", "conversations": talk} for n in range(5)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     for number in (0, 1, 2, 4):
-        rows(1, seed=number, size=64)[0]["images"][0].save(tmp_path / f"{number}.png")
-    given, collator = load_rows(str(tmp_path / "rows.jsonl")), ConversationCollator(PROCESSORS["qwen2_vl"])
+        make_samples(1, seed=number, size=64)[0]["images"][0].save(tmp_path / f"{number}.png")
+    given, collator = load_samples(str(tmp_path / "samples.jsonl")), ConversationCollator(PROCESSORS["qwen2_vl"])
     file = tmp_path / "index.jsonl"
     before = scan(given, collator, file=file, workers=workers)
     assert [entry.reason for entry in before] == ["", "", "", "missing_file", ""]
     marked = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps([line[0], 777, *line[2:]]) + "\n" for line in marked))
-    rows(1, size=112)[0]["images"][0].save(tmp_path / "1.png")
+    make_samples(1, size=112)[0]["images"][0].save(tmp_path / "1.png")
     (tmp_path / "2.png").unlink()
-    rows(1, size=64)[0]["images"][0].save(tmp_path / "3.png")
+    make_samples(1, size=64)[0]["images"][0].save(tmp_path / "3.png")
     after = scan(given, collator, file=file, workers=workers)
     assert [entry.reason for entry in after] == ["", "", "missing_file", "", ""]
     assert [entry.visual for entry in after] == [777, 16, 0, before[0].visual, 777]
@@ -129,58 +134,65 @@ def test_rows_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path:
 
 
 def test_a_process_that_does_not_write_leaves_the_index_alone(mixed: Mixed, tmp_path: Path) -> None:
-    given, collator = load_rows(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
-    found = prepare(given, collator, folder=tmp_path / "out", max_bad_rows=0.1, cache=tmp_path / "cache", write=False)
-    assert found.report["rows"] == ROWS
+    given, collator = load_samples(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
+    found = prepare(
+        given, collator, folder=tmp_path / "out", max_bad_samples=0.1, cache=tmp_path / "cache", write=False
+    )
+    assert found.report["samples"] == ROWS
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "samples.jsonl"
     line = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "red"}]})
     file.write_text(line)
-    before = load_rows(str(file)).fingerprint
-    assert load_rows(str(file)).fingerprint == before
+    before = load_samples(str(file)).fingerprint
+    assert load_samples(str(file)).fingerprint == before
     file.write_text(f"{line}\n{line}")
-    assert load_rows(str(file)).fingerprint != before
+    assert load_samples(str(file)).fingerprint != before
 
 
-def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS["llava"])
-    given = [*rows(18), {"messages": [], "id": "a"}, {"messages": [], "id": "b"}]
-    kept = prepare(given, collator, max_bad_rows=0.1)
+    given = [*make_samples(18), {"messages": [], "id": "a"}, {"messages": [], "id": "b"}]
+    kept = prepare(given, collator, max_bad_samples=0.1)
     assert len(kept) == 18
     with pytest.raises(
-        BadRowsError, match=r"2 of 20 rows cannot be used, 10\.0%, above max_bad_rows = 9\.9% \(2 empty_conversation\)"
+        BadSamplesError,
+        match=r"2 of 20 samples cannot be used, 10\.0%, above max_bad_samples = 9\.9% \(2 empty_conversation\)",
     ) as caught:
-        prepare(given, collator, folder=tmp_path / "out", max_bad_rows=0.099)
-    assert "row 'a' has no messages" in str(caught.value)
-    assert "row 'b' has no messages" in str(caught.value)
+        prepare(given, collator, folder=tmp_path / "out", max_bad_samples=0.099)
+    assert "sample 'a' has no messages" in str(caught.value)
+    assert "sample 'b' has no messages" in str(caught.value)
     assert not (tmp_path / "out").exists()  # the error names them all
-    many = [{"messages": [], "id": f"row-{n}"} for n in range(21)]
-    with pytest.raises(BadRowsError, match=r"All are listed in .*data_rejected\.jsonl"):
-        prepare([*rows(3), *many], collator, folder=tmp_path / "out")
+    many = [{"messages": [], "id": f"sample-{n}"} for n in range(21)]
+    with pytest.raises(BadSamplesError, match=r"All are listed in .*data_rejected\.jsonl"):
+        prepare([*make_samples(3), *many], collator, folder=tmp_path / "out")
     listed = (tmp_path / "out" / "data_rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in listed] == list(range(3, 24))
-    with pytest.raises(BadRowsError, match=r"1 of 1 rows cannot be used"):
-        prepare(given[-1:], collator, max_bad_rows=1.0)
-    with pytest.raises(ValueError, match=r"the dataset has no rows"):
+    with pytest.raises(BadSamplesError, match=r"1 of 1 samples cannot be used"):
+        prepare(given[-1:], collator, max_bad_samples=1.0)
+    with pytest.raises(ValueError, match=r"the dataset has no samples"):
         prepare([], collator)
-    with pytest.raises(ValueError, match=r"max_bad_rows is a share of the rows between 0 and 1, got 5"):
-        prepare(given, collator, max_bad_rows=5)
+    with pytest.raises(ValueError, match=r"max_bad_samples is a share of the samples between 0 and 1, got 5"):
+        prepare(given, collator, max_bad_samples=5)
 
 
-def text_rows(count: int, word: str) -> str:
+def text_samples(count: int, word: str) -> str:
     return "\n".join(
-        json.dumps({"id": f"{word}{n}", "messages": [{"role": "user", "content": f"{word} {n}"},
-                                                     {"role": "assistant", "content": "red"}]})
+        json.dumps(
+            {
+                "id": f"{word}{n}",
+                "messages": [{"role": "user", "content": f"{word} {n}"}, {"role": "assistant", "content": "red"}],
+            }
+        )
         for n in range(count)
-    )  # fmt: skip
+    )
 
 
 def write_mix(tmp_path: Path, text: str) -> str:
     for word, count in (("one", 20), ("two", 10), ("three", 4)):
-        (tmp_path / f"{word}.jsonl").write_text(text_rows(count, word))
+        (tmp_path / f"{word}.jsonl").write_text(text_samples(count, word))
     (tmp_path / "mix.yaml").write_text(text)
     return str(tmp_path / "mix.yaml")
 
@@ -194,18 +206,18 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
     text += " - {path: three.jsonl, weight: 2.25}\n"
     source = write_mix(tmp_path, text)
     collator = ConversationCollator(PROCESSORS["llava"])
-    found = prepare(load_rows(source), collator, cache=tmp_path / "cache")
+    found = prepare(load_samples(source), collator, cache=tmp_path / "cache")
     words = words_of(found)
     counts = {word: sum(w.startswith(word) for w in words) for word in ("one", "two", "three")}
     assert counts == {"one": 6, "two": 5, "three": 9}
     assert len({w for w in words if w.startswith("one")}) == 6
     assert len({w for w in words if w.startswith("two")}) == 5
     assert sorted(words.count(f"three {n}") for n in range(4)) == [2, 2, 2, 3]
-    assert found.report["rows"] == 20
-    assert found.report["sets"]["three.jsonl"] == {"rows": 4, "usable": 4, "weight": 2.25, "rows_per_epoch": 9}
-    assert words_of(prepare(load_rows(source), collator, cache=tmp_path / "cache")) == words
+    assert found.report["samples"] == 20
+    assert found.report["sets"]["three.jsonl"] == {"samples": 4, "usable": 4, "weight": 2.25, "samples_per_epoch": 9}
+    assert words_of(prepare(load_samples(source), collator, cache=tmp_path / "cache")) == words
     other = prepare(
-        load_rows(write_mix(tmp_path, text.replace("seed: 3", "seed: 4"))), collator, cache=tmp_path / "cache"
+        load_samples(write_mix(tmp_path, text.replace("seed: 3", "seed: 4"))), collator, cache=tmp_path / "cache"
     )
     assert {w for w in words_of(other) if w.startswith("one")} != {w for w in words if w.startswith("one")}
 
@@ -224,20 +236,20 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
 )
 def test_faults_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_rows(write_mix(tmp_path, text))
+        load_samples(write_mix(tmp_path, text))
 
 
 def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
-    one, two, three = rows(3)
+    one, two, three = make_samples(3)
     given = [{**one, "id": "a"}, {**two, "id": "a"}, {**one, "id": "a"}, {**three}, {**three}]
-    found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_rows=0.2)
+    found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_samples=0.2)
     found.write_report(tmp_path)
     assert found.numbers.tolist() == [0, 1, 3, 4]
     assert found.report["rejected"] == {"duplicate": 1}
     assert found.report["repeated_ids"] == 1
     assert found.report["repeated"] == [{"id": "a", "number": 1, "first": 0}]
     listed = json.loads((tmp_path / "data_rejected.jsonl").read_text())
-    assert listed["message"] == "row 'a' (number 2) repeats row number 0; drop one of them"
+    assert listed["message"] == "sample 'a' (number 2) repeats sample number 0; drop one of them"
 
 
 def test_what_is_made_when_asked_for_is_not_scanned() -> None:
@@ -248,10 +260,10 @@ def test_what_is_made_when_asked_for_is_not_scanned() -> None:
             return 1
 
         def __getitem__(self, index: int) -> Any:
-            return rows(1)[0]
+            return make_samples(1)[0]
 
     assert not is_scannable(Made())
-    assert is_scannable(rows(1))
+    assert is_scannable(make_samples(1))
     assert is_scannable(datasets.Dataset.from_list([{"messages": []}]))
 
 
@@ -260,21 +272,25 @@ def test_parquet_and_saved_datasets_are_indexed(tmp_path: Path, kind: str) -> No
     import datasets
 
     features = datasets.Features(
-        messages=datasets.List({"role": datasets.Value("string"), "content": datasets.List(
-            {"type": datasets.Value("string"), "text": datasets.Value("string")})}),
+        messages=datasets.List(
+            {
+                "role": datasets.Value("string"),
+                "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+            }
+        ),
         images=datasets.List(datasets.Image()),
-    )  # fmt: skip
-    given = datasets.Dataset.from_list(rows(6), features=features)
+    )
+    given = datasets.Dataset.from_list(make_samples(6), features=features)
     if kind == "saved":
         given.save_to_disk(str(tmp_path / "set"))
     else:
         (tmp_path / "set").mkdir()
-        given.to_parquet(str(tmp_path / "set" / "rows.parquet"))
-    source = tmp_path / "set" / "rows.parquet" if kind == "parquet" else tmp_path / "set"
+        given.to_parquet(str(tmp_path / "set" / "samples.parquet"))
+    source = tmp_path / "set" / "samples.parquet" if kind == "parquet" else tmp_path / "set"
     collator = ConversationCollator(PROCESSORS["qwen2_vl"])
-    found = prepare(load_rows(str(source)), collator, cache=tmp_path / "cache")
+    found = prepare(load_samples(str(source)), collator, cache=tmp_path / "cache")
     assert len(found) == 6
     assert len(list((tmp_path / "cache").glob("*.jsonl"))) == 1
-    expected = collator(rows(6))
+    expected = collator(make_samples(6))
     batch = collator([found[place] for place in range(6)])
     assert all(np.array_equal(batch[key], expected[key]) for key in expected)

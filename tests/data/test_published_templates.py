@@ -10,7 +10,7 @@ from PIL import Image
 
 from grace_plugin.data import ConversationCollator, prepare
 from tests.published_templates import ENDS, PUBLISHED, marked, plain
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 from tests.tiny_text import CHAT
 
 END = {**dict.fromkeys(PUBLISHED, CHAT["eos_token"]), "mistral3": "</s>", **ENDS}
@@ -29,23 +29,25 @@ def talk(images: int, system: bool) -> dict[str, Any]:
     asked = [{"type": "image"}] * images + [{"type": "text", "text": "what is the shape?"}]
     turns = [asked, ANSWERS[0], "and which colour stands left?", ANSWERS[1]]
     messages = [
-        {"role": "assistant" if n % 2 else "user",
-         "content": turn if isinstance(turn, list) else [{"type": "text", "text": turn}]}
+        {
+            "role": "assistant" if n % 2 else "user",
+            "content": turn if isinstance(turn, list) else [{"type": "text", "text": turn}],
+        }
         for n, turn in enumerate(turns)
-    ]  # fmt: skip
+    ]
     first = [{"role": "system", "content": [{"type": "text", "text": "be brief"}]}] if system else []
-    return {"messages": first + messages, "images": [row["images"][0] for row in rows(images, seed=2)]}
+    return {"messages": first + messages, "images": [sample["images"][0] for sample in make_samples(images, seed=2)]}
 
 
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, images: int, system: bool) -> None:
-    row = talk(images, system)
+    sample = talk(images, system)
     processor = processor_of(name, plain(PUBLISHED[name]))
     collator = ConversationCollator(processor)
     assert not collator.segmenter.has_marks
-    batch = collator([row])
+    batch = collator([sample])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learned = processor.tokenizer.decode([label for label in labels if label != -100])
     space = (
@@ -53,9 +55,9 @@ def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, 
     )  # their prompt ends with "Assistant:", the space is generated
     assert learned == "".join(space + answer + END[name] for answer in ANSWERS)
     for turn in (1, 3):
-        prompt = row["messages"][: turn + system]
+        prompt = sample["messages"][: turn + system]
         text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        pictures = {"images": [row["images"]]} if images else {}
+        pictures = {"images": [sample["images"]]} if images else {}
         served = processor(text=[text], add_special_tokens=False, return_tensors="pt", **pictures)
         served = served["input_ids"][0].tolist()
         assert ids[: len(served)] == served
@@ -63,7 +65,7 @@ def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, 
         assert labels[len(served)] != -100
     by_marks = ConversationCollator(processor_of(name, marked(PUBLISHED[name])))
     assert by_marks.segmenter.has_marks
-    other = by_marks([row])
+    other = by_marks([sample])
     assert all(torch.equal(other[key], batch[key]) for key in ("input_ids", "labels"))
 
 
@@ -74,13 +76,13 @@ def test_a_decoded_video_that_the_processor_refuses_is_not_called_a_broken_file(
     )
     collator = ConversationCollator(processor_of("smolvlm", template))
     assert collator.segmenter.placeholders["video"] == "<video>"
-    found = prepare([film()], collator, max_bad_rows=1.0, allow_empty=True).entries[0]
+    found = prepare([film()], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
     assert found.reason == "video_unsupported"
-    assert "row 0: the model's processor refuses its video: " in found.message
+    assert "sample 0: the model's processor refuses its video: " in found.message
 
 
 def film() -> dict[str, Any]:
-    """A row with a video of four frames."""
+    """A sample with a video of four frames."""
     frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
     asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "q"}]}
     return {"messages": [asked, {"role": "assistant", "content": "red"}], "videos": [frames]}
@@ -88,8 +90,8 @@ def film() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_videos_are_used_or_unsupported_never_unreadable(name: str) -> None:
-    """SmolVLM's processor swaps the template for one that writes videos; that row must not be called a broken file."""
+    """SmolVLM's processor swaps the template for one that writes videos; that sample must not be called a broken file."""
     collator = ConversationCollator(processor_of(name, plain(PUBLISHED[name])))
-    found = prepare([film()], collator, max_bad_rows=1.0, allow_empty=True)
+    found = prepare([film()], collator, max_bad_samples=1.0, allow_empty=True)
     takes = name.startswith(("qwen", "internvl"))
     assert found.entries[0].reason == ("" if takes else "video_unsupported")

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from grace_plugin.data import ConversationCollator, RowError, check_row, read_row
+from grace_plugin.data import ConversationCollator, SampleError, check_sample, read_sample
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.data.measure import Measure
 from grace_plugin.data.sources import resolve
@@ -64,8 +64,13 @@ def given(value: Any, folder: Path) -> Any:
         return value
     content = (folder / name).read_bytes()
     text = base64.b64encode(content).decode()
-    forms = {"PIL": Image.open(io.BytesIO(content)), "BYTES": content, "DATA": f"data:image/png;base64,{text}", "BASE64": text,
-             "FILE": (folder / name).as_uri()}  # fmt: skip
+    forms = {
+        "PIL": Image.open(io.BytesIO(content)),
+        "BYTES": content,
+        "DATA": f"data:image/png;base64,{text}",
+        "BASE64": text,
+        "FILE": (folder / name).as_uri(),
+    }
     return forms[kind]
 
 
@@ -97,7 +102,7 @@ def test_sample_form__read__gives_its_supervised_text_or_its_reason(
     entry = Measure(collate)(sample, 0)
     assert entry.reason == form.get("refused", ""), entry.message
     if "refused" in form:
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(SampleError) as caught:
             collate([sample])
         assert caught.value.reason == form["refused"]
         assert len(str(caught.value)) < 900
@@ -108,20 +113,20 @@ def test_sample_form__read__gives_its_supervised_text_or_its_reason(
     expected = "".join(f"{before}{text}{end}" for text in form["learn"])
     assert collate.processor.tokenizer.decode(labels[labels != IGNORE_INDEX]) == expected
     assert (entry.tokens, entry.supervised) == (len(labels), int((labels != IGNORE_INDEX).sum()))
-    read = read_row(sample)
+    read = read_sample(sample)
     assert said(read.messages, "system") == ([form["system"]] if "system" in form else [])
     assert " / ".join(said(read.messages, "user")) == form.get("asked", " / ".join(said(read.messages, "user")))
     if "files" in form:
         colours = [COLOURS[name.removesuffix(".png")] for name in form["files"]]
         assert [image.getpixel((9, 9)) for image in read.images] == colours
-    assert list(check_row(sample).unused) == form.get("unused", list(check_row(sample).unused))
+    assert list(check_sample(sample).unused) == form.get("unused", list(check_sample(sample).unused))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "refused" not in form], ids=lambda form: form["name"])
 def test_sample_form__normal_form_read_again__gives_the_same_batch(form: dict[str, Any], folder: Path) -> None:
     """What a stream hands on has to train as the sample itself."""
     sample, collate = sample_of(form, folder), collator(form.get("template", "qwen2_vl"))
-    batch, again = collate([sample]), collate([read_row(sample).as_sample()])
+    batch, again = collate([sample]), collate([read_sample(sample).as_sample()])
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 

@@ -1,4 +1,4 @@
-"""Where rows come from: image folders, streams of files whose rows differ in type, datasets laid out as on the hub."""
+"""Where samples come from: image folders, streams of files whose samples differ in type, datasets laid out as on the hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from grace_plugin.data import ConversationCollator, StreamedRows, load_rows, prepare, read_row, stream_rows
-from tests.tiny import build, rows
+from grace_plugin.data import ConversationCollator, StreamedSamples, load_samples, prepare, read_sample, stream_samples
+from tests.tiny import build, make_samples
 
 ANSWER = {"from": "gpt", "value": "red"}
 
@@ -21,8 +21,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pictures(folder: Path, count: int = 3) -> Path:
     folder.mkdir(parents=True)
-    for number, row in enumerate(rows(count, seed=5)):
-        row["images"][0].save(folder / f"{number}.png")
+    for number, sample in enumerate(make_samples(count, seed=5)):
+        sample["images"][0].save(folder / f"{number}.png")
     return folder
 
 
@@ -44,52 +44,54 @@ def write(path: Path, given: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_stream_of_rows_with_one_and_several_pictures_rejects_none(tmp_path: Path, suffix: str) -> None:
+def test_a_stream_of_samples_with_one_and_several_pictures_rejects_none(tmp_path: Path, suffix: str) -> None:
     given = mixed_types()
-    path = write(pictures(tmp_path / "set") / f"rows{suffix}", given)
+    path = write(pictures(tmp_path / "set") / f"samples{suffix}", given)
     for source in (path, path.parent):
-        stream = StreamedRows(stream_rows(str(source)), ConversationCollator(build("llava")[1]), max_bad_rows=0.0)
+        stream = StreamedSamples(
+            stream_samples(str(source)), ConversationCollator(build("llava")[1]), max_bad_samples=0.0
+        )
         found = list(stream)
-        assert [row["id"] for row in found] == [repr(row["id"]) for row in given]
-        assert [len(row["images"]) for row in found] == [1, 2, 0, 1]
+        assert [sample["id"] for sample in found] == [repr(sample["id"]) for sample in given]
+        assert [len(sample["images"]) for sample in found] == [1, 2, 0, 1]
         assert stream.report()["rejected"] == {}
-    assert list(stream_rows(str(path))) == [load_rows(str(path))[n] for n in range(4)]
+    assert list(stream_samples(str(path))) == [load_samples(str(path))[n] for n in range(4)]
 
 
 def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> None:
-    path = write(pictures(tmp_path / "set") / "rows.jsonl", mixed_types())
+    path = write(pictures(tmp_path / "set") / "samples.jsonl", mixed_types())
     path.write_text(path.read_text() + "\n{torn")
-    stream = StreamedRows(stream_rows(str(path)), ConversationCollator(build("llava")[1]), max_bad_rows=0.2)
+    stream = StreamedSamples(stream_samples(str(path)), ConversationCollator(build("llava")[1]), max_bad_samples=0.2)
     assert len(list(stream)) == 4
     assert stream.report()["rejected"] == {"not_json": 1}
 
 
 def test_the_images_folder_is_where_paths_begin(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "elsewhere")
-    path = write(tmp_path / "rows.jsonl", mixed_types())
+    path = write(tmp_path / "samples.jsonl", mixed_types())
     collator = ConversationCollator(build("llava")[1])
-    assert prepare(load_rows(str(path)), collator, max_bad_rows=1.0).report["rejected"] == {"missing_file": 3}
-    found = prepare(load_rows(str(path), images=str(folder)), collator)
+    assert prepare(load_samples(str(path)), collator, max_bad_samples=1.0).report["rejected"] == {"missing_file": 3}
+    found = prepare(load_samples(str(path), images=str(folder)), collator)
     assert (found.report["usable"], found.report["images_and_videos"]) == (4, 4)
-    assert [len(read_row(row).images) for row in stream_rows(str(path), images=str(folder))] == [1, 2, 0, 1]
-    (tmp_path / "mix.yaml").write_text("sets: [{path: rows.jsonl, images: elsewhere}]")
-    assert prepare(load_rows(str(tmp_path / "mix.yaml")), collator).report["images_and_videos"] == 4
+    assert [len(read_sample(sample).images) for sample in stream_samples(str(path), images=str(folder))] == [1, 2, 0, 1]
+    (tmp_path / "mix.yaml").write_text("sets: [{path: samples.jsonl, images: elsewhere}]")
+    assert prepare(load_samples(str(tmp_path / "mix.yaml")), collator).report["images_and_videos"] == 4
 
 
 def test_what_cannot_be_streamed_says_what_can(tmp_path: Path) -> None:
-    (tmp_path / "mix.yaml").write_text("sets: [{path: rows.jsonl}]")
+    (tmp_path / "mix.yaml").write_text("sets: [{path: samples.jsonl}]")
     with pytest.raises(ValueError, match=r"mix\.yaml is a mix, .*leave streaming out, or stream one of its sets"):
-        stream_rows(str(tmp_path / "mix.yaml"))
+        stream_samples(str(tmp_path / "mix.yaml"))
     with pytest.raises(ValueError, match=r"cannot stream .*nowhere") as caught:
-        stream_rows(str(tmp_path / "nowhere"))
+        stream_samples(str(tmp_path / "nowhere"))
     assert "mix" not in str(caught.value).partition("Give a")[2]
     with pytest.raises(ValueError, match=r"no dataset file at .*none\.jsonl"):
-        stream_rows(str(tmp_path / "none.jsonl"))
+        stream_samples(str(tmp_path / "none.jsonl"))
     (tmp_path / "both").mkdir()
     (tmp_path / "both/a.jsonl").touch()
     (tmp_path / "both/b.parquet").touch()
     with pytest.raises(ValueError, match=r"holds JSON and parquet files; stream one kind"):
-        stream_rows(str(tmp_path / "both"))
+        stream_samples(str(tmp_path / "both"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -98,9 +100,16 @@ def test_a_configuration_and_a_split_of_a_dataset_laid_out_as_on_the_hub(
 ) -> None:
     monkeypatch.chdir("/")
     folder = pictures(tmp_path / "hub" / "pictures").parent
-    lines = [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
-                           {"role": "assistant", "content": [{"type": "text", "text": name}]}],
-              "images": ["pictures/0.png"]} for name in ("plain", "train", "test")]  # fmt: skip
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": name}]},
+            ],
+            "images": ["pictures/0.png"],
+        }
+        for name in ("plain", "train", "test")
+    ]
     for line, place in zip(lines, ("plain/train", "other/train", "other/test"), strict=True):
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / f"{place}.jsonl").write_text(json.dumps(line))
@@ -111,9 +120,9 @@ def test_a_configuration_and_a_split_of_a_dataset_laid_out_as_on_the_hub(
     )
 
     def said(source: str) -> str:
-        [row] = stream_rows(source) if stream else load_rows(source)
-        assert len(read_row(row).images) == 1
-        return str(row["messages"][1]["content"][0]["text"])
+        [sample] = stream_samples(source) if stream else load_samples(source)
+        assert len(read_sample(sample).images) == 1
+        return str(sample["messages"][1]["content"][0]["text"])
 
     found = [said(f"{folder}{part}") for part in ("", ":train", ":other:test", ":other:", "::train")]
     assert found == ["plain", "plain", "test", "train", "plain"]

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_plugin.data import ConversationCollator, RowError, load_rows, prepare
+from grace_plugin.data import ConversationCollator, SampleError, load_samples, prepare
 from grace_plugin.data.video import decode_video
-from tests.films import write_film, write_sound
 from tests.tiny import build
+from tests.videos import write_sound, write_video
 
 pytest.importorskip("av")
 
 
 def numbers(frames: np.ndarray) -> list[int]:
-    """Which frames of `write_film` these are, read off the grey of their right half."""
+    """Which frames of `write_video` these are, read off the grey of their right half."""
     return [round(float(frame[:, frame.shape[1] // 2 + 4 :].mean()) / 5) for frame in frames]
 
 
@@ -31,7 +31,7 @@ def numbers(frames: np.ndarray) -> list[int]:
     [("a.mp4", "libx264"), ("a.mp4", "mpeg4"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")],
 )
 def test_frames_are_sampled_in_time(name: str, codec: str, tmp_path: Path) -> None:
-    drawn = write_film(tmp_path / name, codec=codec)
+    drawn = write_video(tmp_path / name, codec=codec)
     found = decode_video(tmp_path / name, "r", fps=2.0)
     assert (found.indices, found.total, found.fps) == ((0, 12, 24, 36), 48, 24.0)
     assert numbers(found.frames) == [0, 12, 24, 36]
@@ -43,12 +43,12 @@ def test_frames_are_sampled_in_time(name: str, codec: str, tmp_path: Path) -> No
     ("fps", "expected"), [(0.1, [0]), (5.0, [0, 5, 10, 15, 20]), (24.0, [*range(24)]), (99.0, [*range(24)])]
 )
 def test_a_rate_below_above_and_between(fps: float, expected: list[int], tmp_path: Path) -> None:
-    write_film(tmp_path / "a.mp4", frames=24)
+    write_video(tmp_path / "a.mp4", frames=24)
     assert list(decode_video(str(tmp_path / "a.mp4"), "r", fps=fps).indices) == expected
 
 
 def test_a_film_of_one_frame_and_one_in_bytes(tmp_path: Path) -> None:
-    write_film(tmp_path / "a.mp4", frames=1)
+    write_video(tmp_path / "a.mp4", frames=1)
     found = decode_video({"bytes": (tmp_path / "a.mp4").read_bytes(), "path": "gone.mp4"}, "r")
     assert (found.indices, found.total) == ((0,), 1)
 
@@ -56,30 +56,33 @@ def test_a_film_of_one_frame_and_one_in_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turn", [90, 180, -90])
 def test_a_turned_film_is_upright(turn: int, tmp_path: Path) -> None:
     """The oracle: where the red half lies after turning the picture counter-clockwise."""
-    write_film(tmp_path / "a.mp4", frames=2, turn=turn)
+    write_video(tmp_path / "a.mp4", frames=2, turn=turn)
     frame = decode_video(tmp_path / "a.mp4", "r").frames[0].astype(int)
     height, width = frame.shape[:2]
     assert (height, width) == ((64, 96) if turn == 180 else (96, 64))
     red = frame[..., 0] - frame[..., 1] > 100
     share = {
-        "left": red[:, : width // 2], "right": red[:, width // 2 :], "top": red[: height // 2], "bottom": red[height // 2 :],
-    }  # fmt: skip
+        "left": red[:, : width // 2],
+        "right": red[:, width // 2 :],
+        "top": red[: height // 2],
+        "bottom": red[height // 2 :],
+    }
     side = {90: "bottom", 180: "right", -90: "top"}[turn]
     assert share[side].mean() > 0.95
     assert red.mean() < 0.55
 
 
 def reason(path: Any, **limits: Any) -> tuple[str, str]:
-    with pytest.raises(RowError) as caught:
-        decode_video(path, "row 7", **limits)
-    assert str(caught.value).startswith("row 7: ")
+    with pytest.raises(SampleError) as caught:
+        decode_video(path, "sample 7", **limits)
+    assert str(caught.value).startswith("sample 7: ")
     return caught.value.reason, str(caught.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.7, 0.9])
 @pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}])
 def test_a_cut_mp4_is_never_half_read(share: float, options: dict[str, str], tmp_path: Path) -> None:
-    write_film(tmp_path / "a.mp4", **options)
+    write_video(tmp_path / "a.mp4", **options)
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(whole[: int(len(whole) * share)])
     assert reason(tmp_path / "a.mp4")[0] == "unreadable_video"
@@ -87,7 +90,7 @@ def test_a_cut_mp4_is_never_half_read(share: float, options: dict[str, str], tmp
 
 @pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")])
 def test_other_cut_files_are_refused_half_a_second_before_their_end(name: str, codec: str, tmp_path: Path) -> None:
-    write_film(tmp_path / name, codec=codec)
+    write_video(tmp_path / name, codec=codec)
     whole = (tmp_path / name).read_bytes()
     for share in (0.3, 0.6):
         (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
@@ -97,12 +100,13 @@ def test_other_cut_files_are_refused_half_a_second_before_their_end(name: str, c
 def test_sound_text_and_folders_are_no_films(tmp_path: Path) -> None:
     write_sound(tmp_path / "a.mp4")
     assert reason(tmp_path / "a.mp4") == (
-        "unreadable_video", f"row 7: cannot read video '{tmp_path}/a.mp4': it has no video track (1 of other kinds)",
-    )  # fmt: skip
+        "unreadable_video",
+        f"sample 7: cannot read video '{tmp_path}/a.mp4': it has no video track (1 of other kinds)",
+    )
     (tmp_path / "b.mp4").write_bytes(b"no video")
     assert reason(tmp_path / "b.mp4")[0] == "unreadable_video"
     assert reason(tmp_path)[0] == reason(tmp_path / "none.mp4")[0] == "missing_file"
-    write_film(tmp_path / "c.mp4", frames=1)
+    write_video(tmp_path / "c.mp4", frames=1)
     assert reason(tmp_path / "c.mp4", fps=-1.0)[0] == "malformed"
 
 
@@ -112,7 +116,7 @@ def test_a_playlist_opens_no_address(tmp_path: Path) -> None:
 
 
 def test_the_pixel_limit_holds_for_one_frame_and_for_all(tmp_path: Path) -> None:
-    write_film(tmp_path / "a.mp4", frames=24)
+    write_video(tmp_path / "a.mp4", frames=24)
     assert decode_video(tmp_path / "a.mp4", "r", 6144).total == 24
     kind, text = reason(tmp_path / "a.mp4", max_pixels=6143)
     assert kind == "image_too_large"
@@ -123,9 +127,9 @@ def test_the_pixel_limit_holds_for_one_frame_and_for_all(tmp_path: Path) -> None
 
 
 def written(folder: Path) -> Path:
-    """Eight usable rows in both formats and eight that are not, two of each kind of fault."""
-    write_film(folder / "clip.mp4")
-    write_film(folder / "big.mp4", frames=2, size=(640, 480))
+    """Eight usable samples in both formats and eight that are not, two of each kind of fault."""
+    write_video(folder / "clip.mp4")
+    write_video(folder / "big.mp4", frames=2, size=(640, 480))
     write_sound(folder / "sound.mp4")
     whole = (folder / "clip.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
@@ -137,20 +141,20 @@ def written(folder: Path) -> Path:
         content = [{"type": "video"}, {"type": "text", "text": "what?"}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
         lines.append({"messages": turns, "videos": [f"{name}.mp4"], "fps": 4.0})
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder / "rows.jsonl"
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "samples.jsonl"
 
 
 EXPECTED = {"unreadable_video": 6, "image_too_large": 2, "missing_file": 2}
 
 
-def test_rows_with_files_are_used_or_counted_by_reason(tmp_path: Path) -> None:
+def test_samples_with_files_are_used_or_counted_by_reason(tmp_path: Path) -> None:
     collator = ConversationCollator(build("qwen3_vl")[1], max_pixels=200_000)
-    given = load_rows(str(written(tmp_path)))
-    found = prepare(given, collator, max_bad_rows=1.0, workers=1, cache=tmp_path / "cache")
+    given = load_samples(str(written(tmp_path)))
+    found = prepare(given, collator, max_bad_samples=1.0, workers=1, cache=tmp_path / "cache")
     assert found.report["rejected"] == EXPECTED
     assert found.numbers.tolist() == [*range(8)]
-    for number in (0, 1):  # 4 frames at 2 a second, 8 at 4 a second: LLaVA's row and the messages row
+    for number in (0, 1):  # 4 frames at 2 a second, 8 at 4 a second: LLaVA's sample and the messages sample
         batch = collator([given[number]])
         assert batch["video_grid_thw"][0, 0] == (2, 4)[number]
         assert batch["input_ids"].shape[1] == found.lengths[number]
@@ -158,38 +162,41 @@ def test_rows_with_files_are_used_or_counted_by_reason(tmp_path: Path) -> None:
 
 def test_seconds_of_qwen25_are_those_of_the_file(tmp_path: Path) -> None:
     """Two frames make a grid step: at 4 frames a second it lasts half a second, whatever the file's own rate."""
-    batch = ConversationCollator(build("qwen2_5_vl")[1])([load_rows(str(written(tmp_path)))[1]])
+    batch = ConversationCollator(build("qwen2_5_vl")[1])([load_samples(str(written(tmp_path)))[1]])
     assert [float(seconds) for seconds in batch["second_per_grid_ts"]] == [0.5]
 
 
 def test_a_video_column_of_a_dataset_is_left_as_bytes(tmp_path: Path) -> None:
     import datasets
 
-    write_film(tmp_path / "clip.mp4")
+    write_video(tmp_path / "clip.mp4")
     content = [{"type": "video"}, {"type": "text", "text": "what?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
     film = {"bytes": (tmp_path / "clip.mp4").read_bytes(), "path": None}
     given = datasets.Dataset.from_list([{"messages": turns, "videos": [film]}])
     given = given.cast_column("videos", datasets.List(datasets.Video(decode=False)))
-    given.cast_column("videos", datasets.List(datasets.Video())).to_parquet(str(tmp_path / "rows.parquet"))
-    found = prepare(load_rows(str(tmp_path / "rows.parquet")), ConversationCollator(build("qwen3_vl")[1]),
-                    cache=tmp_path / "cache")  # fmt: skip
+    given.cast_column("videos", datasets.List(datasets.Video())).to_parquet(str(tmp_path / "samples.parquet"))
+    found = prepare(
+        load_samples(str(tmp_path / "samples.parquet")),
+        ConversationCollator(build("qwen3_vl")[1]),
+        cache=tmp_path / "cache",
+    )
     assert found.report["usable"] == 1
 
 
 WITHOUT = """
 import sys
-from grace_plugin.data import ConversationCollator, load_rows, prepare
+from grace_plugin.data import ConversationCollator, load_samples, prepare
 from grace_plugin.data.video import DecoderMissingError
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 collator = ConversationCollator(build("qwen3_vl")[1])
 for workers in (0, 1):
     try:
-        prepare(load_rows(sys.argv[1]), collator, max_bad_rows=1.0, workers=workers)
+        prepare(load_samples(sys.argv[1]), collator, max_bad_samples=1.0, workers=workers)
     except DecoderMissingError as error:
         print(error)
-print(prepare(rows(2), collator).report["usable"])
+print(prepare(make_samples(2), collator).report["usable"])
 """
 
 
@@ -200,13 +207,16 @@ def test_without_pyav_nothing_is_counted_and_the_way_out_is_said(tmp_path: Path)
     (tmp_path / "none" / "av.py").write_text("raise ModuleNotFoundError('no av')")
     places = os.pathsep.join([str(tmp_path / "none"), str(Path(__file__).parents[2])])
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(path)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", WITHOUT, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": places, "GRACE_CACHE": str(cache)},
-    )  # fmt: skip
-    *said, usable = [line for line in done.stdout.splitlines() if line.startswith("row") or line == "2"]
+    )
+    *said, usable = [line for line in done.stdout.splitlines() if line.startswith("sample") or line == "2"]
     assert len(said) == 2 and usable == "2"
     for line in said:
-        assert re.match(r"row 0: video '.*clip\.mp4' is a file and PyAV.*pip install grace-plugin\[video\]", line)
+        assert re.match(r"sample 0: video '.*clip\.mp4' is a file and PyAV.*pip install grace-plugin\[video\]", line)
     assert not any(
         file.read_text() for file in cache.glob("*.jsonl")
-    )  # nothing is remembered of rows that nobody could read
+    )  # nothing is remembered of samples that nobody could read

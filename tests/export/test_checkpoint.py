@@ -24,7 +24,7 @@ from grace_plugin.export.verify import LOGIT_BOUND
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, recipe_text, run
 from tests.report.checkpoints import change, stored_name
-from tests.tiny import FAMILIES, build, rows
+from tests.tiny import FAMILIES, build, make_samples
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -132,7 +132,7 @@ def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_of_text_alone_is_verified_on_an_image_too(family: str, pair_of: Any, tmp_path: Path) -> None:
-    result = run(pair_of(family), tmp_path / "out", rows(4, images=0), max_steps=1)
+    result = run(pair_of(family), tmp_path / "out", make_samples(4, images=0), max_steps=1)
     for found in (result.verification, grace_plugin.verify(result.checkpoint)):
         assert (found["verified"], found["logits_equal"], found["weights_differing"]) == (True, True, 0)
         assert found["logits_compared"] > 0
@@ -210,7 +210,7 @@ def test_the_probes_logits_are_the_reloaded_models_at_supervised_positions(finis
 
 def test_a_probe_without_labels_is_read_at_its_last_positions() -> None:
     model, processor = build("llava")
-    batch = ConversationCollator(processor)(rows(1))
+    batch = ConversationCollator(processor)(make_samples(1))
     del batch["labels"]
     model.train()
     found = probe_logits(model, batch)

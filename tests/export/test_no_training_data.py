@@ -21,7 +21,7 @@ from grace_plugin.export.probe import make_probe, probe_logits, read_probe, writ
 from grace_plugin.export.record import PROBE, RECORD
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, modifier_of, recipe_text, run
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
 
 WINDOW = 48
 """Bytes of each piece that is searched for; pieces of fewer than 4 different bytes (plain areas) say nothing."""
@@ -95,7 +95,7 @@ def test_the_synthetic_probe_is_the_same_each_time_and_gives_finite_logits(famil
 
 
 def test_samples_given_as_probe_are_the_ones_verified_on(llava: Pair, tmp_path: Path) -> None:
-    own = rows(1, seed=77)
+    own = make_samples(1, seed=77)
     result = run(llava, tmp_path / "out", probe=own, max_steps=1)
     kept, _ = read_probe(result.checkpoint / PROBE)
     expected = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(own)
@@ -134,7 +134,7 @@ def test_a_student_without_a_processor_is_verified_on_token_ids_and_the_log_says
 def test_a_first_batch_of_nan_does_not_lose_the_run(llava: Pair, tmp_path: Path) -> None:
     """The step is skipped, and the probe is no training batch, so the final check has finite logits."""
     processor = AutoProcessor.from_pretrained(llava.student)
-    batches = [ConversationCollator(processor)(rows(2, seed=seed)) for seed in (1, 2)]
+    batches = [ConversationCollator(processor)(make_samples(2, seed=seed)) for seed in (1, 2)]
     batches[0]["pixel_values"].fill_(float("nan"))
     student = loaded(llava).train()
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=2) as grace:
@@ -158,7 +158,7 @@ def test_a_first_batch_of_nan_does_not_lose_the_run(llava: Pair, tmp_path: Path)
 
 def test_weights_that_give_no_finite_logits_are_named_and_nothing_is_written(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava).train()
-    batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(rows(1))
+    batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(make_samples(1))
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
         grace.objective.window([batch])
         grace.objective.loss(student, batch).backward()

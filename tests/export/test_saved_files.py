@@ -23,7 +23,7 @@ from grace_plugin.export.write import strip_paths
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, modifier_of, recipe_text, run
 from tests.run.test_oneshot import ONESHOT, loader
-from tests.tiny import FAMILIES, rows
+from tests.tiny import FAMILIES, make_samples
 
 GREEDY = b'{\n  "_from_model_config": true,\n  "do_sample": false,\n  "temperature": 0.9,\n  "top_p": 0.6\n}'
 JUNK = ("params.json", "train.log", "rows.jsonl", "events.out.tfevents.1", "scores.npz", "notes.txt")
@@ -94,7 +94,7 @@ def test_the_processor_that_was_trained_with_is_saved_and_proven(llava: Pair, tm
     assert processor.chat_template != AutoProcessor.from_pretrained(llava.student).chat_template
     out = run(llava, tmp_path / "out", processor=processor, teacher_processor=processor, max_steps=1).checkpoint
     served = AutoProcessor.from_pretrained(out)
-    one = rows(1, seed=5)
+    one = make_samples(1, seed=5)
     trained, again = ConversationCollator(processor)(one), ConversationCollator(served)(one)
     assert torch.equal(trained["input_ids"], again["input_ids"]) and torch.equal(
         trained["pixel_values"], again["pixel_values"]
@@ -124,11 +124,16 @@ def test_every_entry_saves_the_processor_it_was_given(llava: Pair, tmp_path: Pat
         )
     elif entry == "ours":
         grace_plugin.oneshot(
-            str(llava.student), recipe=recipe, dataset=rows(4), output_dir=out, processor=processor, batch_size=2
+            str(llava.student),
+            recipe=recipe,
+            dataset=make_samples(4),
+            output_dir=out,
+            processor=processor,
+            batch_size=2,
         )
     else:
         student = loaded(llava).train()
-        batch = ConversationCollator(processor)(rows(1))
+        batch = ConversationCollator(processor)(make_samples(1))
         with grace_plugin.grace_session(student, recipe, total_steps=1, processor=processor, output_dir=out) as grace:
             grace.objective.window([batch])
             grace.objective.loss(student, batch).backward()

@@ -14,10 +14,10 @@ from torch import Tensor
 from grace_plugin.recipe import ControllerRecipe, RelationalRecipe
 from grace_plugin.vlm import family_of
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows
+from tests.pairs import mixed_samples
 from tests.reference import distill as slow
 from tests.reference import relational as slow_relational
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def expected_terms(made: Set, batch: dict[str, Tensor]) -> dict[str, float]:
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
     made = Set(family, steps=10)
-    batch = made.collate(mixed_rows(4))
+    batch = made.collate(mixed_samples(4))
     expected = expected_terms(made, batch)
     loss, record = made.step(batch)
-    assert (record.images, record.rows_without_images) == (5, 1)
+    assert (record.images, record.samples_without_images) == (5, 1)
     for key, value in expected.items():
         assert value > 0.01
         assert getattr(record, key) == pytest.approx(value, rel=2e-5), key
@@ -60,7 +60,7 @@ def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
 
 
 def test_one_loss_per_batch_of_the_window(llava: Set) -> None:
-    batch = llava.collate(rows(1))
+    batch = llava.collate(make_samples(1))
     with pytest.raises(RuntimeError, match=r"call window.. once per step"):
         llava.grace.loss(llava.student, batch)
     llava.grace.window([batch])
@@ -76,7 +76,7 @@ def test_measure_needs_a_window(llava: Set) -> None:
 
 
 def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
-    batches = [llava.collate(mixed_rows(4)), llava.collate(rows(2, images=0))]
+    batches = [llava.collate(mixed_samples(4)), llava.collate(make_samples(2, images=0))]
     assert llava.grace.window(batches) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     llava.grace.cancel_step()
     assert llava.grace.window([]) == 0
@@ -85,7 +85,7 @@ def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
 
 def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -> None:
     """A compute_loss that opens a window per micro-batch would divide by each alone, and so sum twice the loss."""
-    first, second = llava.collate(rows(1)), llava.collate(rows(2, images=0))
+    first, second = llava.collate(make_samples(1)), llava.collate(make_samples(2, images=0))
     llava.grace.window([first, second])
     with pytest.raises(RuntimeError, match=r"a step is open: .* 2 of its micro-batches .*Call window.. once per"):
         llava.grace.window([second])
@@ -100,9 +100,9 @@ def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -
 
 
 def test_a_batch_without_images_contributes_exactly_no_relation(llava: Set) -> None:
-    text = llava.collate(rows(3, images=0))
+    text = llava.collate(make_samples(3, images=0))
     loss, record = llava.step(text)
-    assert (record.rcka, record.images, record.rows_without_images) == (0.0, 0, 3)
+    assert (record.rcka, record.images, record.samples_without_images) == (0.0, 0, 3)
     assert loss.item() == pytest.approx(record.ce + 0.5 * record.gdkd, rel=1e-6)
     with_relation = llava.gradients(text)
     without = Set(relational=RelationalRecipe(enabled=False)).gradients(text)
@@ -111,7 +111,7 @@ def test_a_batch_without_images_contributes_exactly_no_relation(llava: Set) -> N
 
 
 def test_no_supervised_token_contributes_nothing_and_moves_no_controller(llava: Set) -> None:
-    batch = llava.collate(rows(2, images=0))
+    batch = llava.collate(make_samples(2, images=0))
     batch["labels"].fill_(-100)
     loss, record = llava.step(batch)
     assert loss.item() == 0.0
@@ -125,7 +125,7 @@ def test_no_supervised_token_contributes_nothing_and_moves_no_controller(llava: 
 
 
 def test_a_micro_batch_without_labels_leaves_the_others_alone(llava: Set) -> None:
-    given, mute = llava.collate(rows(2, images=0)), llava.collate(rows(2, seed=9, images=0))
+    given, mute = llava.collate(make_samples(2, images=0)), llava.collate(make_samples(2, seed=9, images=0))
     mute["labels"].fill_(-100)
     alone, beside = llava.gradients(given), llava.gradients(given, mute)
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
@@ -133,7 +133,7 @@ def test_a_micro_batch_without_labels_leaves_the_others_alone(llava: Set) -> Non
 
 def test_omega_warms_up_over_five_percent_of_the_run() -> None:
     made = Set(steps=80)
-    text = made.collate(rows(1, images=0))
+    text = made.collate(make_samples(1, images=0))
     seen = []
     for _ in range(6):
         seen.append(made.grace.omega)
@@ -150,7 +150,7 @@ def test_omega_warms_up_over_the_steps_asked_for() -> None:
 
 def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
     made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
-    a, b = made.collate(rows(2, images=0)), made.collate(mixed_rows(4))
+    a, b = made.collate(rows(2, images=0)), made.collate(mixed_samples(4))
     _, record = made.step(a, b)
     state = made.grace.controller_state
     assert (state.step, state.ignored) == (1, 0)

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows
+from tests.pairs import mixed_samples
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
@@ -24,7 +24,7 @@ def test_a_forward_pass_runs_the_head_on_one_position_of_a_row_at_most(family: s
 
     for name, model in (("student", made.student), ("teacher", made.teacher)):
         model.get_output_embeddings().register_forward_hook(note(name))
-    batch = made.collate(mixed_rows(4))
+    batch = made.collate(mixed_samples(4))
     count, length = batch["input_ids"].shape
     assert length > 8
     loss, record = made.step(batch)

@@ -20,7 +20,7 @@ from grace_plugin.teacher.base import states_of
 from grace_plugin.vlm import FAMILIES, VisualTokens
 from grace_plugin.vlm.transfer import to_device
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows
+from tests.pairs import mixed_samples
 from tests.threads import Threads
 from tests.tiny import FAMILIES as THREE
 from tests.vlm.test_host_inputs import batch_of
@@ -31,7 +31,7 @@ WITH_VIDEOS = ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internv
 
 
 def batches_of(made: Set) -> list[dict[str, Any]]:
-    rows = mixed_rows(6)
+    rows = mixed_samples(6)
     return [made.collate(rows[:4]), made.collate(rows[4:])]
 
 

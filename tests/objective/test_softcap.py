@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows
+from tests.pairs import mixed_samples
 
 
 def test_cross_entropy_is_that_of_capped_logits() -> None:
     made = Set("gemma3")
-    batch = made.collate(mixed_rows(4))
+    batch = made.collate(mixed_samples(4))
     losses = []
     for cap in (None, 0.5):
         for model in (made.student, made.teacher):

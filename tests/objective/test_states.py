@@ -11,9 +11,9 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.objective import GraceObjective
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from tests.objective.parts import Set
-from tests.pairs import mixed_rows
+from tests.pairs import mixed_samples
 from tests.reference import distill as slow
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def llava() -> Set:
 def test_a_disabled_controller_keeps_beta() -> None:
     made = Set(controller=ControllerRecipe(enabled=False, beta_start=0.3))
     for _ in range(3):
-        made.step(made.collate(rows(1, images=0)))
+        made.step(made.collate(make_samples(1, images=0)))
     assert made.grace.beta == 0.3
     assert made.grace.controller_logs() == {}
 
 
 def test_without_distillation_only_relation_and_ce_remain() -> None:
     made = Set(distill=DistillRecipe(enabled=False), steps=10)
-    loss, record = made.step(made.collate(rows(2)))
+    loss, record = made.step(made.collate(make_samples(2)))
     assert made.grace.beta == 0.0
     assert record.gdkd == 0.0
     assert record.rcka > 0.0
@@ -46,7 +46,7 @@ def test_without_teacher_terms_no_teacher_is_needed() -> None:
     grace = GraceObjective(DistillRecipe(enabled=False), RelationalRecipe(enabled=False))
     assert not grace.needs_teacher
     grace.prepare(student, None, vocabulary=len(processor.tokenizer), total_steps=2)
-    batch = ConversationCollator(processor)(rows(2))
+    batch = ConversationCollator(processor)(make_samples(2))
     grace.window([batch])
     loss = grace.loss(student, batch)
     shifted = student(**batch).loss
@@ -81,14 +81,14 @@ def test_what_trains_and_what_is_frozen_by_the_recipe() -> None:
 
 def test_a_decoder_frozen_as_a_whole_is_refused() -> None:
     made = Set(training=TrainingRecipe(freeze=("re:model.*",)))
-    batch = made.collate(rows(1))
+    batch = made.collate(make_samples(1))
     made.grace.window([batch])
     with pytest.raises(RuntimeError, match="hidden states carry no gradient; leave some of the decoder trainable"):
         made.grace.loss(made.student, batch)
 
 
 def test_a_label_outside_the_shared_vocabulary_is_refused(llava: Set) -> None:
-    batch = llava.collate(rows(1))
+    batch = llava.collate(make_samples(1))
     batch["labels"][0, -1] = llava.size
     with pytest.raises(ValueError, match=rf"label {llava.size} lies outside the {llava.size} token ids"):
         llava.grace.window([batch])
@@ -98,7 +98,7 @@ def test_a_label_outside_the_shared_vocabulary_is_refused(llava: Set) -> None:
 
 
 def test_a_batch_without_labels_supervises_the_text_it_reads(llava: Set) -> None:
-    batch = llava.collate(mixed_rows(5))
+    batch = llava.collate(mixed_samples(5))
     del batch["labels"]
     image = llava.student.config.image_token_id
     ids, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
@@ -111,7 +111,7 @@ def test_a_batch_without_labels_supervises_the_text_it_reads(llava: Set) -> None
 
 def test_images_with_too_few_tokens_are_skipped_and_counted() -> None:
     made = Set("qwen2_vl", steps=10)
-    batch = made.collate(rows(2, images=0))
+    batch = made.collate(make_samples(2, images=0))
     ids = torch.full((2, 6), 9)
     ids[:, 2] = made.student.config.image_token_id
     pixels = torch.randn(2 * 4, 3 * 2 * 14 * 14)
@@ -121,13 +121,13 @@ def test_images_with_too_few_tokens_are_skipped_and_counted() -> None:
     }  # fmt: skip
     _, record = made.step(batch)
     assert (record.images, record.images_skipped, record.rcka) == (0, 2, 0.0)
-    assert record.rows_without_images == 0
+    assert record.samples_without_images == 0
 
 
 def test_weights_are_quantized_once_per_step_whatever_the_cut_and_the_checkpointing() -> None:
     made = Set(quantized=True)
     (attached,) = made.attached
-    batches = [made.collate(rows(1, seed=s)) for s in range(3)]
+    batches = [made.collate(make_samples(1, seed=s)) for s in range(3)]
     made.student.train()
     made.student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD([p for p in made.student.parameters() if p.requires_grad], lr=1e-3)
@@ -151,7 +151,7 @@ def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) 
     llava.grace.attached = (Scales(), Scales())  # type: ignore[assignment]
     try:
         begun = llava.grace.steps
-        llava.step(llava.collate(rows(1)))
+        llava.step(llava.collate(make_samples(1)))
         assert asked == [begun + 1] * 2
     finally:
         llava.grace.attached = ()
@@ -159,7 +159,7 @@ def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) 
 
 def test_skipped_steps_are_counted_and_too_many_end_the_run() -> None:
     made = Set(training=TrainingRecipe(max_nonfinite_steps=2))
-    batch = made.collate(rows(1, images=0))
+    batch = made.collate(make_samples(1, images=0))
     before = made.grace.controller_state
     for number in (1, 2):
         made.step(batch, skipped=True)
@@ -172,7 +172,7 @@ def test_skipped_steps_are_counted_and_too_many_end_the_run() -> None:
 
 
 def test_an_infinite_pixel_is_a_record_that_is_not_finite(llava: Set) -> None:
-    batch = llava.collate(rows(1))
+    batch = llava.collate(make_samples(1))
     batch["pixel_values"].view(-1)[0] = float("inf")
     _, record = llava.step(batch, skipped=True)
     assert not record.finite
@@ -181,7 +181,7 @@ def test_an_infinite_pixel_is_a_record_that_is_not_finite(llava: Set) -> None:
 def test_state_survives_json_and_another_length_is_refused() -> None:
     made = Set(steps=50)
     for _ in range(3):
-        made.step(made.collate(rows(1, images=0)))
+        made.step(made.collate(make_samples(1, images=0)))
     saved = json.loads(json.dumps(made.grace.state_dict()))
     other = Set(steps=50)
     other.grace.load_state_dict(saved)
@@ -193,7 +193,7 @@ def test_state_survives_json_and_another_length_is_refused() -> None:
 
 def test_logs_of_gates_and_controller() -> None:
     made = Set(steps=100)
-    batch = made.collate(rows(4, images=0))
+    batch = made.collate(make_samples(4, images=0))
     assert made.grace.gate_quantiles() == {}
     made.grace.window([batch])
     quantiles = made.grace.gate_quantiles()
@@ -213,7 +213,7 @@ def test_logs_of_gates_and_controller() -> None:
 def test_controller__constraint_violated__beta_rises_to_its_bound_and_is_logged() -> None:
     made = Set(steps=10, controller=ControllerRecipe(enabled=True, tau=1e-3, eta=10.0))
     for _ in range(4):
-        made.step(made.collate(rows(1, images=0)))
+        made.step(made.collate(make_samples(1, images=0)))
     assert made.grace.beta == 1.0
     logs = made.grace.controller_logs()
     assert set(logs) == {"ema", "share_at_bound"}

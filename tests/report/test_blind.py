@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from grace_plugin.data import ConversationCollator, RowError
+from grace_plugin.data import ConversationCollator, SampleError
 from grace_plugin.report.answers import accepted, answer_start
 from grace_plugin.report.blind import blind_row, prompt_text
 from grace_plugin.report.compare import _blind, _Drawn
 from grace_plugin.report.pair import read_pair
 from grace_plugin.vlm import family_of
 from tests.pairs import Pair
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
 
 
 def learned(collator: ConversationCollator, row: dict[str, Any]) -> list[int]:
@@ -26,7 +26,7 @@ def learned(collator: ConversationCollator, row: dict[str, Any]) -> list[int]:
 def test_every_family_is_asked_without_pictures(name: str) -> None:
     model, processor = build(name)
     collator, family = ConversationCollator(processor), family_of(model)
-    for row in rows(1, seed=3) + rows(1, seed=4, images=2):
+    for row in make_samples(1, seed=3) + make_samples(1, seed=4, images=2):
         blind = blind_row(row, 0, collator, family, model.config)
         assert blind is not None
         batch = collator([blind])
@@ -37,15 +37,15 @@ def test_every_family_is_asked_without_pictures(name: str) -> None:
         with_pictures, without = prompt_text(row, collator), prompt_text(blind, collator)
         assert placeholder in with_pictures and placeholder not in without
         assert "what is the shape" in without
-    assert blind_row(rows(1, images=0)[0], 0, collator, family, model.config) is None
+    assert blind_row(make_samples(1, images=0)[0], 0, collator, family, model.config) is None
 
 
 def test_a_turn_that_was_only_a_picture_is_refused_and_the_others_stand(llava: Pair, int4: Any) -> None:
-    bare = rows(1, seed=9)[0]
+    bare = make_samples(1, seed=9)[0]
     bare["messages"][0]["content"] = [{"type": "image"}]
     pair = read_pair(llava.student, int4)
     collator = ConversationCollator(pair.a.processor)
-    blind, pictured, said = _blind(_Drawn([bare, *rows(2)], None, 0), [0, 1, 2], collator, pair)
+    blind, pictured, said = _blind(_Drawn([bare, *make_samples(2)], None, 0), [0, 1, 2], collator, pair)
     assert (set(blind), pictured, said["refused"]) == ({1, 2}, {0, 1, 2}, 1)
     assert "a user turn is empty" in said["first_refusal"]
 
@@ -74,8 +74,8 @@ def test_a_template_that_needs_the_picture_is_refused(llava: Pair, template: str
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.chat_template = template
     model, _ = build("llava")
-    with pytest.raises(RowError, match=sentence):
-        blind_row(rows(1)[0], 0, ConversationCollator(processor), family_of(model), model.config)
+    with pytest.raises(SampleError, match=sentence):
+        blind_row(make_samples(1)[0], 0, ConversationCollator(processor), family_of(model), model.config)
 
 
 def test_the_prompt_ends_where_the_last_answer_starts() -> None:

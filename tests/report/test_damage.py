@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from grace_plugin.data import ConversationCollator
 from grace_plugin.report import damage
 from tests.conftest import Finished
-from tests.pairs import Pair, mixed_rows
+from tests.pairs import Pair, mixed_samples
 from tests.report.checkpoints import damaged, rounded, stored_name
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 LAYER = "layers.1.self_attn.v_proj"
 
@@ -25,7 +25,7 @@ LAYER = "layers.1.self_attn.v_proj"
 def asked(count: int = 4) -> list[dict[str, Any]]:
     """Rows with pictures, types and accepted answers."""
     found = []
-    for number, row in enumerate(rows(count, seed=21)):
+    for number, row in enumerate(make_samples(count, seed=21)):
         answer = row["messages"][-1]["content"][0]["text"]
         found.append({**row, "id": f"held-{number}", "type": ("colour", "shape")[number % 2], "accept": [answer]})
     return found
@@ -72,7 +72,7 @@ def unpacked(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def report(llava: Pair, int4: Path) -> dict[str, Any]:
-    return damage(llava.student, int4, asked() + rows(1, seed=5, images=0), batch_size=1)
+    return damage(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=1)
 
 
 def test_divergence_is_that_of_the_softmax_in_float64(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_divergence_is_that_of_the_softmax_in_float64(llava: Pair, int4: Path, r
     with_pictures = [divergence(a, b, collator([row])) for row in asked()]
     blind = [{**row, "images": [], "messages": text_of(row)} for row in asked()]
     without = [divergence(a, b, collator([row])) for row in blind]
-    text = divergence(a, b, collator(rows(1, seed=5, images=0)))
+    text = divergence(a, b, collator(make_samples(1, seed=5, images=0)))
 
     def mean(parts: list[tuple[list[float], list[float]]], which: int) -> float:
         values = [value for part in parts for value in part[which]]
@@ -114,7 +114,7 @@ def test_output_error_is_that_of_two_products_in_float64(llava: Pair, int4: Path
     assert isinstance(module, nn.Linear)
     codes, dense = unpacked(int4, LAYER)
     sums = {"output_error": [0.0, 0.0], "output_error_visual": [0.0, 0.0], "output_error_text": [0.0, 0.0]}
-    for row in [*asked(), *rows(1, seed=5, images=0)]:
+    for row in [*asked(), *make_samples(1, seed=5, images=0)]:
         batch, inputs = collator([row]), []
         handle = module.register_forward_pre_hook(lambda _m, given, into=inputs: into.append(given[0]))
         final_states(a, batch)
@@ -137,7 +137,7 @@ def test_hidden_error_is_that_of_each_layers_own_output(llava: Pair, int4: Path,
     a, b = opened(llava.student), opened(int4)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
     error, reference = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for row in [*asked(), *rows(1, seed=5, images=0)]:
+    for row in [*asked(), *make_samples(1, seed=5, images=0)]:
         batch = collator([row])
         batch.pop("labels")
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_hidden_error_is_that_of_each_layers_own_output(llava: Pair, int4: Path,
 
 
 def test_batches_and_padding_change_rounding_only(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
-    whole = damage(llava.student, int4, asked() + rows(1, seed=5, images=0), batch_size=5)
+    whole = damage(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=5)
     assert whole["overall"]["kl"] == pytest.approx(report["overall"]["kl"], rel=0.02)
     for one, other in zip(whole["layers"], report["layers"], strict=True):
         assert (one["name"], one["output_error"]) == (other["name"], pytest.approx(other["output_error"], rel=0.005))
@@ -214,7 +214,7 @@ def test_a_trained_checkpoint_of_ours_is_read(finished: Finished) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "smolvlm", "gemma3", "qwen3_vl_moe"])
 def test_other_families(pair_of: Any, tmp_path: Path, family: str) -> None:
     student = pair_of(family).student
-    found = damage(student, rounded(student, tmp_path / "int4"), mixed_rows(4), batch_size=2)
+    found = damage(student, rounded(student, tmp_path / "int4"), mixed_samples(4), batch_size=2)
     assert found["family"] == family
     assert found["overall"]["kl"] > 0
     assert found["modality"]["compared_rows"] == 3 and found["modality"]["kl_text_only"] > 0

@@ -18,7 +18,7 @@ from grace_plugin.report.page import write_folder
 from grace_plugin.report.summary import set_types, type_of
 from tests.conftest import Finished
 from tests.pairs import Pair
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 HOSTILE = "<script>alert('row')</script>\"><img src=x onerror=y> {{ 7 * 7 }} & \ufdd0"
 VOID = {"meta", "img", "br", "line", "rect", "path", "circle"}
@@ -63,11 +63,11 @@ def checked(path: Path) -> Checker:
 
 
 def test_the_damage_page_holds_pictures_and_text_but_no_markup_of_rows(llava: Pair, int4: Path, tmp_path: Path) -> None:
-    row = rows(1, seed=31)[0]
+    row = make_samples(1, seed=31)[0]
     row |= {"id": HOSTILE, "type": HOSTILE, "accept": [HOSTILE]}
     row["messages"][0]["content"].append({"type": "text", "text": HOSTILE})
     row["messages"][1]["content"][0]["text"] += HOSTILE
-    damage(llava.student, int4, [row, *rows(2, seed=32), *rows(1, images=0)], output_dir=tmp_path / "r")
+    damage(llava.student, int4, [row, *make_samples(2, seed=32), *make_samples(1, images=0)], output_dir=tmp_path / "r")
     page = checked(tmp_path / "r" / "page.html")
     assert page.tags.count("img") == 3 and page.tags.count("article") == 4
     assert page.words.count("<script>alert('row')</script>") >= 3

@@ -13,7 +13,7 @@ import pytest
 from grace_plugin.report import damage
 from grace_plugin.report.pair import read_pair
 from tests.pairs import Pair
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
 
 def bare(folder: Path, source: Path) -> Path:
@@ -63,7 +63,7 @@ def places(llava: Pair, int4: Path, tmp_path: Path) -> dict[str, str]:
 )
 def test_a_pair_that_cannot_be_compared(places: dict[str, str], a: str, b: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        damage(places[a], places[b], rows(2))
+        damage(places[a], places[b], make_samples(2))
 
 
 def test_a_pair_is_read_without_its_weights(places: dict[str, str]) -> None:
@@ -77,7 +77,7 @@ def test_a_pair_is_read_without_its_weights(places: dict[str, str]) -> None:
 
 
 def changed(edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    row = rows(1)[0]
+    row = make_samples(1)[0]
     edit(row)
     return row
 
@@ -90,16 +90,16 @@ def test_rows_that_cannot_be_used_are_counted_and_none_is_an_error(places: dict[
         damage(places["student"], places["int4"], broken, output_dir=tmp_path / "report")
     assert not (tmp_path / "report").exists()
     with pytest.raises(ValueError, match="limit is a number of rows, at least 1, got 0"):
-        damage(places["student"], places["int4"], rows(1), limit=0)
+        damage(places["student"], places["int4"], make_samples(1), limit=0)
     with pytest.raises(ValueError, match=r"no dataset file at none\.jsonl"):
         damage(places["student"], places["int4"], "none.jsonl")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("x")
     with pytest.raises(FileExistsError, match="full exists and is not empty"):
-        damage(places["student"], places["int4"], rows(1), output_dir=tmp_path / "full")
+        damage(places["student"], places["int4"], make_samples(1), output_dir=tmp_path / "full")
 
 
 def test_rows_that_cannot_be_used_are_left_out(llava: Pair, int4: Path) -> None:
-    mixed = [changed(lambda r: r.update(images=["none.png"])), *rows(2, seed=4)]
+    mixed = [changed(lambda r: r.update(images=["none.png"])), *make_samples(2, seed=4)]
     found = damage(llava.student, int4, mixed)
     assert found["rows"] == {"given": 3, "drawn": 3, "used": 2, "rejected": {"missing_file": 1}}

@@ -14,7 +14,7 @@ from grace_plugin.report.intervals import Z95, interval, paired_difference
 from grace_plugin.report.measure import RowDamage
 from grace_plugin.report.summary import by_modality, by_type, overall
 from tests.chains import speak
-from tests.tiny import build, rows
+from tests.tiny import build, make_samples
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,10 @@ def test_answer_start__several_supervised_spans__the_last_one(labels: list[int],
 
 def test_answers__two_models__each_its_own_whole_answer_by_row() -> None:
     collator = ConversationCollator(build("llava", seed=1)[1])
-    given = [{**row, "accept": ["yes"]} for row in (*rows(3, seed=3), *rows(1, seed=5, images=0), *rows(1, seed=7))]
+    given = [
+        {**row, "accept": ["yes"]}
+        for row in (*make_samples(3, seed=3), *make_samples(1, seed=5, images=0), *make_samples(1, seed=7))
+    ]
     batches = [collator([row]) for row in given]
     starts = {number: answer_start(batch["labels"][0]) for number, batch in enumerate(batches)}
     last = {int(batch["input_ids"][0, start - 1]) for batch, start in zip(batches, starts.values(), strict=True)}

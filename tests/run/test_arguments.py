@@ -17,7 +17,7 @@ from grace_plugin.run.arguments import ARGUMENTS, DEFAULTS, NEEDS
 from grace_plugin.run.settings import read_arguments
 from grace_plugin.run.train import run_folder
 from tests.pairs import Pair, loaded, recipe_text, run, structure
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
 REFUSED = [name for name, rule in ARGUMENTS.items() if rule.status == "refused"]
@@ -135,7 +135,7 @@ def asked(folder: Path, **options: Any) -> Any:
     """A run that would first fail for its arguments, then for its student."""
     return train(
         "no-such-student", recipe=recipe_text("no-such-teacher"),
-        **({"dataset": rows(1), "output_dir": folder / "out", "use_cpu": True} | options),
+        **({"dataset": make_samples(1), "output_dir": folder / "out", "use_cpu": True} | options),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def asked(folder: Path, **options: Any) -> Any:
         ({"output_dir": ""}, "output_dir='' is no name of a new folder"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_pixels": -1}, "max_pixels must be at least 1, got -1"),
-        ({"max_bad_rows": 5.0}, "max_bad_rows is a share"),
+        ({"max_bad_samples": 5.0}, "max_bad_samples is a share"),
         ({"activation_offloading": True}, "activation_offloading needs gradient_checkpointing=True"),
     ],
     ids=str,
@@ -204,7 +204,7 @@ def test_what_a_launcher_asks_for_is_refused_too(
     ],
 )
 def test_options_without_effect_on_a_stream_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
-    stream = IterableDataset.from_generator(lambda: iter(rows(1)))
+    stream = IterableDataset.from_generator(lambda: iter(make_samples(1)))
     with pytest.raises(ValueError, match=sentence):
         asked(tmp_path, dataset=stream, max_steps=1, **options)
 

@@ -14,7 +14,7 @@ from grace_plugin import grace_session
 from grace_plugin.data import ConversationCollator
 from grace_plugin.run.trainer import GraceTrainer
 from tests.pairs import Pair, recipe_text
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 class Averaging(torch.optim.SGD):
@@ -75,7 +75,7 @@ def test_trainer__optimizer_with_an_eval_state__average_saved_in_state_and_check
         remove_unused_columns=False, label_names=["labels"], save_strategy="steps", save_steps=1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = GraceTrainer(
-        model=student, args=arguments, train_dataset=rows(6), data_collator=collator, objective=running.objective,
+        model=student, args=arguments, train_dataset=make_samples(6), data_collator=collator, objective=running.objective,
         scale_rate=10.0, optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.train()
@@ -99,7 +99,7 @@ def test_session_save__optimizer_with_an_eval_state__set_to_it_where_passed(
     running, student, collator = session
     optimizer = Averaging(running.parameter_groups(1e-2))
     for seed in (1, 2, 3):
-        batch = collator(rows(2, seed=seed))
+        batch = collator(make_samples(2, seed=seed))
         running.objective.window([batch])
         running.objective.loss(student, batch).backward()
         running.objective.measure()

@@ -18,7 +18,7 @@ import grace_plugin
 from grace_plugin.run import resume
 from grace_plugin.run.interrupt import ResumeCallback, Terminated
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 STEPS: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
 STAMPS = ("time", "date", "created", "seconds")
@@ -104,7 +104,7 @@ def test_export__teacher_is_gone__still_exports(llava: Pair, tmp_path: Path) -> 
 def test_export__processor_and_probe_were_passed__the_same_files(llava: Pair, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.chat_template = processor.chat_template + " "
-    first = run(llava, tmp_path / "out", processor=processor, probe=rows(1, seed=77), **STEPS)
+    first = run(llava, tmp_path / "out", processor=processor, probe=make_samples(1, seed=77), **STEPS)
     first.checkpoint.rename(tmp_path / "kept")
     grace_plugin.export(tmp_path / "out.run")
     assert differing(tmp_path / "kept", tmp_path / "out") == []

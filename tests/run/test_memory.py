@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from grace_plugin.run.memory import offloaded
-from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
+from tests.pairs import Pair, mixed_samples, pair, recipe_text, run
 
 LIBRARIES = {"adamw_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
 GROUPS = {"all": {"targets": ["Linear"], "weights": {
@@ -83,9 +83,13 @@ def test_scales_keep_their_group_and_float32_states_under_an_8_bit_optimizer(
         "recipe": recipe, "optim": optim, "weight_decay": 0.1, "max_steps": 3, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes minutes on a CPU
-        whole = run(wide, tmp_path / "a", mixed_rows(6), callbacks=[watch], **options)
+        whole = run(wide, tmp_path / "a", mixed_samples(6), callbacks=[watch], **options)
         again = run(
-            wide, tmp_path / "b", mixed_rows(6), resume_from_checkpoint=str(tmp_path / "a.run/checkpoint-2"), **options
+            wide,
+            tmp_path / "b",
+            mixed_samples(6),
+            resume_from_checkpoint=str(tmp_path / "a.run/checkpoint-2"),
+            **options,
         )
     others = [g for g in watch.groups if not g[2] or not g[2][0].endswith("log_scale")]
     ((rate, decay, scales),) = [g for g in watch.groups if g not in others]
@@ -115,7 +119,7 @@ def test_checkpointing_and_offloading_change_no_bit(method: str, llava: Pair, tm
     found = []
     for number, option in enumerate([{}, {"gradient_checkpointing": True, "activation_offloading": True}]):
         result = run(
-            llava, tmp_path / str(number), mixed_rows(6), recipe=recipe, warmup_steps=0, logging_steps=1, **option
+            llava, tmp_path / str(number), mixed_samples(6), recipe=recipe, warmup_steps=0, logging_steps=1, **option
         )
         logs = [(log["loss"], log["grad_norm"]) for log in result.history if "loss" in log]
         found.append((logs, load_file(result.checkpoint / "model.safetensors")))

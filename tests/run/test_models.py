@@ -21,9 +21,9 @@ from grace_plugin.run.inputs import load_processor, load_student
 from grace_plugin.teacher import build_cache, load_teacher, open_teacher
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.conftest import Finished
-from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
+from tests.pairs import Pair, mixed_samples, pair, recipe_text, run
 from tests.teacher.caches import ask, same
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 OFF = {"enabled": False}
 
@@ -125,7 +125,7 @@ def quantized(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def states(folder: Path, kind: str = "resident", dtype: str = "float32") -> Any:
     teacher = open_teacher(TeacherRecipe(model=str(folder), kind=kind, dtype=dtype), torch.nn.Module(), None, None)
-    return ask(teacher, ConversationCollator(load_processor(str(folder)))(mixed_rows(4)))
+    return ask(teacher, ConversationCollator(load_processor(str(folder)))(mixed_samples(4)))
 
 
 @pytest.mark.parametrize("method", ["int4", "fp8"])
@@ -155,7 +155,7 @@ def test_open_teacher__nf4_offloaded__computes_with_the_dequantized_weights(quan
     dense = AutoModelForImageTextToText.from_pretrained(quantized["nf4"], dtype="auto").dequantize().float()
     processor = load_processor(str(quantized["nf4"]))
     given = open_teacher(TeacherRecipe(dtype="float32"), torch.nn.Module(), dense, None)
-    assert same(states(quantized["nf4"], "offload"), ask(given, ConversationCollator(processor)(mixed_rows(4))))
+    assert same(states(quantized["nf4"], "offload"), ask(given, ConversationCollator(processor)(mixed_samples(4))))
     resident = load_teacher(str(quantized["nf4"]))
     assert {p.dtype for p in resident.parameters()} == {torch.uint8, torch.bfloat16}, "resident, it stays small"
 
@@ -167,7 +167,7 @@ def test_open_teacher__quantized_model_passed__refused_where_it_cannot_be_stream
     ):
         open_teacher(TeacherRecipe(kind="offload"), torch.nn.Module(), given, None)
     teacher = open_teacher(TeacherRecipe(), torch.nn.Module(), given, None)
-    batch = ConversationCollator(load_processor(str(finished.folder)))(mixed_rows(4))
+    batch = ConversationCollator(load_processor(str(finished.folder)))(mixed_samples(4))
     assert same(ask(teacher, batch), states(finished.folder, dtype="auto"))
 
 
@@ -178,7 +178,9 @@ def test_train__int4_teacher__every_kind_ends_verified(
     block: dict[str, Any] = {"model": str(quantized["int4"]), "kind": kind}
     if kind == "cached":
         asked = TeacherRecipe(model=str(quantized["int4"]))
-        build_cache(str(llava.student), teacher=asked, dataset=rows(4), output_dir=tmp_path / "cache", batch_size=2)
+        build_cache(
+            str(llava.student), teacher=asked, dataset=make_samples(4), output_dir=tmp_path / "cache", batch_size=2
+        )
         block["cache"] = str(tmp_path / "cache")
     done = run(llava, tmp_path / "out", recipe=recipe_text(None, teacher=block), max_steps=1)
     assert done.verification["verified"]
@@ -228,7 +230,7 @@ def test_train__one_layer_without_relation__ends_verified(shallow: Pair, tmp_pat
     recipe = recipe_text(shallow.teacher, relational=OFF)
     assert run(shallow, tmp_path / "a", recipe=recipe, max_steps=1).verification["verified"]
     asked = TeacherRecipe(model=str(shallow.teacher), dtype="float32")
-    made = {"dataset": rows(4), "output_dir": tmp_path / "cache"}
+    made = {"dataset": make_samples(4), "output_dir": tmp_path / "cache"}
     with pytest.raises(ValueError, match=r"the teacher's decoder has 1 layer\(s\)"):
         build_cache(str(shallow.student), teacher=asked, **made)  # type: ignore[arg-type]
     assert not (tmp_path / "cache").exists()
@@ -265,7 +267,7 @@ def test_upstreams_oneshot__another_quantization_modifier__refused_before_a_step
     both = both if first else dict(reversed(both.items()))
     recipe = yaml.safe_dump({"grace_stage": {"grace_modifiers": both}}, sort_keys=False)
     collator = ConversationCollator(load_processor(str(llava.student)))
-    data: Any = DataLoader(rows(4), batch_size=2, collate_fn=collator)  # type: ignore[arg-type]
+    data: Any = DataLoader(make_samples(4), batch_size=2, collate_fn=collator)  # type: ignore[arg-type]
     student = AutoModelForImageTextToText.from_pretrained(llava.student)
     shown = (
         r"carry another modifier's quantization scheme" if first else r"QuantizationModifier cannot be in one recipe"
@@ -277,7 +279,7 @@ def test_upstreams_oneshot__another_quantization_modifier__refused_before_a_step
     assert not any(hasattr(module, "weight_log_scale") for module in student.modules())
     assert not (tmp_path / "o").exists()
     with pytest.raises(ValueError, match="GraceModifier and QuantizationModifier cannot be in one recipe"):
-        grace_plugin.oneshot(llava.student, recipe=recipe, dataset=rows(4), output_dir=tmp_path / "o" / "out")
+        grace_plugin.oneshot(llava.student, recipe=recipe, dataset=make_samples(4), output_dir=tmp_path / "o" / "out")
 
 
 def test_train__constant_pruning_alongside__zeros_stay_and_verify(llava: Pair, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from grace_plugin.upstream import active_session, keep_processor_files
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text, structure
 from tests.report.checkpoints import change
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 ONESHOT = {"epochs": 0.5, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 2}
 
@@ -34,7 +34,7 @@ def loader(pair: Pair, **change: Any) -> DataLoader:
     def collate(chosen: Any) -> dict[str, torch.Tensor]:
         return {k: v for k, v in collator(chosen).items() if k != "labels"}
 
-    return DataLoader(rows(8, seed=41), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    return DataLoader(make_samples(8, seed=41), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(llava: Pair, tmp_path: Path) -> None:
@@ -233,9 +233,10 @@ def test_the_pipeline_needs_data(llava: Pair, tmp_path: Path) -> None:
 
 
 def test_ours_verifies_and_copies_the_processor(llava: Pair, tmp_path: Path) -> None:
-    """8 rows by 2 are 4 batches, two windows an epoch; half an epoch is one step."""
+    """8 samples by 2 are 4 batches, two windows an epoch; half an epoch is one step."""
     result = grace_plugin.oneshot(
-        str(llava.student), recipe=recipe_text(None, oneshot=ONESHOT), dataset=rows(99, seed=41), output_dir=tmp_path / "out",
+        str(llava.student), recipe=recipe_text(None, oneshot=ONESHOT), dataset=make_samples(99, seed=41),
+        output_dir=tmp_path / "out",
         teacher=llava.teacher, num_calibration_samples=8, batch_size=2,
     )  # fmt: skip
     assert result.verification["verified"] and result.verification["processor_files_changed"] == []
@@ -251,7 +252,7 @@ def test_the_recipes_optimizer_is_taken(llava: Pair, tmp_path: Path) -> None:
     for optim in ("adafactor", "adamw_torch"):
         result = grace_plugin.oneshot(
             str(llava.student), recipe=recipe_text(llava.teacher, oneshot={**ONESHOT, "optim": optim}),
-            dataset=rows(8, seed=41), output_dir=tmp_path / optim, batch_size=2,
+            dataset=make_samples(8, seed=41), output_dir=tmp_path / optim, batch_size=2,
         )  # fmt: skip
         assert result.verification["verified"]
         found[optim] = (result.checkpoint / "model.safetensors").read_bytes()
@@ -261,13 +262,13 @@ def test_the_recipes_optimizer_is_taken(llava: Pair, tmp_path: Path) -> None:
 def test_ours_refuses_a_destination_before_it_loads(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("x")
     with pytest.raises(FileExistsError, match="exists and is not empty"):
-        grace_plugin.oneshot("/no/where", recipe=recipe_text(None), dataset=rows(1), output_dir=tmp_path)
+        grace_plugin.oneshot("/no/where", recipe=recipe_text(None), dataset=make_samples(1), output_dir=tmp_path)
 
 
 def test_a_session_in_ones_own_loop(llava: Pair, tmp_path: Path) -> None:
     student = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.float32)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
-    windows = [[collator(rows(2, seed=s)) for s in (n, n + 1)] for n in (51, 53)]
+    windows = [[collator(make_samples(2, seed=s)) for s in (n, n + 1)] for n in (51, 53)]
     student.train()
     before = active_session()
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=2) as grace:
@@ -294,7 +295,7 @@ def test_a_session_in_ones_own_loop(llava: Pair, tmp_path: Path) -> None:
 
 def one_step(grace: Any, student: Any, pair: Pair) -> None:
     """One optimizer step of a session."""
-    batch = ConversationCollator(AutoProcessor.from_pretrained(pair.student))(rows(2, seed=51))
+    batch = ConversationCollator(AutoProcessor.from_pretrained(pair.student))(make_samples(2, seed=51))
     optimizer = torch.optim.SGD(grace.parameter_groups(1e-3))
     grace.objective.window([batch])
     grace.objective.loss(student.train(), batch).backward()
@@ -330,7 +331,7 @@ def test_weights_that_the_forward_pass_did_not_see_are_refused_and_named(llava: 
     student = loaded(llava)
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
         one_step(grace, student, llava)
-        batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(rows(1, images=0))
+        batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(make_samples(1, images=0))
         student(**{k: v for k, v in batch.items() if k != "labels"})
         student.model.language_model.layers[1].mlp.up_proj.weight.data.neg_()
         message = (

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 BLOCK = {
     "epochs": 1.0, "learning_rate": 2.0e-3, "scheduler": "linear", "warmup_share": 0.5, "weight_decay": 0.1,
@@ -54,7 +54,7 @@ def go(pair: Pair, **change: Any) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """Four steps of one batch, and the student's weights at the end."""
     student = loaded(pair)
     collator = ConversationCollator(AutoProcessor.from_pretrained(pair.student))
-    batches = DataLoader(rows(8, seed=41), batch_size=2, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
+    batches = DataLoader(make_samples(8, seed=41), batch_size=2, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
     recipe = recipe_text(pair.teacher, oneshot=BLOCK | change)
     with watched() as seen:
         upstream_oneshot(model=student, recipe=recipe, dataset=batches, pipeline="grace")
@@ -81,7 +81,7 @@ def test_another_block_is_another_run(llava: Pair) -> None:
     assert [weights_norm(step) for step in seen] == pytest.approx([0.02] * 4, rel=1e-3)
 
 
-def test_the_seed_alone_decides_the_order_of_the_rows(llava: Pair) -> None:
+def test_the_seed_alone_decides_the_order_of_the_samples(llava: Pair) -> None:
     ends = []
     for seed, before in ((0, 1), (0, 2), (1, 2)):
         torch.manual_seed(before)

@@ -12,7 +12,7 @@ from llmcompressor import oneshot
 import grace_plugin
 from grace_plugin.upstream import CalibrationPipeline
 from tests.pairs import Pair, loaded, recipe_text
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def said() -> Iterator[list[str]]:
 def test_oneshot__grace_pipeline__no_advice_to_train_without_data(llava: Pair, tmp_path: Path, said: list[str]) -> None:
     recipe = recipe_text(llava.teacher, oneshot={"epochs": 1.0, "learning_rate": 1e-3})
     options = {"num_calibration_samples": 2, "batch_size": 2, "output_dir": tmp_path / "out"}
-    done = grace_plugin.oneshot(str(llava.student), recipe=recipe, dataset=rows(2), **options)
+    done = grace_plugin.oneshot(str(llava.student), recipe=recipe, dataset=make_samples(2), **options)
     assert done.verification["verified"]
     assert not [line for line in said if "recommended" in line]
     CalibrationPipeline.from_modifiers([], user="basic")

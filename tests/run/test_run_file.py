@@ -12,23 +12,23 @@ import yaml
 from datasets import Dataset
 
 import grace_plugin
-from grace_plugin.data import load_rows, stream_rows
+from grace_plugin.data import load_samples, stream_samples
 from grace_plugin.run.manifest import dataset_digest, read_run_file, without_paths
-from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run
-from tests.tiny import rows
+from tests.pairs import Pair, loaded, mixed_samples, recipe_text, run
+from tests.tiny import make_samples
 
 
-def write_rows(folder: Path, count: int = 6) -> Path:
+def write_samples(folder: Path, count: int = 6) -> Path:
     """A JSONL dataset with images next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, row in enumerate(mixed_rows(count)):
-        for place, image in enumerate(row["images"]):
+    for number, sample in enumerate(mixed_samples(count)):
+        for place, image in enumerate(sample["images"]):
             image.save(folder / f"{number}-{place}.png")
-        names = [f"{number}-{place}.png" for place in range(len(row["images"]))]
-        lines.append(json.dumps({**row, "images": names}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder / "rows.jsonl"
+        names = [f"{number}-{place}.png" for place in range(len(sample["images"]))]
+        lines.append(json.dumps({**sample, "images": names}))
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    return folder / "samples.jsonl"
 
 
 OPTIONS: dict[str, Any] = {
@@ -43,7 +43,7 @@ def first(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe_text(llava.teacher, relational={"weight": 1.0}))
-    run(llava, folder / "out", load_rows(str(write_rows(folder / "data"))), recipe=recipe, **OPTIONS)
+    run(llava, folder / "out", load_samples(str(write_samples(folder / "data"))), recipe=recipe, **OPTIONS)
     recipe.unlink()  # what is in it is in run.yaml
     return folder
 
@@ -55,7 +55,7 @@ def test_a_run_writes_what_it_was_given(llava: Pair, first: Path) -> None:
     asked = content["recipe"]["grace_stage"]["grace_modifiers"]["GraceModifier"]
     assert asked["relational"]["weight"] == 1.0 and asked["ignore"] == []
     assert content["dataset"] | {"fingerprint": ""} == {
-        "path": str(first / "data/rows.jsonl"), "samples": 6, "fingerprint": ""
+        "path": str(first / "data/samples.jsonl"), "samples": 6, "fingerprint": ""
     }  # fmt: skip
     assert content["max_length"] == 400 and "max_pixels" not in content and "packing" not in content
     wanted = {
@@ -97,12 +97,12 @@ def test_option_given_with_the_default_of_train__replaces_what_is_recorded(
     shutil.copytree(first / "data", tmp_path / "data")
     next((tmp_path / "data").glob("0-*.png")).unlink()  # one sample of six cannot be used
     content = yaml.safe_load((first / "out.run/run.yaml").read_text())
-    content["dataset"] = {"path": str(tmp_path / "data/rows.jsonl")}
-    content["max_bad_rows"] = 0.9
+    content["dataset"] = {"path": str(tmp_path / "data/samples.jsonl")}
+    content["max_bad_samples"] = 0.9
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    given = ["--from", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_bad_rows", "0.05"]
+    given = ["--from", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_bad_samples", "0.05"]
     assert in_process(monkeypatch, "train", *given) == 2
-    assert "above max_bad_rows = 5.0%" in capsys.readouterr().err
+    assert "above max_bad_samples = 5.0%" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -110,11 +110,11 @@ def test_option_given_with_the_default_of_train__replaces_what_is_recorded(
 def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Path, changed: str) -> None:
     shutil.copytree(first / "data", tmp_path / "data")
     content = yaml.safe_load((first / "out.run/run.yaml").read_text())
-    content["dataset"]["path"] = str(tmp_path / "data/rows.jsonl")
+    content["dataset"]["path"] = str(tmp_path / "data/samples.jsonl")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     if changed == "an answer":
-        lines = (tmp_path / "data/rows.jsonl").read_text()
-        (tmp_path / "data/rows.jsonl").write_text(lines.replace("is", "was", 1))
+        lines = (tmp_path / "data/samples.jsonl").read_text()
+        (tmp_path / "data/samples.jsonl").write_text(lines.replace("is", "was", 1))
     else:
         with next((tmp_path / "data").glob("*.png")).open("ab") as picture:
             picture.write(b"\0")
@@ -130,7 +130,7 @@ def test_a_file_without_paths_asks_for_them(
 ) -> None:
     text = (first / "out/run.yaml").read_text()
     assert yaml.safe_load(text) == without_paths(read_run_file(first / "out.run"))
-    assert str(llava.student.parent) not in text and str(first) not in text and "rows.jsonl" in text
+    assert str(llava.student.parent) not in text and str(first) not in text and "samples.jsonl" in text
     assert "run.yaml" in json.loads((first / "out/grace/record.json").read_text())["files"]
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -140,12 +140,12 @@ def test_a_file_without_paths_asks_for_them(
         grace_plugin.train_from("run.yaml", output_dir="out")
     with pytest.raises(ValueError, match=r"the model of the run was read from 'student', .* give model= \(--model\)"):
         grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher)
-    with pytest.raises(ValueError, match=r"the dataset of the run cannot be read: .*rows.jsonl.* give dataset="):
+    with pytest.raises(ValueError, match=r"the dataset of the run cannot be read: .*samples.jsonl.* give dataset="):
         grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher, model=llava.student)
 
 
 def test_objects_are_named_and_have_to_be_given_again(llava: Pair, tmp_path: Path) -> None:
-    held = rows(4)
+    held = make_samples(4)
     result = run(llava, tmp_path / "a", held, model=loaded(llava), max_steps=1)
     content = read_run_file(tmp_path / "a.run")
     assert content["model"] == {"given": True, "class": "LlavaForConditionalGeneration", "name": "student"}
@@ -158,27 +158,27 @@ def test_objects_are_named_and_have_to_be_given_again(llava: Pair, tmp_path: Pat
 
 
 def test_the_digest_of_a_dataset_follows_its_content_alone(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a")
+    file = write_samples(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    one = dataset_digest(load_rows(str(file)))
-    assert one == dataset_digest(load_rows(str(tmp_path / "b/rows.jsonl")))
+    one = dataset_digest(load_samples(str(file)))
+    assert one == dataset_digest(load_samples(str(tmp_path / "b/samples.jsonl")))
     lines = file.read_text().splitlines()
     file.write_text("\n".join(reversed(lines)))
-    assert one != dataset_digest(load_rows(str(file)))
-    held = rows(2)
-    assert dataset_digest(held) == dataset_digest(rows(2)) != dataset_digest(rows(2, seed=5))
+    assert one != dataset_digest(load_samples(str(file)))
+    held = make_samples(2)
+    assert dataset_digest(held) == dataset_digest(make_samples(2)) != dataset_digest(make_samples(2, seed=5))
     texts = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(3)]
     assert dataset_digest(Dataset.from_list(texts)) == dataset_digest(Dataset.from_list(texts))
     assert dataset_digest(Dataset.from_list(texts)) != dataset_digest(Dataset.from_list(texts[::-1]))
-    assert dataset_digest(stream_rows(str(file))) is None
+    assert dataset_digest(stream_samples(str(file))) is None
 
 
 def test_the_weights_of_a_mix_are_part_of_its_digest(tmp_path: Path) -> None:
-    write_rows(tmp_path)
+    write_samples(tmp_path)
     found = set()
     for weight in (1, 2):
-        (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sets": [{"path": "rows.jsonl", "weight": weight}]}))
-        found.add(dataset_digest(load_rows(str(tmp_path / "mix.yaml"))))
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sets": [{"path": "samples.jsonl", "weight": weight}]}))
+        found.add(dataset_digest(load_samples(str(tmp_path / "mix.yaml"))))
     assert len(found) == 2
 
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from grace_plugin.run.fingerprint import check_same_run, weights_fingerprint
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
 STEPS: dict[str, Any] = {
     "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "logging_steps": 1,
 }  # fmt: skip
-DATA = rows(6, seed=3)
+DATA = make_samples(6, seed=3)
 
 
 @pytest.fixture(scope="module")

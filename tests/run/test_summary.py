@@ -17,7 +17,7 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.run.summary import count_tokens, folder_bytes, size
 from grace_plugin.upstream import oneshot as upstream_oneshot
 from tests.pairs import Pair, loaded, recipe_text, run
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 
 class Watch(TrainerCallback):
@@ -31,7 +31,9 @@ def test_a_run_says_its_shape_and_what_it_took_once(
     llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch()
-    result = run(llava, tmp_path / "out", rows(6), max_steps=3, gradient_accumulation_steps=2, callbacks=[watch])
+    result = run(
+        llava, tmp_path / "out", make_samples(6), max_steps=3, gradient_accumulation_steps=2, callbacks=[watch]
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GRACE:")]
     assert len(said) == 3
     assert re.fullmatch(
@@ -57,7 +59,7 @@ def test_a_run_says_its_shape_and_what_it_took_once(
 
 def test_a_loader_of_upstreams_oneshot_gives_the_batch(llava: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
-    loader = DataLoader(rows(4), batch_size=2, collate_fn=ConversationCollator(processor))  # type: ignore[arg-type]
+    loader = DataLoader(make_samples(4), batch_size=2, collate_fn=ConversationCollator(processor))  # type: ignore[arg-type]
     upstream_oneshot(model=loaded(llava), recipe=recipe_text(llava.teacher), dataset=loader, pipeline="grace")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GRACE:")]
     assert ", micro-batch 2 x accumulation 1 = global batch 2, 2 steps, 1.00 epochs of 4 samples; " in said[0]
@@ -66,7 +68,7 @@ def test_a_loader_of_upstreams_oneshot_gives_the_batch(llava: Pair, capsys: pyte
 def test_header__with_a_progress_bar__has_a_line_of_its_own(llava: Pair, tmp_path: Path) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        run(llava, tmp_path / "out", rows(1), max_steps=1, per_device_train_batch_size=1, disable_tqdm=False)
+        run(llava, tmp_path / "out", make_samples(1), max_steps=1, per_device_train_batch_size=1, disable_tqdm=False)
     header, speed, _ = (line for line in re.split("[\n\r]", said.getvalue()) if "GRACE: " in line)
     assert header.startswith("GRACE: 1 process on cpu") and ", 1 step, 1.00 epochs of 1 sample; trains" in header
     assert speed.startswith("GRACE: 1 step in ")

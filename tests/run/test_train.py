@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 import grace_plugin
 from grace_plugin.upstream import Modifier, ModifierFactory
 from tests.conftest import Finished
-from tests.pairs import Pair, loaded, mixed_rows, recipe_text, run, structure
-from tests.tiny import rows
+from tests.pairs import Pair, loaded, mixed_samples, recipe_text, run, structure
+from tests.tiny import make_samples
 
 
 class Watch(TrainerCallback):
@@ -71,7 +71,7 @@ def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
     assert len(logs) == 8
     wanted = {
         "loss_ce", "loss_gdkd", "loss_tckd", "loss_nckd", "loss_rcka", "beta", "omega", "clip_share",
-        "gate_q05", "gate_q50", "gate_q95", "images", "images_skipped", "rows_without_images", "supervised_tokens",
+        "gate_q05", "gate_q50", "gate_q95", "images", "images_skipped", "samples_without_images", "supervised_tokens",
         "nonfinite_steps", "learning_rate", "grad_norm",
     }  # fmt: skip
     assert wanted <= logs[0].keys()
@@ -81,8 +81,8 @@ def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
     assert {log["images_skipped"] for log in logs} == {0}
     assert {log["beta"] for log in logs} == {0.5}
     assert all(0.0 < log["clip_share"] < 0.5 for log in logs)
-    assert sum(log["images"] for log in logs) == 2 * sum(len(row["images"]) for row in finished.dataset)
-    assert sum(log["rows_without_images"] for log in logs) == 2 * 2
+    assert sum(log["images"] for log in logs) == 2 * sum(len(sample["images"]) for sample in finished.dataset)
+    assert sum(log["samples_without_images"] for log in logs) == 2 * 2
     weighted = logs[0]["loss_ce"] + 0.5 * logs[0]["loss_gdkd"] + 3.0 * logs[0]["loss_rcka"]
     assert logs[0]["loss"] == pytest.approx(weighted, rel=1e-5)
 
@@ -145,9 +145,9 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_seen(llava: Pair, tmp_path: P
 
 
 def test_a_run_of_epochs_with_an_incomplete_last_window(llava: Pair, tmp_path: Path) -> None:
-    """5 rows by 2 are 3 batches, two windows an epoch; two epochs are 4 steps and 4 controller updates."""
+    """5 samples by 2 are 3 batches, two windows an epoch; two epochs are 4 steps and 4 controller updates."""
     result = run(
-        llava, tmp_path / "out", rows(5, seed=2), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2,
+        llava, tmp_path / "out", make_samples(5, seed=2), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2,
         logging_steps=1,
     )  # fmt: skip
     logs = [log for log in result.history if "loss" in log]
@@ -158,7 +158,7 @@ def test_a_run_of_epochs_with_an_incomplete_last_window(llava: Pair, tmp_path: P
 
 def test_a_dataset_without_a_length(llava: Pair, tmp_path: Path) -> None:
     def generate() -> Any:
-        yield from rows(4, seed=2)
+        yield from make_samples(4, seed=2)
 
     dataset = IterableDataset.from_generator(generate)
     with pytest.raises(ValueError, match="the dataset has no length; pass max_steps="):
@@ -196,7 +196,7 @@ def test_a_model_that_an_earlier_run_saved_is_refused(llava: Pair, tmp_path: Pat
     with pytest.raises(ValueError, match=r"an earlier GRACE run has saved this model .* load the checkpoint anew"):
         run(llava, tmp_path / "o/int4", model=student)
     with pytest.raises(ValueError, match="an earlier GRACE run"):
-        grace_plugin.oneshot(student, recipe=recipe_text(None), dataset=rows(1), output_dir=tmp_path / "o/int4")
+        grace_plugin.oneshot(student, recipe=recipe_text(None), dataset=make_samples(1), output_dir=tmp_path / "o/int4")
     with pytest.raises(ValueError, match="an earlier GRACE run"):
         grace_plugin.grace_session(student, recipe_text(None), total_steps=1).__enter__()
     assert not (tmp_path / "o").exists()
@@ -204,7 +204,7 @@ def test_a_model_that_an_earlier_run_saved_is_refused(llava: Pair, tmp_path: Pat
 
 
 class Sequence:
-    """Rows of a known length that are made when asked for, so that Trainer's own sampler orders them."""
+    """Samples of a known length that are made when asked for, so that Trainer's own sampler orders them."""
 
     def __init__(self, held: list[dict[str, Any]]) -> None:
         self.held = held
@@ -217,18 +217,18 @@ class Sequence:
 
 
 @pytest.mark.parametrize("count", [6, 3])
-def test_a_stream_that_ends_inside_a_window_trains_as_the_same_rows_of_known_length(
+def test_a_stream_that_ends_inside_a_window_trains_as_the_same_samples_of_known_length(
     llava: Pair, tmp_path: Path, count: int
 ) -> None:
-    """6 rows are a window of 4 and one of 2, 3 rows a short window each; four steps pass over the rows again."""
-    held = mixed_rows(count)
+    """6 samples are a window of 4 and one of 2, 3 samples a short window each; four steps pass over the samples again."""
+    held = mixed_samples(count)
 
     def generate() -> Any:
         yield from held
 
     options: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 1,
-        "train_sampling_strategy": "sequential", "max_bad_rows": 0.0,
+        "train_sampling_strategy": "sequential", "max_bad_samples": 0.0,
     }  # fmt: skip
     known = run(llava, tmp_path / "known", Sequence(held), **options)
     stream = run(llava, tmp_path / "stream", IterableDataset.from_generator(generate), **options)

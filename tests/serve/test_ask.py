@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from grace_plugin.serve.ask import Answer, AskError, ask, ask_all, data_url, with_images
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 Reply = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 
@@ -63,7 +63,7 @@ def address() -> Iterator[Callable[[Reply], tuple[str, list[dict[str, Any]]]]]:
 
 
 def test_a_data_url_holds_every_pixel() -> None:
-    picture = rows(1, seed=3)[0]["images"][0]
+    picture = make_samples(1, seed=3)[0]["images"][0]
     head, body = data_url(picture).split(",", 1)
     back = Image.open(io.BytesIO(base64.b64decode(body)))
     assert head == "data:image/png;base64"
@@ -78,7 +78,7 @@ def test_transparency_is_dropped_as_processors_drop_it() -> None:
 
 
 def test_pictures_go_where_their_places_are() -> None:
-    row = rows(1, seed=4, images=2)[0]
+    row = make_samples(1, seed=4, images=2)[0]
     messages = [{"role": "system", "content": "be brief"}, row["messages"][0]]
     sent = with_images(messages, row["images"])
     urls = [part["image_url"]["url"] for part in sent[1]["content"] if part["type"] == "image_url"]
@@ -89,15 +89,15 @@ def test_pictures_go_where_their_places_are() -> None:
 
 @pytest.mark.parametrize(("places", "given"), [(1, 2), (2, 1), (0, 1)])
 def test_places_and_pictures_must_be_as_many(places: int, given: int) -> None:
-    messages = rows(1, seed=5, images=places)[0]["messages"][:1]
-    pictures = rows(1, seed=5, images=given)[0]["images"]
+    messages = make_samples(1, seed=5, images=places)[0]["messages"][:1]
+    pictures = make_samples(1, seed=5, images=given)[0]["images"]
     with pytest.raises(ValueError, match=f"{places} image places but {given} images"):
         with_images(messages, pictures)
 
 
 def test_an_answer_is_read_with_its_log_probabilities(address: Any) -> None:
     url, bodies = address(completion)
-    row = rows(1, seed=6, images=2)[0]
+    row = make_samples(1, seed=6, images=2)[0]
     answer = ask(url, "tiny", row["messages"][:1], row["images"], max_tokens=3, top=2)
     assert answer == Answer("2 pictures", [7, 8], [1, 2, 3], [-0.5], [{7: -0.5, 9: -1.5}])
     assert (bodies[0]["model"], bodies[0]["max_tokens"], bodies[0]["temperature"]) == ("tiny", 3, 0.0)
@@ -106,7 +106,7 @@ def test_an_answer_is_read_with_its_log_probabilities(address: Any) -> None:
 
 def test_without_top_no_log_probabilities_are_asked_for(address: Any) -> None:
     url, bodies = address(completion)
-    answer = ask(url, "tiny", rows(1, images=0)[0]["messages"][:1])
+    answer = ask(url, "tiny", make_samples(1, images=0)[0]["messages"][:1])
     assert "logprobs" not in bodies[0]
     assert answer == Answer("0 pictures", [7, 8], [1, 2, 3], [], [])
 
@@ -117,7 +117,7 @@ def test_many_answers_keep_the_order_of_their_questions(address: Any) -> None:
     questions = [
         {"messages": row["messages"][:1], "images": row["images"]}
         for number in pictures
-        for row in rows(1, seed=number, images=number)
+        for row in make_samples(1, seed=number, images=number)
     ]
     counted: list[int] = []
     answers = ask_all(url, "tiny", questions, workers=3, on_answer=lambda: counted.append(1))
@@ -128,15 +128,15 @@ def test_many_answers_keep_the_order_of_their_questions(address: Any) -> None:
 def test_a_refusal_carries_the_servers_words(address: Any) -> None:
     url, _ = address(lambda body: (400, {"error": "at most 1 image"}))
     with pytest.raises(AskError, match=r"refused a question \(400\).*at most 1 image"):
-        ask_all(url, "tiny", [{"messages": rows(1, images=0)[0]["messages"][:1]}])
+        ask_all(url, "tiny", [{"messages": make_samples(1, images=0)[0]["messages"][:1]}])
 
 
 def test_a_reply_of_another_form_is_an_error(address: Any) -> None:
     url, _ = address(lambda body: (200, {"choices": []}))
     with pytest.raises(AskError, match="not a chat completion"):
-        ask(url, "tiny", rows(1, images=0)[0]["messages"][:1])
+        ask(url, "tiny", make_samples(1, images=0)[0]["messages"][:1])
 
 
 def test_nobody_listening_is_an_error() -> None:
     with pytest.raises(AskError, match=r"no answer from http://127\.0\.0\.1:9 "):
-        ask("http://127.0.0.1:9", "tiny", rows(1, images=0)[0]["messages"][:1], timeout=2)
+        ask("http://127.0.0.1:9", "tiny", make_samples(1, images=0)[0]["messages"][:1], timeout=2)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 ANSWERING = """
 import json, os, sys
@@ -36,7 +36,7 @@ def interpreter(tmp_path: Path, script: str) -> Path:
 
 
 def test_questions_reach_the_interpreter_and_answers_come_back(tmp_path: Path) -> None:
-    made = rows(1, seed=1, images=2) + rows(1, seed=2, images=0)
+    made = make_samples(1, seed=1, images=2) + make_samples(1, seed=2, images=0)
     questions = [{"messages": row["messages"][:1], "images": row["images"]} for row in made]
     questions[0]["images"][1] = Image.new("RGBA", (8, 6))
     jobs = [Job(tmp_path, questions, max_tokens=3), Job(tmp_path, questions[:1], max_model_len=64)]

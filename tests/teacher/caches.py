@@ -13,7 +13,7 @@ from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import CachePlan, Teacher, TeacherStates, build_cache, supervised_positions
 from tests.pairs import Pair, recipe_text
 
-__all__ = ["ask", "asked", "build", "cached_recipe", "collator_of", "everything", "same", "video_row"]
+__all__ = ["ask", "asked", "build", "cached_recipe", "collator_of", "everything", "same", "video_sample"]
 
 
 def asked(pair: Pair, folder: Path, **other: Any) -> TeacherRecipe:
@@ -34,8 +34,8 @@ def build(pair: Pair, folder: Path, dataset: Any, **options: Any) -> CachePlan:
     return build_cache(pair.student, **(given | options))
 
 
-def video_row(frames: list[Any], image: Any) -> dict[str, Any]:
-    """A row with a video before a picture."""
+def video_sample(frames: list[Any], image: Any) -> dict[str, Any]:
+    """A sample with a video before a picture."""
     content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "what is the shape?"}]
     said = [{"type": "text", "text": "a red square"}]
     return {

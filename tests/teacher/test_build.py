@@ -15,11 +15,11 @@ from transformers import AutoProcessor
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import CachedTeacher, CachePlan, StateStore, build_cache, open_store
 from grace_plugin.teacher.plan import check_disk
-from tests.pairs import Pair, mixed_rows, pair
+from tests.pairs import Pair, mixed_samples, pair
 from tests.teacher.caches import asked, build, everything
-from tests.tiny import rows
+from tests.tiny import make_samples
 
-SMALL = {"batch_size": 1, "shard_bytes": 100_000}  # several files of one or two rows
+SMALL = {"batch_size": 1, "shard_bytes": 100_000}  # several files of one or two samples
 
 
 class StopError(Exception):
@@ -37,7 +37,7 @@ def stop_after(count: int) -> Any:
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("visual", [True, False])
 def test_the_size_is_predicted_to_the_byte(pair_of: Any, tmp_path: Path, family: str, visual: bool) -> None:
-    folder, dataset = tmp_path / "cache", mixed_rows(8)
+    folder, dataset = tmp_path / "cache", mixed_samples(8)
     plans: list[tuple[CachePlan, bool]] = []
     done = build(
         pair_of(family), folder, dataset, visual=visual, batch_size=1,
@@ -50,25 +50,25 @@ def test_the_size_is_predicted_to_the_byte(pair_of: Any, tmp_path: Path, family:
     (first, existed), (second, _) = plans
     assert not existed, "the size is said before anything is written"
     assert first.seconds is None and second.seconds is not None and second.seconds > 0.0
-    assert (first.rows, first.stored, first.bytes, first.at_most) == (8, 0, done.bytes, False)
+    assert (first.samples, first.stored, first.bytes, first.at_most) == (8, 0, done.bytes, False)
     on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert done.bytes < on_disk <= done.bytes + 1024 * 8
 
 
 def test_line_ends_of_tiles_make_the_prediction_an_upper_bound(pair_of: Any, tmp_path: Path) -> None:
-    done = build(pair_of("llava_next"), tmp_path / "cache", rows(2))
+    done = build(pair_of("llava_next"), tmp_path / "cache", make_samples(2))
     assert done.at_most
     assert done.bytes > sum(s.numel() * s.element_size() for s in everything(tmp_path / "cache").values())
 
 
-def test_equal_rows_are_run_once_and_ids_do_not_count(llava: Pair, tmp_path: Path) -> None:
-    one, two = rows(2)
+def test_equal_samples_are_run_once_and_ids_do_not_count(llava: Pair, tmp_path: Path) -> None:
+    one, two = make_samples(2)
     dataset = [{**one, "id": "a"}, {**two, "id": "b"}, {**one, "id": "c"}]
-    assert build(llava, tmp_path / "cache", dataset).rows == 2
+    assert build(llava, tmp_path / "cache", dataset).samples == 2
 
 
 def test_a_stopped_build_goes_on_where_it_stopped(llava: Pair, tmp_path: Path) -> None:
-    dataset, folder = mixed_rows(8), tmp_path / "cache"
+    dataset, folder = mixed_samples(8), tmp_path / "cache"
     with pytest.raises(StopError):
         build(llava, folder, dataset, **SMALL, progress=stop_after(5))
     (folder / "writing.partial").write_bytes(b"half a file")
@@ -89,10 +89,10 @@ def test_a_stopped_build_goes_on_where_it_stopped(llava: Pair, tmp_path: Path) -
     assert (nothing.bytes, nothing.tokens, nothing.stored) == (0, 0, 8)
 
 
-def test_a_longer_dataset_adds_its_rows(llava: Pair, tmp_path: Path) -> None:
-    build(llava, tmp_path / "cache", rows(2))
-    more = build(llava, tmp_path / "cache", rows(4), visual=False)
-    assert (more.rows, more.stored, len(StateStore(tmp_path / "cache"))) == (4, 2, 4)
+def test_a_longer_dataset_adds_its_samples(llava: Pair, tmp_path: Path) -> None:
+    build(llava, tmp_path / "cache", make_samples(2))
+    more = build(llava, tmp_path / "cache", make_samples(4), visual=False)
+    assert (more.samples, more.stored, len(StateStore(tmp_path / "cache"))) == (4, 2, 4)
     assert sum(name.endswith(".visual") for name in everything(tmp_path / "cache")) == 4, "what a store keeps, it keeps"
 
 
@@ -109,7 +109,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_a_damaged_file_is_named_and_written_anew(llava: Pair, tmp_path: Path, damage: Any) -> None:
-    dataset, folder = mixed_rows(6), tmp_path / "cache"
+    dataset, folder = mixed_samples(6), tmp_path / "cache"
     build(llava, folder, dataset, **SMALL)
     before = everything(folder)
     bad = sorted(folder.glob("*.safetensors"))[1]
@@ -121,14 +121,14 @@ def test_a_damaged_file_is_named_and_written_anew(llava: Pair, tmp_path: Path, d
     announced: list[CachePlan] = []
     again = build(llava, folder, dataset, **SMALL, announce=announced.append)
     assert again.dropped == announced[0].dropped == (bad.name,)
-    assert 0 < again.rows - again.stored < 6
+    assert 0 < again.samples - again.stored < 6
     after = everything(folder)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     open_store(asked(llava, folder), visual=True)
 
 
 def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pair, tmp_path: Path) -> None:
-    folder, dataset = tmp_path / "cache", rows(2)
+    folder, dataset = tmp_path / "cache", make_samples(2)
 
     def refused(match: str, **options: Any) -> None:
         before = sorted(tmp_path.rglob("*"))
@@ -139,9 +139,9 @@ def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pai
     refused("set teacher.model in the recipe", teacher=TeacherRecipe())
     refused(r"cannot read the teacher '/no/where'", teacher=TeacherRecipe(model="/no/where"))
     refused("at least 1, got 0 and", batch_size=0)
-    refused("the dataset has no rows", dataset=[])
+    refused("the dataset has no samples", dataset=[])
     refused("looked at first", dataset=IterableDataset.from_generator(lambda: iter(dataset)))
-    refused(r"1 of 2 rows cannot be used", dataset=[*rows(1), {"messages": []}])
+    refused(r"1 of 2 samples cannot be used", dataset=[*make_samples(1), {"messages": []}])
     (tmp_path / "notes").write_text("mine")
     refused("holds something else than a teacher cache", folder=tmp_path)
     with pytest.raises(ValueError, match=r"the states take .* bytes and the disk of .* free"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pai
 
 def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    build(llava, folder, rows(1), visual=False)
+    build(llava, folder, make_samples(1), visual=False)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".build.lock"}
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.chat_template = processor.chat_template.replace("USER", "PERSON") + " "
@@ -161,11 +161,11 @@ def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> 
         ({"visual": False, "processor": processor}, "processor.chat_template: "),
     ):
         with pytest.raises(ValueError, match=rf"{folder} holds states written otherwise .*{told}"):
-            build(llava, folder, rows(2), **({"visual": False} | options))
+            build(llava, folder, make_samples(2), **({"visual": False} | options))
     assert {path: path.read_bytes() for path in folder.iterdir() if path.name != ".build.lock"} == before
     (folder / "store.json").write_text(json.dumps({"format": 0, "identity": {}, "made_with": {}}))
     with pytest.raises(ValueError, match=r"has format 0, and this version reads 2; remove"):
-        build(llava, folder, rows(2))
+        build(llava, folder, make_samples(2))
     (folder / "store.json").write_text("{")
     with pytest.raises(
         ValueError, match=r"store\.json cannot be read; run `grace teacher cache .*` again: it restores it"
@@ -176,7 +176,7 @@ def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> 
 def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     other = pair("llava", tmp_path, teacher={"words": "other"})
     with pytest.raises(ValueError, match="tokenizers differ"):
-        build(other, tmp_path / "cache", rows(1))
+        build(other, tmp_path / "cache", make_samples(1))
     assert not (tmp_path / "cache").exists()
 
 
@@ -190,16 +190,19 @@ def test_a_teacher_without_its_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"1 weight\(s\) are missing \(lm_head\.weight\)\. The output head was not saved"
     ):
-        build(made, tmp_path / "cache", rows(1))
+        build(made, tmp_path / "cache", make_samples(1))
     assert not (tmp_path / "cache").exists()
 
 
-def test_rows_in_a_dataset_and_by_worker_processes(llava: Pair, tmp_path: Path) -> None:
+def test_samples_in_a_dataset_and_by_worker_processes(llava: Pair, tmp_path: Path) -> None:
     pictures = []
-    for number, row in enumerate(rows(3)):
-        row["images"][0].save(tmp_path / f"{number}.png")
-        text = [part | {"text": part.get("text")} for part in row["messages"][0]["content"]]
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": row["messages"][1]["content"]}]
+    for number, sample in enumerate(make_samples(3)):
+        sample["images"][0].save(tmp_path / f"{number}.png")
+        text = [part | {"text": part.get("text")} for part in sample["messages"][0]["content"]]
+        messages = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": sample["messages"][1]["content"]},
+        ]
         pictures.append({"messages": messages, "images": [str(tmp_path / f"{number}.png")]})
     build_cache(
         str(llava.student), teacher=TeacherRecipe(model=str(llava.teacher)), dataset=Dataset.from_list(pictures),

@@ -27,17 +27,17 @@ from grace_plugin.teacher import (
 )
 from grace_plugin.teacher import cached as reading
 from grace_plugin.vlm import VisualTokens, family_of
-from tests.pairs import Pair, mixed_rows, pair, recipe_text, run
-from tests.teacher.caches import ask, asked, build, cached_recipe, collator_of, same, video_row
-from tests.tiny import FAMILIES, rows, save
+from tests.pairs import Pair, mixed_samples, pair, recipe_text, run
+from tests.teacher.caches import ask, asked, build, cached_recipe, collator_of, same, video_sample
+from tests.tiny import FAMILIES, make_samples, save
 from tests.tiny import build as tiny
 
-ROWS = mixed_rows(6)
+ROWS = mixed_samples(6)
 
 
 @pytest.fixture(scope="module")
 def cache_of(pair_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family -> a cache of ROWS, each row run alone, in several files; never change it, copy it."""
+    """family -> a cache of ROWS, each sample run alone, in several files; never change it, copy it."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -55,8 +55,8 @@ def both(pair: Pair, folder: Path) -> tuple[ResidentTeacher, CachedTeacher]:
 
 
 def apart(resident: ResidentTeacher, batch: dict[str, Any], left: Any, right: Any) -> dict[str, tuple[float, float]]:
-    """Of "final" and "visual": the largest distance of a row of `left` from `right`'s, and of `left` from float64's (that is
-    what float32 rounds on this machine); both as a share of the row's length.
+    """Of "final" and "visual": the largest distance of a sample of `left` from `right`'s, and of `left` from float64's (that is
+    what float32 rounds on this machine); both as a share of the sample's length.
     """
     exact = ResidentTeacher(load_teacher(resident.name_or_path, dtype="float32").double())
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
@@ -72,11 +72,11 @@ def apart(resident: ResidentTeacher, batch: dict[str, Any], left: Any, right: An
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_answers_as_the_resident_teacher(pair_of: Any, cache_of: Any, family: str) -> None:
-    """A row run alone: the same bits. Rows padded together: the resident teacher's own float32 rounding lies between."""
+    """A sample run alone: the same bits. Samples padded together: the resident teacher's own float32 rounding lies between."""
     resident, cached = both(pair_of(family), cache_of(family))
     collate = collator_of(pair_of(family))
-    for row in ROWS:
-        assert same(ask(resident, collate([row])), ask(cached, collate([row])))
+    for sample in ROWS:
+        assert same(ask(resident, collate([sample])), ask(cached, collate([sample])))
     shuffled = [ROWS[number] for number in (4, 1, 5, 0, 1)]
     left, right = ask(resident, collate(shuffled)), ask(cached, collate(shuffled))
     for difference, rounding in apart(resident, collate(shuffled), left, right).values():
@@ -86,35 +86,39 @@ def test_it_answers_as_the_resident_teacher(pair_of: Any, cache_of: Any, family:
 
 
 def test_a_batch_that_was_run_together_is_given_back_bit_for_bit(llava: Pair, tmp_path: Path) -> None:
-    """Build and batch put the longest row first, so both pad and order alike."""
-    dataset = sorted(mixed_rows(4), key=lambda row: -len(collator_of(llava)([row])["input_ids"][0]))
+    """Build and batch put the longest sample first, so both pad and order alike."""
+    dataset = sorted(mixed_samples(4), key=lambda sample: -len(collator_of(llava)([sample])["input_ids"][0]))
     build(llava, tmp_path / "cache", dataset, batch_size=4)
     resident, cached = both(llava, tmp_path / "cache")
     batch = collator_of(llava)(dataset)
-    assert len({len(collator_of(llava)([row])["input_ids"][0]) for row in dataset}) > 1, "something is padded"
+    assert len({len(collator_of(llava)([sample])["input_ids"][0]) for sample in dataset}) > 1, "something is padded"
     assert same(ask(resident, batch), ask(cached, batch))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_pictures_and_videos_find_their_places(pair_of: Any, tmp_path: Path, family: str) -> None:
-    """A batch lists its pictures before its videos, whatever their order in the rows."""
-    pictures = [row["images"][0].resize((96, 64)) for row in rows(6, seed=9)]
-    dataset = [video_row(pictures[:4], pictures[4]), rows(1, seed=8)[0], video_row(pictures[2:], pictures[0])]
+    """A batch lists its pictures before its videos, whatever their order in the samples."""
+    pictures = [sample["images"][0].resize((96, 64)) for sample in make_samples(6, seed=9)]
+    dataset = [
+        video_sample(pictures[:4], pictures[4]),
+        make_samples(1, seed=8)[0],
+        video_sample(pictures[2:], pictures[0]),
+    ]
     build(pair_of(family), tmp_path / "cache", dataset, batch_size=1)
     resident, cached = both(pair_of(family), tmp_path / "cache")
     batch = collator_of(pair_of(family))(dataset)
-    visual = torch.cat([ask(resident, collator_of(pair_of(family))([row])).visual for row in dataset])
+    visual = torch.cat([ask(resident, collator_of(pair_of(family))([sample])).visual for sample in dataset])
     left, right = ask(resident, batch), ask(cached, batch)
     difference, rounding = apart(resident, batch, left, right)["visual"]
     assert difference <= 2 * rounding and rounding < 1e-5
-    assert (visual - left.visual).abs().max() > 0.1, "the order of the rows is another than the batch's"
+    assert (visual - left.visual).abs().max() > 0.1, "the order of the samples is another than the batch's"
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_loss_and_gradients_are_the_resident_teachers_bit_for_bit(pair_of: Any, cache_of: Any, family: str) -> None:
     resident, cached = both(pair_of(family), cache_of(family))
     collate = collator_of(pair_of(family))
-    batches = [collate([row]) for row in ROWS[:3]]
+    batches = [collate([sample]) for sample in ROWS[:3]]
     found = []
     for teacher in (resident, cached, resident.model):
         student, processor = tiny(family)
@@ -148,9 +152,9 @@ def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, 
         str(llava.student), recipe=cached_recipe(llava, folder), dataset=ROWS, output_dir=tmp_path / "out", batch_size=3
     )
     assert done.verification["verified"]
-    with pytest.raises(ValueError, match="1 of 7 rows are not in the teacher cache"):
+    with pytest.raises(ValueError, match="1 of 7 samples are not in the teacher cache"):
         grace_plugin.oneshot(
-            str(llava.student), recipe=cached_recipe(llava, folder), dataset=[*ROWS, *rows(1, seed=77)],
+            str(llava.student), recipe=cached_recipe(llava, folder), dataset=[*ROWS, *make_samples(1, seed=77)],
             output_dir=tmp_path / "no",
         )  # fmt: skip
     student = AutoModelForImageTextToText.from_pretrained(llava.student)
@@ -210,7 +214,7 @@ def test_training_reads_the_head_and_nothing_else_of_the_teacher(tmp_path: Path,
 def refused(
     pair: Pair, folder: Path, match: str, dataset: Any = None, *, student: str = "/no/student", **options: Any
 ) -> None:
-    """Refused before any model is loaded: the student named is not there, unless the rows have to be looked at."""
+    """Refused before any model is loaded: the student named is not there, unless the samples have to be looked at."""
     options = {"processor": AutoProcessor.from_pretrained(pair.student)} | options
     blocks = {key: options.pop(key) for key in ("teacher", "relational") if key in options}
     recipe = cached_recipe(pair, folder) if "teacher" not in blocks else recipe_text(None, **blocks)
@@ -247,16 +251,16 @@ def test_a_cache_that_does_not_fit_is_refused_before_a_model_is_loaded(
     run(llava, tmp_path / "fine", ROWS, recipe=cached_recipe(llava, tmp_path / "text", relational={"enabled": False}))
 
 
-def test_a_row_that_is_not_in_the_cache_is_named_before_training(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_a_sample_that_is_not_in_the_cache_is_named_before_training(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
-    new = {**rows(1, seed=50)[0], "id": "new-one"}
+    new = {**make_samples(1, seed=50)[0], "id": "new-one"}
     student = str(llava.student)
     refused(
-        llava, folder, rf"1 of 7 rows are not in the teacher cache {folder}: row 'new-one'; write them with `grace teacher",
+        llava, folder, rf"1 of 7 samples are not in the teacher cache {folder}: sample 'new-one'; write them with `grace",
         [*ROWS, new], student=student,
     )  # fmt: skip
     changed = {**ROWS[0], "images": [ROWS[0]["images"][0].rotate(180)]}
-    refused(llava, folder, r"1 of 6 rows are not in .*: row 5; write", [*ROWS[1:], changed], student=student)
+    refused(llava, folder, r"1 of 6 samples are not in .*: sample 5; write", [*ROWS[1:], changed], student=student)
 
     drawn = type("Drawn", (), {"__len__": lambda self: 6, "__getitem__": lambda self, number: ROWS[number]})()
     refused(llava, folder, "made as they are read", drawn, student=student)
@@ -267,11 +271,11 @@ def test_what_a_batch_lacks_is_said(llava: Pair, cache_of: Any, tmp_path: Path) 
     batch = collator_of(llava)(ROWS[:2])
     with pytest.raises(ValueError, match=r"no sample_key; collate it with .*keys=True"):
         ask(teacher, {key: value for key, value in batch.items() if key != "sample_key"})
-    with pytest.raises(ValueError, match="the row with key 00 is not in the teacher cache"):
+    with pytest.raises(ValueError, match="the sample with key 00 is not in the teacher cache"):
         ask(teacher, batch | {"sample_key": [batch["sample_key"][0], "00"]})
     labels = batch["labels"].clone()
     labels[0, labels[0].ne(-100).nonzero()[0]] = -100
-    with pytest.raises(ValueError, match=r"supervised positions and the teacher cache .* holds \d+ for its rows"):
+    with pytest.raises(ValueError, match=r"supervised positions and the teacher cache .* holds \d+ for its samples"):
         ask(teacher, batch | {"labels": labels})
     positions = supervised_positions(batch["labels"])
     found = family_of(teacher).visual_tokens(teacher.config, batch)
@@ -291,7 +295,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_states_are_copied_by_threads_and_in_a_forked_process_by_its_own() -> None:
-    parts = [torch.randn(rows, 1024).bfloat16() for rows in (700, 0, 1, 300)]
+    parts = [torch.randn(samples, 1024).bfloat16() for samples in (700, 0, 1, 300)]
     assert sum(part.nbytes for part in parts) > reading._WORTH_THREADS
     assert torch.equal(_joined(parts), torch.cat(parts))
     child = multiprocessing.get_context("fork").Process(target=_joined, args=(parts,))

@@ -10,7 +10,7 @@ import torch
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.teacher import OffloadedTeacher, ResidentTeacher
-from tests.pairs import Pair, mixed_rows, recipe_text, run
+from tests.pairs import Pair, mixed_samples, recipe_text, run
 from tests.teacher.caches import ask, same
 from tests.tiny import build
 
@@ -18,7 +18,7 @@ from tests.tiny import build
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3"])
 def test_states_and_head_are_the_resident_teachers(family: str) -> None:
     model, processor = build(family, seed=1, hidden=512, layers=4)
-    batch = ConversationCollator(processor)(mixed_rows(4))
+    batch = ConversationCollator(processor)(mixed_samples(4))
     resident = ResidentTeacher(model)
     wanted, head = ask(resident, batch), resident.head()[0].clone()
     offloaded = OffloadedTeacher(model)

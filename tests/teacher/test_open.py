@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 import grace_plugin
 from grace_plugin.teacher import ResidentTeacher, TeacherStates
 from tests.pairs import Pair, recipe_text, run
-from tests.tiny import build, rows, save
+from tests.tiny import build, make_samples, save
 
 BIGGER: dict[str, Any] = {"seed": 1, "hidden": 512, "layers": 4, "vocab_rows": 400}
 
@@ -62,7 +62,7 @@ def test_a_teacher_of_ones_own_is_used_as_it_is(llava: Pair, tmp_path: Path) -> 
     with grace_plugin.grace_session(student, recipe, total_steps=1, teacher=own) as grace:
         assert grace.objective.teacher is own
     done = grace_plugin.oneshot(
-        model=llava.student, recipe=recipe, dataset=rows(8), output_dir=tmp_path / "out", teacher=own, batch_size=2,
+        model=llava.student, recipe=recipe, dataset=make_samples(8), output_dir=tmp_path / "out", teacher=own, batch_size=2,
         num_calibration_samples=8,
     )  # fmt: skip
     assert own.asked == 4 and done.verification["verified"]
@@ -74,7 +74,7 @@ def test_a_teacher_of_another_generation_trains_a_student_when_tokenizers_agree(
     student = pair_of("qwen2_vl").student
     save(*build("qwen2_5_vl", **BIGGER), tmp_path / "teacher")
     made = Pair("qwen2_vl", student, tmp_path / "teacher")
-    done = run(made, tmp_path / "out", rows(4), logging_steps=1)
+    done = run(made, tmp_path / "out", make_samples(4), logging_steps=1)
     assert done.verification["verified"]
     logs = [log for log in done.history if "loss_gdkd" in log]
     assert len(logs) == 2 and all(log["loss_gdkd"] > 0 and log["loss_rcka"] > 0 for log in logs)
@@ -85,5 +85,5 @@ def test_a_teacher_of_another_generation_with_another_tokenizer_is_refused(
 ) -> None:
     save(*build("qwen2_5_vl", words="other", **BIGGER), tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"tokenizers differ on \d+ of .*same tokenizer generation"):
-        run(Pair("qwen2_vl", pair_of("qwen2_vl").student, tmp_path / "teacher"), tmp_path / "out", rows(4))
+        run(Pair("qwen2_vl", pair_of("qwen2_vl").student, tmp_path / "teacher"), tmp_path / "out", make_samples(4))
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from grace_plugin.recipe import TrainingRecipe
 from grace_plugin.teacher import ResidentTeacher, SelfTeacher
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import family_of
-from tests.pairs import Pair, mixed_rows, recipe_text, run
+from tests.pairs import Pair, mixed_samples, recipe_text, run
 from tests.teacher.caches import ask, same
 from tests.tiny import build
 
@@ -33,7 +33,7 @@ def taught(family: str, freeze: tuple[str, ...]) -> tuple[Any, SelfTeacher, Grac
     teacher = SelfTeacher(student)
     grace = GraceObjective(training=TrainingRecipe(freeze=freeze))
     grace.prepare(student, teacher, vocabulary=len(processor.tokenizer), total_steps=10, attached=attached)
-    return student.train(), teacher, grace, ConversationCollator(processor)(mixed_rows(4))
+    return student.train(), teacher, grace, ConversationCollator(processor)(mixed_samples(4))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])

@@ -8,14 +8,14 @@ import torch
 from grace_plugin.data import ConversationCollator
 from grace_plugin.teacher import ResidentTeacher, load_teacher
 from grace_plugin.vlm import family_of
-from tests.pairs import Pair, mixed_rows
+from tests.pairs import Pair, mixed_samples
 from tests.tiny import FAMILIES, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_are_the_rows_of_a_full_forward(family: str) -> None:
+def test_states_are_the_samples_of_a_full_forward(family: str) -> None:
     model, processor = build(family, hidden=512, layers=4)
-    batch = ConversationCollator(processor)(mixed_rows(4))
+    batch = ConversationCollator(processor)(mixed_samples(4))
     labels = batch.pop("labels")
     positions = (labels[:, 1:] != -100).nonzero()
     flat = positions[:, 0] * labels.shape[1] + positions[:, 1]

@@ -22,9 +22,9 @@ from grace_plugin.teacher import StateStore, open_store
 from grace_plugin.teacher.digest import file_digests
 from grace_plugin.teacher.source import open_checkpoint
 from grace_plugin.teacher.store import ShardWriter, building, write_store
-from tests.pairs import Pair, mixed_rows
+from tests.pairs import Pair, mixed_samples
 from tests.teacher.caches import asked, build, everything
-from tests.tiny import rows
+from tests.tiny import make_samples
 
 SMALL = {"batch_size": 1, "shard_bytes": 100_000}
 HOLD = """
@@ -40,8 +40,8 @@ with held(Path(sys.argv[1]) / ".build.lock"):
 
 @pytest.fixture
 def store(llava: Pair, tmp_path: Path) -> Path:
-    """A cache of four rows in several files."""
-    build(llava, tmp_path / "cache", mixed_rows(4), **SMALL)
+    """A cache of four samples in several files."""
+    build(llava, tmp_path / "cache", mixed_samples(4), **SMALL)
     return tmp_path / "cache"
 
 
@@ -115,7 +115,7 @@ def test_a_cache_of_the_earlier_format_says_what_to_do(llava: Pair, store: Path)
     with pytest.raises(ValueError, match=said):
         open_store(asked(llava, store), visual=True)
     with pytest.raises(ValueError, match=said):
-        build(llava, store, mixed_rows(4))
+        build(llava, store, mixed_samples(4))
 
 
 def hold(folder: Path) -> subprocess.Popen[str]:
@@ -134,14 +134,14 @@ def test_a_folder_that_another_process_writes_to_is_refused_by_its_name(llava: P
     try:
         said = rf"cache is being written by process {other.pid} on .* since .*; wait until it has ended, or end it"
         with pytest.raises(ValueError, match=said):
-            build(llava, store, mixed_rows(6), **SMALL)
+            build(llava, store, mixed_samples(6), **SMALL)
         assert everything(store).keys() == before.keys()
         assert len(open_store(asked(llava, store), visual=True)) == 4, "training reads what is there"
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
-    more = build(llava, store, mixed_rows(6), **SMALL)
-    assert (more.rows, len(StateStore(store))) == (6, 6)
+    more = build(llava, store, mixed_samples(6), **SMALL)
+    assert (more.samples, len(StateStore(store))) == (6, 6)
 
 
 def test_two_builds_at_once_write_one_whole_cache(llava: Pair, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_two_builds_at_once_write_one_whole_cache(llava: Pair, tmp_path: Path) -
 
     def one() -> str:
         try:
-            return str(build(llava, folder, mixed_rows(8), **SMALL).rows)
+            return str(build(llava, folder, mixed_samples(8), **SMALL).samples)
         except ValueError as error:
             return str(error)
 
@@ -199,8 +199,8 @@ def test_a_store_file_that_is_cut_or_lost_is_restored(llava: Pair, store: Path, 
     )
     with pytest.raises(ValueError, match=said):
         open_store(asked(llava, store), visual=True)
-    again = build(llava, store, mixed_rows(4), **SMALL)
-    assert (again.stored, again.tokens) == (4, 0), "no row is run again"
+    again = build(llava, store, mixed_samples(4), **SMALL)
+    assert (again.stored, again.tokens) == (4, 0), "no sample is run again"
     assert file.read_text() == before
     assert len(open_store(asked(llava, store), visual=True)) == 4
     assert everything(store).keys() == states.keys()
@@ -211,7 +211,7 @@ def test_what_a_stopped_build_leaves_is_no_hindrance(llava: Pair, tmp_path: Path
     folder.mkdir()
     for name in ("store.json.partial", "writing-17.partial", ".build.lock"):
         (folder / name).write_text("half")
-    build(llava, folder, rows(1))
+    build(llava, folder, make_samples(1))
     assert not list(folder.glob("*.partial"))
     assert len(open_store(asked(llava, folder), visual=True)) == 1
 
@@ -222,7 +222,7 @@ def test_a_store_file_of_another_program_is_left_alone(llava: Pair, tmp_path: Pa
     (folder / "store.json").write_text("not ours")
     (folder / "notes").write_text("mine")
     with pytest.raises(ValueError, match=r"cache holds something else than a teacher cache"):
-        build(llava, folder, rows(1))
+        build(llava, folder, make_samples(1))
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"store.json": "not ours", "notes": "mine"}
 
 
@@ -237,7 +237,7 @@ def test_states_of_another_teacher_that_were_copied_in_are_named(llava: Pair, st
         open_store(asked(llava, store), visual=True)
     (store / "store.json").unlink()
     with pytest.raises(ValueError, match=r"the states' headers do not say one thing; give a new folder"):
-        build(llava, store, mixed_rows(4))
+        build(llava, store, mixed_samples(4))
 
 
 def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(llava: Pair, tmp_path: Path) -> None:
@@ -257,11 +257,11 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(llava: Pair, t
         with pytest.raises(
             RuntimeError, match=r"the states cannot be written to .*No space left.*those written before stay"
         ):
-            build(llava, folder, mixed_rows(6), batch_size=1, shard_bytes=1, progress=fill)
+            build(llava, folder, mixed_samples(6), batch_size=1, shard_bytes=1, progress=fill)
         assert len(open_store(asked(llava, folder), visual=True)) == 3
         assert not list(folder.glob("*.partial"))
         (disk / "other").unlink()
-        again = build(llava, folder, mixed_rows(6), batch_size=1, shard_bytes=1)
+        again = build(llava, folder, mixed_samples(6), batch_size=1, shard_bytes=1)
         assert (again.stored, len(StateStore(folder))) == (3, 6)
         del again
     finally:
@@ -271,7 +271,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(llava: Pair, t
 def test_a_file_as_folder_is_refused(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
     with pytest.raises(ValueError, match=r"cache is a file; give a new folder"):
-        build(llava, tmp_path / "cache", rows(1))
+        build(llava, tmp_path / "cache", make_samples(1))
 
 
 def test_headers_say_what_made_them(store: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.data import ConversationCollator, RowError
+from grace_plugin.data import ConversationCollator, SampleError
 from grace_plugin.losses.relational import relational_loss
 from grace_plugin.teacher.base import model_inputs
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import Family, capture, check_pixels, family_of, matches
-from tests.films import films
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
+from tests.videos import films
 
 Built = Callable[[str], tuple[Any, Any]]
 
@@ -40,7 +40,7 @@ def built() -> Built:
 
 def mixed() -> list[dict[str, Any]]:
     """Two pictures of different size in one row, one in two rows, none in the last."""
-    return rows(1, seed=4, images=2) + rows(2, seed=1) + rows(1, seed=3, images=0)
+    return make_samples(1, seed=4, images=2) + make_samples(2, seed=1) + make_samples(1, seed=3, images=0)
 
 
 def collated(processor: Any, chosen: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -103,7 +103,8 @@ def test_each_picture_of_a_row_owns_what_it_owns_alone(built: Built, name: str) 
     both = mixed()[:1]
     sizes = family.visual_tokens(model.config, collated(processor, both)).sizes
     alone = [
-        int(seen(model, collated(processor, [{**rows(1)[0], "images": [image]}])).sum()) for image in both[0]["images"]
+        int(seen(model, collated(processor, [{**make_samples(1)[0], "images": [image]}])).sum())
+        for image in both[0]["images"]
     ]
     if family.served_images is None:
         assert list(sizes) == alone
@@ -115,7 +116,7 @@ def test_each_picture_of_a_row_owns_what_it_owns_alone(built: Built, name: str) 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_batch_of_text_has_no_visual_token(built: Built, name: str) -> None:
     model, processor = built(name)
-    batch = collated(processor, rows(2, seed=3, images=0))
+    batch = collated(processor, make_samples(2, seed=3, images=0))
     found = family_of(model).visual_tokens(model.config, batch)
     assert (len(found.index), found.sizes) == (0, ())
     assert not seen(model, batch).any()
@@ -126,7 +127,7 @@ def test_videos_where_the_family_takes_them(built: Built, name: str) -> None:
     """A video is one unit of the relation, however its frames are written."""
     model, processor = built(name)
     if not takes_video(model):
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(SampleError) as caught:
             filmed(processor)
         assert caught.value.reason == "video_unsupported"
         return
@@ -151,7 +152,7 @@ def test_each_video_of_a_batch_owns_what_it_owns_alone(built: Built, name: str) 
         return
     family, lengths = family_of(model), (4, 4) if name in STACKED else (2, 10)
     short, long = (film(frames, seed) for seed, frames in enumerate(lengths))
-    picture = rows(1, seed=4)[0]
+    picture = make_samples(1, seed=4)[0]
     both = {**long, "images": picture["images"]}
     both["messages"] = [
         {"role": "user", "content": [*long["messages"][0]["content"], {"type": "image"}]}, long["messages"][1],
@@ -175,7 +176,7 @@ def test_each_video_of_a_batch_owns_what_it_owns_alone(built: Built, name: str) 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_cut_picture_is_refused(built: Built, name: str) -> None:
     model, processor = built(name)
-    batch = collated(processor, rows(2, seed=1))
+    batch = collated(processor, make_samples(2, seed=1))
     family = family_of(model)
     last = family.visual_tokens(model.config, batch).index[-1]
     batch["input_ids"].view(-1)[last] = processor.tokenizer.pad_token_id
@@ -217,7 +218,7 @@ def test_a_router_is_left_alone() -> None:
     assert routed
     for name in routed:
         model, processor = build(name)
-        family, batch = family_of(model), collated(processor, rows(1, seed=1))
+        family, batch = family_of(model), collated(processor, make_samples(1, seed=1))
         assert matches("language_model.model.layers.0.mlp.gate", family.quantization_ignore())
         with torch.no_grad():
             before = model(**batch).logits
@@ -330,7 +331,7 @@ def test_the_cap_of_a_heads_logits_is_read_from_the_decoders_config() -> None:
 def test_a_mosaic_with_too_many_patches_is_shrunk(most: int) -> None:
     model, processor = build("llava_onevision")
     model.config.vision_aspect_ratio = processor.vision_aspect_ratio = f"anyres_max_{most}"
-    batch = collated(processor, rows(1, seed=5, size=112))
+    batch = collated(processor, make_samples(1, seed=5, size=112))
     found = family_of(model).visual_tokens(model.config, batch)
     assert found.index.tolist() == seen(model, batch).flatten().nonzero().squeeze(1).tolist()
     assert sum(found.sizes) == 16 + {1: 16, 2: 25, 9: 64}[most]

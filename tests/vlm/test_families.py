@@ -15,14 +15,14 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import FAMILIES as REGISTRY
 from grace_plugin.vlm import Family, capture, check_depth, check_pixels, family_of, register_family
-from tests.pairs import mixed_rows
-from tests.tiny import FAMILIES, build, rows
+from tests.pairs import mixed_samples
+from tests.tiny import FAMILIES, build, make_samples
 
 BATCHES = {
-    "one picture": lambda: rows(3, seed=1),
-    "two pictures": lambda: rows(2, seed=2, images=2),
-    "mixed with text": lambda: mixed_rows(6),
-    "text only": lambda: rows(2, seed=3, images=0),
+    "one picture": lambda: make_samples(3, seed=1),
+    "two pictures": lambda: make_samples(2, seed=2, images=2),
+    "mixed with text": lambda: mixed_samples(6),
+    "text only": lambda: make_samples(2, seed=3, images=0),
 }
 
 
@@ -68,7 +68,7 @@ def test_tokens_are_those_the_processor_inserted(built: Any, family: str, kind: 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_dynamic_resolution_gives_images_of_different_size(built: Any, family: str) -> None:
     model, processor = built(family)
-    batch = ConversationCollator(processor)(rows(6, seed=1))
+    batch = ConversationCollator(processor)(make_samples(6, seed=1))
     assert len(set(family_of(model).visual_tokens(model.config, batch).sizes)) > 1
 
 
@@ -80,7 +80,12 @@ def test_tokens_of_a_video_and_an_image_together(built: Any, family: str) -> Non
     metadata = {"fps": 2, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
     extra = {"video_metadata": [metadata]} if family == "qwen3_vl" else {}
     batch = processor(
-        text=[text], images=rows(1)[0]["images"], videos=[video], return_tensors="pt", do_sample_frames=False, **extra
+        text=[text],
+        images=make_samples(1)[0]["images"],
+        videos=[video],
+        return_tensors="pt",
+        do_sample_frames=False,
+        **extra,
     )
     found = family_of(model).visual_tokens(model.config, batch)
     ids = batch["input_ids"].flatten()
@@ -96,7 +101,7 @@ def test_tokens_of_a_video_and_an_image_together(built: Any, family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_without_tokens_name_family_and_file(built: Any, family: str) -> None:
     model, processor = built(family)
-    batch = ConversationCollator(processor)(rows(1))
+    batch = ConversationCollator(processor)(make_samples(1))
     batch["input_ids"] = torch.full_like(batch["input_ids"], 9)
     file = "llava.py" if family == "llava" else "qwen_vl.py"
     with pytest.raises(ValueError, match=rf"family '{family}' \({file}\): the batch carries pixel_values but no token"):
@@ -106,7 +111,7 @@ def test_pixels_without_tokens_name_family_and_file(built: Any, family: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_token_id_in_the_config_is_an_error_not_a_silent_zero(family: str) -> None:
     model, processor = build(family)
-    batch = ConversationCollator(processor)(rows(1))
+    batch = ConversationCollator(processor)(make_samples(1))
     model.config.image_token_id = 11 if 11 not in batch["input_ids"] else 12
     with pytest.raises(ValueError, match=f"family '{family}'.*no token with the image id 1[12]"):
         family_of(model).visual_tokens(model.config, batch)
@@ -115,7 +120,7 @@ def test_a_wrong_token_id_in_the_config_is_an_error_not_a_silent_zero(family: st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_without_pixels_name_family_and_number(built: Any, family: str) -> None:
     model, processor = built(family)
-    batch = ConversationCollator(processor)(rows(1))
+    batch = ConversationCollator(processor)(make_samples(1))
     total = family_of(model).visual_tokens(model.config, batch).index.numel()
     del batch["pixel_values"]
     with pytest.raises(ValueError, match=rf"family '{family}'.*{total} image tokens in the batch but no pixel_values"):
@@ -125,7 +130,7 @@ def test_tokens_without_pixels_name_family_and_number(built: Any, family: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_picture_is_refused(built: Any, family: str) -> None:
     model, processor = built(family)
-    batch = ConversationCollator(processor)(rows(2, seed=1))
+    batch = ConversationCollator(processor)(make_samples(2, seed=1))
     last = family_of(model).visual_tokens(model.config, batch).index[-1]
     batch["input_ids"].view(-1)[last] = 9
     with pytest.raises(ValueError, match=rf"family '{family}'.*its 2 images own \d+; were visual tokens cut"):
@@ -194,7 +199,7 @@ def test_projector_and_decoder_train_and_the_tower_does_not(built: Any, family: 
 @pytest.mark.parametrize("layers", [2, 4])
 def test_penultimate_is_layer_l_minus_2_and_final_is_normed(family: str, layers: int) -> None:
     model, processor = build(family, layers=layers)
-    batch = ConversationCollator(processor)(rows(2, images=0) if family == "qwen3_vl" else rows(2))
+    batch = ConversationCollator(processor)(make_samples(2, images=0) if family == "qwen3_vl" else make_samples(2))
     batch.pop("labels")
     decoder = family_of(model).text_model(model)
     outputs: list[torch.Tensor] = []
@@ -217,7 +222,7 @@ def test_penultimate_is_layer_l_minus_2_and_final_is_normed(family: str, layers:
 def test_with_deepstack_the_penultimate_state_is_the_layers_own_output(built: Any) -> None:
     """Qwen3-VL adds visual features behind its first layers; what is compared is the output of layer L-2 itself."""
     model, processor = built("qwen3_vl")
-    batch = ConversationCollator(processor)(rows(1))
+    batch = ConversationCollator(processor)(make_samples(1))
     batch.pop("labels")
     decoder = family_of(model).text_model(model)
     outputs: dict[int, torch.Tensor] = {}
@@ -236,7 +241,7 @@ def test_with_deepstack_the_penultimate_state_is_the_layers_own_output(built: An
 def test_capture_keeps_the_first_pass_and_leaves_no_hook() -> None:
     model, processor = build("llava")
     decoder = family_of(model).text_model(model)
-    first, second = (ConversationCollator(processor)(rows(1, seed=s)) for s in (1, 2))
+    first, second = (ConversationCollator(processor)(make_samples(1, seed=s)) for s in (1, 2))
     with torch.no_grad(), capture(decoder) as caught:
         model(input_ids=first["input_ids"], pixel_values=first["pixel_values"])
         kept = caught.final

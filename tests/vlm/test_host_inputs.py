@@ -12,9 +12,9 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.teacher.base import model_inputs
 from grace_plugin.vlm import family_of
 from grace_plugin.vlm.transfer import single_thread
-from tests.films import films
 from tests.threads import Threads
-from tests.tiny import EVERY, build, rows
+from tests.tiny import EVERY, build, make_samples
+from tests.videos import films
 
 GRIDS = [name for name in EVERY if name.startswith("qwen")]
 CPU = torch.device("cpu")
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 def batch_of(processor: Any, kind: str) -> dict[str, Tensor]:
     if kind == "images":
-        chosen = rows(1, seed=4, images=2) + rows(2, seed=1) + rows(1, seed=3, images=0)
+        chosen = make_samples(1, seed=4, images=2) + make_samples(2, seed=1) + make_samples(1, seed=3, images=0)
     else:
         asked = films(1, 4)[0]
         answer = {"role": "assistant", "content": "a red square"}
         chosen = [{"messages": [*asked["messages"], answer], "videos": [list(asked["videos"][0][0])]}]
-        chosen += rows(1, seed=1) if kind == "both" else []
+        chosen += make_samples(1, seed=1) if kind == "both" else []
     batch: dict[str, Tensor] = ConversationCollator(processor)(chosen)
     return batch
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from tests.tiny_text import rows
+from tests.tiny_text import make_samples
 
-__all__ = ["films", "pictures", "write_film", "write_sound"]
+__all__ = ["films", "pictures", "write_sound", "write_video"]
 
 
 def films(count: int, frames: int = 4) -> list[dict[str, Any]]:
     """Questions with one video each: {"messages", "images": [], "videos": [(uint8 [frames, 64, 96, 3], metadata)]}."""
     asked = []
     for seed in range(count):
-        shown = [row["images"][0].resize((96, 64)) for row in rows(2, seed=60 + seed)]
+        shown = [sample["images"][0].resize((96, 64)) for sample in make_samples(2, seed=60 + seed)]
         video = np.stack([np.asarray(shown[i // ((frames + 1) // 2)]) for i in range(frames)])
         metadata = {
             "fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames)),
@@ -31,12 +31,12 @@ def pictures(question: dict[str, Any]) -> dict[str, Any]:
     """What a processor is given of a question: its images (one list for one text), or its videos frame by frame."""
     if question.get("videos"):
         known = [{k: v for k, v in said.items() if k != "do_sample_frames"} for _, said in question["videos"]]
-        films_only = [frames for frames, _ in question["videos"]]
-        return {"videos": films_only, "video_metadata": known, "do_sample_frames": False}
+        videos_only = [frames for frames, _ in question["videos"]]
+        return {"videos": videos_only, "video_metadata": known, "do_sample_frames": False}
     return {"images": [question["images"]]} if question["images"] else {}
 
 
-def write_film(
+def write_video(
     path: Path, *, frames: int = 48, rate: int = 24, size: tuple[int, int] = (96, 64), codec: str = "libx264", turn: int = 0,
     **options: str,
 ) -> np.ndarray:  # fmt: skip

@@ -1,4 +1,4 @@
-"""The rows of a run: looked at before it where that is possible, in an order that only seed and epoch decide."""
+"""The samples of a run: looked at before it where that is possible, in an order that only seed and epoch decide."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 
 from grace_plugin.data import (
     ConversationCollator,
+    EpochSampler,
     Prepared,
-    RowSampler,
-    StreamedRows,
+    StreamedSamples,
     as_samples,
-    check_rows,
-    draw_rows,
+    check_samples,
+    draw_samples,
     is_scannable,
     prepare,
 )
 from grace_plugin.run.outputs import SideOutput
 from grace_plugin.run.stream_loader import StreamLoader
 
-__all__ = ["TrainingRows", "calibration_rows", "training_rows"]
+__all__ = ["TrainingSamples", "calibration_samples", "training_samples"]
 
 logger = logging.getLogger(__name__)
-CHECKED = 256  # first rows of a dataset that makes its rows when asked for
+CHECKED = 256  # first samples of a dataset that makes its samples when asked for
 
 
 @dataclass
-class TrainingRows:
-    """dataset: what Trainer gets. count: its rows, None for a stream. sampler: its order, None for Trainer's own.
+class TrainingSamples:
+    """dataset: what Trainer gets. count: its samples, None for a stream. sampler: its order, None for Trainer's own.
 
-    stream: the batches of a stream, None for rows that can be counted.
+    stream: the batches of a stream, None for samples that can be counted.
     """
 
     dataset: Any
     count: int | None
-    sampler: RowSampler | None = None
+    sampler: EpochSampler | None = None
     stream: StreamLoader | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -60,22 +60,24 @@ def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: in
     films = sorted((e.film, n) for n, e in enumerate(kept.entries) if e.film and not e.reason)
     if batch_size < 2 or not films or films[0][0] == films[-1][0]:
         return
-    ends = [kept.rows[films[place][1]] for place in (0, -1)]
+    ends = [kept.samples[films[place][1]] for place in (0, -1)]
     try:
         collator(ends)
     except Exception as error:  # processors raise what they like
         names, said = " and ".join(str(films[place][1]) for place in (0, -1)), str(error).partition("\n")[0]
         raise ValueError(
-            f"the model's processor cannot put videos of different length into one batch (rows number {names}: {said}); set "
+            f"the model's processor cannot put videos of different length into one batch (samples number {names}: {said}); set "
             f"{batch_of_one} instead, or give every video the same frames"
         ) from error
 
 
 def _warn(kept: Prepared, folder: Path) -> None:
-    """Say which rows are left out, and that the relational term is absent where nothing is seen."""
+    """Say which samples are left out, and that the relational term is absent where nothing is seen."""
     report = kept.report
     if report["rejected"]:
-        logger.warning("%d of %d rows are not used; see %s", report["rows"] - report["usable"], report["rows"], folder)
+        logger.warning(
+            "%d of %d samples are not used; see %s", report["samples"] - report["usable"], report["samples"], folder
+        )
     if report["unused_fields"]:
         named = ", ".join(f"{name} ({count})" for name, count in list(report["unused_fields"].items())[:20])
         logger.warning("fields of samples that nothing reads (samples that have them): %s", named)
@@ -83,79 +85,83 @@ def _warn(kept: Prepared, folder: Path) -> None:
         named = ", ".join(f"{name} ({count})" for name, count in list(report["spelled_special_tokens"].items())[:20])
         logger.warning("special tokens that samples spell and that stay text (special_tokens= allows some): %s", named)
     if not report["images_and_videos"]:
-        logger.warning("no row has an image or a video: the relational term is absent from this run")
+        logger.warning("no sample has an image or a video: the relational term is absent from this run")
 
 
-def calibration_rows(
+def calibration_samples(
     dataset: Any, collator: ConversationCollator, folder: Path, *, count: int, batch_size: int, share: float, seed: int
-) -> TrainingRows:
-    """Draw `count` rows of a dataset by `seed`, look at each as before a training, and order them as a training does.
+) -> TrainingSamples:
+    """Draw `count` samples of a dataset by `seed`, look at each as before a training, and order them as a training does.
 
     Args:
-        dataset: rows as for `training_rows`, not a stream.
-        folder: where unusable rows are listed.
-        share: largest share of the drawn rows that cannot be used.
+        dataset: samples as for `training_samples`, not a stream.
+        folder: where unusable samples are listed.
+        share: largest share of the drawn samples that cannot be used.
 
     Raises:
-        BadRowsError (a ValueError): more than `share` of the drawn rows cannot be used.
-        ValueError: a stream, no rows, or a count or batch size below 1.
+        BadSamplesError (a ValueError): more than `share` of the drawn samples cannot be used.
+        ValueError: a stream, no samples, or a count or batch size below 1.
     """
     dataset = as_samples(dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            "oneshot draws its rows and a stream cannot be drawn from; take rows of it first, for instance "
+            "oneshot draws its samples and a stream cannot be drawn from; take samples of it first, for instance "
             "list(itertools.islice(stream, 512)), or use train"
         )
     if min(count, batch_size) < 1:
         raise ValueError(f"num_calibration_samples and batch_size are at least 1, got {count} and {batch_size}")
-    drawn = draw_rows(dataset, count, seed)
-    kept = prepare(drawn if is_scannable(dataset) else drawn[:], collator, folder=folder, max_bad_rows=share)
+    drawn = draw_samples(dataset, count, seed)
+    kept = prepare(drawn if is_scannable(dataset) else drawn[:], collator, folder=folder, max_bad_samples=share)
     _check_videos(kept, collator, batch_size, "batch_size=1")
     _warn(kept, folder)
-    sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=batch_size)
-    return TrainingRows(kept, len(kept), sampler, report=kept.report)
+    sampler = EpochSampler(len(kept), seed, lengths=kept.lengths, batch_size=batch_size)
+    return TrainingSamples(kept, len(kept), sampler, report=kept.report)
 
 
-def training_rows(
+def training_samples(
     dataset: Any, collator: ConversationCollator, arguments: Any, folder: Path, share: float
-) -> TrainingRows:
+) -> TrainingSamples:
     """Look at a dataset before the run.
 
-    Rows in files, lists and `datasets.Dataset`s are all looked at, and those that cannot be used are dropped and listed in
-    `folder`; a stream is looked at as it comes; of any other sequence the first rows are checked.
+    Samples in files, lists and `datasets.Dataset`s are all looked at, and those that cannot be used are dropped and listed in
+    `folder`; a stream is looked at as it comes; of any other sequence the first samples are checked.
 
     Raises:
-        BadRowsError (a ValueError): more than `share` of the rows cannot be used.
-        ValueError: no rows, or a first row that cannot be used.
+        BadSamplesError (a ValueError): more than `share` of the samples cannot be used.
+        ValueError: no samples, or a first sample that cannot be used.
     """
     dataset = as_samples(dataset)
     if not hasattr(dataset, "__len__"):
-        rows = StreamedRows(
+        samples = StreamedSamples(
             dataset,
             collator,
             folder=folder,
-            max_bad_rows=share,
+            max_bad_samples=share,
             rank=arguments.process_index,
             world_size=arguments.world_size,
         )
-        if not rows.pictured:
+        if not samples.pictured:
             logger.warning(
-                "none of the stream's first %d rows has an image or a video: the relational term is absent until one comes",
-                rows.looked,
+                "none of the stream's first %d samples has an image or a video: the relational term is absent until one comes",
+                samples.looked,
             )
-        return TrainingRows(rows, None, stream=StreamLoader(rows, collator, arguments))
+        return TrainingSamples(samples, None, stream=StreamLoader(samples, collator, arguments))
     if not is_scannable(dataset):
-        check_rows(dataset[i] for i in range(min(len(dataset), CHECKED)))
-        return TrainingRows(dataset, len(dataset))
-    with arguments.main_process_first(local=False, desc="looking at every row"):
+        check_samples(dataset[i] for i in range(min(len(dataset), CHECKED)))
+        return TrainingSamples(dataset, len(dataset))
+    with arguments.main_process_first(local=False, desc="looking at every sample"):
         kept = prepare(
-            dataset, collator, folder=folder, max_bad_rows=share, workers=arguments.dataloader_num_workers,
+            dataset,
+            collator,
+            folder=folder,
+            max_bad_samples=share,
+            workers=arguments.dataloader_num_workers,
             write=arguments.process_index == 0,
-        )  # fmt: skip
+        )
     _check_videos(
         kept, collator, arguments.train_batch_size, "per_device_train_batch_size=1 and gradient_accumulation_steps"
     )
     _warn(kept, folder)
     seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
-    sampler = RowSampler(len(kept), seed, lengths=kept.lengths, batch_size=arguments.train_batch_size)
-    return TrainingRows(kept, len(kept), sampler, report=kept.report)
+    sampler = EpochSampler(len(kept), seed, lengths=kept.lengths, batch_size=arguments.train_batch_size)
+    return TrainingSamples(kept, len(kept), sampler, report=kept.report)

@@ -114,27 +114,31 @@ def _line(line: bytes, where: str) -> dict[str, Any]:
         return unreadable("not_json", f"{where} is not JSON: {shortened(error)}")
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
-    return row if isinstance(row, dict) else unreadable("not_json", f"{where} is a {type(row).__name__}, not an object")
+def _object(sample: Any, where: str) -> dict[str, Any]:
+    return (
+        sample
+        if isinstance(sample, dict)
+        else unreadable("not_json", f"{where} is a {type(sample).__name__}, not an object")
+    )
 
 
 def json_list(path: Path) -> list[dict[str, Any]]:
-    """Samples of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_row` to find in their sample.
+    """Samples of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_sample` to find in their sample.
 
     Raises:
         ValueError: no list, or not JSON, with line, column and the number of the sample.
     """
     check_regular(path)
     text = path.read_bytes().removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
-    place, rows = _after_space(text, 0), list[dict[str, Any]]()
+    place, samples = _after_space(text, 0), list[dict[str, Any]]()
     if not text.startswith("[", place):
         raise ValueError(f"{path} {_no_list(text)}")
     place = _after_space(text, place + 1)
     while not text.startswith("]", place):
-        where = f"{path}, row {len(rows)}"
+        where = f"{path}, sample {len(samples)}"
         try:
-            row, place = _item(text, place, where)
-            rows.append(row)
+            sample, place = _item(text, place, where)
+            samples.append(sample)
             place = _after_space(text, place)
             if text.startswith(",", place):
                 place = _after_space(text, place + 1)
@@ -144,7 +148,7 @@ def json_list(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where} is not JSON: {shortened(error)}; mend the file") from error
     if _after_space(text, place + 1) != len(text):
         raise ValueError(f"{path} is not JSON: there is more after its list; one object a line is called .jsonl")
-    return rows
+    return samples
 
 
 def _after_space(text: str, place: int) -> int:
@@ -167,7 +171,7 @@ def _no_list(text: str) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         return f"is not JSON: {shortened(error)}"
     more = "; one object a line is called .jsonl" if isinstance(found, dict) and end < len(text.rstrip()) else ""
-    return f"holds a {type(found).__name__}, not a list of rows{more}"
+    return f"holds a {type(found).__name__}, not a list of samples{more}"
 
 
 def read_json(files: list[Path]) -> Iterator[dict[str, Any]]:

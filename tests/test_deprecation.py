@@ -1,0 +1,69 @@
+"""Old names work for one release, with a warning that gives the new one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+import grace_plugin.data
+from grace_plugin.data import BadSamplesError, Prepared, SampleError, load_samples, prepare
+from grace_plugin.deprecation import deprecated_alias, renamed_arguments
+
+
+class _Loop:
+    def begin_step(self, number: int) -> int:
+        """Return the number after it."""
+        return number + 1
+
+    window = deprecated_alias("window", "begin_step", begin_step)
+
+
+@renamed_arguments(size="length")
+def _double(length: int) -> int:
+    return 2 * length
+
+
+def test_deprecated_alias__of_a_method__warns_and_calls_it() -> None:
+    with pytest.warns(
+        FutureWarning, match=r"^window is now begin_step; the old name will be removed in the next release$"
+    ) as found:
+        assert _Loop().window(3) == 4
+    assert found[0].filename == __file__
+
+
+def test_renamed_arguments__old_name__warns_and_is_passed_on() -> None:
+    with pytest.warns(FutureWarning, match=r"^the argument size of _double\(\) is now length; "):
+        assert _double(size=4) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _double(length=5) == 10
+
+
+def test_renamed_arguments__both_names__refused() -> None:
+    with pytest.raises(TypeError, match=r"^_double\(\) got length and its old name size; give length$"):
+        _double(size=4, length=4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("load_rows", load_samples), ("BadRowsError", BadSamplesError), ("RowError", SampleError)]
+)
+def test_data__names_of_0_1__are_the_new_objects(old: str, new: Any) -> None:
+    with pytest.warns(FutureWarning, match=rf"^grace_plugin\.data\.{old} is now grace_plugin\.data\.{new.__name__}; "):
+        assert getattr(grace_plugin.data, old) is new
+
+
+def test_data__unknown_name__attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'grace_plugin\.data' has no attribute 'load_everything'$"):
+        grace_plugin.data.load_everything  # noqa: B018
+
+
+def test_prepare__max_bad_rows__is_max_bad_samples() -> None:
+    """The share is checked before the samples are read, so no processor is needed."""
+    with (
+        pytest.warns(FutureWarning, match=r"max_bad_rows of prepare\(\) is now max_bad_samples"),
+        pytest.raises(ValueError, match=r"^max_bad_samples is a share of the samples between 0 and 1, got 2.0$"),
+    ):
+        prepare([{}], None, max_bad_rows=2.0)  # type: ignore[call-arg, arg-type]
+    assert Prepared.__name__ == "Prepared"
