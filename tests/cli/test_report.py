@@ -24,7 +24,7 @@ def test_two_checkpoints_become_a_page(
         == 0
     )
     printed = capsys.readouterr().out
-    assert "3 of 4 samples" in printed and "KL(A || B)" in printed and f"{tmp_path / 'r'}/page.html" in printed
+    assert "3 of 4 rows" in printed and "KL(A || B)" in printed and f"{tmp_path / 'r'}/page.html" in printed
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["layers"][0]["name"] in printed
     assert len(report["worst"]) == 1 and report["samples"]["drawn"] == 3
@@ -44,7 +44,7 @@ def test_a_finished_training_becomes_a_page(
     [
         ([], "say what to report on: a training"),
         (["run", "--compare", "A", "B"], "say what to report on"),
-        (["--compare", "{student}", "{student}"], "--compare A B needs samples to compare on: --dataset ROWS"),
+        (["--compare", "{student}", "{student}"], "--compare A B needs rows to compare on: --dataset ROWS"),
         (["--compare", "{student}", "{student}", "--dataset", "x.jsonl"], "has no quantized layers"),
         (["--compare", "{student}", "{teacher}", "--dataset", "x.jsonl"], "of different architectures"),
         (["--compare", "/no/where", "{student}", "--dataset", "x.jsonl"], "cannot read checkpoint A at '/no/where'"),
