@@ -150,7 +150,7 @@ def test_omega_warms_up_over_the_steps_asked_for() -> None:
 
 def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
     made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
-    a, b = made.collate(rows(2, images=0)), made.collate(mixed_samples(4))
+    a, b = made.collate(make_samples(2, images=0)), made.collate(mixed_samples(4))
     _, record = made.step(a, b)
     state = made.grace.controller_state
     assert (state.step, state.ignored) == (1, 0)
@@ -164,7 +164,7 @@ def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
 
 def test_beta_is_the_weight_of_the_next_step() -> None:
     made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
-    batch = made.collate(rows(2, images=0))
+    batch = made.collate(make_samples(2, images=0))
     made.step(batch)
     beta = made.grace.beta
     loss, record = made.step(batch)

@@ -229,7 +229,7 @@ def test_controller__teacher_swapped_half_way__beta_answers() -> None:
             if step == 6:
                 with torch.no_grad():
                     made.teacher.get_output_embeddings().weight.mul_(factor)
-            made.step(made.collate(rows(1, images=0)))
+            made.step(made.collate(make_samples(1, images=0)))
         betas.append(made.grace.beta)
     assert betas[0] < 0.5 < betas[1]
 
