@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grace_plugin.export.freeze import set_upstream_scales
 from grace_plugin.objective import GraceObjective
+from grace_plugin.objective.terms import build_terms, check_terms
 from grace_plugin.presets import apply_preset
 from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
 from grace_plugin.quantizer.layers import Format, check_layers
@@ -93,6 +94,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     serving: ServingRecipe = Field(default_factory=ServingRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     oneshot: OneshotRecipe = Field(default_factory=OneshotRecipe)
+    terms: dict[str, Any] = Field(default_factory=dict)
 
     _objective: GraceObjective | None = PrivateAttr(None)
     _objective_kind: type[GraceObjective] = PrivateAttr(GraceObjective)
@@ -128,6 +130,11 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
         return [check_pattern(name) for name in value]
+
+    @field_validator("terms")
+    @classmethod
+    def _known_terms(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_terms(value)
 
     @model_validator(mode="after")
     def _has_effect(self) -> GraceModifier:
@@ -195,7 +202,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         model: Any = state.model
         check_model(model, "student")
         family = family_of(model)
-        if self.relational.enabled:
+        if self.reads_visual_states:
             check_depth(model.config, "student")
         check_finite(dict(model.named_parameters()), "student")
         self._dtype = stored_dtype(model, self.scales.stored_dtype)
@@ -219,11 +226,11 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     def _load_teacher(self, state: State, processors: tuple[Any, Any]) -> None:
         model: Any = state.model
         self._vocabulary = rows = model.get_output_embeddings().weight.shape[0]
-        if not self._needs_teacher:
+        if not self.needs_teacher:
             return
         given = self._given_teacher if self._given_teacher is not None else state.teacher_model
         teacher = open_teacher(self.teacher, model, given, self.open_store())
-        if self.relational.enabled:
+        if self.reads_visual_states:
             check_depth(teacher.config, "teacher")
         teacher_rows = teacher.head()[0].shape[0]
         self._vocabulary = check_pair(model, teacher, processors, student_rows=rows, teacher_rows=teacher_rows)
@@ -281,12 +288,18 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     @property
     def named_teacher(self) -> str | None:
         """The teacher's checkpoint where the run will read one by name; None where it needs none or was given a model."""
-        reads = self._needs_teacher and self.teacher.kind != "self" and self._given_teacher is None
+        reads = self.needs_teacher and self.teacher.kind != "self" and self._given_teacher is None
         return self.teacher.model if reads else None
 
     @property
-    def _needs_teacher(self) -> bool:
-        return self._trains and (self.distill.enabled or self.relational.enabled)
+    def needs_teacher(self) -> bool:
+        """Whether a loss term reads a teacher, in a session that trains."""
+        return self._trains and self._new_objective().needs_teacher
+
+    @property
+    def reads_visual_states(self) -> bool:
+        """Whether a loss term reads the hidden states of visual tokens."""
+        return any(term.reads_visual_states for term in self._new_objective().terms if term.enabled)
 
     def open_store(self) -> StateStore | None:
         """The store of a cached teacher, opened and checked once, without loading any model; None for another kind.
@@ -294,8 +307,8 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         Raises:
             ValueError: no store, or not the one that the recipe asks for; says what differs and how to write one.
         """
-        if self._store is None and self.teacher.kind == "cached" and self._needs_teacher:
-            self._store = open_store(self.teacher, visual=self.relational.enabled)
+        if self._store is None and self.teacher.kind == "cached" and self.needs_teacher:
+            self._store = open_store(self.teacher, visual=self.reads_visual_states)
         return self._store
 
     def teacher_to(self, device: torch.device) -> None:
@@ -303,9 +316,13 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         if self._teacher is not None:
             self._teacher.to(device)
 
+    def _new_objective(self) -> GraceObjective:
+        blocks = (self.distill, self.relational, self.controller, self.training)
+        return self._objective_kind(*blocks, terms=build_terms(self.terms))
+
     def begin(self, total_steps: int) -> GraceObjective:
         """Start a run of `total_steps` optimizer steps and return its objective."""
-        objective = self._objective_kind(self.distill, self.relational, self.controller, self.training)
+        objective = self._new_objective()
         sizes: dict[str, Any] = {"vocabulary": self._vocabulary, "total_steps": total_steps, "trains": self._trains}
         objective.prepare(self._student, self._teacher, attached=self._attached, **sizes)
         self._objective = objective

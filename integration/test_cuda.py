@@ -93,10 +93,10 @@ def test_a_teacher_beside_the_student_gives_the_numbers_of_one_in_turn() -> None
     found = []
     for aside in (False, True, False, True):
         made.grace.teacher.side_stream = aside
-        tokens = int(made.grace.window(batches, host))
+        tokens = int(made.grace.begin_step(batches, host))
         quantiles = made.grace.gate_quantiles() if len(found) > 1 else {}
-        losses = [made.grace.loss(made.student, batch).item() for batch in batches]
-        found.append((tokens, losses, made.grace.measure()))
+        losses = [made.grace.compute_loss(made.student, batch).item() for batch in batches]
+        found.append((tokens, losses, made.grace.reduce_metrics()))
         assert not quantiles or quantiles["gate_q50"] > 0.0
         made.grace.steps = 0
     assert found[0][0] > 0 and len(set(found[0][1])) == 3

@@ -128,12 +128,12 @@ def test_in_a_loop_of_ones_own(method: str, pairs: dict[str, Pair], tmp_path: Pa
         optimizer = torch.optim.AdamW(groups)
         for seed in (1, 2):
             batch = collator(make_samples(2, seed=seed))
-            grace.objective.window([batch])
-            grace.objective.loss(student, batch).backward()
-            assert grace.objective.measure().finite
+            grace.objective.begin_step([batch])
+            grace.objective.compute_loss(student, batch).backward()
+            assert grace.objective.reduce_metrics().finite
             assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
             optimizer.step()
-            grace.objective.step(1.0)
+            grace.objective.end_step()
             optimizer.zero_grad()
         found = grace.save(tmp_path / "out")
     assert (found["verified"], found["codes_differing"]) == (True, 0)

@@ -137,10 +137,10 @@ def test_finalizing_hands_codes_and_scales_to_upstream(llava: Pair) -> None:
     with create_session() as session:
         session.initialize(recipe=modifier, model=student, copy_data=False)
         objective = modifier.begin(1)
-        objective.window([batch])
-        objective.loss(student, batch).backward()
-        objective.measure()
-        objective.step(1.0)
+        objective.begin_step([batch])
+        objective.compute_loss(student, batch).backward()
+        objective.reduce_metrics()
+        objective.end_step()
         session.finalize()
     linears = decoder_linears(student)
     assert modifier.frozen.keys() == linears.keys()
@@ -169,7 +169,7 @@ def test_tokenizers_can_be_given_where_folders_have_none(llava: Pair) -> None:
             recipe=modifier, model=student, copy_data=False, processors=(load_tokenizer(student, "student"), processor)
         )
         modifier.teacher_to(torch.device("cpu"))
-        assert modifier.begin(2).vocabulary == len(processor.tokenizer)
+        assert modifier.begin(2).context.vocabulary == len(processor.tokenizer)
     assert modifier.teacher.model is None
 
 
@@ -179,7 +179,7 @@ def test_no_teacher_is_loaded_where_no_term_reads_it(llava: Pair) -> None:
     start(modifier, student)
     objective = modifier.begin(1)
     assert objective.teacher is None
-    assert objective.vocabulary == student.lm_head.weight.shape[0]
+    assert objective.context.vocabulary == student.lm_head.weight.shape[0]
 
 
 def test_eight_bits_of_a_bfloat16_student_name_the_way_out(llava: Pair) -> None:

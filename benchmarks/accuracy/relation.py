@@ -22,9 +22,10 @@ from benchmarks.accuracy.scenes import Album, Rows
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.losses.relational import relational_loss
 from grace_plugin.objective import GraceObjective
-from grace_plugin.objective.terms import head_term
+from grace_plugin.objective.terms import VisualRelationTerm
+from grace_plugin.objective.window import AccumulationWindow, MicroBatch
 from grace_plugin.teacher import model_inputs
-from grace_plugin.vlm import capture
+from grace_plugin.vlm import Capture
 
 __all__ = ["RelationObjective", "deep_states"]
 
@@ -63,6 +64,28 @@ def deep_states(
     return torch.cat(found)
 
 
+class PlacesTerm(VisualRelationTerm):
+    """The relational term at the places of a `RelationObjective`, which also gives it the student's layers and the batch."""
+
+    objective: RelationObjective
+    seen: Mapping[int, Tensor]
+    batch: Mapping[str, Any]
+
+    def loss(self, micro_batch: MicroBatch, states: Capture, window: AccumulationWindow, weight: float) -> Tensor:
+        """Return the micro-batch's share."""
+        taught = self.objective.states[self.batch[SAMPLE_KEY]]
+        loss = taught.new_zeros((), dtype=torch.float32)
+        for kind in self.objective.kinds:
+            index, sizes = tokens_of(self.batch["input_ids"], kind)
+            for number, (layer, _) in enumerate(self.objective.layers):
+                theirs = taught[:, number].flatten(0, 1).index_select(0, index)
+                out = relational_loss(self.seen[layer].flatten(0, 1).index_select(0, index), theirs, sizes)
+                share = out.loss_sum / len(self.objective.layers)
+                window.sums.add(visual_distance=share)
+                loss = loss + weight * share / window.counts["countable_images"].clamp(min=1.0)
+        return loss
+
+
 class RelationObjective(GraceObjective):
     """GraceObjective whose relation stands at `layers` (student's, teacher's) on the tokens `kinds` ("visual", "text").
 
@@ -73,28 +96,18 @@ class RelationObjective(GraceObjective):
     kinds: tuple[str, ...]
     states: Tensor
 
-    def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
-        item = self._window.pending.pop(0)
-        with capture(self._text_model) as caught, outputs(self._text_model, tuple(s for s, _ in self.layers)) as seen:
-            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
-        assert caught.final is not None
-        loss = head_term(
-            self._window, item, caught.final, self.student.get_output_embeddings(), self.teacher,  # type: ignore[operator]
-            asked=self.distill, vocabulary=self.vocabulary, beta=self.beta,
-        )  # fmt: skip
-        counts, sums = self._window.opened()
-        taught = self.states[batch[SAMPLE_KEY]]
-        for kind in self.kinds:
-            index, sizes = tokens_of(batch["input_ids"], kind)
-            for number, (layer, _) in enumerate(self.layers):
-                theirs = taught[:, number].flatten(0, 1).index_select(0, index)
-                out = relational_loss(seen[layer].flatten(0, 1).index_select(0, index), theirs, sizes)
-                share = out.loss_sum / len(self.layers)
-                sums[4] += share.detach()
-                loss = loss + self.omega * share / counts[2].clamp(min=1.0)
-        if not self._window.pending:
-            self._window.close()
-        return loss
+    def __init__(self, *blocks: Any) -> None:
+        super().__init__(*blocks)
+        self.places = PlacesTerm(self.relational)
+        self.places.objective = self
+        self.terms = (self.terms[0], self.places)
+
+    def compute_loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        """GraceObjective's, with the outputs of the student's layers for the term."""
+        text_model = self.context.family.text_model(self.student)
+        with outputs(text_model, tuple(layer for layer, _ in self.layers)) as seen:
+            self.places.seen, self.places.batch = seen, batch
+            return super().compute_loss(model, batch)
 
 
 def tokens_of(ids: Tensor, kind: str) -> tuple[Tensor, tuple[int, ...]]:

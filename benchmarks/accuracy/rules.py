@@ -129,6 +129,7 @@ class RuleObjective(GraceObjective):
     """GraceObjective whose beta is a rule's."""
 
     rule: Rule
+    progress = 1.0  # learning rate of the step over its peak, set by the loop
 
     @property
     def beta(self) -> float:
@@ -140,10 +141,12 @@ class RuleObjective(GraceObjective):
         self._gradients: tuple[float, float] | None = None
         self._rounding: float | None = None
 
-    def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+    def compute_loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        assert self._window is not None
         item, window = self._window.pending[0], self._window
-        with capture(self._text_model) as caught:
-            loss = super().loss(model, batch)
+        text_model = self.context.family.text_model(self.student)
+        with capture(text_model) as caught:
+            loss = super().compute_loss(model, batch)
         assert caught.final is not None
         hidden = caught.final.flatten(0, 1).index_select(0, item.positions).detach()
         if self.rule.kind == "gradients":
@@ -151,7 +154,7 @@ class RuleObjective(GraceObjective):
             self._gradients = (norms[0], norms[1])
         if self.rule.kind == "rounding" and self.attached and self.steps % EVERY == 0:
             quantized = self._head(window, item, hidden, 0.0, 1.0)[0]
-            with torch.no_grad(), unquantized(self.attached), capture(self._text_model) as plain:
+            with torch.no_grad(), unquantized(self.attached), capture(text_model) as plain:
                 model(**model_inputs(batch, self.student, item.host), use_cache=False, logits_to_keep=1)
             assert plain.final is not None
             exact = plain.final.flatten(0, 1).index_select(0, item.positions)
@@ -161,23 +164,24 @@ class RuleObjective(GraceObjective):
     def _head(self, window: Any, item: Any, hidden: Tensor, ce: float, kd: float) -> tuple[float, float]:
         """Value (nats) of ce * CE + kd * GDKD, and the norm of its gradient at the hidden states [N, d]."""
         assert self.teacher is not None and item.teacher is not None
-        head, (weight, bias) = self.student.get_output_embeddings(), self.teacher.head()  # type: ignore[operator]
+        head, (weight, bias) = self.context.head, self.teacher.head()
         hidden = hidden.clone().requires_grad_(True)
         with torch.enable_grad():
             out = distillation_head(
-                hidden, head.weight.detach().to(hidden.dtype), None, item.teacher.final, weight, bias, item.targets, item.gate,
-                vocabulary=self.vocabulary, ce_scale=ce / window.counts[0], kd_scale=kd / window.counts[1],
+                hidden, head.weight.detach().to(hidden.dtype), None, item.teacher.final, weight, bias, item.targets,
+                item.prepared["distill"][0],
+                vocabulary=self.context.vocabulary, ce_scale=ce / window.counts["tokens"], kd_scale=kd / window.counts["gates"],
                 temperature=self.distill.temperature, alpha=self.distill.alpha, beta_dkd=self.distill.beta,
             )  # fmt: skip
             out.loss.backward()
         assert hidden.grad is not None
         return float(out.loss), float(hidden.grad.float().norm())
 
-    def step(self, progress: float, *, skipped: bool = False) -> None:
+    def end_step(self, *, skipped: bool = False) -> None:
         record = self.record
-        super().step(progress, skipped=skipped)
+        super().end_step(skipped=skipped)
         if record is not None and not skipped:
-            seen = Measurement(record.ce, record.gdkd, progress, self._gradients, self._rounding)
+            seen = Measurement(record.ce, record.gdkd, self.progress, self._gradients, self._rounding)
             self.state = advance(self.state, seen)
         self._rounding = None
 

@@ -145,16 +145,18 @@ def learn(
             group["lr"] = rate * share * group["times"]
         batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
         with mixed(device, stored):
-            objective.window([batch], [host])
-            loss = objective.loss(model, batch)
+            objective.begin_step([batch], [host])
+            loss = objective.compute_loss(model, batch)
         loss.backward()
-        record = objective.measure()
+        record = objective.reduce_metrics()
         for part in (weights, scales):
             clip_grad_norm_(part, 1.0)
         if record.finite:
             optimizer.step()
         beta = objective.beta
-        objective.step(progress=share, skipped=not record.finite)
+        if isinstance(objective, RuleObjective):
+            objective.progress = share
+        objective.end_step(skipped=not record.finite)
         optimizer.zero_grad(set_to_none=True)
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             now = {"ce": record.ce, "gdkd": record.gdkd, "rcka": record.rcka, "beta": beta, "gate": record.gate_mean}

@@ -123,13 +123,13 @@ def _grace(
         if resident:
             grace.teacher.side_stream = aside  # type: ignore[union-attr]
         with torch.autocast(device, dtype=torch.bfloat16):
-            grace.window([batch], host)
-            loss = grace.loss(student, batch)
+            grace.begin_step([batch], host)
+            loss = grace.compute_loss(student, batch)
         loss.backward()
-        grace.measure()
+        grace.reduce_metrics()
         attached.finalize_deferred_grads()
         optimizer.step()
-        grace.step(1.0)
+        grace.end_step()
         optimizer.zero_grad()
 
     def plain() -> None:

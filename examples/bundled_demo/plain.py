@@ -6,45 +6,40 @@ GRACE (gate, relation, controller) works on it as on the decoupled one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from grace_plugin.objective import GraceObjective
-from grace_plugin.objective.terms import visual_term
-from grace_plugin.teacher import model_inputs
-from grace_plugin.vlm import capture
+from grace_plugin.objective.terms import HeadTerm
+from grace_plugin.objective.window import AccumulationWindow, MicroBatch
+from grace_plugin.vlm import Capture
 
 __all__ = ["PlainObjective"]
+
+
+class PlainHeadTerm(HeadTerm):
+    """Cross-entropy and gated KL * T^2 of the full logits."""
+
+    def loss(self, micro_batch: MicroBatch, states: Capture, window: AccumulationWindow, weight: float) -> Tensor:
+        """Return the micro-batch's share in nats."""
+        assert states.final is not None and micro_batch.teacher is not None and self.context.teacher is not None
+        hidden = states.final.flatten(0, 1).index_select(0, micro_batch.positions)
+        logits = self.context.head(hidden)[:, : self.context.vocabulary].float()
+        head, _ = self.context.teacher.head()
+        taught = (micro_batch.teacher.final @ head.T)[:, : self.context.vocabulary].float()
+        hot = self.config.temperature
+        each = kl_div(
+            log_softmax(logits / hot, -1), log_softmax(taught / hot, -1), reduction="none", log_target=True
+        ).sum(-1)
+        gate, _ = micro_batch.prepared[self.name]
+        ce, gated = cross_entropy(logits, micro_batch.targets, reduction="sum"), (gate * each).sum() * hot**2
+        window.sums.add(ce=ce, gated_dkd=gated)
+        tokens, gates = window.counts["tokens"], window.counts["gates"]
+        return ce / tokens.clamp(min=1.0) + weight * gated / gates.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class PlainObjective(GraceObjective):
     """GraceObjective with KL in place of `alpha * TCKD + beta * NCKD`; the recorded gdkd is the mean of KL * T^2."""
 
-    def loss(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
-        item = self._window.pending.pop(0)
-        with capture(self._text_model) as caught:
-            model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
-        assert caught.final is not None and caught.penultimate is not None
-        assert item.teacher is not None and item.gate is not None and self.teacher is not None
-        counts, sums = self._window.opened()
-        hidden = caught.final.flatten(0, 1).index_select(0, item.positions)
-        logits = self.student.get_output_embeddings()(hidden)[:, : self.vocabulary].float()  # type: ignore[operator]
-        weight, _ = self.teacher.head()
-        taught = (item.teacher.final @ weight.T)[:, : self.vocabulary].float()
-        hot = self.distill.temperature
-        each = kl_div(
-            log_softmax(logits / hot, -1), log_softmax(taught / hot, -1), reduction="none", log_target=True
-        ).sum(-1)
-        ce = cross_entropy(logits, item.targets, reduction="sum")
-        gated = (item.gate * each).sum() * hot**2
-        loss = ce / counts[0].clamp(min=1.0) + self.beta * gated / counts[1].clamp(min=torch.finfo(torch.float32).tiny)
-        sums[:2] += torch.stack([ce, gated]).detach()
-        if self.relational.enabled:
-            loss = loss + visual_term(self._window, item, caught.penultimate, omega=self.omega)
-        if not self._window.pending:
-            self._window.close()
-        return loss
+    head_term = PlainHeadTerm

@@ -64,7 +64,7 @@ def teacher_cache(args: Namespace) -> None:
             max_length=args.max_length, max_pixels=args.max_pixels, max_bad_samples=args.max_bad_samples,
             batch_size=args.batch_size,
             workers=args.workers, special_tokens=args.special_tokens,
-            visual=modifier.relational.enabled, shard_bytes=args.shard_bytes, device=args.device, announce=announce,
+            visual=modifier.reads_visual_states, shard_bytes=args.shard_bytes, device=args.device, announce=announce,
             progress=show,
         )  # fmt: skip
     files = sorted(Path(args.output_dir).glob("*.safetensors"))

@@ -1,16 +1,17 @@
-"""The accumulation window of one optimizer step: what is known of it before the first backward pass.
+"""The accumulation window of one optimizer step: its micro-batches, and the named sums and counts of all loss terms.
 
-CE is divided by the window's supervised tokens, the gated distillation by its sum of gates, the relation by its countable
-images. All three depend only on the data and the teacher, so they are known, over all micro-batches and ranks, before the
-student's losses. Kept per micro-batch: positions, targets, the teacher's hidden states there, and the gates, megabytes.
-A teacher that shares nothing with the student runs on a stream of its own on CUDA, beside the student's first forward pass.
+Losses are sums over the window divided by counts over the window: CE by supervised tokens, distillation by the sum of gates,
+the relational term by countable images. Counts depend on data and teacher alone, so they are known, over all micro-batches and
+ranks, before the student's first forward pass. All counts are reduced in one collective, and so are all sums.
 
-Legend: B batch, S sequence, N supervised positions, M visual tokens, V shared vocabulary.
+Legend: B batch, S sequence, N supervised positions, M visual tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,129 +20,109 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.losses.head import teacher_sums
-from grace_plugin.losses.relational import countable_images
-from grace_plugin.objective.host import Reading
-from grace_plugin.recipe import DistillRecipe, RelationalRecipe
-from grace_plugin.teacher import Teacher, TeacherStates, supervised_positions
-from grace_plugin.vlm import Family, VisualTokens
-from grace_plugin.vlm.transfer import single_thread, to_device
+from grace_plugin.objective.async_copy import AsyncHostCopy
+from grace_plugin.teacher import Teacher, TeacherStates
+from grace_plugin.vlm import VisualTokens
 
-__all__ = [
-    "AccumulationWindow",
-    "MicroBatch",
-    "StepRecord",
-    "all_reduce_sum",
-    "beside",
-    "gate_quantiles",
-    "labels_of",
-    "look",
-    "row_numbers",
-]
+__all__ = ["AccumulationWindow", "MicroBatch", "NamedSums", "StepRecord", "teacher_stream"]
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """Values of one optimizer step over all micro-batches and ranks: losses in nats, host numbers.
+class NamedSums:
+    """Named float32 sums on one device, stored in one tensor so that one collective reduces all of them."""
 
-    gdkd is the gated mean that the controller reads; tckd and nckd are gated means at temperature T without the factors
-    alpha, beta and T^2. images_skipped counts images with fewer than 4 visual tokens or a degenerate centred norm.
-    """
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self.values = torch.zeros(len(self.names), dtype=torch.float32, device=device)
+        self._views = dict(zip(self.names, self.values.unbind(), strict=True))
 
-    ce: float
-    gdkd: float
-    tckd: float
-    nckd: float
-    rcka: float
-    tokens: int
-    gate_mean: float
-    images: int
-    images_skipped: int
-    samples_without_images: int
-    finite: bool
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the running sum of that name, a 0-dimensional view."""
+        return self._views[name]
+
+    def add(self, **amounts: Tensor | float) -> None:
+        """Add detached amounts (0-dimensional tensors on the same device, or numbers) to the sums of their names."""
+        for name, amount in amounts.items():
+            # `view[...] = number` would copy the number from the host, which stops the device; add_ passes it to the kernel
+            self._views[name].add_(amount.detach().float() if isinstance(amount, Tensor) else amount)
+
+    def all_reduce(self) -> None:
+        """Sum over the ranks in place. Collective: every rank takes part, whatever it holds."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.values)
 
 
 @dataclass
 class MicroBatch:
-    """What is kept of a micro-batch until its loss is asked for."""
+    """What is kept of a micro-batch from `begin_step` to its loss."""
 
-    positions: Tensor  # [N] flat positions in [B * S] whose next token is supervised
-    targets: Tensor  # [N]
+    positions: Tensor  # int64 [N], flat positions in [B * S] whose next token is supervised
+    targets: Tensor  # int64 [N]
     visual: VisualTokens
+    host: Mapping[str, Any]  # the batch in host memory, or the batch itself where it is not there
     teacher: TeacherStates | None = None
-    gate: Tensor | None = None  # [N]
-    known: Tensor | None = None  # [2, N], what the head need not sum again
-    host: Mapping[str, Any] | None = None  # the batch in host memory
+    prepared: dict[str, Any] = field(default_factory=dict)  # by term name: what its `prepare` keeps for its `loss`
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Values of one optimizer step over all micro-batches and ranks, as host numbers.
+
+    Attributes:
+        metrics: by the keys of the log; losses in nats where they are entropies.
+        finite: whether every sum of every term is finite.
+    """
+
+    metrics: Mapping[str, float]
+    finite: bool
+
+    ce = property(lambda self: self.metrics["loss_ce"])
+    gdkd = property(lambda self: self.metrics["loss_gdkd"])
+    tckd = property(lambda self: self.metrics["loss_tckd"])
+    nckd = property(lambda self: self.metrics["loss_nckd"])
+    rcka = property(lambda self: self.metrics["loss_rcka"])
+    gate_mean = property(lambda self: self.metrics["gate_mean"])
+    tokens = property(lambda self: self.metrics["supervised_tokens"])
+    images = property(lambda self: self.metrics["images"])
+    images_skipped = property(lambda self: self.metrics["images_skipped"])
+    samples_without_images = property(lambda self: self.metrics["samples_without_images"])
 
 
 @dataclass
 class AccumulationWindow:
-    """Micro-batches still to be used, the divisors and the running sums of one optimizer step."""
+    """The micro-batches of one optimizer step that have had no loss yet, and the sums of the step."""
 
-    pending: list[MicroBatch] = field(default_factory=list)
-    counts: Tensor | None = None  # [4]: tokens, sum of gates, countable images, rows without an image
-    sums: Tensor | None = None  # [6]: CE, gated DKD, gated TCKD, gated NCKD, 1 - CKA, skipped images
-    reading: Reading | None = None
-    stream: torch.cuda.Stream | None = None  # where all of this is still being computed
-    measured: bool = False  # `record` was called
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether a step was begun and its losses were not reduced."""
-        return self.counts is not None and not self.measured
+    counts: NamedSums
+    sums: NamedSums
+    stream: torch.cuda.Stream | None = None  # where the counts are still being computed
+    pending: deque[MicroBatch] = field(default_factory=deque)
+    reduced: bool = False
+    _copy: AsyncHostCopy | None = None
 
     def join(self) -> None:
-        """From here on, the current stream may read the window: it waits for the teacher's, the host does not."""
+        """Have the current stream wait for the side stream; the host does not wait."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         self.stream = None
 
-    def opened(self) -> tuple[Tensor, Tensor]:
-        """counts and sums, which may be read on the current stream.
+    def copy_to_host(self) -> None:
+        """Queue the copy of the values after the last forward pass and before its backward pass.
 
-        Raises:
-            RuntimeError: no window was opened for this step.
-        """
-        if self.counts is None or self.sums is None:
-            raise RuntimeError("no window is open; call window() once per optimizer step, before loss()")
-        self.join()
-        return self.counts, self.sums
-
-    def close(self) -> None:
-        """The last forward pass has been queued: send the values to the host behind it, ahead of its backward pass.
-
-        Several ranks add theirs first, in `record`, where every rank takes part.
+        With several ranks it is queued in `reduce`, after the collective, which every rank enters whatever its data.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            self.reading = Reading(torch.cat([*reversed(self.opened())]))
+            self._copy = AsyncHostCopy(torch.cat([self.sums.values, self.counts.values]))
 
-    def record(self) -> StepRecord:
-        """Means over the window and all ranks; collective and unconditional. The host waits for the values, not for the device.
+    def reduce(self) -> dict[str, float]:
+        """Return all sums and counts over micro-batches and ranks, by name. Collective and unconditional."""
+        self.join()
+        self.reduced = True
+        self.sums.all_reduce()
+        copy = self._copy or AsyncHostCopy(torch.cat([self.sums.values, self.counts.values]))
+        return dict(zip((*self.sums.names, *self.counts.names), copy.tolist(), strict=True))
 
-        Raises:
-            RuntimeError: no window was opened for this step.
-        """
-        counts, sums = self.opened()
-        self.measured = True
-        all_reduce_sum(sums)
-        reading = self.reading or Reading(torch.cat([sums, counts]))
-        ce, gdkd, tckd, nckd, rcka, skipped, tokens, gates, images, bare = reading.numbers()
-        per_token, per_image = 1.0 / max(tokens, 1.0), 1.0 / max(images, 1.0)
-        per_gate = 1.0 / gates if gates > 0 else 0.0
-        return StepRecord(
-            ce=ce * per_token,
-            gdkd=gdkd * per_gate,
-            tckd=tckd * per_gate,
-            nckd=nckd * per_gate,
-            rcka=rcka * per_image,
-            tokens=int(tokens),
-            gate_mean=gates * per_token,
-            images=int(images),
-            images_skipped=int(skipped),
-            samples_without_images=int(bare),
-            finite=all(abs(value) < float("inf") for value in (ce, gdkd, rcka)),
-        )
+    def is_finite(self, totals: Mapping[str, float]) -> bool:
+        """Whether all sums among the totals of `reduce` are finite."""
+        return all(math.isfinite(totals[name]) for name in self.sums.names)
 
 
 @cache
@@ -149,13 +130,13 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def beside(
+def teacher_stream(
     teacher: Teacher | None, device: torch.device, batches: Sequence[Mapping[str, Any]]
 ) -> torch.cuda.Stream | None:
-    """A stream behind all that is queued now, for a teacher that may run beside the student; None has it run in turn.
+    """Return the side stream for a teacher that may run while the student does; None to run it on the current stream.
 
-    What is allocated there is given out again there alone, behind another call of this: by then the student has read it.
-    Batches, of another stream, may be dropped at any time: their memory is not given out while they are read here.
+    The stream waits for all work that is queued now. Memory allocated on it is reused on it alone, after another call of this
+    function, when the student has read it.
     """
     if teacher is None or not teacher.side_stream or device.type != "cuda":
         return None
@@ -163,92 +144,6 @@ def beside(
     stream.wait_stream(torch.cuda.current_stream(device))
     for value in (value for batch in batches for value in batch.values()):
         if isinstance(value, Tensor) and value.device == stream.device:
+            # batches were allocated on another stream, which would reuse their memory as soon as the caller drops them
             value.record_stream(stream)
     return stream
-
-
-def all_reduce_sum(tensor: Tensor) -> None:
-    """Sum over the ranks in place; every rank takes part, whatever it holds."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def gate_quantiles(gates: Tensor | None) -> dict[str, float]:
-    """5th, 50th and 95th percentile of gates [N], by name; empty without any."""
-    if gates is None or gates.numel() == 0:
-        return {}
-    levels = torch.tensor([0.05, 0.5, 0.95], device=gates.device, dtype=gates.dtype)
-    return dict(zip(("gate_q05", "gate_q50", "gate_q95"), torch.quantile(gates, levels).tolist(), strict=True))
-
-
-def labels_of(batch: Mapping[str, Any], family: Family, config: Any) -> Tensor:
-    """Labels [B, S] of a batch; a batch without any supervises every text token the model reads (calibration text)."""
-    if batch.get("labels") is not None:
-        return batch["labels"]
-    labels = batch["input_ids"].clone()
-    if batch.get("attention_mask") is not None:
-        labels[batch["attention_mask"] == 0] = IGNORE_INDEX
-    for token_id in family.token_ids(config).values():
-        labels[labels == token_id] = IGNORE_INDEX
-    return labels
-
-
-def row_numbers(batch: Mapping[str, Any]) -> Tensor:
-    """int64 [B * S]: which row of data a token belongs to; of packed rows, one begins wherever positions begin anew."""
-    ids = batch["input_ids"]
-    if batch.get("attention_mask") is None and batch.get("position_ids") is not None:
-        return (batch["position_ids"] == 0).flatten().cumsum(0) - 1
-    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-
-
-def look(
-    batch: Mapping[str, Any],
-    host: Mapping[str, Any],
-    *,
-    family: Family,
-    config: Any,
-    vocabulary: int,
-    teacher: Teacher | None,
-    distill: DistillRecipe,
-    relational: RelationalRecipe,
-    device: torch.device,
-) -> tuple[MicroBatch, Tensor]:
-    """Find a micro-batch's supervised and visual positions, run the teacher on it, and count [4] for the divisors.
-
-    host: the same batch where it is looked at; in host memory, nothing is read back from the device.
-
-    Raises:
-        ValueError: visual tokens that do not fit the family, or a label outside the shared vocabulary.
-    """
-    with single_thread(device):
-        labels = labels_of(host, family, config)
-        positions = supervised_positions(labels)
-        targets = labels.flatten()[positions + 1]
-        if targets.numel() and int(targets.max()) >= vocabulary:
-            raise ValueError(
-                f"label {int(targets.max())} lies outside the {vocabulary} token ids that teacher and student share; "
-                "the data was tokenised with another tokenizer, or the row uses a token only one side knows"
-            )
-        seen = family.visual_tokens(config, host)
-        row = row_numbers(host)
-        bare = torch.zeros(row.shape, device=row.device)  # by row; there are fewer rows
-        bare.index_fill_(0, row[positions], 1.0)
-        bare = bare.index_fill_(0, row[seen.index], 0.0).sum()  # a row of which nothing is learned fills a place
-    visual = VisualTokens(to_device(seen.index, device), seen.sizes)
-    item = MicroBatch(to_device(positions, device), to_device(targets, device), visual, host=host)
-    counts = torch.zeros(4, dtype=torch.float32, device=device)
-    counts[0].fill_(positions.numel())  # assigned, a number would be copied from the host
-    counts[3] = to_device(bare, device)
-    if teacher is not None:
-        item.teacher = teacher.states(batch, item.positions, visual, host)
-        if distill.enabled:
-            weight, bias = teacher.head()
-            final, sharpness = item.teacher.final, distill.gate_sharpness
-            item.gate, _, item.known = teacher_sums(
-                final, weight, bias, item.targets, vocabulary=vocabulary, sharpness=sharpness,
-                temperature=distill.temperature, chunk=distill.chunk, softcap=teacher.softcap,
-            )  # fmt: skip
-            counts[1] = item.gate.sum()
-        if relational.enabled:
-            counts[2] = countable_images(item.teacher.visual, visual.sizes).sum()
-    return item, counts

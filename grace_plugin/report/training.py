@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_plugin.export.stage import check_destination
+from grace_plugin.objective.terms import TERMS, Chart
 from grace_plugin.report.charts import lines
 from grace_plugin.report.page import write_folder
 from grace_plugin.run.metrics import METRICS
@@ -23,20 +24,27 @@ __all__ = ["read_log", "training"]
 
 STATE = "trainer_state.json"
 
-#: chart -> entries of the log that it shows, and what they are called
-CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("Cross-entropy", "nats a token", {"loss_ce": "CE"}),
-    ("Gated distillation", "nats a token", {"loss_gdkd": "GDKD", "ema": "its moving average (ema)"}),
-    ("Parts of the distillation", "nats a token, gated, without their weights", {"loss_tckd": "TCKD", "loss_nckd": "NCKD"}),
-    ("Relation of visual tokens", "1 - CKA, mean over images", {"loss_rcka": "RCKA"}),
-    ("Weight of distillation", "beta; share of steps at a bound", {"beta": "beta", "share_at_bound": "share at bound"}),
-    ("Gates", "quantiles over the step's tokens", {"gate_q05": "5 %", "gate_q50": "median", "gate_q95": "95 %"}),
-    ("Clipped weights", "share of quantized weights", {"clip_share": "clipped"}),
-    ("Loss as trained", "Trainer's sum", {"loss": "loss"}),
-    ("Evaluation", "nats a token", {"eval_loss": "eval loss"}),
-    ("Learning rate", "of the weights", {"learning_rate": "learning rate"}),
-    ("Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
-)  # fmt: skip
+#: what Trainer and the quantizer log; the loss terms name their own charts
+GENERAL = (
+    Chart("Clipped weights", "share of quantized weights", {"clip_share": "clipped"}),
+    Chart("Loss as trained", "Trainer's sum", {"loss": "loss"}),
+    Chart("Evaluation", "nats a token", {"eval_loss": "eval loss"}),
+    Chart("Learning rate", "of the weights", {"learning_rate": "learning rate"}),
+    Chart("Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
+)
+
+
+def _charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return the charts of all registered loss terms, of losses that none of them shows, and of the run."""
+    terms = [chart for term in TERMS.values() for chart in term.charts]
+    known = {key for chart in terms for key in chart.series}
+    # a term from outside the package is not registered in the process that makes the report
+    others = sorted({key for entry in entries for key in entry if key.startswith("loss_")} - known)
+    return [
+        *terms,
+        *(Chart(f"Loss term {key.removeprefix('loss_')}", "as logged", {key: key}) for key in others),
+        *GENERAL,
+    ]
 
 
 def _numbered(folder: Path) -> int:
@@ -112,7 +120,7 @@ def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] 
     path, entries = read_log(run)
     last = {key: value for entry in entries for key, value in entry.items()}
     charts, table = [], []
-    for title, unit, names in CHARTS:
+    for title, unit, names in _charts(entries):
         series = {said: _points(entries, key) for key, said in names.items()}
         series = {said: points for said, points in series.items() if points}
         if series:

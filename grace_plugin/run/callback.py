@@ -22,7 +22,6 @@ class GraceCallback(TrainerCallback):
     def __init__(self, trainer: GraceTrainer) -> None:
         self.trainer = trainer
         self._skipped = False
-        self._progress = 0.0
         self._metrics = MetricsFile(Path(trainer.args.output_dir))
 
     @property
@@ -57,9 +56,7 @@ class GraceCallback(TrainerCallback):
     ) -> None:
         """Reduce the step's values; a non-finite loss or gradient empties the gradients, so that no optimizer moves."""
         self.trainer.finalize_deferred_grads()
-        record = self.trainer.objective.measure()
-        peak = self.trainer.args.learning_rate
-        self._progress = float(self.trainer.lr_scheduler.get_last_lr()[0]) / peak if peak else 0.0
+        record = self.trainer.objective.reduce_metrics()
         self._skipped = not (record.finite and self.trainer.grad_norm_finite)
         if self._skipped:
             for parameter in self.trainer.model.parameters():
@@ -79,6 +76,6 @@ class GraceCallback(TrainerCallback):
             state.global_step >= state.max_steps
         ):  # before the last resume state, from which a run is finished without training
             self.trainer.use_averaged_weights()
-        self.trainer.objective.step(self._progress, skipped=self._skipped)
+        self.trainer.objective.end_step(skipped=self._skipped)
         if self._in_session:
             LifecycleCallbacks.batch_end(global_step=state.global_step)

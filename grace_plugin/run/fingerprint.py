@@ -125,7 +125,7 @@ def _teacher(modifier: GraceModifier, given: Any) -> Any:
     store = modifier.open_store()
     if store is not None:
         return {"cache": _digest(_plain(store.identity))}
-    if asked.model is None or not (modifier.distill.enabled or modifier.relational.enabled):
+    if asked.model is None or not modifier.needs_teacher:
         return {"kind": asked.kind}
     try:
         return {"files": _digest(open_checkpoint(asked.model, asked.revision).fingerprint())}

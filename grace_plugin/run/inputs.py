@@ -102,7 +102,7 @@ def check_models(modifier: GraceModifier, student: str | os.PathLike[str] | nn.M
         found["student"] = check_checkpoint(os.fspath(student), "student")
     if named is not None:
         found["teacher"] = check_checkpoint(named, "teacher", revision=asked.revision, kind=asked.kind)
-    if modifier.relational.enabled:
+    if modifier.reads_visual_states:
         for role, config in found.items():
             check_depth(config, role)
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grace_plugin.objective.host import Reading
+from grace_plugin.objective.async_copy import AsyncHostCopy
 from grace_plugin.vlm.transfer import to_device
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ResumeCallback(TrainerCallback):
         self.trainer, self.on_signal, self.minutes = trainer, on_signal, minutes
         self.received = 0  # number of the first signal
         self.stopping = 0  # the same, once all ranks know
-        self._said: Reading | None = None  # what the ranks said after the step before
+        self._said: AsyncHostCopy | None = None  # what the ranks said after the step before
         self._at = 0.0
         self._saved = self._begun = self._spent = 0.0
         self._before: dict[int, Any] = {}
@@ -109,8 +109,8 @@ class ResumeCallback(TrainerCallback):
         first = self.trainer.args.process_index == 0
         said = to_device(torch.tensor([float(self.received), float(due and first)]), self.trainer.args.device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        before, self._said = self._said, Reading(said)
-        number, anyone = before.numbers() if before is not None else (0.0, 0.0)
+        before, self._said = self._said, AsyncHostCopy(said)
+        number, anyone = before.tolist() if before is not None else (0.0, 0.0)
         return int(number), bool(anyone)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

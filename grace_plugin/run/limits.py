@@ -42,9 +42,7 @@ def sample_limits(
         ValueError: the two do not share tokens or pixels.
     """
     own = SampleLimits(vocabulary_rows(student.config), context_length(student.config))
-    needed = modifier.teacher.kind not in ("self", "cached") and (
-        modifier.distill.enabled or modifier.relational.enabled
-    )
+    needed = modifier.teacher.kind not in ("self", "cached") and modifier.needs_teacher
     if modifier.named_teacher is not None:
         teacher: Any = open_checkpoint(modifier.named_teacher, modifier.teacher.revision)
     elif needed and isinstance(given, (nn.Module, Teacher)) and not isinstance(given, SelfTeacher):

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
-from grace_plugin.objective.host import Reading
+from grace_plugin.objective.async_copy import AsyncHostCopy
 from grace_plugin.quantizer.layers import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
@@ -190,7 +190,7 @@ class GraceTrainer(Trainer):
         place = self.args.device
         queued = [{k: to_device(v, place) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in host]
         batches = [self._prepare_inputs(batch) for batch in queued]
-        tokens = self.objective.window(batches, host)
+        tokens = self.objective.begin_step(batches, host)
         return batches + [{}] * (num_batches - len(batches)), tokens
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -206,7 +206,7 @@ class GraceTrainer(Trainer):
         if not model.training:
             inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_KEY, VISUAL_SPANS)}
             return super().compute_loss(model, inputs, return_outputs, None)
-        return self.objective.loss(offloaded(model) if self.activation_offloading else model, inputs)
+        return self.objective.compute_loss(offloaded(model) if self.activation_offloading else model, inputs)
 
     # ---- optimizer ----------------------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class GraceTrainer(Trainer):
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
-        self.grad_norm_finite = all(map(math.isfinite, Reading(torch.stack(norms)).numbers()))
+        self.grad_norm_finite = all(map(math.isfinite, AsyncHostCopy(torch.stack(norms)).tolist()))
         return norms[0]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -336,22 +336,5 @@ class GraceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with the loss terms, the controller, the gates and the share of clipped weights."""
         if "loss" in logs and self.objective.record is not None:
-            logs |= self.grace_logs()
+            logs |= self.objective.logs()
         super().log(logs, start_time)
-
-    def grace_logs(self) -> dict[str, float]:
-        """Values of the latest optimizer step."""
-        objective = self.objective
-        record = objective.record
-        assert record is not None
-        logs: dict[str, float] = {
-            "loss_ce": record.ce, "loss_gdkd": record.gdkd, "loss_tckd": record.tckd, "loss_nckd": record.nckd,
-            "loss_rcka": record.rcka, "supervised_tokens": record.tokens, "images": record.images,
-            "images_skipped": record.images_skipped, "samples_without_images": record.samples_without_images,
-            "beta": objective.beta, "omega": objective.omega, "nonfinite_steps": objective.nonfinite_steps,
-            **objective.controller_logs(), **objective.gate_quantiles(),
-        }  # fmt: skip
-        clipped = [attached.clip_share() for attached in objective.attached]
-        if clipped:
-            logs["clip_share"] = float(torch.stack(clipped).mean())
-        return logs

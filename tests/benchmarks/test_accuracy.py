@@ -107,8 +107,8 @@ def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
             distill, relational, controller = METHODS["grace" if kind is GraceObjective else "kl"].blocks()
             objective = kind(distill, relational, controller)
             objective.prepare(student, source, vocabulary=pair.VOCABULARY, total_steps=10)
-            objective.window([batch], [host])
-            losses.append(objective.loss(student, batch).item())
+            objective.begin_step([batch], [host])
+            losses.append(objective.compute_loss(student, batch).item())
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
     inputs = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
     labels = batch["labels"][:, 1:]

@@ -35,11 +35,11 @@ def test_the_relation_at_graces_own_place_is_graces(scene) -> None:
         if isinstance(objective, RelationObjective):
             objective.layers, objective.kinds, objective.states = ((0, 0),), kinds, deep
         objective.prepare(student, KeptTeacher(teacher, rows, text, album), vocabulary=pair.VOCABULARY, total_steps=1)
-        objective.window([batch], [host])
-        loss = objective.loss(student, batch)
+        objective.begin_step([batch], [host])
+        loss = objective.compute_loss(student, batch)
         loss.backward()
         gradient = student.model.language_model.layers[0].mlp.up_proj.weight.grad
-        losses[kinds] = (loss.item(), objective.measure().rcka, gradient)
+        losses[kinds] = (loss.item(), objective.reduce_metrics().rcka, gradient)
     assert losses["visual",][:2] == pytest.approx(losses[()][:2], rel=1e-6)
     torch.testing.assert_close(losses["visual",][2], losses[()][2], rtol=1e-4, atol=1e-7)
     both, visual, words = (losses[kinds] for kinds in (("visual", "text"), ("visual",), ("text",)))

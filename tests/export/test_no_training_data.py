@@ -141,12 +141,12 @@ def test_a_first_batch_of_nan_does_not_lose_the_run(llava: Pair, tmp_path: Path)
         optimizer = torch.optim.SGD(grace.parameter_groups(1e-3))
         finite = []
         for batch in batches:
-            grace.objective.window([batch])
-            grace.objective.loss(student, batch).backward()
-            finite.append(grace.objective.measure().finite)
+            grace.objective.begin_step([batch])
+            grace.objective.compute_loss(student, batch).backward()
+            finite.append(grace.objective.reduce_metrics().finite)
             if finite[-1]:
                 optimizer.step()
-            grace.objective.step(1.0, skipped=not finite[-1])
+            grace.objective.end_step(skipped=not finite[-1])
             optimizer.zero_grad()
         found = grace.save(tmp_path / "out")
     assert finite == [False, True]
@@ -160,10 +160,10 @@ def test_weights_that_give_no_finite_logits_are_named_and_nothing_is_written(lla
     student = loaded(llava).train()
     batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(make_samples(1))
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
-        grace.objective.window([batch])
-        grace.objective.loss(student, batch).backward()
-        grace.objective.measure()
-        grace.objective.step(1.0)
+        grace.objective.begin_step([batch])
+        grace.objective.compute_loss(student, batch).backward()
+        grace.objective.reduce_metrics()
+        grace.objective.end_step()
         student.model.language_model.norm.weight.data[0] = float("nan")
         with pytest.raises(
             VerificationError,

@@ -135,10 +135,10 @@ def test_every_entry_saves_the_processor_it_was_given(llava: Pair, tmp_path: Pat
         student = loaded(llava).train()
         batch = ConversationCollator(processor)(make_samples(1))
         with grace_plugin.grace_session(student, recipe, total_steps=1, processor=processor, output_dir=out) as grace:
-            grace.objective.window([batch])
-            grace.objective.loss(student, batch).backward()
-            grace.objective.measure()
-            grace.objective.step(1.0)
+            grace.objective.begin_step([batch])
+            grace.objective.compute_loss(student, batch).backward()
+            grace.objective.reduce_metrics()
+            grace.objective.end_step()
             grace.save(out)
     assert "HELPER:" in (out / "chat_template.jinja").read_text()
     assert grace_plugin.verify(out)["files_not_proven"] == []

@@ -32,10 +32,10 @@ class Set:
 
     def step(self, *batches: dict[str, Tensor], skipped: bool = False) -> tuple[Tensor, Any]:
         """One optimizer step without an optimizer: the window's loss, differentiable, and its record."""
-        self.grace.window(batches)
-        loss = torch.stack([self.grace.loss(self.student, batch) for batch in batches]).sum()
-        record = self.grace.measure()
-        self.grace.step(1.0, skipped=skipped)
+        self.grace.begin_step(batches)
+        loss = torch.stack([self.grace.compute_loss(self.student, batch) for batch in batches]).sum()
+        record = self.grace.reduce_metrics()
+        self.grace.end_step(skipped=skipped)
         return loss, record
 
     def gradients(self, *batches: dict[str, Tensor]) -> dict[str, Tensor]:

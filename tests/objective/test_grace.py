@@ -61,41 +61,43 @@ def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
 
 def test_one_loss_per_batch_of_the_window(llava: Set) -> None:
     batch = llava.collate(make_samples(1))
-    with pytest.raises(RuntimeError, match=r"call window.. once per step"):
-        llava.grace.loss(llava.student, batch)
-    llava.grace.window([batch])
-    llava.grace.loss(llava.student, batch)
-    with pytest.raises(RuntimeError, match=r"more often than window.. saw batches"):
-        llava.grace.loss(llava.student, batch)
+    with pytest.raises(RuntimeError, match=r"call begin_step.. once per step"):
+        llava.grace.compute_loss(llava.student, batch)
+    llava.grace.begin_step([batch])
+    llava.grace.compute_loss(llava.student, batch)
+    with pytest.raises(RuntimeError, match=r"more often than begin_step.. had batches"):
+        llava.grace.compute_loss(llava.student, batch)
     llava.grace.cancel_step()
 
 
 def test_measure_needs_a_window(llava: Set) -> None:
-    with pytest.raises(RuntimeError, match="no window is open"):
-        llava.grace.measure()
+    with pytest.raises(RuntimeError, match="no step is open"):
+        llava.grace.reduce_metrics()
 
 
 def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
     batches = [llava.collate(mixed_samples(4)), llava.collate(make_samples(2, images=0))]
-    assert llava.grace.window(batches) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    assert llava.grace.begin_step(batches) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     llava.grace.cancel_step()
-    assert llava.grace.window([]) == 0
+    assert llava.grace.begin_step([]) == 0
     llava.grace.cancel_step()
 
 
 def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -> None:
     """A compute_loss that opens a window per micro-batch would divide by each alone, and so sum twice the loss."""
     first, second = llava.collate(make_samples(1)), llava.collate(make_samples(2, images=0))
-    llava.grace.window([first, second])
-    with pytest.raises(RuntimeError, match=r"a step is open: .* 2 of its micro-batches .*Call window.. once per"):
-        llava.grace.window([second])
+    llava.grace.begin_step([first, second])
+    with pytest.raises(RuntimeError, match=r"a step is open: .* 2 of its micro-batches .*Call begin_step.. once per"):
+        llava.grace.begin_step([second])
     llava.grace.cancel_step()  # as after an exception
-    llava.grace.window([first])
-    llava.grace.loss(llava.student, first)
-    with pytest.raises(RuntimeError, match=r" 0 of its micro-batches have had no loss, and measure.. was not called"):
-        llava.grace.window([second])
-    llava.grace.measure()
-    llava.grace.step(1.0)
+    llava.grace.begin_step([first])
+    llava.grace.compute_loss(llava.student, first)
+    with pytest.raises(
+        RuntimeError, match=r" 0 of its micro-batches have had no loss, and reduce_metrics.. was not called"
+    ):
+        llava.grace.begin_step([second])
+    llava.grace.reduce_metrics()
+    llava.grace.end_step()
     assert llava.step(second)[1].tokens == int((second["labels"][:, 1:] != -100).sum())
 
 

@@ -7,14 +7,16 @@ On `meta`, reading a value raises; on CUDA, torch's error mode for synchronizati
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from grace_plugin.objective.host import Reading
-from grace_plugin.objective.window import MicroBatch, look
+from grace_plugin.objective.async_copy import AsyncHostCopy
+from grace_plugin.objective.micro_batch import SAMPLES_WITHOUT_IMAGES, prepare_micro_batch
+from grace_plugin.objective.window import MicroBatch, NamedSums
 from grace_plugin.teacher import ResidentTeacher, TeacherStates
 from grace_plugin.teacher.base import states_of
 from grace_plugin.vlm import FAMILIES, VisualTokens
@@ -64,16 +66,17 @@ class DecoderTeacher(ResidentTeacher):
 def set_on(device: str, family: str) -> Set:
     made = Set(family, quantized=True)
     made.student.to(device)
-    made.grace.teacher = DecoderTeacher(made.teacher.to(device))
+    teacher = DecoderTeacher(made.teacher.to(device))
+    made.grace.prepare(made.student, teacher, vocabulary=made.size, total_steps=100, attached=made.attached)
     return made
 
 
 def look_at(made: Set, host: dict[str, Any], device: str) -> tuple[MicroBatch, Tensor]:
-    grace = made.grace
-    return look(
-        on(device, [host])[0], host, family=grace.family, config=grace.config, vocabulary=grace.vocabulary, teacher=None,
-        distill=grace.distill, relational=grace.relational, device=torch.device(device),
-    )  # fmt: skip
+    context, counts = (
+        replace(made.grace.context, teacher=None),
+        NamedSums((SAMPLES_WITHOUT_IMAGES,), torch.device(device)),
+    )
+    return prepare_micro_batch(on(device, [host])[0], host, context, (), counts), counts.values
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,14 +108,15 @@ def test_window_and_losses__on_meta__nothing_read(family: str) -> None:
     made = set_on("meta", family)
     host = batches_of(made)
     away = on("meta", host)
-    assert made.grace.window(away, host).is_meta
+    made.grace.begin_step(away, host)
+    assert made.grace._window.counts.values.is_meta
     for batch in away:
-        loss = made.grace.loss(decoder_alone(made.student), batch)
+        loss = made.grace.compute_loss(decoder_alone(made.student), batch)
         loss.backward()
         assert loss.is_meta
     made.grace.cancel_step()
     with pytest.raises(Exception, match="meta"):
-        made.grace.window(away)  # without host batches they are read on the device
+        made.grace.begin_step(away)  # without host batches they are read on the device
 
 
 def test_micro_batch__three_threads__one_used(threads: int) -> None:
@@ -124,21 +128,21 @@ def test_micro_batch__three_threads__one_used(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_window__host_batches_given__same_numbers() -> None:
+def test_begin_step__host_batches_given__same_numbers() -> None:
     losses, records = [], []
     for copied in (False, True):
         made = Set("llava", quantized=True)
         batches = batches_of(made)
         host = [{key: value.clone() for key, value in batch.items()} for batch in batches]
-        made.grace.window(batches, host if copied else None)
-        losses.append(torch.stack([made.grace.loss(made.student, batch) for batch in batches]).sum())
-        records.append(made.grace.measure())
+        made.grace.begin_step(batches, host if copied else None)
+        losses.append(torch.stack([made.grace.compute_loss(made.student, batch) for batch in batches]).sum())
+        records.append(made.grace.reduce_metrics())
     assert torch.equal(*losses) and records[0] == records[1]
 
 
-def test_reading__on_cpu__numbers_of_the_tensor() -> None:
+def test_async_host_copy__on_cpu__numbers_of_the_tensor() -> None:
     tensor = torch.tensor([1.0, 2.5])
-    assert Reading(tensor).numbers() == [1.0, 2.5]
+    assert AsyncHostCopy(tensor).tolist() == [1.0, 2.5]
     assert to_device(tensor, torch.device("cpu")) is tensor
 
 
@@ -152,11 +156,11 @@ def test_whole_step__on_cuda__no_synchronization(family: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
         try:
             away = on("cuda", host)
-            made.grace.window(away, host)
+            made.grace.begin_step(away, host)
             for batch in away:
-                made.grace.loss(decoder_alone(made.student), batch).backward()
-            record = made.grace.measure()
-            made.grace.step(1.0)
+                made.grace.compute_loss(decoder_alone(made.student), batch).backward()
+            record = made.grace.reduce_metrics()
+            made.grace.end_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert record.finite and record.tokens > 0

@@ -15,9 +15,9 @@ def test_cross_entropy_is_that_of_capped_logits() -> None:
     for cap in (None, 0.5):
         for model in (made.student, made.teacher):
             model.config.text_config.final_logit_softcapping = cap
-        made.grace.window([batch])
-        made.grace.loss(made.student, batch)
-        record = made.grace.measure()
+        made.grace.begin_step([batch])
+        made.grace.compute_loss(made.student, batch)
+        record = made.grace.reduce_metrics()
         logits = made.student(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1, : made.size]
         logits = logits if cap is None else cap * (logits / cap).tanh()
         wanted = batch["labels"][:, 1:]

@@ -47,11 +47,11 @@ def test_without_teacher_terms_no_teacher_is_needed() -> None:
     assert not grace.needs_teacher
     grace.prepare(student, None, vocabulary=len(processor.tokenizer), total_steps=2)
     batch = ConversationCollator(processor)(make_samples(2))
-    grace.window([batch])
-    loss = grace.loss(student, batch)
+    grace.begin_step([batch])
+    loss = grace.compute_loss(student, batch)
     shifted = student(**batch).loss
     assert loss.item() == pytest.approx(shifted.item(), rel=1e-5)
-    record = grace.measure()
+    record = grace.reduce_metrics()
     assert (record.gdkd, record.rcka) == (0.0, 0.0)
 
 
@@ -82,18 +82,18 @@ def test_what_trains_and_what_is_frozen_by_the_recipe() -> None:
 def test_a_decoder_frozen_as_a_whole_is_refused() -> None:
     made = Set(training=TrainingRecipe(freeze=("re:model.*",)))
     batch = made.collate(make_samples(1))
-    made.grace.window([batch])
+    made.grace.begin_step([batch])
     with pytest.raises(RuntimeError, match="hidden states carry no gradient; leave some of the decoder trainable"):
-        made.grace.loss(made.student, batch)
+        made.grace.compute_loss(made.student, batch)
 
 
 def test_a_label_outside_the_shared_vocabulary_is_refused(llava: Set) -> None:
     batch = llava.collate(make_samples(1))
     batch["labels"][0, -1] = llava.size
     with pytest.raises(ValueError, match=rf"label {llava.size} lies outside the {llava.size} token ids"):
-        llava.grace.window([batch])
+        llava.grace.begin_step([batch])
     batch["labels"][0, -1] = llava.size - 1
-    llava.grace.window([batch])
+    llava.grace.begin_step([batch])
     llava.grace.cancel_step()
 
 
@@ -102,10 +102,10 @@ def test_a_batch_without_labels_supervises_the_text_it_reads(llava: Set) -> None
     del batch["labels"]
     image = llava.student.config.image_token_id
     ids, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
-    assert llava.grace.window([batch]) == int(((ids != image) & (mask == 1)).sum())
+    assert llava.grace.begin_step([batch]) == int(((ids != image) & (mask == 1)).sum())
     llava.grace.cancel_step()
     del batch["attention_mask"]
-    assert llava.grace.window([batch]) == int((ids != image).sum())
+    assert llava.grace.begin_step([batch]) == int((ids != image).sum())
     llava.grace.cancel_step()
 
 
@@ -132,12 +132,12 @@ def test_weights_are_quantized_once_per_step_whatever_the_cut_and_the_checkpoint
     made.student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD([p for p in made.student.parameters() if p.requires_grad], lr=1e-3)
     for number in (1, 2):
-        made.grace.window(batches)
+        made.grace.begin_step(batches)
         for batch in batches:
-            made.grace.loss(made.student, batch).backward()
-        made.grace.measure()
+            made.grace.compute_loss(made.student, batch).backward()
+        made.grace.reduce_metrics()
         optimizer.step()
-        made.grace.step(1.0)
+        made.grace.end_step()
         assert attached.quantizations == number * len(attached)
 
 
@@ -195,7 +195,7 @@ def test_logs_of_gates_and_controller() -> None:
     made = Set(steps=100)
     batch = made.collate(make_samples(4, images=0))
     assert made.grace.gate_quantiles() == {}
-    made.grace.window([batch])
+    made.grace.begin_step([batch])
     quantiles = made.grace.gate_quantiles()
     places = (batch["labels"][:, 1:] != -100).nonzero().tolist()
     with torch.no_grad():
@@ -204,9 +204,9 @@ def test_logs_of_gates_and_controller() -> None:
     for key, level in (("gate_q05", 0.05), ("gate_q50", 0.5), ("gate_q95", 0.95)):
         assert quantiles[key] == pytest.approx(float(torch.quantile(gates, level)), rel=1e-6)
     assert quantiles["gate_q05"] < quantiles["gate_q95"]
-    made.grace.loss(made.student, batch)
-    made.grace.measure()
-    made.grace.step(1.0)
+    made.grace.compute_loss(made.student, batch)
+    made.grace.reduce_metrics()
+    made.grace.end_step()
     assert made.grace.controller_state.ema == made.grace.record.gdkd
 
 

@@ -100,11 +100,11 @@ def test_session_save__optimizer_with_an_eval_state__set_to_it_where_passed(
     optimizer = Averaging(running.parameter_groups(1e-2))
     for seed in (1, 2, 3):
         batch = collator(make_samples(2, seed=seed))
-        running.objective.window([batch])
-        running.objective.loss(student, batch).backward()
-        running.objective.measure()
+        running.objective.begin_step([batch])
+        running.objective.compute_loss(student, batch).backward()
+        running.objective.reduce_metrics()
         optimizer.step()
-        running.objective.step(1.0)
+        running.objective.end_step()
         optimizer.zero_grad()
     mean = optimizer.state[dict(student.named_parameters())[NAME]]["mean"].clone()
     assert running.save(tmp_path / "out", **({"optimizer": optimizer} if passed else {}))["verified"]

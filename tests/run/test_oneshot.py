@@ -279,13 +279,13 @@ def test_a_session_in_ones_own_loop(llava: Pair, tmp_path: Path) -> None:
         assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in student.parameters())
         optimizer = torch.optim.AdamW(groups)
         for batches in windows:
-            grace.objective.window(batches)
+            grace.objective.begin_step(batches)
             for batch in batches:
-                grace.objective.loss(student, batch).backward()
-            record = grace.objective.measure()
+                grace.objective.compute_loss(student, batch).backward()
+            record = grace.objective.reduce_metrics()
             assert record.finite and record.images == 4
             optimizer.step()
-            grace.objective.step(1.0)
+            grace.objective.end_step()
             optimizer.zero_grad()
         found = grace.save(tmp_path / "out")
     assert found["verified"] and found["layers"] == 21
@@ -297,11 +297,11 @@ def one_step(grace: Any, student: Any, pair: Pair) -> None:
     """One optimizer step of a session."""
     batch = ConversationCollator(AutoProcessor.from_pretrained(pair.student))(make_samples(2, seed=51))
     optimizer = torch.optim.SGD(grace.parameter_groups(1e-3))
-    grace.objective.window([batch])
-    grace.objective.loss(student.train(), batch).backward()
-    grace.objective.measure()
+    grace.objective.begin_step([batch])
+    grace.objective.compute_loss(student.train(), batch).backward()
+    grace.objective.reduce_metrics()
     optimizer.step()
-    grace.objective.step(1.0)
+    grace.objective.end_step()
 
 
 @pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])

@@ -125,10 +125,10 @@ def test_loss_and_gradients_are_the_resident_teachers_bit_for_bit(pair_of: Any, 
         grace = GraceObjective()
         grace.prepare(student, teacher, vocabulary=len(processor.tokenizer), total_steps=10)
         grace.steps = 5
-        grace.window(batches)
-        losses = [grace.loss(student, batch) for batch in batches]
+        grace.begin_step(batches)
+        losses = [grace.compute_loss(student, batch) for batch in batches]
         torch.stack(losses).sum().backward()
-        found.append((losses, [p.grad for p in student.parameters() if p.grad is not None], grace.measure()))
+        found.append((losses, [p.grad for p in student.parameters() if p.grad is not None], grace.reduce_metrics()))
     for losses, gradients, record in found[1:]:
         assert torch.equal(torch.stack(losses), torch.stack(found[0][0])) and record == found[0][2]
         assert all(torch.equal(a, b) for a, b in zip(gradients, found[0][1], strict=True))
@@ -159,9 +159,9 @@ def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, 
         )  # fmt: skip
     student = AutoModelForImageTextToText.from_pretrained(llava.student)
     with grace_plugin.grace_session(student, cached_recipe(llava, folder), total_steps=4) as grace:
-        grace.objective.window([collator_of(llava)(ROWS[:2])])
-        grace.objective.loss(student, collator_of(llava)(ROWS[:2])).backward()
-        assert grace.objective.measure().gdkd > 0
+        grace.objective.begin_step([collator_of(llava)(ROWS[:2])])
+        grace.objective.compute_loss(student, collator_of(llava)(ROWS[:2])).backward()
+        assert grace.objective.reduce_metrics().gdkd > 0
 
 
 def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path: Path) -> None:

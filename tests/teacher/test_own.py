@@ -49,12 +49,12 @@ def test_it_stays_the_unquantized_student_of_the_start(family: str, freeze: tupl
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.5)
     losses = []
     for _ in range(3):
-        grace.window([batch])
-        loss = grace.loss(student, batch)
+        grace.begin_step([batch])
+        loss = grace.compute_loss(student, batch)
         loss.backward()
         losses.append(float(loss.detach()))
-        assert grace.measure().gdkd > 0
-        grace.step(1.0)
+        assert grace.reduce_metrics().gdkd > 0
+        grace.end_step()
         optimizer.step()
         optimizer.zero_grad()
     assert losses[2] != losses[0]
