@@ -1,12 +1,13 @@
-# Everything starts here; a machine with Python (3.11 or newer) and pip needs no other step.
-#   make demo    train, save, verify and serve the bundled pair, and print the table
-#   make test    unit tests with line coverage, then integration with vLLM in its own environment
-#   make lint    style, types and the layout rules
+# A machine with Python (3.11 or newer) and pip needs no other step.
+#   make demo      train, save, verify and serve the bundled models, and print the table
+#   make check     style, types, layout and the fast unit tests: before each commit
+#   make test      unit tests with line coverage, then integration with vLLM in its own environment
+#   make lint      style, types and the layout rules
 #   make families  the family table: every family trained, verified, reloaded and served (FAMILIES="gemma3" for some)
-#   make accuracy  a row of the accuracy study again, ROW=w4g128/grace/0 (a GPU; OPTIONS="--size cpu" without)
-#   make floors  unit tests with the oldest dependencies that pyproject.toml allows, in an environment of their own
-#   make faults  about 100 faults injected into tiny runs (kills, full disks, damage, signals), and the table
-#   make bench   speed and memory against floors, grace data check, loading
+#   make accuracy  train one model of the accuracy study again, ROW=w4g128/grace/0 (a GPU; OPTIONS="--size cpu" without)
+#   make floors    unit tests with the oldest dependencies that pyproject.toml allows, in an environment of their own
+#   make faults    about 100 faults injected into tiny runs (kills, full disks, damage, signals), and the table
+#   make bench     speed and memory, grace data check, loading
 PYTHON ?= python3
 TRAIN := .venv/train
 SERVE := .venv/serve
@@ -16,7 +17,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(TRAIN)/bin/python -m pytest -q -n $(WORKERS) --dist
 BUILDER := integration/env/build.py integration/env/mend.py
 
-.PHONY: demo test unit integration faults families floors lint bench accuracy env clean
+.PHONY: demo check test unit integration faults families floors lint bench accuracy env clean
 .DEFAULT_GOAL := env
 
 env:
@@ -30,6 +31,9 @@ $(SERVE_BUILT): $(BUILDER) integration/env/serve.txt integration/env/dense_int4.
 
 demo: env
 	@$(TRAIN)/bin/grace demo --serve_python $(SERVE)/bin/python
+
+check: lint
+	$(PYTEST) loadfile tests -m "not slow" --ignore=tests/test_layout.py
 
 test: unit integration
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import grace_plugin
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = [Requirement(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
 PINNED = dict(
@@ -44,6 +46,7 @@ def test_wheel__contents__package_without_demo_under_1_5_mb(wheel: Path) -> None
     assert wheel.stat().st_size < 1_500_000
     names = zipfile.ZipFile(wheel).namelist()
     assert "grace_plugin/py.typed" in names and "optimum/commands/register/register_grace.py" in names
+    assert f"grace_plugin-{grace_plugin.__version__}.dist-info/METADATA" in names
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == {"grace_plugin", "optimum"}
     assert not [name for name in names if name.endswith((".safetensors", ".png"))]

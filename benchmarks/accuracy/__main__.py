@@ -122,8 +122,8 @@ def main() -> None:
         if left:
             print(f"{len(left)} rows left, the first {left[0].name}; the same command goes on")
     if not given.again:
-        readme = given.size == "gpu" and given.results is None
-        print(write_table(store, results, readme=readme, told=(TOLD,) * captions))
+        pages = given.size == "gpu" and given.results is None
+        print(write_table(store, results, pages=pages, told=(TOLD,) * captions))
         return
     for row in rows:
         now, before = (

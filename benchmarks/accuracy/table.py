@@ -1,6 +1,7 @@
-"""The tables and the picture of the rows that are there: results/accuracy/table.md, accuracy.svg, and the README's section.
+"""Make the tables and the chart of the recorded rows.
 
-Everything printed is read from the rows; a row that failed is listed with its error.
+They are results/accuracy/table.md and accuracy.svg, the sections of docs/results.md, and the short table of the README. All
+figures are read from the rows; a row that failed is listed with its error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from benchmarks.accuracy.statistics import Group, collect, compare
 
 __all__ = ["write_table"]
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+SHORT_BEGIN, SHORT_END = "<!-- results: made by python -m benchmarks.accuracy --table -->", "<!-- results: end -->"
 BEGIN, END = "<!-- accuracy: made by python -m benchmarks.accuracy --table -->", "<!-- accuracy: end -->"
 CAPTIONS_BEGIN = "<!-- captions: made by python -m benchmarks.accuracy --set captions --table -->"
 CAPTIONS_END = "<!-- captions: end -->"
@@ -69,7 +72,7 @@ READING = (
     "defaults."
 )
 BLIND = "without the image: each question's most frequent answer in training"
-#: comparisons that no other table has and that the README speaks of: the first row minus the second
+#: comparisons that no other table has and that docs/results.md cites: the first row minus the second
 FURTHER = (
     (("w4g128", "grace"), ("bf16", "grace")), (("w2g128", "grace"), ("bf16", "grace")),
     *(((setting, "grace-default"), (setting, one)) for setting in ("bf16", "w4g128", "w2g128") for one in ("kl", "ce")),
@@ -260,8 +263,32 @@ def failure_table(records: list[dict[str, Any]]) -> list[str]:
     return ["", "## Failed", "", "| row | error |", "|---|---|", *lines] if lines else []
 
 
-def readme_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
-    """The short table: by setting, mean ± sd and GRACE's lead over each method."""
+def short_table(groups: Groups) -> str:
+    """Return the README's table: seven methods by bits, and what GRACE adds to each at 4 and 2 bits."""
+    shown = {"bf16": "BF16 %", "w4g128": "4 bits %", "w2g128": "2 bits %"}
+    differences = [f"GRACE minus it, {bits}, points" for bits in ("4 bits", "2 bits")]
+    lines = [f"| | {' | '.join([*shown.values(), *differences])} |", "|---" * (len(shown) + 3) + "|"]
+    told = {
+        "rtn": "student, rounded to nearest", "gptq": "student, GPTQ", "ce": "cross-entropy (BF16: fine-tuning, else QAT)",
+        "kl": "plain KL distillation, weight searched", "grace-default": "GRACE at its defaults",
+        "grace": "GRACE, weight searched",
+    }  # fmt: skip
+    if ("pair", "teacher") in groups:
+        lines.append(f"| teacher | {_spread(groups['pair', 'teacher'])} |" + " |" * (len(shown) + 1))
+    for method, name in told.items():
+        found = {
+            one: groups.get(("pair", "student") if (one, method) == ("bf16", "rtn") else (one, method)) for one in shown
+        }
+        cells = [_spread(group) if group is not None else "" for group in found.values()]
+        for setting in ("w4g128", "w2g128"):
+            ours, group = groups.get((setting, "grace")), found[setting]
+            cells.append(str(compare(ours, group)) if ours and group and group is not ours else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
+    """Return the table of docs/results.md: by setting, mean ± sd and GRACE's lead over each method."""
     lines = [
         "| | accuracy % ± sd | seeds | GRACE (searched) of the same bits minus the row, points (95 % t-interval over seeds) |",
         "|---|---|---|---|",
@@ -286,7 +313,7 @@ def readme_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
 
 
 def captions_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
-    """The README's table of captions: methods by setting, and GRACE minus each trained method."""
+    """Return the captions table of docs/results.md: methods by setting, and GRACE minus each trained method."""
     settings = ("bf16", "w4g128", "w2g128")
     lines = [
         f"| captions, % ± sd | {' | '.join(SHOWN[setting] for setting in settings)} |",
@@ -320,17 +347,21 @@ def captions_section(groups: Groups, blind: dict[str, Any] | None = None) -> str
     return "\n".join(lines)
 
 
-def _into_readme(section: str, begin: str, end: str) -> None:
-    """Put a section between its two marks in the README."""
-    if README.is_file() and begin in (old := README.read_text()):
+def _replace_section(file: Path, section: str, begin: str, end: str) -> None:
+    """Put a section between its two marks in a page."""
+    if file.is_file() and begin in (old := file.read_text()):
         before, _, rest = old.partition(begin)
-        README.write_text(f"{before}{begin}\n{section}\n{end}{rest.partition(end)[2]}")
+        file.write_text(f"{before}{begin}\n{section}\n{end}{rest.partition(end)[2]}")
 
 
-def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...] = ()) -> str:
-    """Write table.md and accuracy.svg below `results`, with `readme` the README's section too; returns the table.
+def write_table(store: Store, results: Path, pages: bool, told: tuple[str, ...] = ()) -> str:
+    """Write table.md and accuracy.svg and return the text of the table.
 
-    told: sentences on the data, below the first paragraph.
+    Args:
+        store: the rows.
+        results: folder that is written to.
+        pages: also replace the sections of docs/results.md and README.md.
+        told: sentences about the data, after the first paragraph.
     """
     records = store.all()
     groups = collect(records)
@@ -356,8 +387,9 @@ def write_table(store: Store, results: Path, readme: bool, told: tuple[str, ...]
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(text)
     (results / "accuracy.svg").write_text(picture(groups, name_of, SHOWN, ORDER))
-    if readme and any("held_out" in record for record in records):
-        _into_readme(captions_section(groups, blind), CAPTIONS_BEGIN, CAPTIONS_END)
-    elif readme:
-        _into_readme(readme_section(groups, blind), BEGIN, END)
+    if pages and any("held_out" in record for record in records):
+        _replace_section(PAGE, captions_section(groups, blind), CAPTIONS_BEGIN, CAPTIONS_END)
+    elif pages:
+        _replace_section(PAGE, page_section(groups, blind), BEGIN, END)
+        _replace_section(README, short_table(groups), SHORT_BEGIN, SHORT_END)
     return text

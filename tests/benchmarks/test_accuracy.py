@@ -188,7 +188,7 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     layer = shipped.model.language_model.layers[0].self_attn.q_proj
     assert layer.weight_packed.dtype == torch.int32 and layer.weight_scale.dtype == torch.bfloat16
     store.write(Row.parse("w2g128/awq/0"), failed="Traceback\nValueError: on purpose", seconds=0.0)
-    text = write_table(store, tmp_path, readme=False)
+    text = write_table(store, tmp_path, pages=False)
     assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
     grace = json.loads(store.file(asked[0]).read_text())
     assert set(grace["search"]) == {"0.001", "0.002", "w30"} and re.fullmatch(r"[\w.-]+", grace["revision"])

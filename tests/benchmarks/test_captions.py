@@ -232,6 +232,6 @@ def test_a_tiny_pass_gives_a_table(pictures: Pictures, tmp_path: Path) -> None:
     again = work.score(work.open(Row.parse("student/0")), "test")
     assert again["right"] == records["student/0"]["right"] and again["held_out"] == records["student/0"]["held_out"]
     assert set(again["by_type"]) <= {*SHAPES, "again"}
-    text = write_table(store, tmp_path, readme=False, told=(TOLD,))
+    text = write_table(store, tmp_path, pages=False, told=(TOLD,))
     assert "t-intervals over the seeds" in text and "held-out choice" in text and pictures.told in text
     assert "QAT + GRACE" in text and "round-to-nearest" in text and TOLD in text

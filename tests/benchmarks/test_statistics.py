@@ -24,9 +24,14 @@ from benchmarks.accuracy.table import (
     CAPTIONS_BEGIN,
     CAPTIONS_END,
     END,
+    SHORT_BEGIN,
+    SHORT_END,
+    captions_section,
     closed,
     label_of,
     missing_default,
+    page_section,
+    short_table,
     write_table,
 )
 from benchmarks.accuracy.work import TEST_SEED, TRAIN_SEED, Work
@@ -305,10 +310,24 @@ def test_closed__lead_within_its_interval__no_share_is_claimed() -> None:
 def test_recorded_tables__made_again_from_the_rows__the_same(name: str, tmp_path: Path) -> None:
     results = SETS[name]
     shutil.copy(results / FILE, tmp_path / FILE)
-    text = write_table(Store(results / "rows"), tmp_path, readme=False, told=(TOLD,) * (name == "captions"))
+    text = write_table(Store(results / "rows"), tmp_path, pages=False, told=(TOLD,) * (name == "captions"))
     assert (results / "table.md").read_text() == text, "run python -m benchmarks.accuracy --table"
     assert (results / "accuracy.svg").read_text() == (tmp_path / "accuracy.svg").read_text()
     assert "t-intervals" in text and "bootstrap" not in text
+
+
+def test_pages__tables_made_again_from_the_rows__the_same() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+    scenes, captions = (collect(Store(results / "rows").all()) for results in SETS.values())
+    blind, unseen = (json.loads((results / FILE).read_text()) for results in SETS.values())
+    assert list(SETS) == ["scenes", "captions"]
+    for text, section, begin, end in (
+        (readme, short_table(scenes), SHORT_BEGIN, SHORT_END),
+        (page, page_section(scenes, blind), BEGIN, END),
+        (page, captions_section(captions, unseen), CAPTIONS_BEGIN, CAPTIONS_END),
+    ):
+        told = text.partition(begin)[2].partition(end)[0].strip("\n")
+        assert told == section, "run python -m benchmarks.accuracy --table, and again with --set captions"
 
 
 def intervals(text: str) -> list[tuple[float, ...]]:
@@ -318,9 +337,9 @@ def intervals(text: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, one)) for one in found]
 
 
-def test_readme__intervals_of_its_sentences__are_those_of_the_tables() -> None:
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("## What it is worth against other methods")[2].partition("\n## ")[0]
+def test_results_page__intervals_of_its_sentences__are_those_of_the_tables() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    section = page.partition("## Accuracy study")[2].partition("\n## ")[0]
     for begin, end in ((BEGIN, END), (CAPTIONS_BEGIN, CAPTIONS_END)):
         assert begin in section
         section = section.partition(begin)[0] + section.partition(end)[2]

@@ -1,4 +1,4 @@
-"""The README's table of the demo is that of the recorded run."""
+"""Test that the demo's table in docs/results.md has the figures of the recorded run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ NAMED = {"BF16 fine-tuned, same steps and data": "BF16 fine-tuned", "**GRACE INT
          "QAT + plain KL INT4, same teacher, steps and data": "QAT + plain KL INT4"}  # fmt: skip
 
 
-def test_readme__table_of_the_demo__figures_of_the_recorded_run() -> None:
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("## What it is worth on the bundled pair")[2].partition("\n## ")[0]
+def test_results_page__table_of_the_demo__figures_of_the_recorded_run() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    section = page.partition("## The bundled demo")[2].partition("\n## ")[0]
     (file,) = set(re.findall(r"benchmarks/results/demo/summary_plain_kl\.json", section))
     run = json.loads((ROOT / file).read_text())
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]

@@ -214,9 +214,9 @@ def test_the_run_folder_stands_next_to_the_checkpoint(name: str) -> None:
     assert run_folder(name) == Path(name.removesuffix("/.") + ".run")
 
 
-def test_the_readme_names_the_defaults_that_differ_from_trainers() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (passage,) = re.findall(r"Defaults that differ from Trainer's:(.*?)\n\n", readme, re.DOTALL)
+def test_training_page__defaults_that_differ_from_trainers__all_named() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (passage,) = re.findall(r"Defaults that differ from Trainer's:(.*?)\n\n", page, re.DOTALL)
     named = set(re.findall(r"`([a-z0-9_]+)[`=]", passage))
     assert {name for name in DEFAULTS if DEFAULTS[name] != default(name)} | {"bf16"} <= named
 
