@@ -22,8 +22,7 @@ from grace_plugin.export.freeze import set_upstream_scales
 from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.terms import build_terms, check_terms
 from grace_plugin.presets import apply_preset
-from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
-from grace_plugin.quantizer.layers import Format, check_layers
+from grace_plugin.quantizer import QuantFormat, QuantizedLayerGroup, attach, check_layers
 from grace_plugin.recipe import (
     CheckedKeys,
     ControllerRecipe,
@@ -41,9 +40,9 @@ from grace_plugin.schemes import (
     check_groups,
     check_patterns,
     check_preset,
-    check_schemes,
     clear_schemes,
-    group_of,
+    layers_by_format,
+    read_formats,
     stored_dtype,
 )
 from grace_plugin.teacher import GivenTeacher, StateStore, Teacher, check_pair, open_store, open_teacher
@@ -149,7 +148,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         if self.quantize:
             if self.scheme is None and not self.config_groups:
                 raise ValueError("GraceModifier: set scheme (for instance W4A16) or config_groups, or quantize: false")
-            check_schemes(self.resolved_config)
+            read_formats(self.resolved_config)
         elif self.training.method != "full":
             raise ValueError(f"training.method {self.training.method!r} learns scales; it needs quantize: true")
         return self
@@ -244,26 +243,26 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             asked["training.lora.targets"] = self.training.lora.targets
         check_patterns(asked, model)
 
-    def _check_layers(self, model: nn.Module) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
+    def _check_layers(self, model: nn.Module) -> dict[QuantFormat, dict[str, nn.Linear]]:
         matched = dict(match_named_modules(model, self.resolved_targets, self.ignore))
         if not matched:
             raise ValueError(f"no layer matches targets {sorted(self.resolved_targets)} beside ignore {self.ignore}")
-        formats = group_of(self.resolved_config, matched)
+        formats = layers_by_format(self.resolved_config, matched, self._dtype)
         check_fused(formats, model)
-        for (num_bits, group_size), linears in formats.items():
-            check_layers(linears, Format(group_size, num_bits, self._dtype))
+        for fmt, linears in formats.items():
+            check_layers(linears, fmt)
         check_kernels(formats, self.serving.tensor_parallel_size)
         if self.training.lora is not None:
             self._lora_layers = lora_layers(self.training.lora, matched)
         return formats
 
-    def _attach(self, model: nn.Module, formats: dict[tuple[int, int | None], dict[str, nn.Linear]]) -> None:
+    def _attach(self, model: nn.Module, formats: dict[QuantFormat, dict[str, nn.Linear]]) -> None:
         """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
         QuantizationMixin.initialize_quantization(self, model)
         asked, lora = self.scales, self.training.lora
         options: dict[str, Any] = {"candidates": asked.candidates, "low": asked.search_low, "high": asked.search_high}
-        for (bits, group), linears in formats.items():
-            attached = attach(linears, group_size=group, num_bits=bits, stored_dtype=self._dtype, **options)
+        for fmt, linears in formats.items():
+            attached = attach(linears, fmt, **options)
             self._attached.append(attached)
             if lora is not None:
                 chosen = linears.keys() & set(self._lora_layers)

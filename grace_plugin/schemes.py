@@ -1,9 +1,8 @@
-"""Which quantization schemes GRACE learns, read from upstream's resolved config.
+"""Read the quantization formats of a recipe from upstream's resolved config, and refuse those whose scales are not learned.
 
-Learned: integer weights of 2 to 8 bits, symmetric, one scale per group of input channels or per output channel, no activation
-quantization. Everything else is refused with the field that does not fit. 8 bits want `scales.stored_dtype: float16`: code *
-scale does not fit into bfloat16, the dtype of most students, and is refused there (`quantizer.scales.check_format`). On CUDA
-vLLM serves 4 and 8 bits by itself and 2 to 8 bits with the package humming-kernels installed; its CPU build serves 4 bits.
+Learned are integer weights of 2 to 8 bits, symmetric, with one scale per group of input channels or per output channel, and no
+activation quantization. 8 bits need `scales.stored_dtype: float16`: code * scale does not fit into bfloat16, the dtype of most
+students. On CUDA vLLM serves 4 and 8 bits by itself and 2 to 8 bits with the package humming-kernels; its CPU build serves 4.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from grace_plugin.quantizer import QuantFormat
 from grace_plugin.recipe import check_pattern, shown
 from grace_plugin.upstream import (
+    QuantizationArgs,
     QuantizationConfig,
     QuantizationMetadata,
     QuantizationStrategy,
@@ -34,14 +35,15 @@ __all__ = [
     "check_groups",
     "check_patterns",
     "check_preset",
-    "check_schemes",
     "clear_schemes",
-    "group_of",
+    "format_of",
+    "layers_by_format",
+    "read_formats",
     "stored_dtype",
 ]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_WAY_OUT = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
+_HOW_TO_FIX = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
 
 _LEARNED_PRESETS = tuple(name for name in (f"W{bits}A16" for bits in range(2, 9)) if is_preset_scheme(name))
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -149,92 +151,91 @@ def check_patterns(asked: Mapping[str, Iterable[str]], model: nn.Module, seconds
         ) from None
 
 
-def check_schemes(config: QuantizationConfig) -> None:
-    """Refuse schemes whose scales the quantizer does not learn.
+def read_formats(config: QuantizationConfig, stored_dtype: torch.dtype = torch.float16) -> dict[str, QuantFormat]:
+    """Return the format of each group of a resolved config; the one place where schemes that are not learned are refused.
+
+    Args:
+        config: upstream's resolved config.
+        stored_dtype: of the checkpoint; float16, which holds every format, while it is not known.
 
     Raises:
         ValueError: names the group, the field, its value, and what is learned instead.
     """
     problems = [] if config.kv_cache_scheme is None else ["kv_cache_scheme is set"]
+    learned: dict[str, tuple[Any, ...]] = {
+        "type": (QuantizationType.INT,),
+        "symmetric": (True,),
+        "strategy": (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL),
+        "dynamic": (False,),
+        "actorder": (None,),
+        "num_bits": tuple(range(2, 9)),
+    }
     for name, scheme in config.config_groups.items():
-        for field in ("input_activations", "output_activations"):
-            if getattr(scheme, field) is not None:
-                problems.append(f"{name}.{field} is quantized")
-        weights = scheme.weights
-        if weights is None:
+        activations = ("input_activations", "output_activations")
+        problems += [f"{name}.{field} is quantized" for field in activations if getattr(scheme, field) is not None]
+        if scheme.weights is None:
             problems.append(f"{name}.weights is missing")
             continue
-        wanted: dict[str, tuple[Any, ...]] = {
-            "type": (QuantizationType.INT,),
-            "symmetric": (True,),
-            "strategy": (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL),
-            "dynamic": (False,),
-            "actorder": (None,),
-            "num_bits": tuple(range(2, 9)),
-        }
-        for field, allowed in wanted.items():
-            value = getattr(weights, field)
+        for field, allowed in learned.items():
+            value = getattr(scheme.weights, field)
             if value not in allowed:
-                shown = [str(getattr(v, "value", v)) for v in allowed]
-                problems.append(
-                    f"{name}.weights.{field} is {getattr(value, 'value', value)}, learned: {', '.join(shown)}"
-                )
+                options = ", ".join(str(getattr(one, "value", one)) for one in allowed)
+                problems.append(f"{name}.weights.{field} is {getattr(value, 'value', value)}, learned: {options}")
     if problems:
-        raise ValueError(f"GraceModifier does not learn this scheme: {'; '.join(problems)}; {_WAY_OUT}")
-
-
-def group_of(
-    config: QuantizationConfig, matched: dict[str, nn.Module]
-) -> dict[tuple[int, int | None], dict[str, nn.Linear]]:
-    """Sort the matched layers by (num_bits, group_size); group_size None is one scale per output channel.
-
-    Raises:
-        ValueError: a matched module is no torch.nn.Linear, or two groups of different format claim the same layer.
-    """
-    formats: dict[tuple[int, int | None], dict[str, nn.Linear]] = {}
-    for name, module in matched.items():
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"{name} is a {type(module).__name__}; GRACE quantizes torch.nn.Linear, add it to ignore")
-        found = set()
-        for scheme in config.config_groups.values():
-            weights = scheme.weights
-            if weights is None or not _targets(scheme.targets, name, module):
-                continue
-            found.add(
-                (weights.num_bits, weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None)
-            )
-        if len(found) != 1:
-            raise ValueError(f"{name} is claimed by {len(found)} formats of config_groups; let exactly one target it")
-        formats.setdefault(found.pop(), {})[name] = module
+        raise ValueError(f"GraceModifier does not learn this scheme: {'; '.join(problems)}; {_HOW_TO_FIX}")
+    formats = {name: format_of(scheme.weights, stored_dtype) for name, scheme in config.config_groups.items()}
+    for fmt in formats.values():
+        _ = fmt.quantizer  # raises where the codes would not survive being saved
     return formats
 
 
-def check_fused(formats: dict[tuple[int, int | None], dict[str, nn.Linear]], model: nn.Module) -> None:
+def format_of(weights: QuantizationArgs, stored_dtype: torch.dtype) -> QuantFormat:
+    """Return the format that compressed-tensors' arguments describe, learned or not."""
+    group_size = weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
+    return QuantFormat(weights.num_bits, group_size, stored_dtype, weights.symmetric)
+
+
+def layers_by_format(
+    config: QuantizationConfig, matched: dict[str, nn.Module], stored_dtype: torch.dtype
+) -> dict[QuantFormat, dict[str, nn.Linear]]:
+    """Sort the matched layers by their format.
+
+    Raises:
+        ValueError: a format is not learned, a matched module is no torch.nn.Linear, or two groups of different format claim the
+            same layer.
+    """
+    formats, found = read_formats(config, stored_dtype), dict[QuantFormat, dict[str, nn.Linear]]()
+    for name, module in matched.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name} is a {type(module).__name__}; GRACE quantizes torch.nn.Linear, add it to ignore")
+        groups = config.config_groups.items()
+        claims = {formats[group] for group, scheme in groups if _targets(scheme.targets, name, module)}
+        if len(claims) != 1:
+            raise ValueError(f"{name} is claimed by {len(claims)} formats of config_groups; let exactly one target it")
+        found.setdefault(claims.pop(), {})[name] = module
+    return found
+
+
+def check_fused(formats: Mapping[QuantFormat, Mapping[str, nn.Linear]], model: nn.Module) -> None:
     """Refuse layers that vLLM fuses (q, k, v and gate, up) but the recipe treats differently.
 
     Raises:
         ValueError: lists every such set of layers; vLLM could not load the checkpoint.
     """
-    chosen = {name: form for form, linears in formats.items() for name in linears}
+    chosen = {name: fmt for fmt, linears in formats.items() for name in linears}
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems = []
     for parent in sorted({name.rpartition(".")[0] for name in chosen}):
         for parts in _FUSED:
             members = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in names]
             if len({chosen.get(member) for member in members}) > 1:
-                shown = ", ".join(f"{member.rpartition('.')[2]}: {_shown(chosen.get(member))}" for member in members)
-                problems.append(f"{parent} ({shown})")
+                each = (f"{member.rpartition('.')[2]}: {chosen.get(member, 'not quantized')}" for member in members)
+                problems.append(f"{parent} ({', '.join(each)})")
     if problems:
         raise ValueError(
             f"vLLM runs q, k, v (and gate, up) of a layer as one matrix, so they need one format: {'; '.join(problems)}. "
             "Target or ignore them together"
         )
-
-
-def _shown(form: tuple[int, int | None] | None) -> str:
-    if form is None:
-        return "not quantized"
-    return f"{form[0]} bits, " + (f"group {form[1]}" if form[1] else "per channel")
 
 
 def _targets(targets: list[str], name: str, module: nn.Module) -> bool:

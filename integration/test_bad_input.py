@@ -72,7 +72,7 @@ def test_a_width_the_group_does_not_divide_lists_every_layer(folder: Path, tmp_p
         ):
             assert f"layers.{layer}.{name}: input width 256 is not divisible by group_size 192" in str(caught.value)
         assert f"layers.{layer}.mlp.down_proj" not in str(caught.value)
-    assert "Ways out: another group_size" in str(caught.value)
+    assert "To fix: choose another group_size" in str(caught.value)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in before)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grace_plugin.losses import distillation_head, relational_loss
 from grace_plugin.losses.head import teacher_sums
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -65,8 +65,8 @@ def trained(device: str) -> list[Tensor]:
     """Gradients of two micro-batches through attached layers, quantized and settled together."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 128), nn.Linear(128, 32)).to(device)
-    attached = attach({str(k): linear for k, linear in enumerate(model)}, group_size=32)
-    attached.defer()
+    attached = attach({str(k): linear for k, linear in enumerate(model)}, QuantFormat(4, 32))
+    attached.defer_grads()
     for seed in (7, 8):
         model(drawn(5, 64, seed=seed).float().to(device)).square().sum().backward()
     attached.finalize_deferred_grads()

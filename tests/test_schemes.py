@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from grace_plugin.quantizer import QuantFormat
 from grace_plugin.run.train import read_recipe
-from grace_plugin.schemes import group_of, stored_dtype
+from grace_plugin.schemes import layers_by_format, stored_dtype
 from tests.pairs import Pair, modifier_of, recipe_text
 from tests.tiny import build
 
@@ -70,7 +71,9 @@ def test_a_recipe_without_a_scheme_is_refused() -> None:
 def test_widths_that_are_learned(bits: int) -> None:
     modifier = modifier_of(recipe_text("t", scheme=None, config_groups=groups(num_bits=bits)))
     layer = nn.Linear(256, 8)
-    assert group_of(modifier.resolved_config, {"a": layer}) == {(bits, 128): {"a": layer}}
+    assert layers_by_format(modifier.resolved_config, {"a": layer}, torch.float16) == {
+        QuantFormat(bits, 128, torch.float16): {"a": layer}
+    }
 
 
 def test_layers_are_sorted_by_bits_and_group() -> None:
@@ -83,10 +86,10 @@ def test_layers_are_sorted_by_bits_and_group() -> None:
     }
     modifier = modifier_of(recipe_text("t", scheme=None, config_groups=asked))
     layers = {name: nn.Linear(128, 4) for name in ("x.mlp.up", "x.attn.q", "x.attn.k")}
-    found = group_of(modifier.resolved_config, layers)
-    assert {form: sorted(names) for form, names in found.items()} == {
-        (8, None): ["x.mlp.up"],
-        (4, 128): ["x.attn.k", "x.attn.q"],
+    found = layers_by_format(modifier.resolved_config, layers, torch.float16)
+    assert {fmt: sorted(names) for fmt, names in found.items()} == {
+        QuantFormat(8, None, torch.float16): ["x.mlp.up"],
+        QuantFormat(4, 128, torch.float16): ["x.attn.k", "x.attn.q"],
     }
 
 
@@ -94,13 +97,13 @@ def test_a_layer_claimed_by_two_formats_is_named() -> None:
     asked = groups() | {"second": {"targets": ["re:.*mlp.*"], "weights": groups(num_bits=8)["group_0"]["weights"]}}
     modifier = modifier_of(recipe_text("t", scheme=None, config_groups=asked))
     with pytest.raises(ValueError, match=r"x\.mlp\.up is claimed by 2 formats"):
-        group_of(modifier.resolved_config, {"x.mlp.up": nn.Linear(128, 4)})
+        layers_by_format(modifier.resolved_config, {"x.mlp.up": nn.Linear(128, 4)}, torch.float16)
 
 
 def test_a_target_that_is_no_linear_is_named() -> None:
     modifier = modifier_of(recipe_text("t"))
     with pytest.raises(ValueError, match=r"conv is a Conv1d; GRACE quantizes torch.nn.Linear, add it to ignore"):
-        group_of(modifier.resolved_config, {"conv": nn.Conv1d(4, 4, 1)})
+        layers_by_format(modifier.resolved_config, {"conv": nn.Conv1d(4, 4, 1)}, torch.bfloat16)
 
 
 def test_the_stored_dtype_is_the_source_checkpoints(llava: Pair) -> None:

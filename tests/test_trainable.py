@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 from grace_plugin.recipe import LoraRecipe, TrainingRecipe
 from grace_plugin.trainable import choose_trainable, lora_layers, release_masters, upcast_to_fp32
 from grace_plugin.upstream import match_named_modules
@@ -25,7 +25,7 @@ def prepared(family: str, **asked: Any) -> Any:
     model, _ = build(family)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    attached = attach(decoder_linears(model), group_size=128)
+    attached = attach(decoder_linears(model), QuantFormat(4, 128))
     if asked.get("method") == "lora":
         attached.add_lora(attached.linears, rank=2, alpha=4.0)
     choose_trainable(model, family_of(model), TrainingRecipe(**asked))

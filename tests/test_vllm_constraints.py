@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from torch import nn
 
+from grace_plugin.quantizer import QuantFormat
 from grace_plugin.vllm_constraints import GPU_KERNELS, check_kernels
 
 
@@ -16,34 +18,39 @@ def layers(**shapes: tuple[int, int]) -> dict[str, nn.Linear]:
 
 def test_shapes_of_real_models_pass_without_a_word() -> None:
     real = layers(q_proj=(3584, 3584), k_proj=(3584, 512), o_proj=(3584, 3584), down_proj=(18944, 3584))
-    assert check_kernels({(4, 128): real}, 4) == []
+    assert check_kernels({QuantFormat(4, 128): real}, 4) == []
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "ranks", "sentence"),
     [
-        ("down_proj", (8964, 1536), 8, "8964 cannot be cut in 8"),
+        ("down_proj", (8964, 1536), 8, "8964 cannot be split in 8"),
         ("down_proj", (8960, 1536), 4, "2240 inputs per rank, group 128"),
         ("o_proj", (1536, 1536), 8, "192 inputs per rank, group 128"),
-        ("k_proj", (1536, 255), 2, "255 cannot be cut in 2"),
+        ("k_proj", (1536, 255), 2, "255 cannot be split in 2"),
     ],
 )
 def test_a_width_no_rank_can_hold_is_refused(name: str, shape: tuple[int, int], ranks: int, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        check_kernels({(4, 128): layers(**{name: shape, "q_proj": (1536, 1536)})}, ranks)
+        check_kernels({QuantFormat(4, 128): layers(**{name: shape, "q_proj": (1536, 1536)})}, ranks)
     assert "q_proj" not in str(caught.value)
     assert "tensor_parallel_size" in str(caught.value)
 
 
 def test_inputs_are_cut_for_o_and_down_only() -> None:
     """The same width passes as q_proj, whose outputs are cut, and fails as o_proj."""
-    assert check_kernels({(4, 128): layers(q_proj=(384, 512))}, 2) == []
+    assert check_kernels({QuantFormat(4, 128): layers(q_proj=(384, 512))}, 2) == []
     with pytest.raises(ValueError, match="192 inputs per rank"):
-        check_kernels({(4, 128): layers(o_proj=(384, 512))}, 2)
+        check_kernels({QuantFormat(4, 128): layers(o_proj=(384, 512))}, 2)
 
 
 def test_layers_and_bits_without_a_gpu_kernel_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    found = check_kernels({(4, 32): layers(k_proj=(96, 64), q_proj=(128, 64)), (3, 128): layers(up_proj=(128, 128))})
+    found = check_kernels(
+        {
+            QuantFormat(4, 32): layers(k_proj=(96, 64), q_proj=(128, 64)),
+            QuantFormat(3, 128): layers(up_proj=(128, 128)),
+        }
+    )
     assert len(found) == 2
     assert "[3] bits" in found[0] and "humming-kernels" in found[0] and "transformers alone" not in found[0]
     assert "k_proj (96 in, 64 out)" in found[1]
@@ -52,5 +59,5 @@ def test_layers_and_bits_without_a_gpu_kernel_are_warnings(caplog: pytest.LogCap
 
 
 def test_one_scale_per_channel_has_no_group_to_fit() -> None:
-    assert check_kernels({(8, None): layers(down_proj=(320, 128))}, 5) == []
+    assert check_kernels({QuantFormat(8, None, torch.float16): layers(down_proj=(320, 128))}, 5) == []
     assert set(GPU_KERNELS) == {"Marlin", "Machete"}

@@ -21,7 +21,7 @@ from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.others import prepare
 from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.quantizer import PARAMETER, QuantizedLayerGroup, attach, code_range, fake_quantize, stored_scale
+from grace_plugin.quantizer import PARAMETER, QuantFormat, QuantizedLayerGroup, attach, fake_quantize, stored_scale
 from grace_plugin.teacher import model_inputs
 from grace_plugin.vlm import capture, family_of, matches
 
@@ -65,29 +65,28 @@ def quantize(
     attached = []
     for width in sorted(set(bits.values())):
         chosen = {name: layer for name, layer in layers.items() if bits[name] == width}
-        attached.append(attach(chosen, num_bits=width, group_size=form[1], stored_dtype=stored, **start))
+        attached.append(attach(chosen, QuantFormat(width, form[1], stored), **start))
         for layer in chosen.values() if method.float_scales or not method.masked else ():
-            layer.forward = MethodType(changed_forward(width, stored, method.masked), layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(changed_forward(QuantFormat(width, form[1], stored), method.masked), layer)  # type: ignore[method-assign]
     for name, scale in (scales or {}).items():
         getattr(layers[name], PARAMETER).data = scale.float().log()
     return Quantized(tuple(attached), bits=bits if method.mixed else {})
 
 
-def changed_forward(bits: int, stored: torch.dtype, masked: bool) -> Callable[[nn.Linear, Tensor], Tensor]:
+def changed_forward(fmt: QuantFormat, masked: bool) -> Callable[[nn.Linear, Tensor], Tensor]:
     """Forward of an attached layer that quantizes in float32 and multiplies in autocast's dtype.
 
     Its values are those of the layer's own forward where that dtype holds what is stored. masked: a weight beyond the clip has
     no gradient.
     """
-    low, high = code_range(bits)
+    low, high = fmt.code_range
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         theta, weight = getattr(self, PARAMETER), self.weight
-        groups = {"group_size": self.in_features // theta.shape[1]}
         with torch.autocast(weight.device.type, enabled=False):
-            quantized = fake_quantize(weight, theta, num_bits=bits, stored_dtype=stored, **groups)
+            quantized = fake_quantize(weight, theta, fmt)
             if not masked:
-                scale = stored_scale(theta.detach(), stored).float().unsqueeze(2)
+                scale = stored_scale(theta.detach(), fmt.stored_dtype).float().unsqueeze(2)
                 code = (weight.detach().unflatten(1, (theta.shape[1], -1)) / scale).round()
                 outside = ((code < low) | (code > high)).flatten(1)
                 quantized = quantized + torch.where(outside, weight - weight.detach(), 0.0)
@@ -118,7 +117,7 @@ def damages(
     model.eval()
     before = answers(model, probe)
     for name, layer in layers.items():
-        attached = attach({name: layer}, num_bits=form[0], group_size=form[1], cache=False)
+        attached = attach({name: layer}, QuantFormat(*form), cache=False)
         if how == "error":
             ((codes, scale),) = attached.freeze().values()
             rounded = (codes.unflatten(1, (scale.shape[1], -1)) * scale.float().unsqueeze(2)).flatten(1)

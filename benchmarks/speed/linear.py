@@ -8,12 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.speed.timing import graphed, paired_ms
-from grace_plugin.quantizer.attach import attach
-from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import fake_quantize
+from grace_plugin.quantizer import QuantFormat, StepCounter, WeightCache, attach, fake_quantize, start_scales
 from grace_plugin.quantizer.grouped import Layer, fill, finalize_all_deferred_grads, finalize_deferred_grads
-from grace_plugin.quantizer.layers import Format
-from grace_plugin.quantizer.scales import start_scales
 
 __all__ = ["layers", "linear"]
 
@@ -32,7 +28,7 @@ class _Case:
         self.x = torch.randn(tokens, inputs, device=device, dtype=self.compute, requires_grad=True)
         self.grad = torch.randn(tokens, outputs, device=device, dtype=self.compute)
         self.layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=weight)
-        self.attached = attach({"layer": self.layer}, group_size=128, cache=False) if quantized else None
+        self.attached = attach({"layer": self.layer}, QuantFormat(), cache=False) if quantized else None
         self.sums = [torch.zeros_like(parameter) for parameter in self.layer.parameters()]
 
     def once(self) -> tuple[torch.Tensor | None, ...]:
@@ -46,8 +42,8 @@ class _Case:
         """From now on a weight is quantized once for all micro-batches."""
         if self.attached is not None:
             self.attached.detach()
-            self.attached = attach({"layer": self.layer}, group_size=128)
-            self.attached.defer()
+            self.attached = attach({"layer": self.layer}, QuantFormat())
+            self.attached.defer_grads()
 
     def accumulate(self) -> None:
         """An optimizer step's micro-batches, their gradients summed."""
@@ -108,29 +104,28 @@ def layers(depth: int) -> dict[str, Any]:
 
     Every layer is quantized once and its summed gradient settled once: together, and layer by layer.
     """
-    device, form, out = "cuda", Format(128, 4, torch.bfloat16), torch.bfloat16
+    device, fmt, out = "cuda", QuantFormat(), torch.bfloat16
     counter, several = StepCounter(), []
     for outputs, inputs in DECODER * depth:
         weight = torch.randn(outputs, inputs, device=device).requires_grad_()
         weight.grad = torch.ones_like(weight)
-        theta = start_scales(weight.detach(), 128).requires_grad_()
+        theta = start_scales(weight.detach(), fmt).requires_grad_()
         several.append(Layer(weight, theta, WeightCache(counter)))
-    how = {"num_bits": form.num_bits, "stored_dtype": form.stored_dtype}
 
-    def together() -> None:
+    def grouped() -> None:
         counter.advance()
-        fill(several, form, out)
-        finalize_all_deferred_grads(several, form)
+        fill(several, fmt, out)
+        finalize_all_deferred_grads(several, fmt)
 
     @torch.no_grad()
     def one_by_one() -> None:
         counter.advance()
         with torch.autocast(device, dtype=out):
             for weight, theta, cache in several:
-                fake_quantize(weight, theta, group_size=form.group_size, cache=cache, **how)
+                fake_quantize(weight, theta, fmt, cache=cache)
         for weight, theta, _ in several:
-            finalize_deferred_grads(weight, theta, **how)
+            finalize_deferred_grads(weight, theta, fmt)
 
-    times = paired_ms({"together": together, "one_by_one": one_by_one}, 10)
+    times = paired_ms({"together": grouped, "one_by_one": one_by_one}, 10)
     count = sum(weight.numel() for weight, _, _ in several)
     return {"layers": len(several), "weights": count, **{f"{name}_ms": ms for name, ms in times.items()}}

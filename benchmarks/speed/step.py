@@ -19,7 +19,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from benchmarks.speed.cached import cached_teacher
 from benchmarks.speed.timing import Work, device_ms, extra_gib, paired_ms, reserved_gib
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.attach import attach
+from grace_plugin.quantizer import QuantFormat, attach
 from grace_plugin.recipe import TrainingRecipe
 from grace_plugin.teacher import ResidentTeacher, model_inputs
 from grace_plugin.teacher.self_teacher import unquantized
@@ -110,7 +110,7 @@ def _grace(
     training = training or TrainingRecipe()
     grace = GraceObjective(training=training)
     linears = {name: m for name, m in student.model.language_model.named_modules() if isinstance(m, nn.Linear)}
-    attached = attach(linears, group_size=128)
+    attached = attach(linears, QuantFormat())
     if training.lora is not None:
         attached.add_lora(linears, rank=training.lora.rank, alpha=training.lora.alpha)
     vocabulary = student.config.text_config.vocab_size
@@ -119,7 +119,7 @@ def _grace(
     host = [{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}]
 
     def work(defer: bool = False, aside: bool = True) -> None:
-        attached.defer(defer)
+        attached.defer_grads(defer)
         if resident:
             grace.teacher.side_stream = aside  # type: ignore[union-attr]
         with torch.autocast(device, dtype=torch.bfloat16):

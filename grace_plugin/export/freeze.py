@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.quantizer.attach import QuantizedLayerGroup
+from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.trainable import release_masters
 
 __all__ = ["cast_parameters", "freeze_layers", "freeze_model", "set_upstream_scales"]

@@ -18,6 +18,7 @@ from grace_plugin.export.probe import Probe, make_probe
 from grace_plugin.export.processor import ProcessorFiles, left_out, plan_processor, source_folder
 from grace_plugin.export.record import GENERATION, provenance
 from grace_plugin.export.stage import check_space, rehearse
+from grace_plugin.schemes import format_of
 
 __all__ = ["ExportPlan", "RunToExport", "checkpoint_bytes", "rehearse_save"]
 
@@ -133,7 +134,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """
     modules: list[Any] = list(model.modules())
     schemes: dict[int, Any] = {
-        id(module.weight): module.quantization_scheme.weights
+        id(module.weight): format_of(module.quantization_scheme.weights, torch.bfloat16)
         for module in modules
         if getattr(module, "quantization_scheme", None) is not None and getattr(module, "weight", None) is not None
     }

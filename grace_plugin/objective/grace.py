@@ -35,7 +35,7 @@ from grace_plugin.export.freeze import freeze_model
 from grace_plugin.objective.micro_batch import SAMPLES_WITHOUT_IMAGES, prepare_micro_batch
 from grace_plugin.objective.terms import HeadTerm, LossTerm, RunContext, VisualRelationTerm, check_names
 from grace_plugin.objective.window import AccumulationWindow, NamedSums, StepRecord, teacher_stream
-from grace_plugin.quantizer.attach import QuantizedLayerGroup
+from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.recipe import ControllerRecipe, DistillRecipe, RelationalRecipe, TrainingRecipe
 from grace_plugin.teacher import MISSING, ResidentTeacher, Teacher, model_inputs
 from grace_plugin.trainable import choose_trainable

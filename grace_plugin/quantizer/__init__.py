@@ -1,38 +1,32 @@
 """Learned group scales: fake quantization that trains exactly what the checkpoint will hold. Pure torch."""
 
-from grace_plugin.quantizer.attach import QuantizedLayerGroup, attach
-from grace_plugin.quantizer.cache import StepCounter, WeightCache
-from grace_plugin.quantizer.fake_quant import clipped, codes, dequantize, fake_quantize
-from grace_plugin.quantizer.layers import PARAMETER, Format
+from grace_plugin.quantizer.fake_quant import StepCounter, WeightCache, clipped, codes, dequantize, fake_quantize
+from grace_plugin.quantizer.format import FormatRow, IntegerQuantizer, QuantFormat, register_format
+from grace_plugin.quantizer.grouped import QuantizedLayerGroup, attach
+from grace_plugin.quantizer.linear import PARAMETER, check_layers
 from grace_plugin.quantizer.lora import LORA_A, LORA_B, fake_quantize_merged, merged
-from grace_plugin.quantizer.scales import (
-    check_format,
-    code_range,
-    group_count,
-    start_scales,
-    stored_scale,
-    validate_group,
-)
+from grace_plugin.quantizer.scales import row_blocks, start_scales, stored_scale
 
 __all__ = [
     "LORA_A",
     "LORA_B",
     "PARAMETER",
-    "Format",
+    "FormatRow",
+    "IntegerQuantizer",
+    "QuantFormat",
     "QuantizedLayerGroup",
     "StepCounter",
     "WeightCache",
     "attach",
-    "check_format",
+    "check_layers",
     "clipped",
-    "code_range",
     "codes",
     "dequantize",
     "fake_quantize",
     "fake_quantize_merged",
-    "group_count",
     "merged",
+    "register_format",
+    "row_blocks",
     "start_scales",
     "stored_scale",
-    "validate_group",
 ]

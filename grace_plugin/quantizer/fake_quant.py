@@ -1,6 +1,6 @@
-"""Fake quantization with learned group scales: the shipped weight in the forward pass, a gradient in the backward one.
+"""Fake quantization with learned group scales: the stored weight in the forward pass, a gradient in the backward pass.
 
-What it does (LSQ with scales in the log domain). With s = exp(theta) rounded to the stored dtype and v = w / s,
+LSQ (arXiv 1902.08153) with scales in the log domain. With s = exp(theta) rounded to the stored dtype and v = w / s,
 
     codes     q = clip(round(v), q_min, q_max)                    round half to even, division in float32
     forward   w^ = q * s                                          product rounded to the stored dtype
@@ -11,33 +11,28 @@ What it does (LSQ with scales in the log domain). With s = exp(theta) rounded to
 "The clip acts" means round(v) lies outside [q_min, q_max]. The forward value is, bit for bit, what compressed-tensors
 unpacks from the saved codes and scales.
 
-What it refuses. Formats whose codes do not survive being saved (``check_format``), scales that do not fit the weight,
-and a compute dtype (the weight's, or autocast's) that cannot hold the stored dtype's numbers.
-
-What it costs. Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in
-blocks of rows, or in one kernel where Triton runs. One quantization per call unless a :class:`WeightCache` is given: then
-once per optimizer step. The backward is linear in dL/dw^ while weight and scale stand still, so it too can wait for the sum
-over micro-batches: with ``defer`` the weight's gradient is dL/dw^ itself until `grouped.finalize_deferred_grads` is called,
-once per step.
+Nothing of the weight's size is kept for backward but the weight itself: codes are computed again, in blocks of rows, or in one
+kernel where Triton runs. A :class:`WeightCache` holds the quantized weight from one optimizer step to the next, since all
+micro-batches and the recomputation of activation checkpointing see the same weights. The backward is linear in dL/dw^ while
+weight and scale do not change, so it can also wait for the sum over micro-batches (``defer_grads``).
 
 Legend: weight [out, in]; log_scale theta [out, groups]; a group is in / groups neighbours of a row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from grace_plugin.quantizer import fake_quant_triton
-from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.kept import Kept
+from grace_plugin.quantizer.format import QuantFormat
 from grace_plugin.quantizer.scales import (
     check_fit,
-    check_format,
     check_shapes,
-    code_range,
     compute_dtype,
     forward_dtype,
     holds,
@@ -45,38 +40,173 @@ from grace_plugin.quantizer.scales import (
     stored_scale,
 )
 
+Grads = tuple[Tensor | None, Tensor | None]
+"""Gradients of weight [out, in] and log_scale [out, groups]; None for one that is not needed."""
 
-def _unrounded(weight: Tensor, scale: Tensor) -> Tensor:
+
+class StepCounter:
+    """Count the steps of every torch optimizer of the process between ``start`` and ``stop``.
+
+    Optimizers that write through ``.data``, and engines that swap storage, leave the version of a parameter as it was.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._handle: Any = None
+
+    def start(self) -> None:
+        """Begin to count; a second start changes nothing."""
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(lambda *_: self.advance())
+
+    def stop(self) -> None:
+        """Remove the hook; a second stop changes nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def advance(self) -> None:
+        """Say that weights may have changed."""
+        self.steps += 1
+
+
+class WeightCache:
+    """The last quantized weight of one layer, valid while version counters, storage, dtype and step counter do not change.
+
+    It holds one weight in compute dtype. Switch it off (``attach(..., cache=False)``) under sharding that gathers weights layer
+    by layer, where it would hold the gathered model.
+
+    Args:
+        counter: counts what versions of tensors do not show.
+        fill_group: called first on a miss, with the compute dtype; it may `put` values into this and other caches.
+
+    Attributes:
+        quantizations: how often the value was computed.
+    """
+
+    def __init__(
+        self, counter: StepCounter | None = None, fill_group: Callable[[torch.dtype], None] | None = None
+    ) -> None:
+        self.quantizations = 0
+        self._counter, self._fill_group = counter, fill_group
+        self._entry: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+    def get(
+        self,
+        weight: Tensor,
+        log_scale: Tensor,
+        dtype: torch.dtype,
+        compute: Callable[[], tuple[Tensor, Tensor]],
+        *others: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return value and scales for these inputs, computed when anything has changed.
+
+        Args:
+            weight: [out, in].
+            log_scale: [out, groups].
+            dtype: of the value.
+            compute: makes value and scales.
+            others: further tensors that the value depends on.
+        """
+        key = self._key((weight, log_scale, *others), dtype)
+        if not self._valid(key):
+            self._entry = None
+            if self._fill_group is not None:
+                self._fill_group(dtype)
+            if not self._valid(key):
+                self._store(key, compute())
+        assert self._entry is not None
+        value, scale = self._entry[1]
+        return value.detach(), scale  # a new tensor object, so that no caller's autograd history reaches the next one
+
+    def stale(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether `get` would compute; a value that is not valid any more is freed."""
+        if self._valid(self._key((weight, log_scale), dtype)):
+            return False
+        self._entry = None
+        return True
+
+    def put(self, weight: Tensor, log_scale: Tensor, dtype: torch.dtype, made: tuple[Tensor, Tensor]) -> None:
+        """Store value and scales that were computed elsewhere from these inputs as they are now."""
+        self._store(self._key((weight, log_scale), dtype), made)
+
+    def drop(self) -> None:
+        """Free the value; the next call computes it."""
+        self._entry = None
+
+    def _key(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
+        steps = None if self._counter is None else self._counter.steps
+        return steps, dtype, *[(t._version, t.data_ptr(), t.dtype, t.device, t.shape) for t in inputs]
+
+    def _valid(self, key: tuple[object, ...]) -> bool:
+        return self._entry is not None and self._entry[0] == key
+
+    def _store(self, key: tuple[object, ...], made: tuple[Tensor, Tensor]) -> None:
+        self._entry = (key, made)
+        self.quantizations += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
+        """Give a copied layer an empty cache with the same counter; the first model's group does not fill it."""
+        return WeightCache(self._counter)
+
+
+class SavedWeights:
+    """Tensors of a backward pass kept outside `save_for_backward`, refused once one of them was written to.
+
+    Hooks on saved tensors (activation checkpointing, offloading) take microseconds for each tensor and would move weights to
+    the host and back; weights outlive the graph anyway, so they need none.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors.
+
+        Raises:
+            RuntimeError: one of them was written to since.
+        """
+        if self._versions != [tensor._version for tensor in self._tensors]:
+            raise RuntimeError(
+                "a weight or what it is quantized with was modified by an inplace operation between forward and backward; "
+                "step the optimizer after the backward pass"
+            )
+        return self._tensors
+
+
+def _quotient(weight: Tensor, scale: Tensor) -> Tensor:
     """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
     return weight.to(compute_dtype(weight)).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
 
 
 @torch.no_grad()
-def codes(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> Tensor:
-    """The integers the checkpoint holds: int8 [out, in], in [-2^(b-1), 2^(b-1) - 1].
+def codes(weight: Tensor, log_scale: Tensor, fmt: QuantFormat) -> Tensor:
+    """Return the integers that the checkpoint holds.
 
     Args:
         weight: [out, in], any floating type.
         log_scale: theta [out, groups].
-        num_bits: 2..8.
-        stored_dtype: dtype of the checkpoint's scales.
+        fmt: the format; the number of groups is read from ``log_scale``.
+
+    Returns:
+        int8 [out, in], within ``fmt.code_range``.
 
     Raises:
-        ValueError: a format that cannot be saved, or scales that do not fit.
+        ValueError: a format that cannot be learned, or scales that do not fit.
     """
-    check_format(num_bits, stored_dtype)
+    smallest, largest = fmt.code_range
     check_shapes(weight, log_scale)
-    smallest, largest = code_range(num_bits)
-    scale = stored_scale(log_scale, stored_dtype)
+    scale = stored_scale(log_scale, fmt.stored_dtype)
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        found[rows] = _unrounded(weight[rows], scale[rows]).round_().clamp_(smallest, largest).flatten(1)
+        rounded = fmt.quantizer.round(_quotient(weight[rows], scale[rows]))
+        found[rows] = rounded.clamp_(smallest, largest).flatten(1)
     return found
 
 
 @torch.no_grad()
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """code * scale rounded to the scale's dtype [out, in]: compressed-tensors' own product.
+    """Return code * scale [out, in] rounded to the scale's dtype: compressed-tensors' own product.
 
     Args:
         codes: int8 [out, in].
@@ -90,28 +220,40 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clipped(weight: Tensor, log_scale: Tensor, *, num_bits: int, stored_dtype: torch.dtype) -> Tensor:
-    """How many weights the clip acts on: 0-dimensional int64 on the weight's device."""
-    smallest, largest = code_range(num_bits)
-    scale = stored_scale(log_scale, stored_dtype)
+def clipped(weight: Tensor, log_scale: Tensor, fmt: QuantFormat) -> Tensor:
+    """Return how many weights the clip acts on: 0-dimensional int64 on the weight's device."""
+    smallest, largest = fmt.code_range
+    scale = stored_scale(log_scale, fmt.stored_dtype)
     count = torch.zeros((), dtype=torch.int64, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        rounded = _unrounded(weight[rows], scale[rows]).round_()
+        rounded = fmt.quantizer.round(_quotient(weight[rows], scale[rows]))
         count += ((rounded < smallest) | (rounded > largest)).sum()
     return count
 
 
+def quantized(weight: Tensor, log_scale: Tensor, fmt: QuantFormat, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return w^ [out, in] in ``out_dtype`` and the stored scales [out, groups]."""
+    if fake_quant_triton.usable(weight, fmt):
+        return fake_quant_triton.forward(weight, log_scale, fmt, out_dtype)
+    scale = stored_scale(log_scale, fmt.stored_dtype)
+    return dequantize(codes(weight, log_scale, fmt), scale).to(out_dtype), scale
+
+
 def gradients(
-    weight: Tensor, scale: Tensor, grad_out: Tensor, num_bits: int, needs: tuple[bool, bool], into: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and log_scale, each where it is needed; the weight's may be written over ``grad_out``."""
+    weight: Tensor,
+    scale: Tensor,
+    grad_out: Tensor,
+    fmt: QuantFormat,
+    needs: tuple[bool, bool],
+    into: Tensor | None = None,
+) -> Grads:
+    """Return the gradients that are needed from dL/dw^; the weight's is written into ``into``, which may be ``grad_out``."""
     grad_weight = into if into is not None or not needs[0] else torch.empty_like(weight)
     grad_log_scale = torch.empty(scale.shape, dtype=compute_dtype(weight), device=scale.device) if needs[1] else None
-    if fake_quant_triton.usable(weight, scale.dtype):
-        grad_out = grad_out.contiguous()
-        fake_quant_triton.backward(weight, scale, grad_out, code_range(num_bits), grad_weight, grad_log_scale)
+    if fake_quant_triton.usable(weight, fmt):
+        fake_quant_triton.backward(weight, scale, grad_out.contiguous(), fmt, grad_weight, grad_log_scale)
     else:
-        _backward_in_torch(weight, scale, grad_out, code_range(num_bits), grad_weight, grad_log_scale)
+        _backward_in_torch(weight, scale, grad_out, fmt, grad_weight, grad_log_scale)
     return grad_weight, grad_log_scale
 
 
@@ -119,125 +261,105 @@ def _backward_in_torch(
     weight: Tensor,
     scale: Tensor,
     grad_out: Tensor,
-    limits: tuple[int, int],
+    fmt: QuantFormat,
     grad_weight: Tensor | None,
     grad_log_scale: Tensor | None,
 ) -> None:
     """Fill the gradients that are not None, in blocks of rows; ``grad_weight`` may be ``grad_out``."""
-    smallest, largest = limits
+    smallest, largest = fmt.code_range
     for rows in row_blocks(*weight.shape):
-        unrounded = _unrounded(weight[rows], scale[rows])
-        rounded = unrounded.round()
+        quotient = _quotient(weight[rows], scale[rows])
+        rounded = fmt.quantizer.round(quotient)
         inside = (rounded >= smallest) & (rounded <= largest)
         grad = grad_out[rows].unflatten(1, (scale.shape[1], -1))
         if grad_log_scale is not None:
-            step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, unrounded, 0.0))
+            step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, quotient, 0.0))
             grad_log_scale[rows] = (grad * step).sum(dim=2) * scale[rows]
         if grad_weight is not None:
             grad_weight[rows] = torch.where(inside, grad, 0.0).flatten(1)
 
 
-def quantized(
-    weight: Tensor, log_scale: Tensor, num_bits: int, stored_dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups]."""
-    if fake_quant_triton.usable(weight, stored_dtype):
-        return fake_quant_triton.forward(weight, log_scale, stored_dtype, code_range(num_bits), out_dtype)
-    scale = stored_scale(log_scale, stored_dtype)
-    found = codes(weight, log_scale, num_bits=num_bits, stored_dtype=stored_dtype)
-    return dequantize(found, scale).to(out_dtype), scale
-
-
 class FakeQuantSpec(NamedTuple):
-    """What a weight is quantized to, in what dtype, and how its value and gradients come about."""
+    """What one call quantizes a weight to, in which dtype, from which cache, and when its gradients are formed."""
 
-    num_bits: int
-    stored_dtype: torch.dtype
+    fmt: QuantFormat
     out_dtype: torch.dtype
     cache: WeightCache | None
-    defer: bool
+    defer_grads: bool
 
     def value(self, weight: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """w^ [out, in] and the stored scales [out, groups], from the cache when there is one."""
+        """Return w^ [out, in] and the stored scales [out, groups], from the cache when there is one."""
 
         def compute() -> tuple[Tensor, Tensor]:
-            return quantized(weight, log_scale, self.num_bits, self.stored_dtype, self.out_dtype)
+            return quantized(weight, log_scale, self.fmt, self.out_dtype)
 
         return compute() if self.cache is None else self.cache.get(weight, log_scale, self.out_dtype, compute)
 
     def gradients(
         self, weight: Tensor, log_scale: Tensor, scale: Tensor, grad_value: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and log_scale from dL/dw^; deferred, what `finalize_deferred_grads` makes them of."""
-        if self.defer:
-            # DDP waits for a gradient of every parameter; elsewhere `finalize_deferred_grads` makes the scale's from nothing
+    ) -> Grads:
+        """Return the gradients of weight and log_scale; deferred, what `finalize_deferred_grads` will make them from."""
+        if self.defer_grads:
+            # DDP waits for a gradient of every parameter; elsewhere `finalize_deferred_grads` needs none of the scale
             shared = dist.is_available() and dist.is_initialized()
             return grad_value, torch.zeros_like(log_scale) if shared else None
-        return gradients(weight, scale, grad_value, self.num_bits, needs)
+        return gradients(weight, scale, grad_value, self.fmt, needs)
+
+
+def make_spec(
+    weight: Tensor, log_scale: Tensor, fmt: QuantFormat, cache: WeightCache | None, defer_grads: bool = False
+) -> FakeQuantSpec:
+    """Check the arguments of one call and return its spec.
+
+    Raises:
+        ValueError: a format that cannot be learned, scales that do not fit, or a compute dtype that would round w^.
+    """
+    check_fit(weight.shape, log_scale.shape, fmt)
+    out_dtype = forward_dtype(weight)
+    if not holds(out_dtype, fmt.stored_dtype):
+        raise ValueError(
+            f"the layer computes in {out_dtype}, which cannot hold weights stored as {fmt.stored_dtype}: training would "
+            f"not see what is shipped; train in {fmt.stored_dtype} or float32, or store as {out_dtype}"
+        )
+    return FakeQuantSpec(fmt, out_dtype, cache, defer_grads)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, how: FakeQuantSpec) -> Tensor:
-        value, scale = how.value(weight, log_scale)
-        ctx.kept, ctx.how = Kept(weight, log_scale, scale), how
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, spec: FakeQuantSpec) -> Tensor:
+        value, scale = spec.value(weight, log_scale)
+        ctx.saved_weights, ctx.spec = SavedWeights(weight, log_scale, scale), spec
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.how.gradients(*ctx.kept.tensors(), grad_out, ctx.needs_input_grad[:2]), None)
+        return (*ctx.spec.gradients(*ctx.saved_weights.tensors(), grad_out, ctx.needs_input_grad[:2]), None)
 
 
 def fake_quantize(
     weight: Tensor,
     log_scale: Tensor,
+    fmt: QuantFormat,
     *,
-    group_size: int | None,
-    num_bits: int,
-    stored_dtype: torch.dtype,
     cache: WeightCache | None = None,
-    defer: bool = False,
+    defer_grads: bool = False,
 ) -> Tensor:
-    """w^ [out, in]: the weight as the checkpoint will hold it, differentiable by weight and log_scale.
+    """Return w^ [out, in], the weight as the checkpoint will hold it, differentiable by weight and log_scale.
 
     Args:
         weight: [out, in], float32 or bfloat16 (float64 in tests).
-        log_scale: theta [out, in / group_size], float32.
-        group_size: weights that share a scale; None or -1 for one scale per row.
-        num_bits: 2..8.
-        stored_dtype: dtype of the checkpoint's scales.
+        log_scale: theta [out, groups], float32.
+        fmt: the format.
         cache: reuse of the value while neither weight nor scale has changed.
-        defer: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until
-            `grouped.finalize_deferred_grads` is called on
-            both; they must be leaves that both want a gradient.
+        defer_grads: give the weight dL/dw^ as its gradient and the scale none (zeros under DDP), until
+            `grouped.finalize_deferred_grads` is called on both; they must be leaves that both want a gradient.
 
     Returns:
         w^ in the compute dtype (autocast's when on, else the weight's); equal to ``dequantize(codes(...), ...)``.
 
     Raises:
-        ValueError: a format that cannot be saved, scales that do not fit, or a compute dtype that would round w^.
+        ValueError: as :func:`make_spec`.
     """
-    how = checked(weight, log_scale, group_size, num_bits, stored_dtype, cache, defer)
-    value: Tensor = _FakeQuantize.apply(weight, log_scale, how)
+    value: Tensor = _FakeQuantize.apply(weight, log_scale, make_spec(weight, log_scale, fmt, cache, defer_grads))
     return value
-
-
-def checked(
-    weight: Tensor,
-    log_scale: Tensor,
-    group_size: int | None,
-    num_bits: int,
-    stored_dtype: torch.dtype,
-    cache: WeightCache | None,
-    defer: bool,
-) -> FakeQuantSpec:
-    """The arguments of :func:`fake_quantize`, looked at."""
-    check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
-    out_dtype = forward_dtype(weight)
-    if not holds(out_dtype, stored_dtype):
-        raise ValueError(
-            f"the layer computes in {out_dtype}, which cannot hold weights stored as {stored_dtype}: training would "
-            f"not see what is shipped; train in {stored_dtype} or float32, or store as {out_dtype}"
-        )
-    return FakeQuantSpec(num_bits, stored_dtype, out_dtype, cache, defer)

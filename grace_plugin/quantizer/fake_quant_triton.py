@@ -1,13 +1,9 @@
 """Fake quantization in one Triton kernel each way, bit for bit what `quantizer.fake_quant` computes in torch.
 
-What it does. A program owns a few groups. Forward: reads weight and scale, writes code * scale. Backward: computes the codes
-again from the weight, writes the weight's gradient and the group's sum for its scale. The division is rounded to nearest even
-as torch's is, and so is the rounding to a code, so kernels and torch agree in every code.
-
-What it refuses. Nothing: `usable` says whether it can run.
-
-What it costs. Each number is read once and written once: 6 bytes a weight forward and 10 backward for a float32 weight with a
-bfloat16 result; 4 and 6 for a bfloat16 weight. No byte is kept for backward but the weight itself.
+A program owns a few groups. Forward: it reads weight and scale and writes code * scale. Backward: it computes the codes again
+from the weight and writes the weight's gradient and the group's sum for its scale. Quotients are rounded to nearest even as
+torch's are, and so are codes, so kernels and torch agree in every code. Each number is read once and written once: 6 bytes a
+weight forward and 10 backward for a float32 weight with a bfloat16 result, 4 and 6 for a bfloat16 weight.
 
 Legend: weight [out, in] of out * in / size groups of ``size`` neighbours; code range [smallest, largest].
 """
@@ -20,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.quantizer.launch import Kernel
+from grace_plugin.quantizer.format import QuantFormat
 from grace_plugin.quantizer.scales import scale_limits
 
 __all__ = [
+    "ALIGNED",
+    "Kernel",
     "backward",
     "backward_tile",
     "divides",
@@ -38,21 +36,67 @@ __all__ = [
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
-else:  # torch for CPUs comes without
+else:  # torch for CPUs comes without it
     triton = None
 
 TILE, WARPS = 2048, 4
 """Weights that a program holds at one time, and its warps."""
 
+ALIGNED = 16
+"""Triton compiles a kernel of its own for addresses and whole numbers that are multiples of it, and for the number 1."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in Python; it decides when they are defined."""
 
 
-def usable(weight: Tensor, stored_dtype: torch.dtype) -> bool:
-    """Whether the kernels can run: bfloat16 or float32 weights on CUDA (or under Triton's interpreter), rows contiguous."""
+def usable(weight: Tensor, fmt: QuantFormat) -> bool:
+    """Return whether the kernels take this weight and format: float32 or bfloat16 on CUDA (or interpreted), rows contiguous."""
     placed = weight.is_cuda or INTERPRETED
-    known = weight.dtype in (torch.bfloat16, torch.float32) and stored_dtype != torch.float64
-    return triton is not None and placed and known and weight.is_contiguous()
+    known = weight.dtype in (torch.bfloat16, torch.float32) and fmt.stored_dtype != torch.float64
+    return triton is not None and placed and known and weight.is_contiguous() and fmt.quantizer.has_kernel
+
+
+def _kind(argument: Tensor | int | float) -> object:
+    """What Triton compiles for: dtype and alignment of a tensor; of a whole number whether it is 1, aligned, or long."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % ALIGNED == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % ALIGNED == 0, argument.bit_length() > 31
+    return float
+
+
+class Kernel:
+    """A function of `triton.jit` that is started again without asking Triton which compiled kernel its arguments need.
+
+    Triton looks it up by the arguments' types and alignments at every start, in more of the host's time than a layer's other
+    work takes. Here it is kept by the same properties. `benchmarks/speed/simplify.py` measures what that gains.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[object, Any] = {}
+
+    def start(
+        self, programs: int, arguments: tuple[Tensor | int | float, ...], constants: tuple[Any, ...], warps: int
+    ) -> None:
+        """Start that many programs on the current device, which must be the first argument's.
+
+        Args:
+            programs: size of the grid.
+            arguments: in the function's order.
+            constants: its `tl.constexpr` parameters, which come last.
+            warps: of a program.
+        """
+        first = arguments[0]
+        assert isinstance(first, Tensor)
+        key = (first.device, constants, warps, *map(_kind, arguments))
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments, *constants)
+            return
+        compiled = self._function[programs,](*arguments, *constants, num_warps=warps)
+        if compiled is not None:  # None from Triton's interpreter
+            self._compiled[key] = compiled
 
 
 if triton is not None:
@@ -174,7 +218,7 @@ def tile_of(size: int) -> dict[str, Any]:
     return {"size": size, "ROWS": max(1, TILE // width), "WIDTH": width, "num_warps": WARPS}
 
 
-@lru_cache(1024)  # each layer asks at every call, and Triton's own helpers take microseconds
+@lru_cache(1024)  # asked by every layer at every call, and Triton's own helpers take microseconds
 def _launch(groups: int, size: int) -> tuple[int, tuple[int, int]]:
     """Programs, and rows and width of a program's tile, for so many groups of `size` weights."""
     tile = tile_of(size)
@@ -182,14 +226,12 @@ def _launch(groups: int, size: int) -> tuple[int, tuple[int, int]]:
 
 
 def scales(log_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
-    """The stored scales of any number of groups, in one launch."""
+    """Return the stored scales of any number of groups, in one launch."""
     scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=log_scale.device)
     least, most = scale_limits(stored_dtype)
-    grid = (triton.cdiv(scale.numel(), 128),)
+    grid, constants = (triton.cdiv(scale.numel(), 128),), {"STORED": stored_type(stored_dtype), "BLOCK": 128}
     with torch.cuda.device_of(scale):  # Triton starts kernels on the current device
-        _scales[grid](
-            log_scale, scale, scale.numel(), least, most, STORED=stored_type(stored_dtype), BLOCK=128, num_warps=WARPS
-        )
+        _scales[grid](log_scale, scale, scale.numel(), least, most, num_warps=WARPS, **constants)
     return scale
 
 
@@ -198,16 +240,14 @@ def stored_type(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
-def forward(
-    weight: Tensor, log_scale: Tensor, stored_dtype: torch.dtype, limits: tuple[int, int], out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """w^ [out, in] in ``out_dtype``, rounded to the stored dtype on the way, and the scales in that dtype [out, groups]."""
+def forward(weight: Tensor, log_scale: Tensor, fmt: QuantFormat, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return w^ [out, in] in ``out_dtype``, rounded to the stored dtype on the way, and the stored scales [out, groups]."""
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-    scale = torch.empty(log_scale.shape, dtype=stored_dtype, device=weight.device)
+    scale = torch.empty(log_scale.shape, dtype=fmt.stored_dtype, device=weight.device)
     groups, size = log_scale.numel(), weight.shape[1] // log_scale.shape[1]
     programs, tile = _launch(groups, size)
-    numbers = (groups, float(limits[0]), float(limits[1]), *scale_limits(stored_dtype))
-    constants = (size, stored_type(stored_dtype), divides(scale), *tile)
+    numbers = (groups, *map(float, fmt.code_range), *scale_limits(fmt.stored_dtype))
+    constants = (size, stored_type(fmt.stored_dtype), divides(scale), *tile)
     with torch.cuda.device_of(weight):
         _forward_kernel.start(programs, (weight, log_scale, scale, out, *numbers), constants, WARPS)
     return out, scale
@@ -217,15 +257,15 @@ def backward(
     weight: Tensor,
     scale: Tensor,
     grad: Tensor,
-    limits: tuple[int, int],
+    fmt: QuantFormat,
     grad_weight: Tensor | None,
     grad_log_scale: Tensor | None,
 ) -> None:
-    """Fill the gradients that are asked for from dL/dw^ = ``grad`` [out, in], contiguous; ``grad_weight`` may be ``grad``."""
+    """Fill the gradients that are not None from dL/dw^ = ``grad`` [out, in], contiguous; ``grad_weight`` may be ``grad``."""
     groups, size = scale.numel(), weight.shape[1] // scale.shape[1]
     programs, tile = _launch(groups, size)
     wanted = grad if grad_weight is None else grad_weight, scale if grad_log_scale is None else grad_log_scale
-    numbers = (groups, float(limits[0]), float(limits[1]))
+    numbers = (groups, *map(float, fmt.code_range))
     constants = (size, divides(scale), grad_weight is not None, grad_log_scale is not None, *tile)
     with torch.cuda.device_of(weight):
         _backward_kernel.start(programs, (weight, scale, grad, *wanted, *numbers), constants, WARPS)

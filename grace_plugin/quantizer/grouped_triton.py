@@ -1,9 +1,8 @@
 """The quantizer of many layers in one Triton launch each way: the kernels of `fake_quant_triton`, given a table of weights.
 
-What it does. A row of the table is a layer: addresses of its weight and of what is written, its first tile and its first
-group among all. A program finds the layer of its tile by bisection. Every number is that of a launch of its own.
-
-What it costs. A table of 32 bytes a layer, copied to the device behind what is queued there.
+A row of the table is a layer: addresses of its weight and of what is written, its first tile and its first group among all. A
+program finds the layer of its tile by bisection. Every number is that of a launch of its own. The table takes 32 bytes a layer
+and is copied to the device in the order of the stream.
 
 Legend: layers of one device, dtype and group size; weight [out, in]; a tile is some groups of one layer.
 """
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grace_plugin.quantizer import fake_quant_triton as alone
+from grace_plugin.quantizer.format import QuantFormat
 
 __all__ = ["backward", "forward"]
 
@@ -32,7 +32,7 @@ if alone.triton is not None:
         """Of this program's tile: its layer's row of the table, its groups in the layer, how many that has, and its first."""
         tile = tl.program_id(0)
         low, high = 0, layers
-        while high - low > 1:  # the last layer whose first tile is not behind this one
+        while high - low > 1:  # the last layer whose first tile does not come after this one
             middle = (low + high) // 2
             first = tl.load(table + middle * 4 + 2)
             low = tl.where(first <= tile, middle, low)
@@ -77,19 +77,16 @@ def _table(weights: Sequence[Tensor], others: Sequence[Tensor], counts: list[int
 
 
 def _prepared(
-    layers: Sequence[Pair], others: Sequence[Tensor], stored_dtype: torch.dtype
+    layers: Sequence[Pair], others: Sequence[Tensor], fmt: QuantFormat
 ) -> tuple[Tensor, tuple[int], Tensor, dict[str, Any]]:
-    """Table, grid, scales of all groups [groups], and what all launches take."""
+    """Table, grid, scales of all groups [groups], and the arguments that both launches take by name."""
     weights, log_scales = [weight for weight, _ in layers], [log_scale.detach() for _, log_scale in layers]
     tile = alone.tile_of(weights[0].shape[1] // log_scales[0].shape[1])
     table, tiles = _table(weights, others, [log_scale.numel() for log_scale in log_scales], tile["ROWS"])
-    scale = alone.scales(torch.cat([log_scale.flatten() for log_scale in log_scales]), stored_dtype)
-    return (
-        table,
-        (tiles,),
-        scale,
-        {**tile, "WEIGHT": alone.stored_type(weights[0].dtype), "EXACT": alone.divides(scale)},
-    )
+    scale = alone.scales(torch.cat([log_scale.flatten() for log_scale in log_scales]), fmt.stored_dtype)
+    smallest, largest = map(float, fmt.code_range)
+    named = {"smallest": smallest, "largest": largest, "WEIGHT": alone.stored_type(weights[0].dtype)}
+    return table, (tiles,), scale, {**tile, **named, "EXACT": alone.divides(scale)}
 
 
 def _by_layer(flat: Tensor, layers: Sequence[Pair]) -> list[Tensor]:
@@ -98,26 +95,20 @@ def _by_layer(flat: Tensor, layers: Sequence[Pair]) -> list[Tensor]:
     return [part.view(log_scale.shape) for part, (_, log_scale) in zip(parts, layers, strict=True)]
 
 
-def forward(
-    layers: Sequence[Pair], stored_dtype: torch.dtype, limits: tuple[int, int], out_dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer, given as weight and log-scale."""
+def forward(layers: Sequence[Pair], fmt: QuantFormat, out_dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Return w^ [out, in] in ``out_dtype`` and the stored scales [out, groups] of every layer."""
     outs = [torch.empty(weight.shape, dtype=out_dtype, device=weight.device) for weight, _ in layers]
-    table, grid, scale, how = _prepared(layers, outs, stored_dtype)
+    table, grid, scale, named = _prepared(layers, outs, fmt)
+    dtypes = {"OUT": alone.stored_type(out_dtype), "STORED": alone.stored_type(fmt.stored_dtype)}
     with torch.cuda.device_of(scale):
-        _forward[grid](
-            table, len(outs), scale, float(limits[0]), float(limits[1]), OUT=alone.stored_type(out_dtype),
-            STORED=alone.stored_type(stored_dtype), **how,
-        )  # fmt: skip
+        _forward[grid](table, len(outs), scale, **dtypes, **named)
     return list(zip(outs, _by_layer(scale, layers), strict=True))
 
 
-def backward(
-    layers: Sequence[Pair], grads: Sequence[Tensor], stored_dtype: torch.dtype, limits: tuple[int, int]
-) -> list[Tensor]:
-    """Gradients of the log-scales, float32 [out, groups]; every dL/dw^ of ``grads`` becomes the weight's gradient in place."""
-    table, grid, scale, how = _prepared(layers, grads, stored_dtype)
+def backward(layers: Sequence[Pair], grads: Sequence[Tensor], fmt: QuantFormat) -> list[Tensor]:
+    """Return gradients of the log-scales, float32 [out, groups]; each dL/dw^ of ``grads`` becomes the weight's gradient."""
+    table, grid, scale, named = _prepared(layers, grads, fmt)
     found = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
     with torch.cuda.device_of(scale):
-        _backward[grid](table, len(grads), scale, found, float(limits[0]), float(limits[1]), **how)
+        _backward[grid](table, len(grads), scale, found, **named)
     return _by_layer(found, layers)

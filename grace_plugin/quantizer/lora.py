@@ -1,18 +1,14 @@
-"""Low-rank adaptation under fake quantization: weight and update are added first, and their sum is what is quantized.
+"""Low-rank adaptation under fake quantization: weight and update are added first, and their sum is quantized.
 
-What it does (LoRA, arXiv 2106.09685). A layer's weight W stands still, A [rank, in] and B [out, rank] train:
+LoRA (arXiv 2106.09685). A layer's weight W is frozen, A [rank, in] and B [out, rank] train:
 
     w = W + alpha / rank * (B A)          in float32, by blocks of rows
     forward   the fake-quantized w, as `quantizer.fake_quant` defines it
     backward  dL/dB = alpha / rank * dL/dw A^T     dL/dA = alpha / rank * B^T dL/dw     dL/dtheta as there
 
 `merged` is the sum that the forward pass quantizes, so codes taken from it at the end are those of a forward pass. A starts
-uniform within 1 / sqrt(in), B at zero: the first forward pass is that of W alone.
-
-What it refuses. A compute dtype that would round what is shipped.
-
-What it costs. Nothing of the weight's size is kept for backward but the weight itself: the sum is formed again, 16 MiB at a
-time, on a GPU a layer at a time. One quantization more in the backward pass.
+uniform within 1 / sqrt(in), B at zero: the first forward pass is that of W alone. Nothing of the weight's size is kept for
+backward but the weight itself: the sum is formed again, at the price of one more quantization.
 
 Legend: weight [out, in]; lora_a [rank, in] and lora_b [out, rank], float32; theta [out, groups].
 """
@@ -25,10 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grace_plugin.quantizer.cache import WeightCache
-from grace_plugin.quantizer.fake_quant import gradients, quantized
-from grace_plugin.quantizer.kept import Kept
-from grace_plugin.quantizer.scales import check_fit, compute_dtype, forward_dtype, holds, row_blocks, stored_scale
+from grace_plugin.quantizer.fake_quant import (
+    FakeQuantSpec,
+    SavedWeights,
+    WeightCache,
+    gradients,
+    make_spec,
+    quantized,
+)
+from grace_plugin.quantizer.format import QuantFormat
+from grace_plugin.quantizer.scales import compute_dtype, row_blocks, stored_scale
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 """Names of the two factors on a layer."""
@@ -47,14 +49,13 @@ def start_lora(linear: nn.Linear, rank: int, generator: torch.Generator) -> None
 
 
 def factors(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of a layer that carries them."""
+    """Return A and B of a layer that carries them."""
     return linear.get_parameter(LORA_A), linear.get_parameter(LORA_B)
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Products and sums in their own dtype; a device without autocast (meta) has nothing to switch off."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+    available = torch.amp.is_autocast_available(device)  # not on meta, where torch.autocast raises
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -74,9 +75,9 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 @torch.no_grad()
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scaling: float) -> Tensor:
-    """W + scaling * B A [out, in] in float32 (float64 for a float64 weight), bit for bit what the forward pass quantizes."""
+    """Return W + scaling * B A [out, in] in float32 (float64 for a float64 weight), the bits that the forward quantizes."""
     found = torch.empty(weight.shape, dtype=compute_dtype(weight), device=weight.device)
-    for rows in _blocks(weight):  # as the forward pass cuts it: a product's rounding may follow its shape
+    for rows in _blocks(weight):  # the forward pass's blocks: how a product rounds may depend on its shape
         found[rows] = _sum(weight[rows], lora_a, lora_b[rows], scaling)
     return found
 
@@ -90,28 +91,26 @@ class _FakeQuantizeMerged(torch.autograd.Function):
         lora_b: Tensor,
         log_scale: Tensor,
         scaling: float,
-        how: dict[str, Any],
-        cache: WeightCache | None,
+        spec: FakeQuantSpec,
     ) -> Tensor:
-        out_dtype = forward_dtype(weight)
-
         def compute() -> tuple[Tensor, Tensor]:
-            value = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
+            value = torch.empty(weight.shape, dtype=spec.out_dtype, device=weight.device)
             for rows in _blocks(weight):
                 total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
-                value[rows], _ = quantized(total, log_scale[rows], how["num_bits"], how["stored_dtype"], out_dtype)
-            return value, stored_scale(log_scale, how["stored_dtype"])
+                value[rows], _ = quantized(total, log_scale[rows], spec.fmt, spec.out_dtype)
+            return value, stored_scale(log_scale, spec.fmt.stored_dtype)
 
-        ctx.kept = Kept(weight, lora_a, lora_b, log_scale)
-        ctx.settings = (scaling, how)
-        value, _ = compute() if cache is None else cache.get(weight, log_scale, out_dtype, compute, lora_a, lora_b)
-        return value
+        ctx.saved_weights = SavedWeights(weight, lora_a, lora_b, log_scale)
+        ctx.settings = (scaling, spec.fmt)
+        if spec.cache is None:
+            return compute()[0]
+        return spec.cache.get(weight, log_scale, spec.out_dtype, compute, lora_a, lora_b)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weight, lora_a, lora_b, log_scale = ctx.kept.tensors()
-        scaling, how = ctx.settings
+        weight, lora_a, lora_b, log_scale = ctx.saved_weights.tensors()
+        scaling, fmt = ctx.settings
         dtype = compute_dtype(weight)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b)
@@ -119,15 +118,15 @@ class _FakeQuantizeMerged(torch.autograd.Function):
         with _no_autocast(weight.device.type):
             for rows in _blocks(weight):
                 total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
-                scale = stored_scale(log_scale[rows], how["stored_dtype"])
-                grad, of_scale = gradients(total, scale, grad_out[rows].to(dtype), how["num_bits"], (True, True))
+                scale = stored_scale(log_scale[rows], fmt.stored_dtype)
+                grad, of_scale = gradients(total, scale, grad_out[rows].to(dtype), fmt, (True, True))
                 assert grad is not None and of_scale is not None
                 grad_log_scale[rows] = of_scale
                 grad_b[rows] = (scaling * (grad @ lora_a.to(dtype).T)).to(grad_b.dtype)
                 grad_a.addmm_(lora_b[rows].to(dtype).T, grad, alpha=scaling)
                 if grad_weight is not None:
                     grad_weight[rows] = grad.to(weight.dtype)
-        return grad_weight, grad_a.to(lora_a.dtype), grad_b, grad_log_scale, None, None, None
+        return grad_weight, grad_a.to(lora_a.dtype), grad_b, grad_log_scale, None, None
 
 
 def fake_quantize_merged(
@@ -135,21 +134,21 @@ def fake_quantize_merged(
     lora_a: Tensor,
     lora_b: Tensor,
     log_scale: Tensor,
+    fmt: QuantFormat,
     *,
     scaling: float,
-    group_size: int | None,
-    num_bits: int,
-    stored_dtype: torch.dtype,
     cache: WeightCache | None = None,
 ) -> Tensor:
-    """w^ [out, in] of W + scaling * B A: :func:`fake_quantize` of the sum, differentiable by all four tensors.
+    """Return w^ [out, in] of W + scaling * B A: :func:`fake_quantize` of the sum, differentiable by all four tensors.
 
     Args:
         weight: W [out, in], in the dtype it was loaded in.
-        lora_a, lora_b: A [rank, in] and B [out, rank], float32.
-        log_scale: theta [out, in / group_size], float32.
+        lora_a: A [rank, in], float32.
+        lora_b: B [out, rank], float32.
+        log_scale: theta [out, groups], float32.
+        fmt: the format.
         scaling: alpha / rank.
-        group_size, num_bits, stored_dtype, cache: as in :func:`fake_quantize`.
+        cache: as in :func:`fake_quantize`.
 
     Returns:
         w^ in the compute dtype (autocast's when on, else the weight's).
@@ -157,12 +156,6 @@ def fake_quantize_merged(
     Raises:
         ValueError: as :func:`fake_quantize`.
     """
-    check_fit(weight, log_scale, group_size, num_bits, stored_dtype)
-    if not holds(forward_dtype(weight), stored_dtype):
-        raise ValueError(
-            f"the layer computes in {forward_dtype(weight)}, which cannot hold weights stored as {stored_dtype}: training "
-            f"would not see what is shipped; train in {stored_dtype} or float32"
-        )
-    how = {"group_size": group_size, "num_bits": num_bits, "stored_dtype": stored_dtype}
-    value: Tensor = _FakeQuantizeMerged.apply(weight, lora_a, lora_b, log_scale, scaling, how, cache)
+    spec = make_spec(weight, log_scale, fmt, cache)
+    value: Tensor = _FakeQuantizeMerged.apply(weight, lora_a, lora_b, log_scale, scaling, spec)
     return value

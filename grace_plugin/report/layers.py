@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from grace_plugin.export.verify import each_packed_layer
-from grace_plugin.quantizer.scales import code_range, row_blocks
+from grace_plugin.quantizer import row_blocks
+from grace_plugin.schemes import format_of
 
 __all__ = ["LayerErrors", "stored_formats"]
 
@@ -40,11 +41,11 @@ def stored_formats(model: Any) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name, codes, scales in each_packed_layer(model):
-        bits = model.get_submodule(name).quantization_scheme.weights.num_bits
-        smallest, largest = code_range(bits)
+        fmt = format_of(model.get_submodule(name).quantization_scheme.weights, scales.dtype)
+        smallest, largest = fmt.integer_range
         at_bounds = int(((codes == smallest) | (codes == largest)).sum())
         found[name] = {
-            "bits": bits, "group_size": codes.shape[1] // scales.shape[1], "weights": codes.numel(),
+            "bits": fmt.num_bits, "group_size": codes.shape[1] // scales.shape[1], "weights": codes.numel(),
             "clip_share": at_bounds / codes.numel(),
         }  # fmt: skip
     return found

@@ -26,7 +26,7 @@ from grace_plugin.export.stage import check_destination
 from grace_plugin.export.write import save_checkpoint
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer.layers import PARAMETER
+from grace_plugin.quantizer import PARAMETER
 from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
 from grace_plugin.teacher import GivenTeacher
 from grace_plugin.upstream import Modifier, Recipe, create_session

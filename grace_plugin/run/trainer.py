@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.async_copy import AsyncHostCopy
-from grace_plugin.quantizer.layers import PARAMETER
+from grace_plugin.quantizer import PARAMETER
 from grace_plugin.run.callback import GraceCallback
 from grace_plugin.run.devices import one_gpu
 from grace_plugin.run.fingerprint import SCHEDULE_KEYS, check_same_run
@@ -103,7 +103,7 @@ class GraceTrainer(Trainer):
         self.states = ResumeStates(self, automatic=save_minutes is not None)
         if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
             for attached in objective.attached:
-                attached.defer()
+                attached.defer_grads()
         self.add_callback(GraceCallback(self))
         self.interrupts = ResumeCallback(self, on_signal=save_on_signal, minutes=save_minutes)
         self.add_callback(self.interrupts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
-from grace_plugin.quantizer.attach import QuantizedLayerGroup
+from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.vlm import Family, VisualTokens, capture, family_of
 from grace_plugin.vlm.transfer import single_thread
 

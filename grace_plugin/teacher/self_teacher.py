@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from grace_plugin.quantizer.attach import QuantizedLayerGroup
+from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.teacher.base import Teacher, TeacherStates, model_inputs, states_of
 from grace_plugin.vlm import VisualTokens, family_of
 

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from grace_plugin.export.freeze import freeze_layers
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 from grace_plugin.quantizer.fake_quant import dequantize
-from grace_plugin.quantizer.layers import STATE
+from grace_plugin.quantizer.linear import STATE
 
 
 def layers(lora: bool) -> tuple[dict[str, nn.Linear], object]:
     """Two layers with scales, and low-rank updates that are not zero."""
     torch.manual_seed(0)
     linears = {name: nn.Linear(128, 8) for name in ("a", "b")}
-    attached = attach(linears, group_size=32)
+    attached = attach(linears, QuantFormat(4, 32))
     if lora:
         attached.add_lora(["a", "b"], rank=2, alpha=4.0)
         for linear in linears.values():
@@ -37,7 +37,7 @@ def test_the_forward_pass_multiplies_by_what_is_saved(lora: bool, autocast: bool
         expected = nn.functional.linear(torch.eye(128), dequantize(*frozen[name]).float(), linear.bias)
         assert torch.allclose(seen[name].float(), expected, atol=0.0 if not autocast else 0.01, rtol=0.0)
         assert linear.__dict__[STATE].computed_in == (torch.bfloat16 if autocast else torch.float32)
-        assert linear.__dict__[STATE].cache._kept is None, "one layer at a time"
+        assert linear.__dict__[STATE].cache._entry is None, "one layer at a time"
 
 
 @pytest.mark.parametrize("autocast", [False, True])

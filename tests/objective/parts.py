@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import family_of
 from tests.tiny import build
@@ -27,7 +27,7 @@ class Set:
         self.attached = []
         if quantized:
             linears = dict(match_named_modules(self.student, ["Linear"], family_of(self.student).quantization_ignore()))
-            self.attached = [attach(linears, group_size=128)]
+            self.attached = [attach(linears, QuantFormat(4, 128))]
         self.grace.prepare(self.student, self.teacher, vocabulary=self.size, total_steps=steps, attached=self.attached)
 
     def step(self, *batches: dict[str, Tensor], skipped: bool = False) -> tuple[Tensor, Any]:

@@ -9,7 +9,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from grace_plugin.quantizer import PARAMETER, attach, codes, dequantize, fake_quantize, start_scales, stored_scale
+from grace_plugin.quantizer import (
+    PARAMETER,
+    QuantFormat,
+    attach,
+    codes,
+    dequantize,
+    fake_quantize,
+    start_scales,
+    stored_scale,
+)
 
 
 class Tiny(nn.Module):
@@ -29,10 +38,9 @@ class Tiny(nn.Module):
         return {"up": self.up, "down": self.down}
 
 
-def attached(seed=0, **kwargs):
+def attached(seed=0, fmt=None, **kwargs):
     model = Tiny(seed)
-    arguments = {"group_size": 16, **kwargs}
-    return model, attach(model.linears(), **arguments)
+    return model, attach(model.linears(), fmt or QuantFormat(4, 16), **kwargs)
 
 
 def batch(n=6, seed=1):
@@ -48,7 +56,7 @@ def test_scales_are_float32_parameters_of_the_layer_s_shape_from_the_start_searc
     assert result.scales["up"] is model.up.weight_log_scale
     assert {name: tuple(p.shape) for name, p in result.scales.items()} == {"up": (48, 2), "down": (16, 3)}
     for name, linear in model.linears().items():
-        assert torch.equal(result.scales[name], start_scales(linear.weight, 16))
+        assert torch.equal(result.scales[name], start_scales(linear.weight, QuantFormat(4, 16)))
         assert result.scales[name].dtype == torch.float32
         assert result.scales[name].requires_grad
     assert sorted(n for n, _ in model.named_parameters() if PARAMETER in n) == [
@@ -59,20 +67,21 @@ def test_scales_are_float32_parameters_of_the_layer_s_shape_from_the_start_searc
 
 
 def test_start_search_arguments_are_passed_on():
-    model, result = attached(candidates=3, low=0.4, high=0.9, num_bits=3, stored_dtype=torch.float16)
-    want = start_scales(model.up.weight, 16, num_bits=3, candidates=3, low=0.4, high=0.9, dtype=torch.float16)
+    fmt = QuantFormat(3, 16, torch.float16)
+    model, result = attached(fmt=fmt, candidates=3, low=0.4, high=0.9)
+    want = start_scales(model.up.weight, fmt, candidates=3, low=0.4, high=0.9)
     assert torch.equal(result.scales["up"], want)
     default_model, default = attached()
     assert torch.equal(
         default.scales["up"],
-        start_scales(default_model.up.weight, 16, num_bits=4, candidates=20, low=0.3, high=1.2, dtype=torch.bfloat16),
+        start_scales(default_model.up.weight, QuantFormat(4, 16), candidates=20, low=0.3, high=1.2),
     )
 
 
 def test_the_forward_uses_the_shipped_weight():
     model, result = attached()
     x = batch()
-    weight = fake_quantize(model.up.weight, result.scales["up"], group_size=16, num_bits=4, stored_dtype=torch.bfloat16)
+    weight = fake_quantize(model.up.weight, result.scales["up"], QuantFormat(4, 16))
     assert torch.equal(model.up(x), nn.functional.linear(x, weight, model.up.bias))
     assert not torch.equal(model.up(x), nn.functional.linear(x, model.up.weight, model.up.bias))
     frozen = result.freeze()
@@ -164,14 +173,16 @@ def test_loading_a_state_is_seen():
 
 
 def test_freeze_gives_codes_and_scales_of_the_last_forward():
-    model, result = attached(num_bits=3, stored_dtype=torch.float16)
+    model, result = attached(fmt=QuantFormat(3, 16, torch.float16))
     frozen = result.freeze()
     assert list(frozen) == ["up", "down"]
     for name, linear in model.linears().items():
         integers, scale = frozen[name]
         assert integers.dtype == torch.int8
         assert scale.dtype == torch.float16
-        assert torch.equal(integers, codes(linear.weight, result.scales[name], num_bits=3, stored_dtype=torch.float16))
+        assert torch.equal(
+            integers, codes(linear.weight, result.scales[name], QuantFormat(3, stored_dtype=torch.float16))
+        )
         assert torch.equal(scale, stored_scale(result.scales[name], torch.float16))
         assert not scale.requires_grad
 
@@ -197,7 +208,7 @@ def test_bake_writes_what_was_trained_and_changes_no_code():
 
 
 def test_a_baked_layer_computes_what_was_trained_after_detaching():
-    model, result = attached(stored_dtype=torch.float32)
+    model, result = attached(fmt=QuantFormat(4, 16, torch.float32))
     trained = model(batch())
     result.bake()
     assert torch.equal(model(batch()), trained)
@@ -227,7 +238,7 @@ def test_a_forward_that_stood_on_the_layer_comes_back():
 
     model.up.forward = doubled
     want = model(batch())
-    result = attach(model.linears(), group_size=16)
+    result = attach(model.linears(), QuantFormat(4, 16))
     assert not torch.equal(model(batch()), want)
     result.detach()
     assert model.up.forward is doubled
@@ -237,7 +248,7 @@ def test_a_forward_that_stood_on_the_layer_comes_back():
 def test_attaching_again_after_detaching_works():
     model, result = attached()
     result.detach()
-    again = attach(model.linears(), group_size=-1)
+    again = attach(model.linears(), QuantFormat(4, -1))
     assert again.scales["up"].shape == (48, 1)
 
 
@@ -277,7 +288,7 @@ def test_every_offending_layer_is_named_in_one_error_and_nothing_is_touched():
     layers["sharded"] = nn.Linear(32, 4)
     layers["sharded"].weight.data = torch.empty(0)
     with pytest.raises(ValueError, match="problem") as caught:
-        attach(layers, group_size=16)
+        attach(layers, QuantFormat(4, 16))
     text = str(caught.value)
     assert text.startswith("6 problem(s)")
     assert text.count("\n  ") == 6 and "XX" not in text
@@ -300,7 +311,7 @@ def test_layers_that_carry_scales_are_refused_and_keep_them():
     model, result = attached()
     theta = model.up.weight_log_scale
     with pytest.raises(ValueError, match=r"2 problem\(s\).*\n  up: carries learned scales already; detach them first"):
-        attach(model.linears(), group_size=16)
+        attach(model.linears(), QuantFormat(4, 16))
     assert model.up.weight_log_scale is theta
     assert result.freeze()
 
@@ -309,24 +320,24 @@ def test_a_parameter_of_that_name_that_is_not_ours_is_not_overwritten():
     model = Tiny()
     model.up.register_parameter(PARAMETER, nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match=r"1 problem\(s\).*\n  up: carries learned scales already"):
-        attach(model.linears(), group_size=16)
+        attach(model.linears(), QuantFormat(4, 16))
     assert model.up.weight_log_scale.shape == (1,)
 
 
 def test_scales_are_float32_even_for_float64_weights():
     model = Tiny().double()
-    result = attach(model.linears(), group_size=16)
+    result = attach(model.linears(), QuantFormat(4, 16))
     assert {scale.dtype for scale in result.scales.values()} == {torch.float32}
 
 
 def test_bad_formats_and_empty_selections_are_refused():
     model = Tiny()
     with pytest.raises(ValueError, match="no layer to quantize; check targets and ignore"):
-        attach({}, group_size=16)
+        attach({}, QuantFormat(4, 16))
     with pytest.raises(ValueError, match="8-bit codes"):
-        attach(model.linears(), group_size=16, num_bits=8)
+        attach(model.linears(), QuantFormat(8, 16))
     with pytest.raises(ValueError, match="group_size 0 is not a positive number"):
-        attach(model.linears(), group_size=0)
+        attach(model.linears(), QuantFormat(4, 0))
 
 
 class Refusing(nn.Linear):
@@ -344,7 +355,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     names, fields = list(model.state_dict()), [set(vars(model.up)), set(vars(model.down))]
     want = model(batch())
     with pytest.raises(RuntimeError, match="out of memory"):
-        attach({**model.linears(), "head": model.head}, group_size=16)
+        attach({**model.linears(), "head": model.head}, QuantFormat(4, 16))
     assert list(model.state_dict()) == names
     assert [set(vars(model.up)), set(vars(model.down))] == fields
     assert torch.equal(model(batch()), want)
@@ -359,7 +370,7 @@ def test_a_copy_of_the_model_is_independent():
         clone.up.weight_log_scale.add_(0.5)
     plain = Tiny()
     plain.load_state_dict({k: v for k, v in clone.state_dict().items() if PARAMETER not in k})
-    other = attach(plain.linears(), group_size=16)
+    other = attach(plain.linears(), QuantFormat(4, 16))
     with torch.no_grad():
         for name, scale in other.scales.items():
             scale.copy_(clone.linears()[name].weight_log_scale)
@@ -391,11 +402,11 @@ def test_autocast_computes_in_its_dtype():
 
 def test_scales_train_in_float32_under_a_bfloat16_model():
     model = Tiny().to(torch.bfloat16)
-    result = attach(model.linears(), group_size=16)
+    result = attach(model.linears(), QuantFormat(4, 16))
     model(batch().bfloat16()).float().square().sum().backward()
     assert {p.grad.dtype for p in result.scales.values()} == {torch.float32}
     assert result.scales["up"].dtype == torch.float32
-    assert torch.equal(result.scales["up"], start_scales(model.up.weight, 16))
+    assert torch.equal(result.scales["up"], start_scales(model.up.weight, QuantFormat(4, 16)))
 
 
 def test_distributed_data_parallel_trains_the_scales(tmp_path):
@@ -422,7 +433,7 @@ def test_distributed_data_parallel_trains_the_scales(tmp_path):
 def test_training_learns_scales_that_round_better():
     """A hundred steps on the scales alone lower the error of two-bit weights below that of the best start values."""
     torch.manual_seed(0)
-    model, result = attached(num_bits=2)
+    model, result = attached(fmt=QuantFormat(2, 16))
     reference = Tiny()
     optimizer = torch.optim.Adam(result.scales.values(), lr=2e-2)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 
 
 def test_a_deferred_backward_settles_to_the_same_gradients():
@@ -11,8 +11,8 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
     late.load_state_dict(plain.state_dict())
     gradients = []
     for linear, defer in ((plain, False), (late, True)):
-        attached = attach({"linear": linear}, group_size=32)
-        attached.defer(defer)
+        attached = attach({"linear": linear}, QuantFormat(4, 32))
+        attached.defer_grads(defer)
         with torch.no_grad():
             linear.weight_log_scale.sub_(0.7)  # many weights are clipped
         for seed in range(3):
@@ -35,8 +35,8 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
 
 def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
     linear = nn.Linear(64, 16, bias=False)
-    attached = attach({"linear": linear}, group_size=32)
-    attached.defer()
+    attached = attach({"linear": linear}, QuantFormat(4, 32))
+    attached.defer_grads()
     linear(torch.randn(3, 64)).sum().backward()
     assert linear.weight_log_scale.grad is None
     with torch.no_grad():
@@ -50,8 +50,8 @@ def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
 
 def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_path):
     linear = nn.Linear(64, 16, bias=False)
-    attached = attach({"linear": linear}, group_size=32)
-    attached.defer()
+    attached = attach({"linear": linear}, QuantFormat(4, 32))
+    attached.defer_grads()
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
     )
@@ -66,8 +66,8 @@ def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_pa
 
 def test_a_frozen_weight_or_scale_is_never_deferred():
     linear = nn.Linear(64, 16, bias=False)
-    attached = attach({"linear": linear}, group_size=32)
-    attached.defer()
+    attached = attach({"linear": linear}, QuantFormat(4, 32))
+    attached.defer_grads()
     linear.weight.requires_grad_(False)
     linear(torch.randn(3, 64)).sum().backward()
     assert linear.weight.grad is None
@@ -81,8 +81,8 @@ def test_a_gradient_whose_columns_are_contiguous_is_settled_in_its_own_layout():
     same.load_state_dict(linear.state_dict())
     grads = []
     for each, change in ((linear, lambda grad: grad), (same, lambda grad: grad.T.contiguous().T)):
-        attached = attach({"linear": each}, group_size=32)
-        attached.defer()
+        attached = attach({"linear": each}, QuantFormat(4, 32))
+        attached.defer_grads()
         each(torch.ones(3, 64)).square().sum().backward()
         each.weight.grad = change(each.weight.grad)
         strides = each.weight.grad.stride()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from grace_plugin.quantizer import clipped, codes, dequantize, fake_quantize, stored_scale
+from grace_plugin.quantizer import QuantFormat, clipped, codes, dequantize, fake_quantize, stored_scale
 from grace_plugin.quantizer.grouped import finalize_deferred_grads
 from tests.reference import fake_quant as oracle
 from tests.reference.footprint import Footprint
@@ -28,9 +28,7 @@ def draw(rows=6, columns=24, groups=3, seed=0, spread=0.05, dtype=torch.float32)
 
 
 def quantized(weight, log_scale, group_size=8, num_bits=4, stored_dtype=torch.bfloat16, **kwargs):
-    return fake_quantize(
-        weight, log_scale, group_size=group_size, num_bits=num_bits, stored_dtype=stored_dtype, **kwargs
-    )
+    return fake_quantize(weight, log_scale, QuantFormat(num_bits, group_size, stored_dtype), **kwargs)
 
 
 @pytest.mark.parametrize("stored", list(STORED))
@@ -38,7 +36,7 @@ def quantized(weight, log_scale, group_size=8, num_bits=4, stored_dtype=torch.bf
 @pytest.mark.parametrize("seed", range(3))
 def test_codes_and_values_equal_the_scalar_oracle(stored, bits, seed):
     weight, log_scale = draw(seed=seed)
-    got = codes(weight, log_scale, num_bits=bits, stored_dtype=STORED[stored])
+    got = codes(weight, log_scale, QuantFormat(bits, stored_dtype=STORED[stored]))
     value = quantized(weight, log_scale, num_bits=bits, stored_dtype=STORED[stored])
     want_codes, want_values = oracle.quantize(weight.tolist(), log_scale.tolist(), bits, stored)
     assert got.dtype == torch.int8
@@ -51,7 +49,7 @@ def test_codes_and_values_equal_the_scalar_oracle(stored, bits, seed):
 @given(st.integers(2, 7), st.integers(0, 10_000), st.floats(-8, 8), st.sampled_from(list(STORED)))
 def test_codes_stay_in_their_range(bits, seed, exponent, stored):
     weight, log_scale = draw(rows=2, seed=seed, spread=10**exponent)
-    found = codes(weight, log_scale, num_bits=bits, stored_dtype=STORED[stored])
+    found = codes(weight, log_scale, QuantFormat(bits, stored_dtype=STORED[stored]))
     assert found.min() >= -(2 ** (bits - 1))
     assert found.max() <= 2 ** (bits - 1) - 1
 
@@ -61,16 +59,16 @@ def test_bfloat16_weights_are_divided_in_float32(stored):
     """A quotient rounded to bfloat16 would fall on ties that are none."""
     dtype = torch.bfloat16 if stored == "bfloat16" else torch.float16
     weight, log_scale = draw(rows=64, columns=96, groups=3, dtype=dtype)
-    got = codes(weight, log_scale, num_bits=6, stored_dtype=STORED[stored])
+    got = codes(weight, log_scale, QuantFormat(6, stored_dtype=STORED[stored]))
     want, values = oracle.quantize(weight.tolist(), log_scale.tolist(), 6, stored)
     assert got.tolist() == want
     s = stored_scale(log_scale, STORED[stored]).repeat_interleave(32, dim=1)
     assert ((weight / s).round().clamp(-32, 31) != got).any()
-    value = fake_quantize(weight, log_scale, group_size=32, num_bits=6, stored_dtype=STORED[stored])
+    value = fake_quantize(weight, log_scale, QuantFormat(6, 32, STORED[stored]))
     assert value.tolist() == values
     ratios = [w / t for w, t in zip(weight.flatten().tolist(), s.flatten().tolist(), strict=True)]
     acted = sum(not -8 <= oracle.nearest(ratio) <= 7 for ratio in ratios)
-    assert clipped(weight, log_scale, num_bits=4, stored_dtype=STORED[stored]).item() == acted
+    assert clipped(weight, log_scale, QuantFormat(4, stored_dtype=STORED[stored])).item() == acted
     if stored == "bfloat16":
         rounded = (weight / s).round()
         assert ((rounded < -8) | (rounded > 7)).sum().item() != acted
@@ -89,32 +87,32 @@ def test_bfloat16_weights_have_their_gradient_formed_in_float32():
 def test_a_float64_side_decides_the_precision_of_the_division():
     """w / s a hair above a tie: float32 sees the tie and rounds to 0, float64 rounds to 1."""
     hair = 1e-12
-    form = {"num_bits": 4, "stored_dtype": torch.float64}
+    fmt = QuantFormat(4, stored_dtype=torch.float64)
     cases = [
         (torch.tensor([[0.5 + hair]], dtype=torch.float64), torch.tensor([[0.0]])),
         (torch.tensor([[0.5]]), torch.tensor([[-hair]], dtype=torch.float64)),
     ]
     for weight, log_scale in cases:
-        assert codes(weight, log_scale, **form).item() == 1
-        assert clipped(-weight - 8.0, log_scale, **form).item() == 1
-        assert clipped(-weight.float() - 8.0, torch.zeros(1, 1), **form).item() == 0
-    assert codes(torch.tensor([[0.5]]), torch.tensor([[0.0]]), **form).item() == 0
+        assert codes(weight, log_scale, fmt).item() == 1
+        assert clipped(-weight - 8.0, log_scale, fmt).item() == 1
+        assert clipped(-weight.float() - 8.0, torch.zeros(1, 1), fmt).item() == 0
+    assert codes(torch.tensor([[0.5]]), torch.tensor([[0.0]]), fmt).item() == 0
     weight = torch.tensor([[7.5 + hair]], dtype=torch.float64, requires_grad=True)
     quantized(weight, torch.tensor([[0.0]]), group_size=1, stored_dtype=torch.float64).sum().backward()
     assert weight.grad.item() == 0
     log_scale = torch.tensor([[-hair]], dtype=torch.float64)
     weight = torch.tensor([[7.5]], requires_grad=True)
     theta = log_scale.clone().requires_grad_()
-    fake_quantize(weight.double(), theta, group_size=1, num_bits=4, stored_dtype=torch.float64).sum().backward()
+    fake_quantize(weight.double(), theta, QuantFormat(4, 1, torch.float64)).sum().backward()
     assert weight.grad.item() == 0
 
 
 def test_ties_round_to_even_and_the_ends_are_reached():
     log_scale = torch.zeros(1, 1)
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -8.5, 7.5, -9.0, 7.4, 100.0, -8.4]])
-    found = codes(weight, log_scale, num_bits=4, stored_dtype=torch.bfloat16)
+    found = codes(weight, log_scale, QuantFormat(4))
     assert found.tolist() == [[0, 2, 2, 0, -2, -8, 7, -8, 7, 7, -8]]
-    assert clipped(weight, log_scale, num_bits=4, stored_dtype=torch.bfloat16).item() == 3
+    assert clipped(weight, log_scale, QuantFormat(4)).item() == 3
 
 
 PAIRS = [(torch.float32, stored) for stored in STORED] + [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")]
@@ -125,7 +123,7 @@ def test_the_forward_value_is_the_dequantised_code_bit_for_bit(dtype, stored):
     for seed in range(20):
         weight, log_scale = draw(rows=32, columns=64, groups=4, seed=seed, dtype=dtype)
         value = quantized(weight, log_scale, group_size=16, stored_dtype=STORED[stored])
-        integers = codes(weight, log_scale, num_bits=4, stored_dtype=STORED[stored])
+        integers = codes(weight, log_scale, QuantFormat(4, stored_dtype=STORED[stored]))
         shipped = dequantize(integers, stored_scale(log_scale, STORED[stored]))
         assert shipped.dtype == STORED[stored]
         assert value.dtype == dtype
@@ -143,7 +141,7 @@ def test_compressed_tensors_packs_and_unpacks_the_same_bits(stored, bits, group_
     for seed in range(20):
         weight, log_scale = draw(rows=16, columns=128, groups=4 if group_size > 0 else 1, seed=seed)
         value = quantized(weight, log_scale, group_size=group_size, num_bits=bits, stored_dtype=stored)
-        integers = codes(weight, log_scale, num_bits=bits, stored_dtype=stored)
+        integers = codes(weight, log_scale, QuantFormat(bits, stored_dtype=stored))
         scale = stored_scale(log_scale, stored)
         baked = dequantize(integers, scale)
         saved = upstream_quantize(baked, scale, None, args, dtype=torch.int8)
@@ -173,7 +171,7 @@ def test_no_code_of_any_scale_flips_when_it_is_saved(stored, bits):
     assert torch.equal(upstream_quantize(baked, scale, None, args, dtype=torch.int8), integers)
     log_scale = scale.double().log()
     assert torch.equal(stored_scale(log_scale, stored), scale)
-    assert torch.equal(codes(baked, log_scale, num_bits=bits, stored_dtype=stored), integers)
+    assert torch.equal(codes(baked, log_scale, QuantFormat(bits, stored_dtype=stored)), integers)
 
 
 def test_eight_bits_in_bfloat16_do_flip_which_is_why_they_are_refused():
@@ -183,7 +181,7 @@ def test_eight_bits_in_bfloat16_do_flip_which_is_why_they_are_refused():
     saved = upstream_quantize(dequantize(integers, scale), scale, None, args, dtype=torch.int8)
     assert (saved != integers).sum() > 0
     with pytest.raises(ValueError, match="8-bit codes do not survive"):
-        codes(torch.zeros(1, 8), torch.zeros(1, 1), num_bits=8, stored_dtype=torch.bfloat16)
+        codes(torch.zeros(1, 8), torch.zeros(1, 1), QuantFormat(8))
     with pytest.raises(ValueError, match="8-bit codes do not survive"):
         quantized(torch.zeros(1, 8), torch.zeros(1, 1), num_bits=8)
 
@@ -192,7 +190,7 @@ def test_latent_weights_would_flip_where_baked_ones_do_not():
     """What the rounding of the scale is for: handing over latent weights changes codes in the saved dtype."""
     weight, log_scale = draw(rows=256, columns=512, groups=4, seed=5)
     scale = stored_scale(log_scale, torch.bfloat16)
-    integers = codes(weight, log_scale, num_bits=4, stored_dtype=torch.bfloat16)
+    integers = codes(weight, log_scale, QuantFormat(4))
     args = QuantizationArgs(num_bits=4, group_size=128, strategy="group", symmetric=True)
     latent = upstream_quantize(weight.bfloat16(), scale, None, args, dtype=torch.int8)
     baked = upstream_quantize(dequantize(integers, scale), scale, None, args, dtype=torch.int8)
@@ -309,7 +307,7 @@ def test_only_the_weight_and_its_scales_are_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         value = quantized(weight, log_scale)
     assert saved == []
-    kept = value.grad_fn.kept.tensors()
+    kept = value.grad_fn.saved_weights.tensors()
     assert [t.data_ptr() for t in kept[:2]] == [weight.data_ptr(), log_scale.data_ptr()]
     assert len(kept) == 3 and kept[2].shape == log_scale.shape  # and the scales as stored
 
@@ -354,7 +352,7 @@ def test_scales_that_do_not_fit_are_refused():
     weight, log_scale = draw()
     for wrong in (log_scale[:5], log_scale[:, :0], log_scale[0], torch.zeros(6, 5)):
         for call in (lambda s=wrong: quantized(weight, s), lambda s=wrong: dequantize(weight.to(torch.int8), s),
-                     lambda s=wrong: codes(weight, s, num_bits=4, stored_dtype=torch.bfloat16)):  # fmt: skip
+                     lambda s=wrong: codes(weight, s, QuantFormat(4))):  # fmt: skip
             with pytest.raises(ValueError, match="do not fit a weight"):
                 call()
     with pytest.raises(ValueError, match=r"do not fit a weight \(24,\)"):
@@ -367,7 +365,7 @@ def test_clipped_weights_are_counted():
     weight, log_scale = draw(rows=40, seed=2)
     s = stored_scale(log_scale, torch.bfloat16).float().repeat_interleave(8, dim=1)
     want = sum(not -8 <= oracle.nearest(v) <= 7 for v in (weight / s).flatten().tolist())
-    found = clipped(weight, log_scale, num_bits=4, stored_dtype=torch.bfloat16)
+    found = clipped(weight, log_scale, QuantFormat(4))
     assert want > 10
     assert found.item() == want
     assert found.dtype == torch.int64
@@ -378,8 +376,8 @@ def test_a_settled_scale_keeps_its_dtype_beside_a_float64_weight():
     plain = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
     late = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
     quantized(*plain).square().sum().backward()
-    quantized(*late, defer=True).square().sum().backward()
-    finalize_deferred_grads(*late, num_bits=4, stored_dtype=torch.bfloat16)
+    quantized(*late, defer_grads=True).square().sum().backward()
+    finalize_deferred_grads(*late, QuantFormat(4))
     assert [one.grad.dtype for one in late] == [torch.float64, torch.float32]
     assert torch.equal(late[0].grad, plain[0].grad)
     torch.testing.assert_close(late[1].grad, plain[1].grad, rtol=1e-6, atol=0)
@@ -400,9 +398,9 @@ def test_several_blocks_of_rows_are_one_weight():
         part = [weight[row : row + 1].clone().requires_grad_(), log_scale[row : row + 1].clone().requires_grad_()]
         out = quantized(*part, group_size=columns // 8, num_bits=3)
         out.backward(weight[row : row + 1])
-        count = clipped(*part, num_bits=3, stored_dtype=torch.bfloat16)
+        count = clipped(*part, QuantFormat(3))
         rows.append((out.detach(), part[0].grad, part[1].grad, count))
     assert torch.equal(value.detach(), torch.cat([row[0] for row in rows]))
     assert torch.equal(leaves[0].grad, torch.cat([row[1] for row in rows]))
     assert torch.equal(leaves[1].grad, torch.cat([row[2] for row in rows]))
-    assert clipped(weight, log_scale, num_bits=3, stored_dtype=torch.bfloat16) == sum(row[3] for row in rows)
+    assert clipped(weight, log_scale, QuantFormat(3)) == sum(row[3] for row in rows)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -18,7 +18,7 @@ def test_weights_of_the_forward_pass_are_compared_with_what_is_saved(autocast, c
     """
     torch.manual_seed(0)
     linears = {name: nn.Linear(128, 8) for name in ("a", "b")}
-    attached = attach(linears, group_size=32, stored_dtype=torch.float16, cache=cache)
+    attached = attach(linears, QuantFormat(4, 32, torch.float16), cache=cache)
 
     def forward():
         with torch.autocast("cpu", dtype=torch.float16, enabled=autocast), torch.no_grad():

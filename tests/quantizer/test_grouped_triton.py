@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.quantizer import Format, attach, fake_quant_triton, grouped_triton
+from grace_plugin.quantizer import QuantFormat, attach, fake_quant_triton, grouped_triton
 from grace_plugin.quantizer.grouped import Layer, finalize_all_deferred_grads, launches
-from grace_plugin.quantizer.layers import STATE
-from grace_plugin.quantizer.scales import code_range, start_scales
+from grace_plugin.quantizer.linear import STATE
+from grace_plugin.quantizer.scales import start_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 256), (40, 128), (3, 384), (17, 640)]  # rows that fill no tile, one layer of many tiles
@@ -18,7 +18,9 @@ SHAPES = [(8, 256), (40, 128), (3, 384), (17, 640)]  # rows that fill no tile, o
 def drawn(shapes, group, dtype, stored_dtype):
     made = torch.Generator().manual_seed(5)
     weights = [torch.randn(*shape, generator=made).to(dtype) for shape in shapes]
-    thetas = [start_scales(weight, group, dtype=stored_dtype).float() - 0.5 for weight in weights]  # some are clipped
+    thetas = [
+        start_scales(weight, QuantFormat(4, group, stored_dtype)).float() - 0.5 for weight in weights
+    ]  # some are clipped
     return [weight.to(DEVICE) for weight in weights], [theta.to(DEVICE) for theta in thetas]
 
 
@@ -29,18 +31,18 @@ def drawn(shapes, group, dtype, stored_dtype):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_layer_of_a_launch_has_the_numbers_of_its_own(dtype, stored_dtype, count):
     weights, thetas = drawn(SHAPES[:count], 128 if count == 4 else 32, dtype, stored_dtype)
-    layers = list(zip(weights, thetas, strict=True))
-    made = grouped_triton.forward(layers, stored_dtype, (-8, 7), dtype)
+    fmt, layers = QuantFormat(4, stored_dtype=stored_dtype), list(zip(weights, thetas, strict=True))
+    made = grouped_triton.forward(layers, fmt, dtype)
     grads = [torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) for w in weights]
     changed = [grad.clone() for grad in grads]
-    of_scales = grouped_triton.backward(layers, changed, stored_dtype, (-8, 7))
+    of_scales = grouped_triton.backward(layers, changed, fmt)
     for weight, theta, (value, scale), grad, one, of_scale in zip(
         weights, thetas, made, grads, changed, of_scales, strict=True
     ):
-        alone = fake_quant_triton.forward(weight, theta, stored_dtype, (-8, 7), dtype)
+        alone = fake_quant_triton.forward(weight, theta, fmt, dtype)
         assert torch.equal(value, alone[0]) and torch.equal(scale, alone[1])
         want, want_of_scale = torch.empty_like(weight), torch.empty_like(theta)
-        fake_quant_triton.backward(weight, scale, grad, code_range(4), want, want_of_scale)
+        fake_quant_triton.backward(weight, scale, grad, fmt, want, want_of_scale)
         assert torch.equal(one, want) and 0 < int((one == 0).sum()) < one.numel()
         assert torch.equal(of_scale, want_of_scale) and of_scale.shape == theta.shape
 
@@ -61,7 +63,7 @@ def beside_an_address(t):
     return torch.ones(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape)
 
 
-FORM = Format(16, 4, torch.bfloat16)
+FORM = QuantFormat(4, 16)
 
 
 def test_layers_of_one_dtype_and_group_size_share_a_launch():
@@ -86,7 +88,7 @@ def test_what_no_launch_takes_is_left(changes):
     others = [layer(), layer()]
     (found,) = launches([others[0], layer(**changes), others[1]], FORM, grads=False)
     assert [id(one) for one in found] == [id(one) for one in others]
-    assert not launches(others, Format(16, 4, torch.float64), grads=False), "a stored dtype that exists for tests"
+    assert not launches(others, QuantFormat(4, 16, torch.float64), grads=False), "a stored dtype that exists for tests"
 
 
 @pytest.mark.parametrize("change", [columns_first, beside_an_address])
@@ -120,9 +122,9 @@ def gradients(made):
 
 def one_by_one(made, batch):
     """Gradients where no layer stands beside another: each is attached by itself."""
-    attached = [attach({name: layer}, group_size=16) for name, layer in linears(made).items()]
+    attached = [attach({name: layer}, QuantFormat(4, 16)) for name, layer in linears(made).items()]
     for each in attached:
-        each.defer()
+        each.defer_grads()
     for part in batch.split(3):
         made(part).square().sum().backward()
     for each in attached:
@@ -134,8 +136,8 @@ def test_a_step_of_a_model_has_the_gradients_of_its_layers_alone():
     batch = torch.randn(6, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     want = one_by_one(model(), batch)
     made = model()
-    attached = attach(linears(made), group_size=16)
-    attached.defer()
+    attached = attach(linears(made), QuantFormat(4, 16))
+    attached.defer_grads()
     for part in batch.split(3):
         made(part).square().sum().backward()
     assert attached.quantizations == 4
@@ -148,7 +150,7 @@ def test_a_step_of_a_model_has_the_gradients_of_its_layers_alone():
 
 def test_the_first_layer_of_a_pass_quantizes_for_all_and_the_others_find_it():
     made = model()
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
     made[0](torch.randn(2, 64, device=DEVICE)).sum().backward()
     assert attached.quantizations == 4
@@ -166,7 +168,7 @@ def test_the_first_layer_of_a_pass_quantizes_for_all_and_the_others_find_it():
 
 def test_layers_that_compute_in_another_dtype_are_left_as_they_are():
     made = model()
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
 
     def run():
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -190,8 +192,8 @@ def test_layers_that_no_launch_takes_are_done_by_themselves():
     made[3].weight.requires_grad_(False)
     other = copy.deepcopy(made)
     batch = torch.randn(6, 64, device=DEVICE)
-    attached = attach(linears(made), group_size=16)
-    attached.defer()
+    attached = attach(linears(made), QuantFormat(4, 16))
+    attached.defer_grads()
     for part in batch.split(3):
         made(part).square().sum().backward()
     attached.finalize_deferred_grads()
@@ -204,12 +206,12 @@ def test_layers_that_no_launch_takes_are_done_by_themselves():
 
 def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
     made = model()
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
     held = []
 
     class Frozen(dict):
         def __getitem__(self, name):
-            held.append(sum(one.__dict__[STATE].cache._kept is not None for one in made))
+            held.append(sum(one.__dict__[STATE].cache._entry is not None for one in made))
             return super().__getitem__(name)
 
     assert attached.count_forward_mismatches(Frozen(attached.freeze())) == {}
@@ -220,7 +222,7 @@ def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
 
 def test_a_copied_model_fills_nothing_of_the_first():
     made = model()
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
     copy.deepcopy(made)(torch.randn(2, 64, device=DEVICE))
     assert attached.quantizations == 0
     made(torch.randn(2, 64, device=DEVICE))
@@ -229,7 +231,7 @@ def test_a_copied_model_fills_nothing_of_the_first():
 
 def test_layers_with_a_low_rank_update_are_left_to_their_own_forward_pass():
     made = model()
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
     attached.add_lora(["1", "2"], rank=2, alpha=4.0)
     made[0](torch.randn(2, 64, device=DEVICE))
     assert attached.quantizations == 2
@@ -244,7 +246,7 @@ def test_layers_with_a_low_rank_update_are_left_to_their_own_forward_pass():
 
 def test_a_low_rank_update_without_a_cache_gets_none():
     made = model()
-    attached = attach(linears(made), group_size=16, cache=False)
+    attached = attach(linears(made), QuantFormat(4, 16), cache=False)
     attached.add_lora(["1", "2"], rank=2, alpha=4.0)
     for _ in range(2):
         made(torch.randn(2, 64, device=DEVICE))
@@ -253,7 +255,7 @@ def test_a_low_rank_update_without_a_cache_gets_none():
 
 def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
     made, batch = model(), torch.randn(2, 64, device=DEVICE)
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
     attached.prefetch_quantized_weights()
     assert attached.quantizations == 0, "no forward pass has said in what dtype"
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
@@ -274,7 +276,7 @@ def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
 
 def test_ahead_each_layer_is_quantized_in_the_dtype_it_computes_in():
     made, batch = model(), torch.randn(2, 64, device=DEVICE)
-    attached = attach(linears(made), group_size=16)
+    attached = attach(linears(made), QuantFormat(4, 16))
 
     def run():
         with torch.autocast(DEVICE, dtype=torch.bfloat16):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.quantizer.launch import Kernel
+from grace_plugin.quantizer.fake_quant_triton import Kernel
 
 
 class Compiled:

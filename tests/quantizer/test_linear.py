@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grace_plugin.quantizer import PARAMETER, attach, fake_quantize
-from grace_plugin.quantizer.layers import STATE
+from grace_plugin.quantizer import PARAMETER, QuantFormat, attach, fake_quantize
+from grace_plugin.quantizer.linear import STATE
 from grace_plugin.quantizer.scales import autocasts
 
-FORM = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
+FORM = QuantFormat(4, 8)
 
 
 class Products(TorchDispatchMode):
@@ -27,12 +27,12 @@ class Products(TorchDispatchMode):
 def layer(dtype=torch.float32, bias=True, cache=True):
     torch.manual_seed(0)
     linear = nn.Linear(16, 12, bias=bias, dtype=dtype)
-    return linear, attach({"a": linear}, cache=cache, **FORM)
+    return linear, attach({"a": linear}, FORM, cache=cache)
 
 
 def apart(linear, x):
     """The same by two functions of autograd."""
-    weight = fake_quantize(linear.weight, getattr(linear, PARAMETER), **FORM)
+    weight = fake_quantize(linear.weight, getattr(linear, PARAMETER), FORM)
     return nn.functional.linear(x, weight, linear.bias)
 
 
@@ -101,7 +101,7 @@ def test_one_saved_tensor_beside_what_a_cache_holds(cache):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         y = linear(x)
     assert saved == ([x.shape] if cache else [x.shape, linear.weight.shape])
-    assert len(y.grad_fn.kept.tensors()) == 3
+    assert len(y.grad_fn.saved_weights.tensors()) == 3
 
 
 def test_without_a_cache_the_backward_pass_reads_what_was_saved():
@@ -124,7 +124,7 @@ def test_a_graph_that_is_held_keeps_no_quantized_weight_alive():
     y = linear(torch.randn(2, 3, 16, requires_grad=True)).sum()
     y.backward(retain_graph=True)
     cache = linear.__dict__[STATE].cache
-    address = cache._kept[1][0].data_ptr()
+    address = cache._entry[1][0].data_ptr()
 
     def held():
         return sum(isinstance(one, torch.Tensor) and one.data_ptr() == address for one in gc.get_objects())

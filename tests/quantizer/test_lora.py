@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from grace_plugin.quantizer import (
     LORA_A,
     LORA_B,
+    QuantFormat,
     attach,
     codes,
     dequantize,
@@ -19,12 +20,12 @@ from grace_plugin.quantizer import (
     start_scales,
     stored_scale,
 )
-from grace_plugin.quantizer.cache import WeightCache
+from grace_plugin.quantizer.fake_quant import WeightCache
 from grace_plugin.quantizer.lora import _blocks
 from grace_plugin.quantizer.scales import row_blocks
 from tests.reference.footprint import Footprint
 
-HOW = {"group_size": 8, "num_bits": 4, "stored_dtype": torch.bfloat16}
+FMT = QuantFormat(4, 8)
 SCALING = 1.7
 
 
@@ -36,12 +37,12 @@ def draw(rows=6, columns=24, rank=2, seed=0, dtype=torch.float32):
     lora_a, lora_b = (
         torch.randn(*s, generator=g, dtype=torch.float64).to(wide) for s in ((rank, columns), (rows, rank))
     )
-    theta = start_scales(weight, 8) + 0.3
+    theta = start_scales(weight, FMT) + 0.3
     return weight, lora_a, lora_b, theta
 
 
 def quantized(weight, lora_a, lora_b, theta, **kwargs):
-    return fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **HOW, **kwargs)
+    return fake_quantize_merged(weight, lora_a, lora_b, theta, FMT, scaling=SCALING, **kwargs)
 
 
 def test_value_and_gradients_are_those_of_quantizing_the_sum():
@@ -50,13 +51,11 @@ def test_value_and_gradients_are_those_of_quantizing_the_sum():
     upstream = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     value = quantized(*ours)
     weight, lora_a, lora_b, theta = plain
-    expected = fake_quantize(weight + SCALING * (lora_b @ lora_a), theta, **HOW)
+    expected = fake_quantize(weight + SCALING * (lora_b @ lora_a), theta, FMT)
     assert torch.equal(value, expected)
     value.backward(upstream)
     expected.backward(upstream)
-    clipped = codes(
-        (weight + SCALING * (lora_b @ lora_a)).detach(), theta.detach(), num_bits=4, stored_dtype=torch.bfloat16
-    )
+    clipped = codes((weight + SCALING * (lora_b @ lora_a)).detach(), theta.detach(), FMT)
     assert 0 < int((clipped == 7).sum()) + int((clipped == -8).sum()) < clipped.numel()
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-13)
@@ -67,7 +66,7 @@ def test_the_forward_value_is_the_exported_sum_s_code_bit_for_bit(dtype):
     weight, lora_a, lora_b, theta = draw(dtype=dtype)
     total = merged(weight, lora_a, lora_b, scaling=SCALING)
     assert total.dtype == torch.float32
-    integers = codes(total, theta, num_bits=4, stored_dtype=torch.bfloat16)
+    integers = codes(total, theta, FMT)
     shipped = dequantize(integers, stored_scale(theta, torch.bfloat16))
     value = quantized(weight, lora_a, lora_b, theta)
     assert value.dtype == dtype
@@ -127,7 +126,7 @@ def test_only_what_is_trained_and_the_weight_are_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         value = quantized(*tensors)
     assert saved == []
-    assert [t.data_ptr() for t in value.grad_fn.kept.tensors()] == [t.data_ptr() for t in tensors]
+    assert [t.data_ptr() for t in value.grad_fn.saved_weights.tensors()] == [t.data_ptr() for t in tensors]
     with torch.no_grad():
         tensors[1].mul_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation between forward and backward"):
@@ -163,9 +162,9 @@ def test_a_weight_trains_beside_factors_that_stand_still():
 
 def test_scales_that_autocast_could_not_hold_are_taken_outside_it():
     weight, lora_a, lora_b, theta = draw()
-    how = {**HOW, "stored_dtype": torch.float32}
-    value = fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **how)
-    assert torch.equal(value, fake_quantize(merged(weight, lora_a, lora_b, scaling=SCALING), theta, **how))
+    fmt = QuantFormat(4, 8, torch.float32)
+    value = fake_quantize_merged(weight, lora_a, lora_b, theta, fmt, scaling=SCALING)
+    assert torch.equal(value, fake_quantize(merged(weight, lora_a, lora_b, scaling=SCALING), theta, fmt))
 
 
 def test_a_compute_dtype_that_would_round_is_refused():
@@ -194,7 +193,7 @@ class Tiny(nn.Module):
 
 def adapted(seed=None, **kwargs):
     model = Tiny()
-    result = attach({"up": model.up, "down": model.down}, group_size=16, **kwargs)
+    result = attach({"up": model.up, "down": model.down}, QuantFormat(4, 16), **kwargs)
     torch.manual_seed(99 if seed is None else seed + 100)  # the update does not come from the global generator
     result.add_lora(["up", "down"], rank=4, alpha=8.0, **({} if seed is None else {"seed": seed}))
     return model, result
@@ -215,7 +214,7 @@ def train(model, steps=4):
 
 def test_an_update_starts_at_zero_and_from_its_seed_alone():
     plain = Tiny()
-    attach({"up": plain.up, "down": plain.down}, group_size=16)
+    attach({"up": plain.up, "down": plain.down}, QuantFormat(4, 16))
     model, _ = adapted()
     again, _ = adapted(seed=0)
     other, _ = adapted(seed=1)
@@ -271,7 +270,7 @@ def test_the_update_is_scaled_by_alpha_over_the_rank():
     with torch.no_grad():
         model.up.lora_B.normal_()
     total = merged(model.up.weight, model.up.lora_A, model.up.lora_B, scaling=2.0)
-    expected = codes(total, model.up.weight_log_scale, num_bits=4, stored_dtype=torch.bfloat16)
+    expected = codes(total, model.up.weight_log_scale, FMT)
     assert torch.equal(result.freeze()["up"][0], expected)
 
 
@@ -287,7 +286,7 @@ def test_the_cache_tells_autocast_s_weight_from_the_other():
 
 def test_layers_without_an_update_learn_scales_alone():
     model = Tiny()
-    result = attach({"up": model.up, "down": model.down}, group_size=16)
+    result = attach({"up": model.up, "down": model.down}, QuantFormat(4, 16))
     result.add_lora(["down"], rank=2, alpha=2.0)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {"up.weight_log_scale", "down.weight_log_scale", "down.lora_A", "down.lora_B"}
@@ -311,8 +310,7 @@ def test_gradcheck_where_the_estimator_is_the_true_derivative():
     given = [t.requires_grad_() for t in (weight, lora_a, lora_b, theta)]
 
     def run(weight, lora_a, lora_b, theta):
-        how = {"group_size": 2, "num_bits": 4, "stored_dtype": torch.float64}
-        return fake_quantize_merged(weight, lora_a, lora_b, theta, scaling=SCALING, **how)
+        return fake_quantize_merged(weight, lora_a, lora_b, theta, QuantFormat(4, 2, torch.float64), scaling=SCALING)
 
     assert gradcheck(run, given)
 
@@ -323,8 +321,8 @@ def test_gradcheck_of_the_factors_where_the_rounding_is_passed_through():
     theta = torch.full((3, 2), 3.0, dtype=torch.float64)  # wide enough that nothing is clipped
     upstream = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     given = [t.requires_grad_() for t in (weight, lora_a, lora_b)]
-    how = {"group_size": 4, "num_bits": 8, "stored_dtype": torch.float64}
-    found = torch.autograd.grad(fake_quantize_merged(*given, theta, scaling=SCALING, **how), given, upstream)
+    fmt = QuantFormat(8, 4, torch.float64)
+    found = torch.autograd.grad(fake_quantize_merged(*given, theta, fmt, scaling=SCALING), given, upstream)
 
     def surrogate(weight, lora_a, lora_b):
         return weight + SCALING * lora_b @ lora_a

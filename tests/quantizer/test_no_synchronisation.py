@@ -3,7 +3,16 @@
 import torch
 from torch import nn
 
-from grace_plugin.quantizer import attach, clipped, codes, dequantize, fake_quantize, start_scales, stored_scale
+from grace_plugin.quantizer import (
+    QuantFormat,
+    attach,
+    clipped,
+    codes,
+    dequantize,
+    fake_quantize,
+    start_scales,
+    stored_scale,
+)
 
 
 def on_meta(*tensors):
@@ -13,17 +22,17 @@ def on_meta(*tensors):
 def test_every_function():
     weight = torch.empty(6, 32, device="meta", requires_grad=True)
     log_scale = torch.empty(6, 2, device="meta", requires_grad=True)
-    form = {"num_bits": 4, "stored_dtype": torch.bfloat16}
-    assert on_meta(start_scales(weight, 16))
-    integers, scale = codes(weight, log_scale, **form), stored_scale(log_scale, torch.bfloat16)
-    assert on_meta(integers, scale, dequantize(integers, scale), clipped(weight, log_scale, **form))
-    fake_quantize(weight, log_scale, group_size=16, **form).sum().backward()
+    fmt = QuantFormat(4, 16)
+    assert on_meta(start_scales(weight, fmt))
+    integers, scale = codes(weight, log_scale, fmt), stored_scale(log_scale, torch.bfloat16)
+    assert on_meta(integers, scale, dequantize(integers, scale), clipped(weight, log_scale, fmt))
+    fake_quantize(weight, log_scale, fmt).sum().backward()
     assert on_meta(weight.grad, log_scale.grad)
 
 
 def test_an_attached_layer():
     layers = {"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8, bias=False, device="meta")}
-    attached = attach(layers, group_size=16)
+    attached = attach(layers, QuantFormat(4, 16))
     x = torch.empty(3, 32, device="meta")
     (layers["a"](x) + layers["b"](x)).sum().backward()
     frozen = attached.freeze()
@@ -35,12 +44,12 @@ def test_an_attached_layer():
 
 def test_a_low_rank_update():
     layer = nn.Linear(32, 8, device="meta")
-    attached = attach({"a": layer}, group_size=16)
+    attached = attach({"a": layer}, QuantFormat(4, 16))
     attached.add_lora(["a"], rank=2, alpha=4.0)
     layer(torch.empty(3, 32, device="meta")).sum().backward()
     assert on_meta(layer.lora_A, layer.lora_B, layer.lora_A.grad, layer.lora_B.grad, *attached.freeze()["a"])
 
 
 def test_clip_share_of_layers_on_two_devices_stands_on_the_first():
-    attached = attach({"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8)}, group_size=16)
+    attached = attach({"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8)}, QuantFormat(4, 16))
     assert on_meta(attached.clip_share())

@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from grace_plugin.quantizer import (
-    check_format,
-    code_range,
-    group_count,
-    scales,
-    start_scales,
-    stored_scale,
-    validate_group,
-)
+from grace_plugin.quantizer import QuantFormat, scales, start_scales, stored_scale
 from tests.reference import fake_quant as oracle
 
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -25,43 +17,6 @@ FACTORS = [0.3 + 0.9 * i / 19 for i in range(20)]
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def test_code_ranges():
-    assert [code_range(bits) for bits in (2, 3, 4, 8)] == [(-2, 1), (-4, 3), (-8, 7), (-128, 127)]
-
-
-@pytest.mark.parametrize("bits", [1, 9, 0, -4])
-def test_bits_that_are_not_packed_are_refused(bits):
-    with pytest.raises(ValueError, match=f"num_bits must be between 2 and 8, got {bits}"):
-        code_range(bits)
-    with pytest.raises(ValueError, match="num_bits must be between 2 and 8"):
-        check_format(bits, torch.float16)
-
-
-def test_formats_that_cannot_be_saved_are_refused():
-    with pytest.raises(ValueError, match=r"scales cannot be stored as torch.int8; use torch.bfloat16"):
-        check_format(4, torch.int8)
-    with pytest.raises(ValueError, match=r"8-bit codes do not survive.*use float16"):
-        check_format(8, torch.bfloat16)
-    for bits in range(2, 9):
-        check_format(bits, torch.float16)
-        if bits < 8:
-            check_format(bits, torch.bfloat16)
-
-
-def test_groups():
-    assert [group_count(256, size) for size in (128, 256, 1, -1, None)] == [2, 1, 256, 1, 1]
-    assert validate_group(256, 128) is None
-    assert validate_group(200, -1) is None
-    assert validate_group(200, None) is None
-    assert validate_group(200, 128) == "input width 200 is not divisible by group_size 128"
-    for size in (0, -2):
-        assert f"group_size {size} is not a positive number" in validate_group(200, size)
-    with pytest.raises(ValueError, match="input width 200 is not divisible by group_size 128; choose a group_size"):
-        group_count(200, 128)
-    assert group_count(4, 4) == 1
-    assert validate_group(64, 128) == "input width 64 is not divisible by group_size 128"
 
 
 @pytest.mark.parametrize("stored", list(STORED))
@@ -112,7 +67,7 @@ def test_gradcheck_where_nothing_is_rounded():
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_the_start_is_the_candidate_of_least_squared_error(stored, bits):
     weight = normal(5, 24, seed=bits, dtype=torch.float64) * 0.05
-    found = start_scales(weight, 8, num_bits=bits, dtype=STORED[stored])
+    found = start_scales(weight, QuantFormat(bits, 8, STORED[stored]))
     assert found.shape == (5, 3)
     for row in range(5):
         for group in range(3):
@@ -130,17 +85,17 @@ def test_the_start_is_better_than_rounding_to_the_largest_weight():
         return ((grouped / s).round().clamp(-8, 7) * s - grouped).square().sum().item()
 
     plain = (weight.unflatten(-1, (2, 128)).abs().amax(-1) / 7).log()
-    assert error(start_scales(weight, 128, dtype=torch.float32)) < 0.85 * error(plain)
+    assert error(start_scales(weight, QuantFormat(4, 128, torch.float32))) < 0.85 * error(plain)
 
 
 def test_candidates_and_their_range_are_as_asked():
     weight = normal(4, 16, dtype=torch.float64)
     unit = weight.abs().amax(dim=1, keepdim=True) / 7
-    one = start_scales(weight, -1, candidates=1, low=0.5, high=2.0, dtype=torch.float64)
+    one = start_scales(weight, QuantFormat(4, -1, torch.float64), candidates=1, low=0.5, high=2.0)
     torch.testing.assert_close(one.exp(), 0.5 * unit, rtol=1e-12, atol=0)
-    two = start_scales(weight, None, candidates=2, low=1.0, high=50.0, dtype=torch.float64)
+    two = start_scales(weight, QuantFormat(4, None, torch.float64), candidates=2, low=1.0, high=50.0)
     torch.testing.assert_close(two.exp(), unit, rtol=1e-12, atol=0)
-    last = start_scales(weight, None, candidates=2, low=50.0, high=1.0, dtype=torch.float64)
+    last = start_scales(weight, QuantFormat(4, None, torch.float64), candidates=2, low=50.0, high=1.0)
     torch.testing.assert_close(last.exp(), unit, rtol=1e-12, atol=0)
 
 
@@ -148,28 +103,28 @@ def test_the_first_of_equal_candidates_wins():
     """3 is 3 * 1 and 1 * 3: both scales meet it exactly."""
     weight = torch.tensor([[3.0]], dtype=torch.float64)
     for low, high in ((1.0, 3.0), (3.0, 1.0)):
-        found = start_scales(weight, 1, candidates=2, low=low, high=high, num_bits=3, dtype=torch.float64)
+        found = start_scales(weight, QuantFormat(3, 1, torch.float64), candidates=2, low=low, high=high)
         assert found.exp().item() == pytest.approx(low)
 
 
 def test_a_group_of_zeros_starts_at_the_geometric_mean_of_the_others():
     weight = normal(3, 8)
     weight[1, 4:] = 0
-    found = start_scales(weight, 4)
+    found = start_scales(weight, QuantFormat(4, 4))
     others = [found[i, j].item() for i in range(3) for j in range(2) if (i, j) != (1, 1)]
     assert found[1, 1].item() == pytest.approx(sum(others) / 5, rel=1e-6)
-    assert torch.equal(start_scales(torch.zeros(2, 8), 4), torch.zeros(2, 2))
+    assert torch.equal(start_scales(torch.zeros(2, 8), QuantFormat(4, 4)), torch.zeros(2, 2))
 
 
 def test_a_single_living_group_decides_for_the_others():
     weight = torch.zeros(1, 8)
     weight[0, :4] = torch.tensor([0.5, -0.1, 0.2, 0.3])
-    found = start_scales(weight, 4)
+    found = start_scales(weight, QuantFormat(4, 4))
     assert found[0, 1] == found[0, 0]
 
 
 def test_tiny_weights_start_at_the_smallest_normal_scale():
-    found = start_scales(normal(2, 8) * 1e-8, 4, dtype=torch.float16)
+    found = start_scales(normal(2, 8) * 1e-8, QuantFormat(4, 4, torch.float16))
     assert torch.equal(stored_scale(found, torch.float16), torch.full((2, 2), 2.0**-14, dtype=torch.float16))
 
 
@@ -177,7 +132,7 @@ def test_the_start_survives_its_logarithm():
     """What the search judged is what stored_scale gives back, for bfloat16 weights too."""
     weight = normal(64, 256, seed=9, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16):
-        found = start_scales(weight, 32, dtype=dtype)
+        found = start_scales(weight, QuantFormat(4, 32, dtype))
         assert found.dtype == torch.float32
         unit = weight.float().unflatten(-1, (8, 32)).abs().amax(-1) / 7
         factors = torch.linspace(0.3, 1.2, 20, dtype=torch.float64)
@@ -195,8 +150,8 @@ def test_blocks_of_rows_cover_everything_once():
 
 def test_a_weight_of_several_blocks_starts_like_its_rows():
     weight = normal(3, scales.BLOCK_ELEMENTS // 2)
-    found = start_scales(weight, 1 << 16, candidates=2)
-    rows = [start_scales(weight[row : row + 1], 1 << 16, candidates=2) for row in range(3)]
+    found = start_scales(weight, QuantFormat(4, 1 << 16), candidates=2)
+    rows = [start_scales(weight[row : row + 1], QuantFormat(4, 1 << 16), candidates=2) for row in range(3)]
     assert torch.equal(found, torch.cat(rows))
 
 

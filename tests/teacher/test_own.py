@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 import grace_plugin
 from grace_plugin.data import ConversationCollator
 from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer import attach
+from grace_plugin.quantizer import QuantFormat, attach
 from grace_plugin.recipe import TrainingRecipe
 from grace_plugin.teacher import ResidentTeacher, SelfTeacher
 from grace_plugin.upstream import match_named_modules
@@ -29,7 +29,7 @@ def taught(family: str, freeze: tuple[str, ...]) -> tuple[Any, SelfTeacher, Grac
     """A quantized student in training mode, itself as teacher, the objective and a batch."""
     student, processor = build(family)
     linears = dict(match_named_modules(student, ["Linear"], family_of(student).quantization_ignore()))
-    attached = [attach(linears, group_size=128)]
+    attached = [attach(linears, QuantFormat(4, 128))]
     teacher = SelfTeacher(student)
     grace = GraceObjective(training=TrainingRecipe(freeze=freeze))
     grace.prepare(student, teacher, vocabulary=len(processor.tokenizer), total_steps=10, attached=attached)
