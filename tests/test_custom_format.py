@@ -60,8 +60,7 @@ def test_custom_format__saved_by_compressed_tensors__same_codes(example: ModuleT
 
 def test_custom_format__run_as_a_script__prints_errors_and_codes() -> None:
     assert len(EXAMPLE.read_text().splitlines()) < 80
-    done = subprocess.run(
-        [sys.executable, EXAMPLE], capture_output=True, text=True, cwd=EXAMPLE.parents[1], timeout=300
-    )
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "codes [-4, -2, -1, 0, 1, 2, 4]" in done.stdout
