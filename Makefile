@@ -55,7 +55,7 @@ families: env
 floors:
 	@$(PYTHON) integration/env/build.py floors .venv/floors
 	$(subst $(TRAIN),.venv/floors,$(PYTEST)) loadfile tests --ignore=tests/benchmarks \
-		--deselect tests/test_upstream_names.py::test_the_versions_named_are_those_that_are_tested
+		--deselect tests/test_upstream_names.py::test_tested_versions__installed__are_those_named
 
 lint: $(TRAIN_BUILT)
 	$(TRAIN)/bin/ruff check .

@@ -1,7 +1,7 @@
-"""The border: every llm-compressor and compressed-tensors name this project touches.
+"""Every llm-compressor and compressed-tensors name that this project uses, each with its reason.
 
-Nothing else in the package imports `llmcompressor` or `compressed_tensors`. Each name stands in `grace_plugin.contract` with
-the first version it was seen working in and the reason we need it; a name that is gone is an ImportError that says so.
+Nothing else in the package imports `llmcompressor` or `compressed_tensors`. Attributes that are read of these objects are
+listed with their reasons in `integration/test_upstream_attributes.py`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,31 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from grace_plugin.contract import CONTRACT, Contract, moved
+#: versions that the tests run with
+TESTED = {"llmcompressor": "0.14.0.1", "compressed-tensors": "0.19.0"}
+
+
+def _versions() -> str:
+    parts = []
+    for name, tested in TESTED.items():
+        try:
+            parts.append(f"{name} {tested} tested, {version(name)} installed")
+        except PackageNotFoundError:
+            parts.append(f"{name} {tested} tested, none installed")
+    return "; ".join(parts)
+
 
 try:
+    # verification unpacks the codes of a checkpoint with it
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    # upstream's offload holds experts made linear, and pins them to the device they were made on
     from compressed_tensors.offload.module import remove_module_offload
+
+    # formats are read from upstream's own classes; each targeted layer carries a scheme and a status
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -26,26 +44,40 @@ try:
         QuantizationType,
         is_preset_scheme,
     )
+
+    # targets and ignore lists are matched by upstream's rules
     from compressed_tensors.utils import match_named_modules
+
+    # our own `oneshot` ends in upstream's
     from llmcompressor import oneshot
+
+    # a run has a session of its own, fires upstream's training events and reads its state
     from llmcompressor.core import LifecycleCallbacks, State, active_session, create_session
+
+    # experts held as one 3D parameter become linears, which can be quantized, and are read back as linears
     from llmcompressor.modeling.moe.conversion_mappings import patch_moe_mappings
     from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
+
+    # GraceModifier is a Modifier, found by name in YAML recipes
     from llmcompressor.modifiers import Modifier, ModifierFactory
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    # schemes are attached, resolved and frozen by upstream's rules
     from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+
+    # `oneshot(pipeline="grace")` finds our training loop in this registry
     from llmcompressor.pipelines import CalibrationPipeline
+
+    # recipes are read by upstream's own reader
     from llmcompressor.recipe import Recipe
+
+    # checkpoints are written through upstream's own save path
     from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 except ImportError as error:
-    raise moved(error) from error
+    raise ImportError(f"upstream has moved a name ({error}); {_versions()}. Install the tested versions") from error
 
 __all__ = [
-    "CONTRACT",
+    "TESTED",
     "CalibrationPipeline",
-    "Contract",
-    "GPTQModifier",
     "LifecycleCallbacks",
     "Modifier",
     "ModifierFactory",
@@ -53,7 +85,6 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationMetadata",
     "QuantizationMixin",
-    "QuantizationModifier",
     "QuantizationScheme",
     "QuantizationStatus",
     "QuantizationStrategy",

@@ -1,4 +1,4 @@
-"""The facts about upstream that the code relies on still hold; `test_contract.py` looks for the names.
+"""The facts about upstream that the code relies on still hold; `test_upstream_attributes.py` checks the names.
 
 When a fact has changed in our favour, the work-around named in the test can go.
 """

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
 from benchmarks.accuracy import pair
@@ -19,7 +21,7 @@ from benchmarks.accuracy.scenes import Album, Asked
 from benchmarks.accuracy.study import SETTINGS
 from grace_plugin.export.freeze import set_upstream_scales
 from grace_plugin.export.write import rewrite_ignore
-from grace_plugin.upstream import GPTQModifier, QuantizationMixin, QuantizationModifier, modify_save_pretrained, oneshot
+from grace_plugin.upstream import QuantizationMixin, modify_save_pretrained, oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = ["calibration", "compress", "export"]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
 from examples.bundled_demo.plain import PlainObjective
@@ -24,7 +26,7 @@ from grace_plugin.export.write import rewrite_ignore
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run import TrainResult, train
 from grace_plugin.run.inputs import grace_modifier, read_recipe
-from grace_plugin.upstream import GPTQModifier, QuantizationModifier, oneshot
+from grace_plugin.upstream import oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = [

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grace_plugin.export.write import rewrite_ignore
-from grace_plugin.upstream import QuantizationModifier, oneshot
+from grace_plugin.upstream import oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = ["change", "damaged", "rounded", "stored_name"]
