@@ -45,7 +45,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests import tiny_idefics, tiny_llava
+from tests import tiny_deepseek, tiny_idefics, tiny_llava
 from tests.tiny_text import LLAVA_TEMPLATE, QWEN2_TEMPLATE, QWEN3_TEMPLATE, make_samples, make_tokenizer
 
 __all__ = ["EVERY", "FAMILIES", "build", "make_samples", "make_tokenizer", "save"]
@@ -76,7 +76,7 @@ def build(
     vocab = vocab_rows or len(tokenizer)
     if vocab < len(tokenizer):
         raise ValueError(f"vocab_rows={vocab} is below the tokenizer's {len(tokenizer)}")
-    make = _BUILDERS[family]
+    make = _BUILDERS.get(family) or _UNREGISTERED[family]
     text = dict(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 3 // 2, num_hidden_layers=layers,
         num_attention_heads=hidden // HEAD_DIM, head_dim=HEAD_DIM, num_key_value_heads=KV_HEADS, max_position_embeddings=2048,
@@ -223,6 +223,7 @@ _BUILDERS = {
     "internvl": tiny_llava.internvl, "smolvlm": tiny_idefics.smolvlm, "idefics3": tiny_idefics.idefics3,
     "gemma3": tiny_llava.gemma3, "mistral3": tiny_llava.mistral3, "pixtral": tiny_llava.pixtral,
 }  # fmt: skip
+_UNREGISTERED = {"deepseek_vl": tiny_deepseek.deepseek_vl}  # of examples/custom_family.py
 EVERY = tuple(_BUILDERS)
 """Every architecture; `pixtral` is LLaVA's class around another tower."""
 

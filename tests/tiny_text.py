@@ -51,7 +51,11 @@ SPECIAL: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         **{f"lines{k}": "\n" * k for k in (1, 2, 3, 4)},
     }),
 }  # fmt: skip
-SPECIAL |= {"mistral3": SPECIAL["pixtral"], "smolvlm": SPECIAL["idefics3"]}
+SPECIAL |= {
+    "deepseek_vl": (MARKS, {"image_token": "<image_placeholder>"}),
+    "mistral3": SPECIAL["pixtral"],
+    "smolvlm": SPECIAL["idefics3"],
+}
 
 
 def chat_template(image: str, video: str = "", end: str = "<|im_end|>") -> str:

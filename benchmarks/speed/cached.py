@@ -12,7 +12,7 @@ from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import supervised_positions
 from grace_plugin.teacher.cached import CachedTeacher, open_store, teacher_identity
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.teacher.store import ShardWriter, write_store
 
 __all__ = ["cached_teacher"]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_plugin.export.processor import is_processor_file
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 
 __all__ = [
     "CONFIG",

@@ -44,7 +44,7 @@ from grace_plugin.export.record import (
 )
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
-from grace_plugin.vlm import FAMILIES
+from grace_plugin.vlm import family_of
 
 __all__ = ["LOGIT_BOUND", "VerificationError", "check_against_run", "verify"]
 
@@ -65,7 +65,7 @@ def load(folder: Path) -> Any:
     """Load the checkpoint as transformers does: quantized layers still packed, dtype as stored."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with FAMILIES[AutoConfig.from_pretrained(folder).model_type].loading_context():
+    with family_of(AutoConfig.from_pretrained(folder)).loading_context():
         return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
 
 

@@ -23,7 +23,7 @@ from grace_plugin.data.key import processor_settings
 from grace_plugin.export.record import environment
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.teacher import Teacher
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 
 __all__ = ["SCHEDULE_KEYS", "check_same_run", "dataset_fingerprint", "describe_run", "weights_fingerprint"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.teacher import SelfTeacher, Teacher, check_pair
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.vlm import context_length, vocabulary_rows
 
 __all__ = ["SampleLimits", "sample_limits"]

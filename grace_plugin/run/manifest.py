@@ -30,7 +30,7 @@ from grace_plugin.data.mix import Samples
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.export.record import RUN_FILE, environment
 from grace_plugin.run.settings import arguments_to_record
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.upstream import Recipe
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a teacher is, whatever its kind: a head, and the hidden states that the losses read of a batch.
+"""The interface of a teacher: an output head, and the hidden states that the losses read of a batch.
 
 Legend: B batch, S sequence, N supervised positions, M visual tokens, d_t teacher width, V_t rows of the teacher's head.
 """
@@ -30,9 +30,9 @@ MISSING = (
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What is kept of one teacher pass: `final` [N, d_t] and `visual` [M, d_t], in the teacher's dtype.
+    """Hidden states of one teacher pass: `final` [N, d_t] and `visual` [M, d_t], in the teacher's dtype.
 
-    `visual` is [0, d_t] for a decoder of one layer and a cache without visual tokens, which serve runs without relation.
+    `visual` is [0, d_t] for a decoder of one layer and for a cache without visual tokens; neither allows the relational term.
     """
 
     final: Tensor
@@ -58,13 +58,13 @@ def model_inputs(
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
-    """int64 [N]: flat positions in [B * S] whose next token is supervised, for labels [B, S]."""
+    """Return the flat positions in [B * S], int64 [N], whose next token is supervised, for labels [B, S]."""
     mask = labels[:, 1:] != IGNORE_INDEX
     return nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 class Teacher(ABC):
-    """Answers for a batch. `config` and `name_or_path` are those of the checkpoint, as on a transformers model."""
+    """A teacher of any kind. `config` and `name_or_path` are those of its checkpoint, as on a transformers model."""
 
     config: Any
     name_or_path: str
@@ -74,54 +74,54 @@ class Teacher(ABC):
 
     @property
     def family(self) -> Family:
-        """The family of the teacher's model."""
+        """Return the family of the teacher's model."""
         return family_of(self)
 
     @property
     def softcap(self) -> float | None:
-        """c where the teacher's logits are c * tanh(logits / c); None where they are the head's product."""
+        """Return c where the teacher's logits are c * tanh(logits / c), else None."""
         return self.family.softcap(self.config)
 
     @abstractmethod
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V_t, d_t] and bias [V_t] of the output head, without a gradient."""
+        """Return weight [V_t, d_t] and bias [V_t] of the output head, without gradients."""
 
     @abstractmethod
     def states(
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
-        """What the losses read of a batch.
+        """Return the hidden states of a batch.
 
         Args:
             batch: of the collator, on the student's device.
             positions: int64 [N], flat positions in [B * S] that predict a supervised token.
             visual: positions of the visual tokens.
-            host: the batch in host memory, when it is there too.
+            host: the same batch in host memory, if it is available.
         """
 
     def to(self, device: torch.device) -> None:
-        """Move to the device of the run."""
+        """Move to the device of the training run."""
         return None
 
     def begin(self, student: nn.Module, attached: Sequence[QuantizedLayerGroup]) -> None:
-        """Called once before the first step, when it is settled what of the student trains."""
+        """Prepare for the first step; called once, after the student's trainable parameters were chosen."""
         return None
 
 
 GivenTeacher = str | os.PathLike[str] | nn.Module | Teacher
-"""What may take the place of the recipe's teacher: a checkpoint, a loaded model, or a `Teacher` of one's own."""
+"""What can be passed instead of the recipe's teacher: a checkpoint, a loaded model, or an instance of a `Teacher` subclass."""
 
 
 @torch.no_grad()
 def states_of(
     forward: Any, text_model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, visual: VisualTokens
 ) -> TeacherStates:
-    """The states of one forward pass, `forward(**inputs)`, of the model whose decoder is `text_model`; on inputs' device."""
+    """Run `forward(**inputs)` and return the states of the decoder `text_model`, on the device of `positions`."""
     with capture(text_model) as caught:
         forward(**inputs, use_cache=False, logits_to_keep=1)
     assert caught.final is not None
     final = caught.final.flatten(0, 1).index_select(0, positions.to(caught.final.device))
-    if caught.penultimate is None:  # one layer: `check_depth` has refused a relational term
+    if caught.penultimate is None:  # a decoder of one layer, for which `check_depth` refuses the relational term
         return TeacherStates(final.to(positions.device), final[:0].to(positions.device))
     seen = caught.penultimate.flatten(0, 1).index_select(0, visual.index.to(caught.penultimate.device))
     return TeacherStates(final.to(positions.device), seen.to(positions.device))

@@ -40,10 +40,10 @@ from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
 from grace_plugin.teacher.cached import teacher_identity
+from grace_plugin.teacher.checkpoint import UnloadedCheckpoint, open_checkpoint
 from grace_plugin.teacher.open import check_pair
 from grace_plugin.teacher.plan import CachePlan, check_disk, check_folder, drop_damaged, plan_cache
 from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
-from grace_plugin.teacher.source import Checkpoint, open_checkpoint
 from grace_plugin.teacher.store import (
     ShardWriter,
     building,
@@ -207,7 +207,11 @@ class _Runner:
     """
 
     def __init__(
-        self, student: Checkpoint, source: Checkpoint, asked: TeacherRecipe, device: str | torch.device | None
+        self,
+        student: UnloadedCheckpoint,
+        source: UnloadedCheckpoint,
+        asked: TeacherRecipe,
+        device: str | torch.device | None,
     ) -> None:
         self.family, self.config = family_of(student), student.config
         loaded_teacher = load_teacher(source.name_or_path, revision=source.revision, dtype=asked.dtype)
@@ -243,7 +247,7 @@ def _per_sample(index: Tensor, samples: int, length: int) -> list[int]:
     return torch.bincount(index // length, minlength=samples).tolist()
 
 
-def _processor(student: Checkpoint) -> Any:
+def _processor(student: UnloadedCheckpoint) -> Any:
     from transformers import AutoProcessor
 
     try:

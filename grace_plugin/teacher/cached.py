@@ -22,7 +22,7 @@ from grace_plugin.data import SAMPLE_KEY, Prepared, is_scannable, processor_sett
 from grace_plugin.data.conversation import sample_name
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates
-from grace_plugin.teacher.source import Checkpoint, open_checkpoint
+from grace_plugin.teacher.checkpoint import UnloadedCheckpoint, open_checkpoint
 from grace_plugin.teacher.store import REBUILD, StateStore, differing
 from grace_plugin.vlm import VisualTokens
 from grace_plugin.vlm.loading import check_finite
@@ -40,7 +40,7 @@ _CHUNK = 1024
 _WORTH_THREADS = 1 << 20
 
 
-def teacher_identity(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+def teacher_identity(checkpoint: UnloadedCheckpoint, dtype: str) -> dict[str, Any]:
     """What a store is written for: the teacher's revision, dtype, width, and the layer the relational term reads."""
     return {
         **checkpoint.fingerprint(),

@@ -1,4 +1,4 @@
-"""The teacher that a recipe asks for, and whether it can teach a student."""
+"""Open the teacher of a recipe, and check that it can teach a student."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, Teacher
 from grace_plugin.teacher.cached import CachedTeacher
-from grace_plugin.teacher.resident import OffloadedTeacher, ResidentTeacher, load_teacher
+from grace_plugin.teacher.offloaded import OffloadedTeacher
+from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
 from grace_plugin.teacher.self_teacher import SelfTeacher
 from grace_plugin.teacher.store import StateStore
 from grace_plugin.vlm import (
@@ -18,7 +19,6 @@ from grace_plugin.vlm import (
     family_of,
     load_image_processor,
     load_tokenizer,
-    load_video_processor,
     shared_vocabulary,
 )
 from grace_plugin.vlm.loading import check_finite, check_model
@@ -27,11 +27,13 @@ __all__ = ["check_pair", "open_teacher"]
 
 
 def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: StateStore | None) -> Teacher:
-    """Open a teacher of the asked kind.
+    """Open a teacher of the recipe's kind.
 
     Args:
+        asked: the recipe's `teacher` block.
+        student: the loaded student.
         given: a loaded model that replaces the recipe's checkpoint, a `Teacher` that is used as it is, or None.
-        store: opened for a cached teacher.
+        store: the opened cache of a cached teacher.
 
     Raises:
         ValueError: no teacher is named, nothing loadable there, or a loaded one that this kind cannot use.
@@ -60,28 +62,29 @@ def open_teacher(asked: TeacherRecipe, student: nn.Module, given: Any, store: St
     else:
         check_model(given, "teacher", kind=asked.kind)
     check_finite(dict(given.named_parameters()), "teacher")
-    model = given
-    return OffloadedTeacher(model) if asked.kind == "offload" else ResidentTeacher(model)
+    return OffloadedTeacher(given) if asked.kind == "offload" else ResidentTeacher(given)
 
 
 def check_pair(student: Any, teacher: Any, processors: tuple[Any, Any], *, student_rows: int, teacher_rows: int) -> int:
-    """Whether two models speak of the same tokens and pixels; returns the number of token ids they share.
+    """Check that two models use the same tokens and pixels; returns the number of token ids they share.
 
     Args:
-        student, teacher: anything with a model's `config` and `name_or_path`: a model, a `Teacher`, a checkpoint not loaded.
-        processors: student's and teacher's; None for the one beside the checkpoint.
+        student, teacher: a model, a `Teacher`, or any object with a model's `config` and `name_or_path`.
+        processors: student's and teacher's; None for that of the checkpoint.
         student_rows, teacher_rows: rows of the output heads.
 
     Raises:
-        ValueError: they do not; names what differs, with both values.
+        ValueError: names what differs, with both values.
     """
-    own, theirs = processors
+    ours, theirs = processors
     check_pixels(family_of(student), student.config, family_of(teacher), teacher.config)
     if not isinstance(teacher, SelfTeacher):
-        for kind, load in (("image", load_image_processor), ("video", load_video_processor)):
-            check_image_processors(own or load(student), theirs or load(teacher), kind)
+        for kind in ("image", "video"):
+            check_image_processors(
+                ours or load_image_processor(student, kind), theirs or load_image_processor(teacher, kind), kind
+            )
     return shared_vocabulary(
-        own or load_tokenizer(student, "student"),
+        ours or load_tokenizer(student, "student"),
         theirs or load_tokenizer(teacher, "teacher"),
         student_rows=student_rows,
         teacher_rows=teacher_rows,

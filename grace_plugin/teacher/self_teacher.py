@@ -1,8 +1,8 @@
-"""The student as its own teacher: its weights as they were before quantization, at no extra memory.
+"""The student as its own teacher: its weights before quantization, without a second copy of them.
 
-Only for runs in which the quantized layers' weights stand still and their scales learn: the weights are then the unquantized
-student, and the teacher's pass is the student's pass with fake quantization off. What else trains (norms, a projector) is
-copied at the start, so that the teacher stays the student of the start; `copied` says how many bytes that takes.
+Only for runs in which the quantized layers' weights are frozen and their scales are trained: the weights are then those of the
+unquantized student, and the teacher's pass is the student's pass without fake quantization. Other trainable parameters (norms,
+a projector) are copied at the start, so that the teacher does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SelfTeacher", "unquantized"]
 
 @contextmanager
 def unquantized(linears: list[nn.Linear]) -> Iterator[None]:
-    """Inside it, the layers multiply by their weights as they are."""
+    """Disable fake quantization: inside, the layers multiply by their unquantized weights."""
     forwards = [linear.__dict__.get("forward") for linear in linears]
     try:
         for linear in linears:
@@ -37,7 +37,7 @@ def unquantized(linears: list[nn.Linear]) -> Iterator[None]:
 
 
 class SelfTeacher(Teacher):
-    """The student of the start of the run; `begin` fixes it."""
+    """The student as it was at the start of the run; `begin` takes the copies."""
 
     def __init__(self, student: nn.Module) -> None:
         self.student: Any = student
@@ -49,14 +49,14 @@ class SelfTeacher(Teacher):
 
     @property
     def copied(self) -> int:
-        """Bytes of the copies of what trains beside the scales."""
+        """Return the bytes of the copies of trainable parameters other than scales."""
         return sum(copy.numel() * copy.element_size() for copy in self._start.values())
 
     def begin(self, student: nn.Module, attached: Sequence[QuantizedLayerGroup]) -> None:
-        """Check that the quantized layers' weights are frozen, and copy what else trains.
+        """Check that the quantized layers' weights are frozen, and copy all other trainable parameters.
 
         Raises:
-            ValueError: nothing is quantized, or weights of quantized layers train; names them and the ways out.
+            ValueError: nothing is quantized, or weights of quantized layers train; names them and how to fix it.
         """
         linears = {name: linear for one in attached for name, linear in one.linears.items()}
         if not linears:
@@ -73,7 +73,7 @@ class SelfTeacher(Teacher):
                 "(kind: resident, offload or cached)"
             )
         self._linears = list(linears.values())
-        learned = {  # scales and the like, which the unquantized pass does not read
+        learned = {  # scales and LoRA factors, which the unquantized pass does not read
             id(parameter)
             for linear in self._linears
             for name, parameter in linear.named_parameters(recurse=False)
@@ -86,7 +86,7 @@ class SelfTeacher(Teacher):
         }
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, d] and bias of the student's output head, as at the start."""
+        """Return weight [V, d] and bias of the student's output head at the start of the run."""
         head = self.student.get_output_embeddings()
         names = {id(parameter): name for name, parameter in self.student.named_parameters()}
         weight, bias = (
@@ -99,7 +99,7 @@ class SelfTeacher(Teacher):
     def states(
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
-        """Run the student of the start, unquantized and in evaluation mode, on a batch."""
+        """Run the student as it was at the start, unquantized and in evaluation mode, on a batch."""
         training = [module for module in self.student.modules() if module.training]
 
         def forward(**inputs: Any) -> Any:

@@ -7,7 +7,6 @@ from grace_plugin.vlm.compatibility import (
     check_pixels,
     load_image_processor,
     load_tokenizer,
-    load_video_processor,
     shared_vocabulary,
 )
 from grace_plugin.vlm.config_limits import check_depth, context_length, vocabulary_rows
@@ -29,7 +28,6 @@ __all__ = [
     "family_of",
     "load_image_processor",
     "load_tokenizer",
-    "load_video_processor",
     "matches",
     "register_family",
     "shared_vocabulary",

@@ -1,8 +1,7 @@
-"""What a checkpoint's small files say before a weight is loaded: its config, its quantization, an adapter, its shards.
+"""Read and check a checkpoint's small files before a weight is loaded: config, quantization, adapter, index of the shards.
 
-A student is trained from unquantized weights. A teacher may be quantized where transformers gives exactly the weights that the
-method stores; everything else is refused by the method's name, because transformers drops scales that it does not know and
-computes with what is left.
+A student is trained from unquantized weights. A teacher may be quantized by a method whose stored weights transformers
+restores exactly; other methods are refused by name.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ __all__ = [
     "check_quantization",
     "checkpoint_file",
     "excerpt",
+    "first_names",
     "quantization_of",
     "read_config",
     "tensors_of",
@@ -30,17 +30,18 @@ __all__ = [
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 DEQUANTIZED = ("compressed-tensors", "fp8")
-"""Methods whose weights are made dense as they are loaded, so that every kind of teacher computes with the same ones."""
+"""Methods whose weights are dequantized as they are loaded, so that every kind of teacher computes with the same ones."""
 
 
 @dataclass(frozen=True)
 class _Method:
-    """How a quantized teacher is used: `package` must be installed, `offload` says whether its layers can be streamed."""
+    """A quantization method: the `package` that must be installed, and whether layers can be offloaded."""
 
     package: str | None = None
     offload: bool = True
 
 
+# transformers drops scales of methods that it does not know and computes with the remaining tensors, hence a list.
 _TEACHERS = {
     "compressed-tensors": _Method(),
     "fp8": _Method(),
@@ -52,13 +53,13 @@ _ELSEWHERE = "take the BF16 checkpoint that it was made of"
 
 
 def excerpt(value: Any, limit: int = 200) -> str:
-    """A value or an error for a message: on one line, cut to `limit` characters."""
+    """Return a value or an error as text for a message: on one line, cut to `limit` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def checkpoint_file(source: str, name: str, revision: str = "main") -> Path | None:
-    """A file of a checkpoint on this machine, None where the checkpoint has none of that name."""
+    """Return the local path of a checkpoint's file, or None if the checkpoint has no file of that name."""
     from transformers.utils import cached_file
 
     try:
@@ -69,7 +70,7 @@ def checkpoint_file(source: str, name: str, revision: str = "main") -> Path | No
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
-    """Content of a JSON file that holds an object; nothing for another."""
+    """Read a JSON file that holds an object; empty for any other content."""
     if path is None:
         return {}
     try:
@@ -84,7 +85,8 @@ def read_config(source: str, role: str, revision: str = "main", *, verb: str = "
 
     Args:
         source: a folder or a hub id.
-        role: "student" or "teacher", for the message. verb: what cannot be done with it.
+        role: "student" or "teacher", for the message.
+        verb: "load" or "read", for the message.
 
     Raises:
         ValueError: no config there, or one that cannot be read.
@@ -103,14 +105,14 @@ def read_config(source: str, role: str, revision: str = "main", *, verb: str = "
             "save_pretrained wrote, or download the checkpoint again"
         )
     try:
-        # False, because transformers would otherwise stop and ask whether code of the checkpoint may run
+        # False, because transformers would otherwise prompt whether the checkpoint's own code may run
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # a config may break the class that reads it in any way
+    except Exception as error:  # a malformed config can raise any error in the class that reads it
         raise ValueError(f"cannot {verb} the {role} {excerpt(source)!r}: {excerpt(error, 300)}") from error
 
 
 def quantization_of(source: str, revision: str = "main") -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint, of its decoder, or what modelopt's own file says; None without one."""
+    """Return the `quantization_config` of a checkpoint or of its decoder, or that of modelopt's own file; None without one."""
     config = _read_json(checkpoint_file(source, "config.json", revision))
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, Mapping) else {}):
@@ -133,14 +135,16 @@ def _method(quantization: Mapping[str, Any]) -> str:
 def check_quantization(
     source: str, quantization: Mapping[str, Any] | None, role: str, *, kind: str = "resident", revision: str = "main"
 ) -> None:
-    """Refuse a quantized student, and a teacher whose method cannot be used by its kind.
+    """Refuse a quantized student, and a teacher whose method its kind cannot use.
 
     Args:
+        source: a folder or a hub id.
         quantization: of `quantization_of`.
+        role: "student" or "teacher".
         kind: the recipe's `teacher.kind`; not read for a student.
 
     Raises:
-        ValueError: names the method and what to take instead.
+        ValueError: names the method and what to use instead.
     """
     if quantization is None:
         return
@@ -183,7 +187,7 @@ def _student_refusal(source: str, method: str, where: str, revision: str) -> str
 
 
 def check_adapter(source: str, role: str, revision: str = "main") -> None:
-    """Refuse a folder with a PEFT adapter: what is loaded from it depends on whether peft is installed.
+    """Refuse a folder with a PEFT adapter: transformers applies it only where peft is installed.
 
     Raises:
         ValueError: names the file and how to merge the adapter.
@@ -205,10 +209,10 @@ def check_adapter(source: str, role: str, revision: str = "main") -> None:
 
 
 def _open(path: Path, role: str) -> Any:
-    """A safetensors file, its header read and its length compared with it.
+    """Open a safetensors file, which compares its length with its header.
 
     Raises:
-        ValueError: it is cut short, no safetensors file, or the pointer of one.
+        ValueError: it is cut short, no safetensors file, or a Git LFS pointer.
     """
     try:
         return safe_open(path, framework="pt")
@@ -220,9 +224,9 @@ def _open(path: Path, role: str) -> Any:
 
 
 def tensors_of(folder: Path, role: str) -> dict[str, tuple[list[int], str]] | None:
-    """Shape and safetensors dtype of every tensor of a local checkpoint, by name, from the headers alone.
+    """Return shape and safetensors dtype of every tensor of a local checkpoint, by name, from the headers alone.
 
-    Returns None where the folder holds no safetensors weights under transformers' names (transformers then says what it reads).
+    None if the folder holds no safetensors weights under transformers' names.
 
     Raises:
         ValueError: an index that cannot be read, shards that it names and that are not there, or a file that is cut short.
@@ -243,13 +247,13 @@ def tensors_of(folder: Path, role: str) -> dict[str, tuple[list[int], str]] | No
         if absent:
             raise ValueError(
                 f"cannot load the {role}: {folder / name} lacks {len(absent)} tensor(s) that {INDEX} names in it "
-                f"({_few(absent)}); fetch or save the checkpoint again"
+                f"({first_names(absent)}); fetch or save the checkpoint again"
             )
     return found
 
 
 def _sharded(folder: Path, role: str) -> dict[str, set[str] | None]:
-    """Tensors by shard, every shard being there."""
+    """Return the names of tensors by shard, and refuse missing shards."""
     index = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"cannot read {folder / INDEX} of the {role}: it holds no weight_map; fetch or save it again")
@@ -262,10 +266,11 @@ def _sharded(folder: Path, role: str) -> dict[str, set[str] | None]:
     if absent:
         raise ValueError(
             f"cannot load the {role} {excerpt(folder)!r}: it lacks {len(absent)} of {len(files)} weights files "
-            f"({_few(absent)}), so the download or copy is incomplete; fetch it again"
+            f"({first_names(absent)}), so the download or copy is incomplete; fetch it again"
         )
     return files
 
 
-def _few(names: list[str], count: int = 3) -> str:
-    return ", ".join(excerpt(name) for name in names[:count]) + (", ..." if len(names) > count else "")
+def first_names(names: list[str], count: int = 3) -> str:
+    """Return the first names of a list for a message."""
+    return ", ".join(excerpt(name, 120) for name in names[:count]) + (", ..." if len(names) > count else "")

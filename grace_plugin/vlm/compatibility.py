@@ -1,7 +1,7 @@
-"""A student and a teacher must speak of the same tokens and the same pixels; this file decides whether they do.
+"""Check that a student and a teacher use the same tokens and the same pixels.
 
-Families pad the embedding table differently by size, so logits are cut to the ids both tokenizers define. On those ids the
-two must agree in content, not in name. Image geometry must agree as well, or the visual tokens cannot be compared.
+Models of one family pad the embedding table to different sizes, so logits are cut to the ids that both tokenizers define. On
+those ids the tokenizers must agree token by token. Image geometry must agree as well, or visual tokens cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ __all__ = [
     "check_pixels",
     "load_image_processor",
     "load_tokenizer",
-    "load_video_processor",
     "shared_vocabulary",
 ]
 
-_SAMPLE = (
+# text that tokenizers of equal vocabularies still cut differently: digits, accents, other scripts, code, whitespace
+_TEXT = (
     "What stands left of the apple? 3 dogs, naïve café, 日本語のテキスト, Привет мир, 12,345.67 €\n"
     "def f(x):\n    return x ** 2  # comment\n\t(end)"
 )
 
 
 def load_tokenizer(model: Any, role: str) -> Any:
-    """The tokenizer beside a model's checkpoint; `model` needs no more than `name_or_path` or `config`.
+    """Load the tokenizer of a model's checkpoint.
+
+    Args:
+        model: any object with `name_or_path`, or with a `config` that has one.
+        role: "student" or "teacher", for the message.
 
     Raises:
-        ValueError: the model has no `name_or_path`, or nothing readable lies there.
+        ValueError: the model has no `name_or_path`, or no tokenizer can be read there.
     """
     from transformers import AutoTokenizer
 
@@ -49,7 +53,7 @@ def _tokenizer(processor: Any) -> Any:
 
 
 def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_rows: int) -> int:
-    """Number of leading token ids that both tokenizers define and both heads can score.
+    """Return the number of leading token ids that both tokenizers define and both heads can score.
 
     Args:
         student, teacher: tokenizers, or processors holding one.
@@ -70,19 +74,18 @@ def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_
             f"teacher and student tokenizers differ on {len(differing)} of {size} shared ids "
             f"(student / teacher: {shown}); {hint}"
         )
-    if student.encode(_SAMPLE) != teacher.encode(_SAMPLE):
+    if student.encode(_TEXT) != teacher.encode(_TEXT):
         raise ValueError(f"teacher and student tokenizers share their ids but cut the same text differently; {hint}")
     return size
 
 
 def check_pixels(student: Family, student_config: Any, teacher: Family, teacher_config: Any) -> None:
-    """Refuse a pair whose images become different visual tokens, showing both values.
+    """Refuse a pair whose images become different visual tokens.
 
-    A teacher of another family (another generation, a mixture of experts) is taken when both lay images out alike and mark
-    them with the same token ids; whether the tokenizers agree is `shared_vocabulary`'s to say.
+    A teacher of another family is accepted when both lay images out alike and mark them with the same token ids.
 
     Raises:
-        ValueError: names every config value that differs.
+        ValueError: names every config value that differs, with both values.
     """
     ours, theirs = student.pixel_signature(student_config), teacher.pixel_signature(teacher_config)
     ours |= {f"{kind} token id": token_id for kind, token_id in student.token_ids(student_config).items()}
@@ -97,7 +100,7 @@ def check_pixels(student: Family, student_config: Any, teacher: Family, teacher_
         raise ValueError(f"teacher and student see images differently (student / teacher): {differing}")
 
 
-#: what an image or video processor may be told that changes the pixels or the number of visual tokens
+#: settings of an image or video processor that change the pixels or the number of visual tokens
 _RESOLUTION = (
     "size", "resample", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size",
     "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop", "do_normalize", "do_pad",
@@ -106,34 +109,23 @@ _RESOLUTION = (
 )  # fmt: skip
 
 
-def load_image_processor(model: Any) -> Any:
-    """The image processor beside a model's checkpoint, or None where there is none to read."""
-    from transformers import AutoImageProcessor
+def load_image_processor(model: Any, kind: str = "image") -> Any:
+    """Load the image (or video) processor of a model's checkpoint; None if it has none that can be read."""
+    from transformers import AutoImageProcessor, AutoVideoProcessor
 
-    source = getattr(model, "name_or_path", "")
+    source, auto = getattr(model, "name_or_path", ""), {"image": AutoImageProcessor, "video": AutoVideoProcessor}[kind]
     try:
-        return AutoImageProcessor.from_pretrained(source) if source else None
-    except (OSError, ValueError):
-        return None
-
-
-def load_video_processor(model: Any) -> Any:
-    """The video processor beside a model's checkpoint, or None where there is none to read."""
-    from transformers import AutoVideoProcessor
-
-    source = getattr(model, "name_or_path", "")
-    try:
-        return AutoVideoProcessor.from_pretrained(source) if source else None
+        return auto.from_pretrained(source) if source else None
     except (OSError, ValueError):
         return None
 
 
 def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> None:
-    """Refuse a teacher whose own image settings differ from those its pixels are made with, the student's.
+    """Refuse a teacher whose image settings differ from the student's, whose processor makes the pixels of both.
 
     Args:
-        student, teacher: processors, or image (or video) processors; what holds none (a tokenizer, None) is not compared.
-        kind: "image" or "video"; which part of a processor is compared. How frames are sampled is not: videos come as frames.
+        student, teacher: processors, or image (or video) processors; others (a tokenizer, None) are not compared.
+        kind: "image" or "video". How frames are sampled is not compared, because videos come as frames.
 
     Raises:
         ValueError: names every setting that differs, with both values.
@@ -144,8 +136,8 @@ def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> N
         part: Any = getattr(processor, f"{kind}_processor", None) if whole else processor
         if not hasattr(part, "image_mean"):
             return
-        known = part.to_dict()
-        settings.append({key: _plain(known[key]) for key in _RESOLUTION if known.get(key) is not None})
+        values = part.to_dict()
+        settings.append({key: _plain(values[key]) for key in _RESOLUTION if values.get(key) is not None})
     differing = _differing(*settings)
     if differing:
         raise ValueError(
@@ -156,6 +148,7 @@ def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> N
 
 
 def _plain(value: Any) -> Any:
+    """Return a setting as loaded and as read from JSON alike: `resample` is an enum or a number, sizes may hold None."""
     if isinstance(value, Mapping):
         return {key: part for key, part in sorted(value.items()) if part is not None}
     if isinstance(value, IntEnum):

@@ -1,8 +1,8 @@
-"""The size of one image in pixels, where a sample asks for another than the processor's own bounds give.
+"""The size of one image in pixels, for samples that set bounds of their own.
 
 The fields are those of the Qwen models' `process_vision_info`: `min_pixels` and `max_pixels` bound the area, `resized_height`
-and `resized_width` say both sides; each side is then rounded to a multiple of the side of a visual token. The image is resized
-to that size (bicubic), and the processor, whose own bounds it must fit, leaves it as it is.
+and `resized_width` give both sides; each side is then rounded to a multiple of the side of a visual token. The image is resized
+to that size (bicubic), and the processor, whose own bounds it must fit, leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["bounded_size"]
 
 
 def bounded_size(image_processor: Any, size: tuple[int, int], asked: Mapping[str, int]) -> tuple[int, int]:
-    """Return (height, width) of an image that a sample bounds by itself.
+    """Return (height, width) of an image under a sample's own bounds.
 
     Args:
         image_processor: the student's.
-        size: (height, width) of the image as it is.
+        size: (height, width) of the image.
         asked: `min_pixels`, `max_pixels`, or `resized_height` and `resized_width`.
 
     Raises:
@@ -27,7 +27,7 @@ def bounded_size(image_processor: Any, size: tuple[int, int], asked: Mapping[str
     """
     own = dict(getattr(image_processor, "size", None) or {})
     patch, merge = getattr(image_processor, "patch_size", None), getattr(image_processor, "merge_size", None)
-    # the arithmetic belongs to each processor's own file, which rounds as its model was trained
+    # Each processor's module has a smart_resize of its own, which rounds as its model was trained.
     arithmetic = getattr(sys.modules[type(image_processor).__module__], "smart_resize", None)
     if arithmetic is None or patch is None or merge is None or not {"shortest_edge", "longest_edge"} <= set(own):
         raise ValueError(

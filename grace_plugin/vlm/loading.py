@@ -1,8 +1,8 @@
-"""Load a student or a teacher so that every weight is the checkpoint's, or say which are not.
+"""Load a student or a teacher, and refuse one of which a weight is missing, left over or of another shape.
 
-transformers draws missing weights at random and leaves out those that it has no place for; it says so in its log and in the
-loading info. Here the loading info decides: first that of the files' headers, on the meta device, which costs no memory; then
-that of the weights.
+transformers draws missing weights at random and drops those that it has no place for; it reports both in its log and in the
+loading info. The loading info is read twice: for the files' headers on the meta device, which costs no memory, and for the
+weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from grace_plugin.vlm.checkpoint_files import (
     check_adapter,
     check_quantization,
     excerpt,
+    first_names,
     quantization_of,
     read_config,
     tensors_of,
@@ -38,7 +39,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _PLAIN = ("F64", "F32", "F16", "BF16")
-#: left over from older versions of transformers and torch: recomputed, or not read by a model in evaluation mode
+# Written by older versions of transformers and torch: recomputed, or not read by a model in evaluation mode.
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|position_ids|num_batches_tracked|masked_bias)$")
 _PACKED = re.compile(r".*\.(qweight|qzeros|scales|weight_packed|weight_scale\w*|absmax|quant_state\S*|SCB)$")
 
@@ -49,15 +50,15 @@ def _no_report(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers prints a table of the keys that do not fit and a progress bar; the error here names the keys."""
+    """Silence transformers' table of keys that do not fit and its progress bar; the error raised here names the keys."""
     from transformers.utils import logging as transformers_logging
 
     said, bar = logging.getLogger("transformers.modeling_utils"), transformers_logging.is_progress_bar_enabled()
-    said.addFilter(_no_report)  # not its level, by which transformers decides what to compute
+    said.addFilter(_no_report)  # not the logger's level: transformers computes less at another level
     try:
         transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
-            # of `dequantize`, which is asked for on purpose
+            # raised for `dequantize`, which `load_model` sets on purpose
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             yield
     finally:
@@ -67,22 +68,25 @@ def _quietly() -> Iterator[None]:
 
 
 def check_checkpoint(source: str, role: str, *, revision: str = "main", kind: str = "resident") -> Any:
-    """Check what a checkpoint's config and headers say, loading no weight; returns the config.
+    """Check a checkpoint's config and headers without loading a weight.
 
     Args:
         source: a folder or a hub id; the headers of a folder are read.
         role: "student" or "teacher".
-        kind: the recipe's `teacher.kind`. A cached teacher's weights are not looked for: only the file of its head is needed.
+        kind: the recipe's `teacher.kind`. Of a cached teacher only the file of the head is needed, so weights are not checked.
+
+    Returns:
+        The config.
 
     Raises:
-        ValueError: names the file, the method or the weights that do not fit, and what to do.
+        ValueError: names the file, the method or the weights that do not fit, and how to fix it.
     """
     check_adapter(source, role, revision)
     config = read_config(source, role, revision, verb="read" if kind == "cached" else "load")
     quantization = quantization_of(source, revision)
     check_quantization(source, quantization, role, kind=kind, revision=revision)
     try:
-        family_of(_Named(config))
+        family_of(config)
     except ValueError as error:
         raise ValueError(f"the {role} {excerpt(source)!r} cannot be used: {error}") from error
     if Path(source).is_dir() and kind != "cached":
@@ -91,7 +95,7 @@ def check_checkpoint(source: str, role: str, *, revision: str = "main", kind: st
 
 
 def check_weights(source: str, role: str, config: Any, *, quantized: bool = False) -> None:
-    """Check by the headers that a folder holds the whole model of a config; of a quantized one, that its files can be read.
+    """Check by its headers that a folder holds the whole model of a config; of a quantized one, that its files are readable.
 
     Raises:
         ValueError: names the files or the weights that do not fit.
@@ -102,24 +106,17 @@ def check_weights(source: str, role: str, config: Any, *, quantized: bool = Fals
         _check_headers(source, role, config, tensors)
 
 
-class _Named:
-    """A config in the place of its model."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-
 def _check_dtypes(source: str, role: str, tensors: Mapping[str, tuple[list[int], str]]) -> None:
     packed = [name for name, (_, dtype) in tensors.items() if dtype not in _PLAIN and not _HARMLESS.match(name)]
     if packed:
         raise ValueError(
-            f"the {role} {excerpt(source)!r} stores {len(packed)} tensor(s) as {tensors[packed[0]][1]} ({_few(packed)}) and "
-            "its config.json has no quantization_config, so they would be read as plain weights; take the BF16 checkpoint"
+            f"the {role} {excerpt(source)!r} stores {len(packed)} tensor(s) as {tensors[packed[0]][1]} ({first_names(packed)}) "
+            "and its config.json has no quantization_config, so they would be read as plain weights; take the BF16 checkpoint"
         )
 
 
 def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tuple[list[int], str]]) -> None:
-    """The loading info of weights that have a shape and no content."""
+    """Check the loading info of weights that have a shape and no content."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
@@ -135,7 +132,7 @@ def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tu
                 None, config=config, state_dict=state, device_map={"": "meta"}, dtype="auto",
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except Exception:  # a class that cannot be built so is judged when its weights are loaded
+    except Exception:  # a class that cannot be built on the meta device is checked when its weights are loaded
         return
     _check_loading(info, source, role)
 
@@ -144,7 +141,7 @@ def _check_loading(info: Mapping[str, Any], source: str, role: str) -> None:
     """Refuse a model of which weights are missing, left over, or of another shape.
 
     Raises:
-        ValueError: the first keys, how many there are, and what it looks like.
+        ValueError: the first keys, how many there are, and the likely cause.
     """
     missing = sorted(info["missing_keys"])
     extra = sorted(key for key in info["unexpected_keys"] if not _HARMLESS.match(key))
@@ -153,7 +150,7 @@ def _check_loading(info: Mapping[str, Any], source: str, role: str) -> None:
         for key, found, asked in sorted(map(tuple, info["mismatched_keys"]), key=str)
     ]
     parts = [
-        f"{len(keys)} {what} ({_few(keys)})"
+        f"{len(keys)} {what} ({first_names(keys)})"
         for keys, what in (
             (missing, "weight(s) are missing"),
             (extra, "key(s) are left over"),
@@ -170,7 +167,7 @@ def _check_loading(info: Mapping[str, Any], source: str, role: str) -> None:
 
 
 def _cause(missing: list[str], extra: list[str], other: list[str]) -> str:
-    """What keys that do not fit look like, in a sentence."""
+    """Return the likely cause of keys that do not fit, in one sentence."""
     if any(key.startswith("base_model.model.") for key in extra):
         return "The keys are a PEFT wrapper's (base_model.model.): call merge_and_unload() and save the model that it gives"
     if any(".lora_" in key or ".base_layer." in key for key in extra):
@@ -195,18 +192,15 @@ def _cause(missing: list[str], extra: list[str], other: list[str]) -> str:
     )
 
 
-def _few(names: list[str], count: int = 3) -> str:
-    return ", ".join(excerpt(name, 120) for name in names[:count]) + (", ..." if len(names) > count else "")
-
-
 def load_model(
     source: str, role: str, *, revision: str = "main", dtype: str | torch.dtype = "auto", kind: str = "resident"
 ) -> Any:
-    """Load a checkpoint whole, in evaluation mode, after `check_checkpoint`.
+    """Load a whole checkpoint in evaluation mode, after `check_checkpoint`.
 
-    A teacher of a method in `DEQUANTIZED` becomes dense; an offloaded one of any method does.
+    A teacher of a method in `DEQUANTIZED` is dequantized, and an offloaded teacher of any method.
 
     Args:
+        source, role, revision: as for `check_checkpoint`.
         dtype: of the weights; "auto" for the stored one.
         kind: the recipe's `teacher.kind`; "resident" for a student.
 
@@ -222,14 +216,14 @@ def load_model(
     options: dict[str, Any] = {"quantization_config": _dequantizing(method)} if method in DEQUANTIZED else {}
     try:
         with _quietly():
-            # "auto" for what becomes dense: a method's own arithmetic first, then the cast
+            # "auto" for weights that are dequantized: the method computes in the stored dtype, and the cast comes after it
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source, revision=revision, dtype="auto" if dense else dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True, trust_remote_code=False, **options,
             )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # transformers and its quantizers raise of any kind for a folder that does not fit
+    except Exception as error:  # transformers and its quantizers raise errors of any type
         raise ValueError(f"cannot load the {role} {excerpt(source)!r}: {excerpt(error, 300)}") from error
     _check_loading(info, source, role)
     if dense:
@@ -244,10 +238,12 @@ def _dequantizing(method: str | None) -> Any:
 
 
 def _make_dense(model: Any, method: str | None, dtype: str | torch.dtype) -> None:
-    """Plain parameters in the dtype asked for."""
+    """Make all weights plain parameters of the given dtype."""
     if method not in DEQUANTIZED:
         model.dequantize()
-    for module in model.modules():  # compressed-tensors keeps parameters where they were made; these must move
+    for module in (
+        model.modules()
+    ):  # compressed-tensors pins parameters to the device they were made on, and a trainer moves models
         remove_module_offload(module)
     if dtype != "auto":
         asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -257,14 +253,17 @@ def _make_dense(model: Any, method: str | None, dtype: str | torch.dtype) -> Non
 
 
 def check_model(model: nn.Module, role: str, *, kind: str = "resident") -> None:
-    """Refuse a loaded model with an adapter, with weights that are not in memory, or with quantized ones where they cannot be
-    used: in a student, and in a teacher that is offloaded.
+    """Refuse a loaded model with an adapter, with weights that are not in memory, or with unusable quantized weights.
+
+    A student must not be quantized, nor an offloaded teacher.
 
     Args:
+        model: as it was passed.
+        role: "student" or "teacher".
         kind: the recipe's `teacher.kind`; not read for a student.
 
     Raises:
-        ValueError: names what was found and what to do.
+        ValueError: names what was found and how to fix it.
     """
     adapted = [
         name or type(model).__name__
@@ -298,13 +297,14 @@ def check_model(model: nn.Module, role: str, *, kind: str = "resident") -> None:
         ]
         if schemed:
             raise ValueError(
-                f"{len(schemed)} layer(s) of the student carry another modifier's quantization scheme ({_few(schemed)}); GRACE "
-                "quantizes alone: leave that modifier out of the recipe, or load the BF16 checkpoint"
+                f"{len(schemed)} layer(s) of the student carry another modifier's quantization scheme "
+                f"({first_names(schemed)}); GRACE quantizes alone: leave that modifier out of the recipe, or load the BF16 "
+                "checkpoint"
             )
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ValueError(
-            f"{len(away)} weight(s) of the {role} are not in memory ({_few(away)}), so it was loaded with device_map or "
+            f"{len(away)} weight(s) of the {role} are not in memory ({first_names(away)}), so it was loaded with device_map or "
             "low-memory options; load it without them"
         )
 
@@ -314,7 +314,7 @@ def check_finite(weights: Mapping[str, Tensor], role: str) -> None:
     """Refuse weights with NaN or infinity.
 
     Args:
-        weights: by name; those that are no floating point are passed over.
+        weights: by name; only floating-point tensors are checked.
         role: "student" or "teacher".
 
     Raises:
@@ -325,7 +325,7 @@ def check_finite(weights: Mapping[str, Tensor], role: str) -> None:
     }
     if not looked:
         return
-    # the extremes are one pass without a copy, and NaN and infinity show in them; one read from each device
+    # Minimum and maximum take one pass without a copy and keep NaN and infinity; they are read back once per device.
     extremes = {
         name: torch.stack(torch.aminmax(w if w.element_size() > 1 else w.float())) for name, w in looked.items()
     }

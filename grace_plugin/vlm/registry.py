@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from grace_plugin.vlm.base import Family
@@ -9,6 +11,7 @@ from grace_plugin.vlm.base import Family
 __all__ = ["FAMILIES", "family_of", "register_family"]
 
 FAMILIES: dict[str, Family] = {}
+ENTRY_POINTS = "grace_plugin.families"
 
 Registered = TypeVar("Registered", Family, type[Family])
 
@@ -23,14 +26,23 @@ def register_family(family: Registered) -> Registered:
     return family
 
 
+@cache
+def _load_installed_families() -> None:
+    """Import the modules that installed packages name under the entry point group `grace_plugin.families`, once."""
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        entry_point.load()
+
+
 def family_of(model: Any) -> Family:
-    """Return the family of a model, or of any object with a model's `config`.
+    """Return the family of a model, of its config, or of any object with a model's `config`.
 
     Raises:
         ValueError: the model's `model_type` is not registered; names it and how to add it.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", model)
     model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:  # only now: another package's import error must not break known families
+        _load_installed_families()
     if model_type not in FAMILIES:
         architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0]
         raise ValueError(

@@ -212,7 +212,7 @@ def test_build_cache__head_quantized__refused(llava: Pair, tmp_path: Path) -> No
     config = json.loads((teacher / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (teacher / "config.json").write_text(json.dumps(config))
-    from grace_plugin.teacher.source import open_checkpoint
+    from grace_plugin.teacher.checkpoint import open_checkpoint
 
     with pytest.raises(ValueError, match=r"the head of the teacher .* is quantized .*teacher\.kind: resident"):
         open_checkpoint(str(teacher)).head("auto")

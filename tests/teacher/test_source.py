@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grace_plugin.teacher.source import open_checkpoint
+from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.teacher.store import differing
 from tests.pairs import Pair
 from tests.tiny import EVERY, build

@@ -1,8 +1,7 @@
-"""A teacher's checkpoint as it lies on disk: its config, what it is known by, and its head, read without the rest.
+"""Read a checkpoint's config, fingerprint and output head without loading the model.
 
-A snapshot of the hub is known by its commit. A folder is known by the SHA-256 of its config, its index and each weights file
-that is there. A weights file that is missing is no fault here: only the one that holds the head is needed to train from a
-cache.
+The fingerprint of a hub snapshot is its commit; that of a folder is the SHA-256 of its config, its index and each weights file
+that exists. Weights files may be missing: to train from a cache only the one that holds the head is needed.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grace_plugin.teacher.digest import file_digests
+from grace_plugin.vlm import family_of
 from grace_plugin.vlm.checkpoint_files import checkpoint_file
 from grace_plugin.vlm.loading import check_checkpoint
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["UnloadedCheckpoint", "open_checkpoint"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is not loaded; `config` and `name_or_path` are named as on a model."""
+class UnloadedCheckpoint:
+    """A checkpoint that is not loaded, with the attributes `config` and `name_or_path` of a model."""
 
     name_or_path: str
     revision: str
@@ -35,31 +35,31 @@ class Checkpoint:
 
     @property
     def layer(self) -> int:
-        """Number of the decoder layer whose output the relational term reads, from 0."""
+        """Return the index, from 0, of the decoder layer whose output the relational term reads."""
         return self.config.get_text_config().num_hidden_layers - 2
 
     @property
     def rows(self) -> int:
-        """V_t."""
+        """Return the rows of the output head, V_t."""
         return self.config.get_text_config().vocab_size
 
     @property
     def width(self) -> int:
-        """d_t."""
+        """Return the decoder's hidden size, d_t."""
         return self.config.get_text_config().hidden_size
 
     def dtype(self, asked: str) -> torch.dtype:
-        """What "auto" or a name means for this checkpoint, as `from_pretrained` takes it."""
+        """Return the dtype that "auto" or a name means for this checkpoint, as in `from_pretrained`."""
         if asked != "auto":
             return getattr(torch, asked)
         return self.config.dtype or self.head("auto")[0].dtype
 
     def state_bytes(self, asked: str) -> int:
-        """Bytes of a token's hidden state."""
+        """Return the bytes of one token's hidden state."""
         return self.width * self.dtype(asked).itemsize
 
     def fingerprint(self) -> dict[str, str]:
-        """The commit of a hub snapshot, or digests of the folder's files by name."""
+        """Return the commit of a hub snapshot, or the digests of a folder's files by name."""
         from transformers.utils.hub import extract_commit_hash
 
         config = checkpoint_file(self.name_or_path, "config.json", self.revision)
@@ -72,27 +72,27 @@ class Checkpoint:
         return file_digests({name: file for name, file in files.items() if file is not None})
 
     def head(self, asked: str) -> tuple[Tensor, Tensor | None]:
-        """Weight [V_t, d_t] and bias of the output head; no other tensor of the checkpoint is read.
+        """Read weight [V_t, d_t] and bias of the output head, and no other tensor.
 
         Raises:
-            ValueError: no tensor of that name, more than one, a quantized one, or its file is missing.
+            ValueError: no such tensor, more than one, a quantized one, or its file is missing.
         """
-        tensors = self._tensors()
-        packed = [n for n in tensors if re.search(r"lm_head\.weight_\w+$", n)]
+        tensors, ends = self._tensors(), family_of(self.config).head_tensors
+        # A quantized head is stored as weight_packed, weight_scale and so on instead of weight.
+        packed = [n for n in tensors if re.search(rf"{re.escape(ends[0])}_\w+$", n)]
         if packed:
             raise ValueError(
                 f"the head of the teacher {self.name_or_path!r} is quantized ({packed[0]}), so it cannot be read alone; use "
                 "teacher.kind: resident or offload, or take a teacher with an unquantized head"
             )
-        name = self._one([n for n in tensors if n.endswith("lm_head.weight")])
-        name = name or self._one([n for n in tensors if n.endswith("embed_tokens.weight")])
+        name = next((name for end in ends if (name := self._only([n for n in tensors if n.endswith(end)]))), None)
         if name is None:
-            raise ValueError(f"the teacher {self.name_or_path!r} has neither lm_head.weight nor embed_tokens.weight")
+            raise ValueError(f"the teacher {self.name_or_path!r} has neither {' nor '.join(ends)}")
         bias = name.removesuffix("weight") + "bias"
         weight = self._read(name, tensors[name], asked)
         return weight, self._read(bias, tensors[bias], asked) if bias in tensors else None
 
-    def _one(self, names: list[str]) -> str | None:
+    def _only(self, names: list[str]) -> str | None:
         if len(names) > 1:
             raise ValueError(
                 f"the teacher {self.name_or_path!r} has {len(names)} tensors that could be its head: {names}"
@@ -100,7 +100,7 @@ class Checkpoint:
         return names[0] if names else None
 
     def _tensors(self) -> dict[str, str]:
-        """File of each tensor by the tensor's name."""
+        """Return the file of each tensor by the tensor's name."""
         index = checkpoint_file(self.name_or_path, _INDEX, self.revision)
         if index is not None:
             return json.loads(index.read_text())["weight_map"]
@@ -124,10 +124,10 @@ class Checkpoint:
         return found if asked == "auto" and self.config.dtype is None else found.to(self.dtype(asked))
 
 
-def open_checkpoint(source: str, revision: str = "main", *, role: str = "teacher") -> Checkpoint:
-    """Read a checkpoint's config alone; how it is quantized and whether an adapter lies next to it is checked.
+def open_checkpoint(source: str, revision: str = "main", *, role: str = "teacher") -> UnloadedCheckpoint:
+    """Read a checkpoint's config, and check its quantization and that it has no adapter.
 
     Raises:
         ValueError: nothing readable at `source`, or a checkpoint that cannot be a student or a cached teacher.
     """
-    return Checkpoint(source, revision, check_checkpoint(source, role, revision=revision, kind="cached"))
+    return UnloadedCheckpoint(source, revision, check_checkpoint(source, role, revision=revision, kind="cached"))
