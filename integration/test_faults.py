@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.faults import KINDS
+from integration.fault_kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
 

@@ -28,6 +28,7 @@ from grace_plugin.data.measure import Entry, Measure
 from grace_plugin.data.mix import Samples
 from grace_plugin.data.parts import inline_media
 from grace_plugin.data.video import DecoderMissingError
+from grace_plugin.data.workers import WORKER_SECONDS, bounded
 
 __all__ = ["cache_folder", "index_file", "number_of", "scan"]
 
@@ -164,7 +165,7 @@ def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
         multiprocessing_context="fork" if workers else None,
     )
     try:
-        yield from loader
+        yield from bounded(loader, WORKER_SECONDS if workers else 0)
     except DecoderMissingError as error:  # from a worker it comes with the worker's traceback as its text
         said = [line for line in str(error).splitlines() if line.strip()][-1]
         raise DecoderMissingError(said.partition(f"{DecoderMissingError.__name__}: ")[2] or said) from None

@@ -23,6 +23,7 @@ from grace_plugin.export.probe import read_probe, write_probe
 from grace_plugin.export.processor import ProcessorFiles
 from grace_plugin.export.stage import check_destination
 from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe
+from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.resume import remove_state, states
 from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.states import WEIGHTS, choose_state, has_ended, is_automatic, read_state
@@ -100,6 +101,8 @@ def save_finished(trainer: GraceTrainer, session: GraceSession, output_dir: str 
             else:
                 logger.error("the run has trained to its end, its save failed, and it holds no resume state")
         raise
+    finally:
+        keeper.release()
     if trainer.args.should_save:
         for state in states(keeper.folder):
             if is_automatic(state):
@@ -114,6 +117,7 @@ def _device(wanted: str) -> str:
     return wanted
 
 
+@kept_streams()
 def export(
     run_folder: str | os.PathLike[str],
     output_dir: str | os.PathLike[str] | None = None,

@@ -11,6 +11,7 @@ one is published. What is not promised: file systems that reorder a rename befor
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -33,17 +34,20 @@ __all__ = [
     "disk_is_full",
     "is_disk_error",
     "manifest_facts",
+    "nearest_folder",
     "newest_whole",
     "publish",
+    "release_space",
     "remove_leftovers",
     "remove_state",
+    "reserve_space",
     "rotate",
     "state_bytes",
     "states",
 ]
 
 MANIFEST = "manifest.json"
-_PARTIAL, _OLD = ".partial", ".old"
+_PARTIAL, _OLD, _RESERVED = ".partial", ".old", "checkpoint.reserved"
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _PIECE, _BLOCK = 2**28, 2**22  # bytes of a hash, and of a read
 _MARGIN = 2**20  # bytes that small files and the folder itself may take
@@ -283,15 +287,42 @@ def state_bytes(
     return size + held + _MARGIN
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
 def disk_is_full(folder: Path, needed: int) -> str:
     """A sentence part that says how much to free where `needed` bytes do not fit, "" where they do."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free >= needed:
         return ""
     return f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; free {(needed - free) / 1e6:,.1f} MB"
+
+
+def reserve_space(folder: Path, size: int) -> None:
+    """Hold `size` bytes of a disk for the first resume state; without effect where the file system cannot.
+
+    A run that has no state yet loses everything when another program fills the disk. `release_space` gives the bytes back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # not os.posix_fallocate: where a file system knows no fallocate (NFS 3), glibc writes a byte into every block instead
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is None:
+        return
+    allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    with (folder / _RESERVED).open("wb") as file:
+        done = allocate(file.fileno(), 0, 0, size) == 0
+    if not done:
+        release_space(folder)
+
+
+def release_space(folder: Path) -> bool:
+    """Give back what `reserve_space` holds, also what a killed run has left; returns whether there was anything."""
+    held = folder / _RESERVED
+    found = held.exists()
+    held.unlink(missing_ok=True)
+    return found
 
 
 def is_disk_error(error: BaseException) -> bool:

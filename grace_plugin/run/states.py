@@ -21,15 +21,19 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from grace_plugin.export.plan import checkpoint_bytes
 from grace_plugin.export.ranks import run_on_all_ranks
 from grace_plugin.run.resume import (
     damage,
     disk_is_full,
     is_disk_error,
     manifest_facts,
+    nearest_folder,
     newest_whole,
     publish,
+    release_space,
     remove_leftovers,
+    reserve_space,
     rotate,
     state_bytes,
     states,
@@ -159,15 +163,17 @@ class ResumeStates:
         name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         return state_bytes(trainer.model, *((None, None) if weights_only else (trainer.optimizer, name)))
 
-    def check_space(self, total_steps: int, saves: bool) -> None:
-        """Compare the states that a run will keep with the free space, before its first step.
+    def check_space(self, total_steps: int, saves: bool, output_dir: str | os.PathLike[str]) -> None:
+        """Compare the states that a run will keep with the free space, before its first step, and reserve that of the first.
 
         Args:
             total_steps: optimizer steps of the run.
             saves: whether `save_strategy` asks for states.
+            output_dir: of the checkpoint, which may take space of the same disk.
 
         Raises:
-            ValueError: those that were asked for do not fit. States by the clock are given up with a warning instead.
+            ValueError: those that were asked for do not fit. States by the clock are given up with a warning instead; that
+                of the end, which is smaller, is still tried.
         """
         args, size = self.trainer.args, self._size()
         if not (saves or self.automatic):
@@ -180,11 +186,17 @@ class ResumeStates:
             kept = math.ceil(total_steps / every) - 1
         elif kept < 1:
             kept = max(0, math.ceil(args.num_train_epochs) - 1) if args.max_steps < 1 else 0
-        there = len(states(self.folder)) if self.folder.is_dir() else 0
-        full = disk_is_full(self.folder, size * max(1, kept + 1 - there)) if args.process_index == 0 else ""
+        full = ""
+        if args.process_index == 0:
+            release_space(self.folder)  # a killed run may have left it
+            there = len(states(self.folder)) if self.folder.is_dir() else 0
+            shared = nearest_folder(self.folder).stat().st_dev == nearest_folder(Path(output_dir)).stat().st_dev
+            checkpoint = checkpoint_bytes(self.trainer.model) if shared and not self.automatic else 0
+            full = disk_is_full(self.folder, size * max(1, kept + 1 - there) + checkpoint)
+            if not full and not there:
+                reserve_space(self.folder, size)
         full = _from_first_rank(full)
         if full and self.automatic:
-            self.automatic = False
             self.trainer.interrupts.minutes = None
             logger.warning("no resume states are written by the clock in %s: %s", self.folder, full)
         elif full:
@@ -192,6 +204,11 @@ class ResumeStates:
                 f"the resume states that save_strategy asks for do not fit into {self.folder} ({size / 1e6:,.1f} MB each, "
                 f"up to {kept + 1} at a time): {full}, or set save_total_limit to keep fewer"
             )
+
+    def release(self) -> None:
+        """Give back the space that is reserved for a first state; the run writes none any more."""
+        if self.trainer.args.process_index == 0:
+            release_space(self.folder)
 
     def save(self, *, ended: bool = False, weights_only: bool = False) -> Path | None:
         """Write a state of this step; None where it was not written, after a warning.
@@ -219,6 +236,8 @@ class ResumeStates:
                 return ""
             remove_leftovers(self.folder)
             full = disk_is_full(self.folder, needed)
+            if full and release_space(self.folder):
+                full = disk_is_full(self.folder, needed)
             return full or self._tried(lambda: partial.mkdir(parents=True, exist_ok=True), needed)
 
         def end() -> str:
@@ -234,13 +253,19 @@ class ResumeStates:
             if writer:
                 remove_leftovers(self.folder)
                 kept = f"the one at {self.kept} is kept" if self.kept else "there is none before it"
+                then = "the checkpoint is written without it" if ended else "training goes on"
                 logger.warning(
-                    "no resume state was written at step %d in %s: %s; %s, and training goes on",
-                    step, self.folder, problem, kept,
-                )  # fmt: skip
+                    "no resume state was written at step %d in %s: %s; %s, and %s",
+                    step,
+                    self.folder,
+                    problem,
+                    kept,
+                    then,
+                )
             return None
         self.kept, self._written = final, (step, ended)
         if writer:
+            release_space(self.folder)
             best, limit = trainer.state.best_model_checkpoint, trainer.args.save_total_limit
             self._tried(lambda: rotate(self.folder, final, 1 if self.automatic else limit, best), 0)
         return final

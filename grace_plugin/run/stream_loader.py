@@ -21,14 +21,17 @@ from torch.utils.data import DataLoader
 
 from grace_plugin.data import ConversationCollator, StreamedSamples
 from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.data.workers import bounded
 from grace_plugin.run.outputs import SideOutput
 
-__all__ = ["WORKER_SECONDS", "StreamLoader"]
-
-WORKER_SECONDS = 1800.0
-"""Longest wait for a batch of a loader's worker, which may be stopped (SIGSTOP): as long as that of a collective."""
+__all__ = ["StreamLoader", "worker_seconds"]
 
 _FILLER = {"messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]}
+
+
+def worker_seconds(arguments: Any) -> float:
+    """Longest wait for a loader's worker: as long as for a collective (`ddp_timeout`), 0 without workers."""
+    return float(arguments.ddp_timeout) if arguments.dataloader_num_workers else 0.0
 
 
 class StreamLoader:
@@ -65,7 +68,7 @@ class StreamLoader:
         """The batches of the epoch behind the windows already read."""
         self.samples.set_epoch(self.epoch)
         asked = self.arguments
-        batches = iter(
+        batches = bounded(
             DataLoader(
                 self.samples,
                 batch_size=asked.train_batch_size,
@@ -75,8 +78,8 @@ class StreamLoader:
                 prefetch_factor=asked.dataloader_prefetch_factor,
                 pin_memory=asked.dataloader_pin_memory and torch.cuda.is_available(),
                 multiprocessing_context=asked.dataloader_multiprocessing_context,
-                timeout=WORKER_SECONDS if asked.dataloader_num_workers else 0,
-            )
+            ),
+            worker_seconds(asked),
         )
         for _ in range(self.windows * asked.gradient_accumulation_steps):
             if next(batches, None) is None:

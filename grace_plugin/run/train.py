@@ -36,6 +36,7 @@ from grace_plugin.run.inputs import (
 )
 from grace_plugin.run.limits import sample_limits
 from grace_plugin.run.manifest import RunInputs, changed, run_text, started_with, without_paths, write_run_file
+from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.resume import states
 from grace_plugin.run.samples import TrainingSamples, training_samples
 from grace_plugin.run.session import GraceSession, grace_session
@@ -240,22 +241,28 @@ def _result(
 
 
 def _fit(
-    trainer: GraceTrainer, folder: Path, samples: TrainingSamples, content: Mapping[str, Any], resume: bool | str
+    trainer: GraceTrainer, output_dir: Any, samples: TrainingSamples, content: Mapping[str, Any], resume: bool | str
 ) -> None:
     """Write what the run was given, and train.
 
     Raises:
         KeyboardInterrupt, Terminated (a SystemExit): a signal ended the run after a step.
     """
-    trainer.states.check_space(trainer.objective.total_steps, trainer.args.save_strategy != "no")
+    folder = run_folder(output_dir)
+    trainer.states.check_space(trainer.objective.total_steps, trainer.args.save_strategy != "no", output_dir)
     if trainer.args.process_index == 0:
         samples.begin(folder)
         write_run_file(folder, content)
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.interrupts.end()
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.interrupts.end()
+    except BaseException:
+        trainer.states.release()
+        raise
 
 
 @renamed_arguments(max_bad_rows="max_bad_samples")
+@kept_streams()
 def train(
     model: str | os.PathLike[str] | nn.Module,
     *,
@@ -353,6 +360,6 @@ def train(
             save_minutes=None if "save_strategy" in given else save_minutes,
             save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
         )  # fmt: skip
-        _fit(trainer, folder, samples, content, resume_from_checkpoint)
+        _fit(trainer, output_dir, samples, content, resume_from_checkpoint)
         verification = save_finished(trainer, session, output_dir)
     return _result(Path(output_dir), trainer, verification, samples.finish(), time.monotonic() - started)

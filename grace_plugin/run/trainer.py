@@ -27,6 +27,7 @@ from transformers.integrations import deactivate_neftune
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from grace_plugin.data import SAMPLE_KEY
+from grace_plugin.data.workers import bounded
 from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.async_copy import AsyncHostCopy
 from grace_plugin.quantizer import PARAMETER
@@ -38,7 +39,7 @@ from grace_plugin.run.interrupt import ResumeCallback
 from grace_plugin.run.memory import keep_full_precision_states, offloaded
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.states import STATE_FILE, WEIGHTS, ResumeStates, has_ended, read_state
-from grace_plugin.run.stream_loader import WORKER_SECONDS, StreamLoader
+from grace_plugin.run.stream_loader import StreamLoader, worker_seconds
 from grace_plugin.run.summary import count_tokens, header_line, say, speed_line, throughput
 from grace_plugin.vlm import VISUAL_SPANS
 from grace_plugin.vlm.transfer import to_device
@@ -161,12 +162,12 @@ class GraceTrainer(Trainer):
         """The stream, the given loader or Trainer's own; batches stay in host memory, where the objective looks at them."""
         if self.stream is not None:
             return self.stream
-        own = self.train_loader is None
-        loader = super().get_train_dataloader() if own else self.accelerator.prepare(self.train_loader)
+        if self.train_loader is None:
+            loader = super().get_train_dataloader()
+        else:
+            loader = self.accelerator.prepare(self.train_loader)
         if isinstance(loader, DataLoaderShard):
             loader.device = None
-            if own and loader.num_workers:
-                loader.timeout = WORKER_SECONDS  # a worker that is stopped (SIGSTOP) would be waited for without end
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -181,8 +182,11 @@ class GraceTrainer(Trainer):
         ends inside a window gets empty places for the rest, so that the short window has its own step; left alone, its
         gradients would join the next epoch's first window.
         """
-        stream = self.stream
-        host = list(itertools.islice(epoch_iterator, num_batches)) if stream is None else stream.window(num_batches)
+        if self.stream is not None:
+            host = self.stream.window(num_batches)
+        else:
+            seconds = worker_seconds(self.args) if self.train_loader is None else 0.0
+            host = list(itertools.islice(bounded(epoch_iterator, seconds), num_batches))
         if not host:  # the stream has ended, and the epoch with it
             self.control.should_epoch_stop = True
             return [], None

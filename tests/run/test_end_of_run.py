@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, TrainerCallback
 
 import grace_plugin
+from grace_plugin.data.workers import bounded
 from grace_plugin.run import resume
 from grace_plugin.run.interrupt import ResumeCallback, Terminated
 from tests.pairs import Pair, recipe_text, run
@@ -246,13 +249,41 @@ def test_second_signal__ends_at_once_unless_it_is_the_same_request(pause: float,
     assert in_child(twice) == status
 
 
-def test_loader_worker__waited_for_no_longer_than_a_collective(llava: Pair, tmp_path: Path) -> None:
-    """A worker that is stopped (SIGSTOP) is alive, so torch would wait for it without end."""
-    seen: list[float] = []
+class StopWorkers(TrainerCallback):
+    """Stops the loader's workers after the first step, as a debugger or a full batch queue of a cluster does."""
 
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-            seen.append(train_dataloader.timeout)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
 
-    run(llava, tmp_path / "out", max_steps=1, dataloader_num_workers=1, callbacks=[Watch()])
-    assert seen == [1800.0]
+
+def test_loader_worker__stopped__ends_in_one_sentence(llava: Pair, tmp_path: Path) -> None:
+    """A worker that is stopped is alive, so torch would wait for it without end, and join it without end afterwards."""
+    options: dict[str, Any] = {"max_steps": 9, "dataloader_num_workers": 1, "ddp_timeout": 2}
+    with pytest.raises(TimeoutError, match=r"has sent nothing for 2 s: it was stopped.*resume_from_checkpoint$"):
+        run(llava, tmp_path / "out", make_samples(20, seed=3), callbacks=[StopWorkers()], **options)
+    assert multiprocessing.active_children() == [] and not (tmp_path / "out").exists()
+
+
+def test_loader_worker__slow_but_within_the_limit__waited_for() -> None:
+    assert list(bounded(DataLoader(Slow(), batch_size=None, num_workers=1), 30.0)) == [0, 1]
+
+
+def test_loader_worker__fails__its_own_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(bounded(DataLoader(Slow(0), batch_size=None, num_workers=1), 30.0))
+
+
+class Slow(Dataset[int]):
+    """Two numbers, 0.1 seconds each."""
+
+    def __init__(self, divisor: int = 1) -> None:
+        self.divisor = divisor
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.1)
+        return index // self.divisor

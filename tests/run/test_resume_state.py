@@ -204,6 +204,40 @@ def test_train__disk_full_at_a_resume_state__older_state_kept_and_training_goes_
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_train__disk_full_before_the_first_state__first_state_takes_the_reserved_space(
+    llava: Pair, whole: Path, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = sum(file.stat().st_size for file in (whole.with_name("out.run") / "checkpoint-1").iterdir())
+    disk = small_disk(size * 5)
+    (tmp_path / "out.run").symlink_to(disk)
+
+    class Fill(TrainerCallback):
+        """Another program takes the whole disk before the first step, but what the run has reserved."""
+
+        def on_train_begin(self, *args: Any, **rest: Any) -> None:
+            assert (disk / "checkpoint.reserved").stat().st_size >= size
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
+
+    run(llava, tmp_path / "out", callbacks=[Fill()], **STEPS)
+    assert resume.states(disk) == [disk / "checkpoint-1"] and resume.damage(disk / "checkpoint-1") == ""
+    assert "no resume state was written at step 2" in caplog.text
+    assert "no resume state was written at step 1" not in caplog.text
+    assert not (disk / "checkpoint.reserved").exists()
+
+
+def test_train__ends_in_an_error__reserved_space_given_back(llava: Pair, tmp_path: Path) -> None:
+    class Fail(TrainerCallback):
+        def on_train_begin(self, args: Any, *rest: Any, **_: Any) -> None:
+            assert (Path(args.output_dir) / "checkpoint.reserved").exists()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(llava, tmp_path / "out", callbacks=[Fail()])
+    assert not (tmp_path / "out.run" / "checkpoint.reserved").exists()
+    run(llava, tmp_path / "out")
+    assert not (tmp_path / "out.run" / "checkpoint.reserved").exists()
+
+
 def test_train__states_will_not_fit__refused_before_the_first_step(
     llava: Pair, whole: Path, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,6 +251,16 @@ def test_train__states_will_not_fit__refused_before_the_first_step(
     assert list(disk.iterdir()) == []
     run(llava, tmp_path / "out", max_steps=3, save_minutes=0)
     assert "no resume states are written by the clock" in caplog.text and not resume.states(disk)
+
+
+def test_train__checkpoint_will_not_fit_next_to_the_states__refused_before_the_first_step(
+    llava: Pair, whole: Path, small_disk: Callable[..., Path]
+) -> None:
+    size = sum(file.stat().st_size for file in (whole.with_name("out.run") / "checkpoint-1").iterdir())
+    checkpoint = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file())
+    disk = small_disk(3 * (size + 2**20) + checkpoint // 2)  # three states alone would fit
+    with pytest.raises(ValueError, match=r"the resume states that save_strategy asks for do not fit"):
+        run(llava, disk / "out", **STEPS)
 
 
 def test_train__disk_refuses_a_file_of_a_state__partial_removed_and_older_state_kept(
