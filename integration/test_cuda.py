@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_small_cards_ship_what_they_trained(method: str, tmp_path: Path) -> None
     done = run(made, tmp_path / "out", mixed_samples(12), recipe=recipe, **ON_CUDA)
     proved(done.verification)
     proved(grace_plugin.verify(done.checkpoint))
+
+
+def test_resumed_run_on_cuda__draws_the_numbers_of_the_uninterrupted_run(tmp_path: Path) -> None:
+    """NEFTune draws noise on the GPU in every forward pass; its generator must go on where the state was written."""
+    made = pair("llava", tmp_path)
+    options = {**ON_CUDA, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": 5.0}
+    run(made, tmp_path / "whole", mixed_rows(8), **options)
+    shutil.copytree(tmp_path / "whole.run" / "checkpoint-2", tmp_path / "resumed.run" / "checkpoint-2")
+    run(made, tmp_path / "resumed", mixed_rows(8), resume_from_checkpoint=True, **options)
+    states = [
+        torch.load(tmp_path / f"{name}.run" / f"checkpoint-{step}" / "rng_state.pth", weights_only=False)["cuda"]
+        for name, step in (("whole", 2), ("whole", 4), ("resumed", 4))
+    ]
+    assert torch.equal(states[1], states[2]) and not torch.equal(states[0], states[1])
 
 
 def test_the_kernels_are_what_runs() -> None:

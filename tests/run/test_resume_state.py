@@ -159,6 +159,24 @@ def test_train__torn_newest_state__resumes_from_the_older_with_the_same_bits(
     assert [resume.damage(state) for state in resume.states(copied.with_name("out.run"))] == ["", "", ""]
 
 
+def test_train__random_states__resumed_run_draws_the_numbers_of_the_uninterrupted_run(
+    llava: Pair, tmp_path: Path
+) -> None:
+    """NEFTune draws noise in every forward pass, so other random states would give other weights."""
+    options = STEPS | {"neftune_noise_alpha": 5.0}
+    run(llava, tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole.run" / "checkpoint-2", tmp_path / "resumed.run" / "checkpoint-2")
+    run(llava, tmp_path / "resumed", resume_from_checkpoint=True, **options)
+    states = [
+        torch.load(tmp_path / f"{name}.run" / f"checkpoint-{step}" / "rng_state.pth", weights_only=False)
+        for name, step in (("whole", 2), ("whole", 3), ("resumed", 3))
+    ]
+    assert torch.equal(states[1]["cpu"], states[2]["cpu"]) and not torch.equal(states[0]["cpu"], states[1]["cpu"])
+    assert set(states[0]) >= {"python", "numpy", "cpu"}
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+
+
 def test_train__save_only_model__refused(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_only_model=True .* leaves out optimizer and schedule"):
         run(llava, tmp_path / "out", save_only_model=True, **STEPS)
