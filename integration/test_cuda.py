@@ -57,9 +57,9 @@ def test_resumed_run_on_cuda__draws_the_numbers_of_the_uninterrupted_run(tmp_pat
     """NEFTune draws noise on the GPU in every forward pass; its generator must go on where the state was written."""
     made = pair("llava", tmp_path)
     options = {**ON_CUDA, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": 5.0}
-    run(made, tmp_path / "whole", mixed_rows(8), **options)
+    run(made, tmp_path / "whole", mixed_samples(8), **options)
     shutil.copytree(tmp_path / "whole.run" / "checkpoint-2", tmp_path / "resumed.run" / "checkpoint-2")
-    run(made, tmp_path / "resumed", mixed_rows(8), resume_from_checkpoint=True, **options)
+    run(made, tmp_path / "resumed", mixed_samples(8), resume_from_checkpoint=True, **options)
     states = [
         torch.load(tmp_path / f"{name}.run" / f"checkpoint-{step}" / "rng_state.pth", weights_only=False)["cuda"]
         for name, step in (("whole", 2), ("whole", 4), ("resumed", 4))
