@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.report.intervals import interval, paired_difference
+from grace_plugin.report.summary import interval, paired_difference
 
 __all__ = [
     "Encoded",

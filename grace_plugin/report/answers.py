@@ -1,8 +1,6 @@
-"""Greedy answers of both models to rows that say which answers they accept (`accept`, a list of strings).
+"""Greedy answers of both models to samples that say which answers they accept (`accept`, a list of strings).
 
-The prompt is the row up to its last answer. Rows whose prompts have the same number of tokens are asked together, so that
-nothing is padded and every family's generation reads what training read. An answer counts when, without white space around it,
-it is one of the accepted ones.
+The prompt is the sample up to its last answer. An answer is right when it equals an accepted one, white space around it aside.
 """
 
 from __future__ import annotations
@@ -21,24 +19,25 @@ from grace_plugin.teacher.base import model_inputs
 __all__ = ["accepted", "answer_start", "answers"]
 
 MOST = 64
-"""Tokens generated at most, where accepted answers are longer."""
+"""Largest number of generated tokens, where accepted answers are longer."""
 
 
-def accepted(row: Mapping[str, Any]) -> list[str]:
-    """The answers a row accepts, without white space around them; empty when it does not say."""
-    given = row.get("accept")
+def accepted(sample: Mapping[str, Any]) -> list[str]:
+    """Return the answers that a sample accepts, stripped; empty when it does not say."""
+    given = sample.get("accept")
     given = [given] if isinstance(given, str) else given
     return [one.strip() for one in given or [] if isinstance(one, str)]
 
 
 def answer_start(labels: Tensor) -> int:
-    """Where the last run of learned tokens begins in labels [S]."""
-    learned = labels != IGNORE_INDEX
-    begins = learned & ~torch.nn.functional.pad(learned, (1, 0))[:-1]
+    """Return the position in labels [S] at which the last run of supervised tokens begins."""
+    supervised = labels != IGNORE_INDEX
+    begins = supervised & ~torch.nn.functional.pad(supervised, (1, 0))[:-1]
     return int(begins.nonzero()[-1])
 
 
 def _batches(starts: Mapping[int, int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    # Prompts of equal length only, so that nothing is padded: on which side to pad for generation depends on the family.
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, start in sorted(starts.items()):
         by_length[start].append(number)
@@ -49,25 +48,28 @@ def _batches(starts: Mapping[int, int], batch_size: int) -> Iterator[tuple[int, 
 
 @torch.no_grad()
 def answers(
-    models: Sequence[Any], collator: ConversationCollator, rows: Sequence[Mapping[str, Any]], starts: Mapping[int, int],
+    models: Sequence[Any],
+    collator: ConversationCollator,
+    samples: Sequence[Mapping[str, Any]],
+    starts: Mapping[int, int],
     batch_size: int,
-) -> dict[int, list[str]]:  # fmt: skip
-    """Answers of each model, by row number.
+) -> dict[int, list[str]]:
+    """Generate the answer of each model, by the sample's number.
 
     Args:
-        starts: row number -> tokens of its prompt, for the rows to ask.
+        starts: number -> tokens of the prompt, for the samples to ask.
     """
     tokenizer = collator.processor.tokenizer
     found: dict[int, list[str]] = {}
     for start, numbers in _batches(starts, batch_size):
-        batch = collator([rows[number] for number in numbers])
+        batch = collator([samples[number] for number in numbers])
         whole = batch["input_ids"].shape
-        longest = max(
-            len(tokenizer(text, add_special_tokens=False)["input_ids"]) for n in numbers for text in accepted(rows[n])
-        )
+        wanted = [text for number in numbers for text in accepted(samples[number])]
+        longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted)
         texts = []
         for model in models:
             inputs = {
+                # tensors of shape [B, S] are cut to the prompt; pixels and the sizes of images have other shapes
                 key: (value[:, :start] if value.shape[:2] == whole else value).to(model.device)
                 for key, value in model_inputs(batch).items()
             }

@@ -1,34 +1,53 @@
-"""Records of rows to findings: by modality, by question type, over all."""
+"""From records of samples to the report: by modality, by question type and over all, with 95 % intervals."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grace_plugin.report.intervals import interval, paired_difference
-from grace_plugin.report.measure import RowDamage
+import torch
 
-__all__ = ["by_modality", "by_type", "overall", "type_of"]
+from grace_plugin.report.samples import SampleComparison
 
+__all__ = ["Z95", "by_modality", "by_type", "interval", "overall", "paired_difference", "set_types", "type_of"]
+
+Z95 = 1.959964
 MANY = 60
-"""Beginnings of ids beyond which ids say nothing of a row's type."""
+"""Number of different beginnings of ids above which ids do not say a sample's type."""
 
 
-def type_of(row: Mapping[str, Any], set_name: str | None = None) -> tuple[str, str]:
-    """(where it stands, what it says) of a row's type: `type`, else `source`, else its set's name, else its id's beginning."""
+def interval(correct: int, questions: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of an accuracy."""
+    share, n = correct / questions, questions
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
+    return centre - half, centre + half
+
+
+def paired_difference(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of ours - other over the same samples, with its normal 95 % interval."""
+    differences = torch.tensor([float(a) - float(b) for a, b in zip(ours, other, strict=True)], dtype=torch.float64)
+    mean = float(differences.mean())
+    half = Z95 * float(differences.std(unbiased=True)) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def type_of(sample: Mapping[str, Any], set_name: str | None = None) -> tuple[str, str]:
+    """Return (where it is said, the type): `type`, else `source`, else the name of its set, else the beginning of its id."""
     for key in ("type", "source"):
-        if isinstance(row.get(key), str) and row[key].strip():
-            return key, row[key].strip()
+        if isinstance(sample.get(key), str) and sample[key].strip():
+            return key, sample[key].strip()
     if set_name is not None:
         return "set", set_name
-    beginning = re.sub(r"[\d\W_]+$", "", str(row.get("id") or ""))
+    beginning = re.sub(r"[\d\W_]+$", "", str(sample.get("id") or ""))
     return ("id", beginning) if beginning else ("", "")
 
 
-def set_types(records: Sequence[RowDamage], types: Mapping[int, tuple[str, str]]) -> None:
-    """Give each record its group; beginnings of ids count only where they are few."""
+def set_types(records: Sequence[SampleComparison], types: Mapping[int, tuple[str, str]]) -> None:
+    """Set the group of each record to its type."""
     beginnings = {said for where, said in types.values() if where == "id"}
     for record in records:
         where, said = types[record.number]
@@ -39,7 +58,7 @@ def _paired(ours: Sequence[float], other: Sequence[float]) -> list[float] | None
     return list(paired_difference(ours, other)) if len(ours) > 1 else None
 
 
-def _accuracy(records: Sequence[RowDamage]) -> dict[str, Any]:
+def _accuracy(records: Sequence[SampleComparison]) -> dict[str, Any]:
     asked = [one for one in records if one.right]
     if not asked:
         return {}
@@ -53,50 +72,49 @@ def _accuracy(records: Sequence[RowDamage]) -> dict[str, Any]:
     return found
 
 
-def _of(records: Sequence[RowDamage]) -> dict[str, Any]:
-    """KL in nats, agreement and right next tokens per supervised token; accuracy over rows that say what they accept."""
+def overall(records: Sequence[SampleComparison]) -> dict[str, Any]:
+    """Return means per supervised token (KL and negative log-likelihoods in nats), and accuracy of the answers."""
     tokens = sum(one.tokens for one in records)
     if not tokens:
-        return {"rows": 0, "tokens": 0}
-    return {
-        "rows": len(records), "tokens": tokens, "kl": sum(one.kl for one in records) / tokens,
-        "agreement": sum(one.agree for one in records) / tokens,
-        "token_accuracy_a": sum(one.right_a for one in records) / tokens,
-        "token_accuracy_b": sum(one.right_b for one in records) / tokens,
-        "nll_a": sum(one.nll_a for one in records) / tokens, "nll_b": sum(one.nll_b for one in records) / tokens,
-        **_accuracy(records),
-    }  # fmt: skip
+        return {"samples": 0, "tokens": 0}
+    sums: dict[str, list[float]] = {
+        "kl": [one.kl for one in records],
+        "agreement": [one.agree for one in records],
+        "token_accuracy_a": [one.right_a for one in records],
+        "token_accuracy_b": [one.right_b for one in records],
+        "nll_a": [one.nll_a for one in records],
+        "nll_b": [one.nll_b for one in records],
+    }
+    means = {name: sum(values) / tokens for name, values in sums.items()}
+    return {"samples": len(records), "tokens": tokens, **means, **_accuracy(records)}
 
 
-def overall(records: Sequence[RowDamage]) -> dict[str, Any]:
-    """All rows."""
-    return _of(records)
+def by_modality(records: Sequence[SampleComparison]) -> dict[str, Any]:
+    """Compare samples with images, the same samples without them, and samples that have none.
 
-
-def by_modality(records: Sequence[RowDamage]) -> dict[str, Any]:
-    """Rows with pictures, the same rows without them, and rows that have none.
-
-    `difference`: mean over rows of (KL per token with the pictures - without), with its 95 % interval.
+    `difference`: mean over samples of (KL per token with the images - without), with its 95 % interval.
     """
-    pictured = [one for one in records if one.pictures]
-    both = [one for one in pictured if one.kl_blind is not None]
+    with_images = [one for one in records if one.has_images]
+    both = [one for one in with_images if one.kl_text_only is not None]
     tokens = sum(one.tokens for one in both)
     found: dict[str, Any] = {
-        "image": _of(pictured), "text": _of([one for one in records if not one.pictures]), "compared_rows": len(both),
-    }  # fmt: skip
+        "image": overall(with_images),
+        "text": overall([one for one in records if not one.has_images]),
+        "compared_samples": len(both),
+    }
     if both:
-        blind = [float(one.kl_blind or 0.0) for one in both]
-        found |= {
-            "kl_image_conditioned": sum(one.kl for one in both) / tokens, "kl_text_only": sum(blind) / tokens,
-            "difference": _paired([one.mean for one in both], [k / one.tokens for k, one in zip(blind, both, strict=True)]),
-        }  # fmt: skip
+        text_only = [float(one.kl_text_only or 0.0) for one in both]
+        means = [kl / one.tokens for kl, one in zip(text_only, both, strict=True)]
+        found["kl_image_conditioned"] = sum(one.kl for one in both) / tokens
+        found["kl_text_only"] = sum(text_only) / tokens
+        found["difference"] = _paired([one.mean for one in both], means)
     return found
 
 
-def by_type(records: Sequence[RowDamage]) -> list[dict[str, Any]]:
-    """One finding a type, the largest KL first."""
-    groups: dict[str, list[RowDamage]] = defaultdict(list)
+def by_type(records: Sequence[SampleComparison]) -> list[dict[str, Any]]:
+    """Return one entry per type, largest KL first."""
+    groups: dict[str, list[SampleComparison]] = defaultdict(list)
     for one in records:
         groups[one.group].append(one)
-    found = [{"type": name, **_of(own)} for name, own in groups.items()]
+    found = [{"type": name, **overall(own)} for name, own in groups.items()]
     return sorted(found, key=lambda one: (-one.get("kl", 0.0), one["type"]))

@@ -1,7 +1,7 @@
-"""How a training went, from the log it writes: losses, controller, gates, clipped weights, rates, over its optimizer steps.
+"""The report of a training, from the log that it writes: every metric over the optimizer steps.
 
 Reads `metrics.jsonl` of `<output_dir>.run`, which a run writes as it goes, so it may still be running; else the log inside the
-latest `checkpoint-*/trainer_state.json`. Values are nats where they are losses.
+latest `checkpoint-*/trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from grace_plugin.export.stage import check_destination
 from grace_plugin.objective.terms import TERMS, Chart
-from grace_plugin.report.charts import lines
-from grace_plugin.report.page import write_folder
+from grace_plugin.report.charts import line_chart
+from grace_plugin.report.html import write_report
 from grace_plugin.run.metrics import METRICS
 from grace_plugin.run.train import run_folder
 
@@ -24,14 +24,14 @@ __all__ = ["read_log", "training"]
 
 STATE = "trainer_state.json"
 
-#: what Trainer and the quantizer log; the loss terms name their own charts
-GENERAL = (
+RUN_CHARTS = (
     Chart("Clipped weights", "share of quantized weights", {"clip_share": "clipped"}),
-    Chart("Loss as trained", "Trainer's sum", {"loss": "loss"}),
-    Chart("Evaluation", "nats a token", {"eval_loss": "eval loss"}),
+    Chart("Loss as trained", "sum of all terms", {"loss": "loss"}),
+    Chart("Evaluation", "nats per token", {"eval_loss": "eval loss"}),
     Chart("Learning rate", "of the weights", {"learning_rate": "learning rate"}),
     Chart("Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
 )
+"""Of what Trainer and the quantizer log; the loss terms name their own charts."""
 
 
 def _charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -43,7 +43,7 @@ def _charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return [
         *terms,
         *(Chart(f"Loss term {key.removeprefix('loss_')}", "as logged", {key: key}) for key in others),
-        *GENERAL,
+        *RUN_CHARTS,
     ]
 
 
@@ -67,7 +67,7 @@ def _find(run: Path) -> Path | None:
 
 
 def read_log(run: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
-    """The file and the entries of a run's log, each with its optimizer step; a last line that is half written is left out.
+    """Return the file and the entries of a run's log, each with its optimizer step.
 
     Args:
         run: the run's output_dir, its `.run` folder, a checkpoint of it, or one of the two files.
@@ -79,11 +79,12 @@ def read_log(run: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
     if path is None:
         raise ValueError(
             f"no log of a training at {os.fspath(run)!r}: neither {METRICS} nor a checkpoint's {STATE} there or in "
-            f"{run_folder(run)}. Give the output_dir of `grace train`, or two checkpoints with --compare A B --dataset ROWS"
+            f"{run_folder(run)}. Give the output_dir of `grace train`, or two checkpoints with --compare A B --dataset FILE"
         )
     text = path.read_text(encoding="utf-8")
     try:
         if path.name.endswith(".jsonl"):
+            # a running training may be about to write the rest of the last line
             whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
             entries = [json.loads(line) for line in whole]
         else:
@@ -103,16 +104,24 @@ def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
 def _spread(name: str, points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
     known = [value for _, value in points if value is not None]
     return {
-        "name": name, "first": known[0] if known else None, "last": known[-1] if known else None,
-        "least": min(known, default=None), "most": max(known, default=None), "not_finite": len(points) - len(known),
-    }  # fmt: skip
+        "name": name,
+        "first": known[0] if known else None,
+        "last": known[-1] if known else None,
+        "least": min(known, default=None),
+        "most": max(known, default=None),
+        "not_finite": len(points) - len(known),
+    }
 
 
 def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """The report of a finished or running training; written to `output_dir` when that is given.
+    """Report on a finished or running training; the report is written to `output_dir` when that is given.
+
+    Args:
+        run: the run's output_dir, its `.run` folder, a resume state in it, or one of the two files.
+        output_dir: where `report.json` and `page.html` appear; must not hold anything.
 
     Raises:
-        ValueError: no log, or nothing in it yet.
+        ValueError: no log, or nothing logged yet.
         FileExistsError: `output_dir` holds something.
     """
     if output_dir is not None:
@@ -125,16 +134,22 @@ def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] 
         series = {said: points for said, points in series.items() if points}
         if series:
             table += [_spread(f"{title}: {said}", points) for said, points in series.items()]
-            charts.append(lines(title, series) | {"unit": unit})
+            charts.append({"title": title, "unit": unit, "svg": line_chart(series)})
     warnings = []
     if last.get("nonfinite_steps"):
         warnings.append(
             f"{last['nonfinite_steps']:g} steps had a loss or gradient that was not finite and were skipped."
         )
     report = {
-        "run": os.fspath(run), "log": str(path), "steps": last["step"], "epoch": last.get("epoch"), "entries": entries,
-        "finished": "train_runtime" in last, "warnings": warnings, "values": table,
-    }  # fmt: skip
+        "run": os.fspath(run),
+        "log": str(path),
+        "steps": last["step"],
+        "epoch": last.get("epoch"),
+        "entries": entries,
+        "finished": "train_runtime" in last,
+        "warnings": warnings,
+        "values": table,
+    }
     if output_dir is not None:
-        write_folder(Path(output_dir), "training.html.j2", report, title=os.fspath(run), charts=charts)
+        write_report(Path(output_dir), "training.html.j2", report, title=os.fspath(run), charts=charts)
     return report

@@ -1,4 +1,4 @@
-"""`grace report` as a user runs it: two checkpoints, a finished training, and what it refuses in one sentence."""
+"""`grace report` as a user runs it: two checkpoints, a finished training, and bad input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import Finished
 from tests.pairs import Pair
 
 
-def test_two_checkpoints_become_a_page(
+def test_report__two_checkpoints__page_and_summary(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # a terminal wide enough for a layer's name in one line
@@ -30,7 +30,7 @@ def test_two_checkpoints_become_a_page(
     assert len(report["worst"]) == 1 and report["samples"]["drawn"] == 3
 
 
-def test_a_finished_training_becomes_a_page(
+def test_report__finished_training__page_once(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert in_process(monkeypatch, "report", str(finished.folder), "--output_dir", str(tmp_path / "r")) == 0
@@ -44,14 +44,14 @@ def test_a_finished_training_becomes_a_page(
     [
         ([], "say what to report on: a training"),
         (["run", "--compare", "A", "B"], "say what to report on"),
-        (["--compare", "{student}", "{student}"], "--compare A B needs rows to compare on: --dataset ROWS"),
+        (["--compare", "{student}", "{student}"], "--compare A B needs samples to compare on: --dataset FILE"),
         (["--compare", "{student}", "{student}", "--dataset", "x.jsonl"], "has no quantized layers"),
         (["--compare", "{student}", "{teacher}", "--dataset", "x.jsonl"], "of different architectures"),
         (["--compare", "/no/where", "{student}", "--dataset", "x.jsonl"], "cannot read checkpoint A at '/no/where'"),
         (["nothing"], "no log of a training at 'nothing'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_report__bad_input__one_sentence_and_status_2(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: list[str], sentence: str,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Round-to-nearest INT4 checkpoints of the tiny models, and ways to damage one tensor of them."""
+"""Round-to-nearest INT4 checkpoints of the tiny models, and edits of one tensor of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grace_plugin.export.write import rewrite_ignore
 from grace_plugin.upstream import oneshot
 from grace_plugin.vlm import family_of
 
-__all__ = ["change", "damaged", "rounded", "stored_name"]
+__all__ = ["change", "edited", "rounded", "stored_name"]
 
 
 def rounded(student: Path, folder: Path) -> Path:
@@ -50,7 +50,7 @@ def change(folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> No
     save_file(tensors, path, metadata)
 
 
-def damaged(source: Path, folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> Path:
+def edited(source: Path, folder: Path, ending: str, edit: Callable[[torch.Tensor], Any]) -> Path:
     """A copy of a checkpoint with one tensor edited."""
     shutil.copytree(source, folder)
     change(folder, ending, edit)

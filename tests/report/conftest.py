@@ -1,4 +1,4 @@
-"""One INT4 checkpoint of the LLaVA student for all tests of the room."""
+"""One INT4 checkpoint of the LLaVA student for all tests of this folder."""
 
 from __future__ import annotations
 

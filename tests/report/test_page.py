@@ -1,27 +1,28 @@
-"""The pages: whole HTML, nothing from outside, text of rows only as text; charts that say what the numbers say."""
+"""The pages: valid HTML, nothing from outside, text of samples only as text; charts and the log that they are made of."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grace_plugin.report import damage, training
-from grace_plugin.report.charts import bars, label, lines, ticks
-from grace_plugin.report.intervals import paired_difference
-from grace_plugin.report.measure import RowDamage
-from grace_plugin.report.page import write_folder
-from grace_plugin.report.summary import set_types, type_of
+from grace_plugin.report import compare_checkpoints, training
+from grace_plugin.report.charts import bar_chart, line_chart
+from grace_plugin.report.html import label, write_report
+from grace_plugin.report.samples import SampleComparison
+from grace_plugin.report.summary import paired_difference, set_types, type_of
 from tests.conftest import Finished
 from tests.pairs import Pair
 from tests.tiny import make_samples
 
 HOSTILE = "<script>alert('row')</script>\"><img src=x onerror=y> {{ 7 * 7 }} & \ufdd0"
-VOID = {"meta", "img", "br", "line", "rect", "path", "circle"}
+VOID = {"meta", "img", "br"}
 
 
 class Checker(HTMLParser):
@@ -44,6 +45,11 @@ class Checker(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open.pop() == tag
@@ -56,31 +62,33 @@ def checked(path: Path) -> Checker:
     text = path.read_text(encoding="utf-8")
     found = Checker(text)
     assert "script" not in found.tags
-    assert all(reference.startswith("data:image/jpeg;base64,") for reference in found.references)
-    assert not re.search(r"https?://|url\(|@import", text)
+    # a chart's markers refer to definitions in the same page
+    assert all(reference.startswith(("data:image/jpeg;base64,", "#")) for reference in found.references)
+    assert not re.search(r"https?://|url\((?!#)|@import", text)
     assert "prefers-color-scheme:dark" in text
     return found
 
 
-def test_the_damage_page_holds_pictures_and_text_but_no_markup_of_rows(llava: Pair, int4: Path, tmp_path: Path) -> None:
-    row = make_samples(1, seed=31)[0]
-    row |= {"id": HOSTILE, "type": HOSTILE, "accept": [HOSTILE]}
-    row["messages"][0]["content"].append({"type": "text", "text": HOSTILE})
-    row["messages"][1]["content"][0]["text"] += HOSTILE
-    damage(llava.student, int4, [row, *make_samples(2, seed=32), *make_samples(1, images=0)], output_dir=tmp_path / "r")
+def test_comparison_page__hostile_sample__escaped_and_self_contained(llava: Pair, int4: Path, tmp_path: Path) -> None:
+    sample = make_samples(1, seed=31)[0]
+    sample |= {"id": HOSTILE, "type": HOSTILE, "accept": [HOSTILE]}
+    sample["messages"][0]["content"].append({"type": "text", "text": HOSTILE})
+    sample["messages"][1]["content"][0]["text"] += HOSTILE
+    samples = [sample, *make_samples(2, seed=32), *make_samples(1, images=0)]
+    compare_checkpoints(llava.student, int4, samples, output_dir=tmp_path / "r")
     page = checked(tmp_path / "r" / "page.html")
     assert page.tags.count("img") == 3 and page.tags.count("article") == 4
     assert page.words.count("<script>alert('row')</script>") >= 3
     assert "49" not in re.findall(r"\{\{ 7 \* 7 \}\}|49", page.words) and "{{ 7 * 7 }}" in page.words
     assert page.tags.count("svg") == 8  # decoder layers, and seven kinds of linears
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["worst"][0]["pictures"] is not None
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["worst"][0]["images"] is not None
 
 
-def test_a_report_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_write_report__template_or_json_fails__nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="steps"):
-        write_folder(tmp_path / "r", "training.html.j2", {}, title="t", charts=[])
+        write_report(tmp_path / "r", "training.html.j2", {}, title="t", charts=[])
     with pytest.raises(TypeError):
-        write_folder(
+        write_report(
             tmp_path / "r", "training.html.j2",
             {"steps": 1, "epoch": None, "finished": False, "log": "l", "entries": [], "warnings": [], "values": [], "x": set()},
             title="t", charts=[],
@@ -88,7 +96,7 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_training_page_shows_what_was_logged(finished: Finished, tmp_path: Path) -> None:
+def test_training_page__finished_run__shows_every_logged_metric(finished: Finished, tmp_path: Path) -> None:
     found = training(finished.folder, output_dir=tmp_path / "r")
     page = checked(tmp_path / "r" / "page.html")
     assert (found["steps"], found["finished"]) == (8, True)
@@ -108,7 +116,7 @@ def log(folder: Path, entries: list[dict[str, Any]], torn: str = "") -> Path:
     return folder
 
 
-def test_a_running_training_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
+def test_training__running__read_up_to_the_last_complete_line(tmp_path: Path) -> None:
     entries = [{"step": n, "loss_ce": 2.0 / n, "share_at_bound": 0.3, "nonfinite_steps": 2} for n in (1, 2)]
     log(tmp_path / "out.run", [*entries, {"step": 3, "loss_ce": None}], '{"step": 4, "lo')
     found = training(tmp_path / "out")
@@ -118,7 +126,7 @@ def test_a_running_training_is_read_up_to_its_last_whole_line(tmp_path: Path) ->
     assert training(tmp_path / "out.run" / "metrics.jsonl")["steps"] == 3
 
 
-def test_trainers_own_state_is_read_where_there_is_no_log(tmp_path: Path) -> None:
+def test_training__no_metrics_file__trainer_state_is_read(tmp_path: Path) -> None:
     for step in (5, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -137,48 +145,77 @@ def test_trainers_own_state_is_read_where_there_is_no_log(tmp_path: Path) -> Non
         ("trainer_state.json", "[]", "is not the log of a training"),
     ],
 )
-def test_what_is_no_log_is_refused(tmp_path: Path, name: str | None, text: str, sentence: str) -> None:
+def test_training__no_log__refused_in_one_sentence(tmp_path: Path, name: str | None, text: str, sentence: str) -> None:
     if name is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=sentence):
         training(tmp_path)
 
 
-def test_bars_are_as_high_as_their_values() -> None:
-    chart = bars("t", ["0", "1"], {"a": [0.1, 0.2], "b": [None, 0.4]})
-    assert [bar["class"] for bar in chart["bars"]] == ["s0", "s0", "s1"]
-    heights = [bar["height"] for bar in chart["bars"]]
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.02) and heights[2] == pytest.approx(
-        4 * heights[0], abs=0.03
+def test_bar_chart__values_and_gaps__heights_in_proportion() -> None:
+    svg = bar_chart(["0", "1"], {"a": [0.1, 0.2], "b": [None, 0.4]})
+    bars = re.findall(r'<path d="([^"]*)" clip-path', svg)
+    corners = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", bar)] for bar in bars]
+    heights = [max(ys) - min(ys) for ys in corners if len(ys) >= 4]
+    assert heights[1] == pytest.approx(2 * heights[0], rel=1e-3) and heights[2] == pytest.approx(
+        4 * heights[0], rel=1e-3
     )
-    assert all(bar["y"] + bar["height"] == pytest.approx(chart["bottom"], abs=0.02) for bar in chart["bars"])
+    assert bar_chart(["0", "1"], {"a": [0.1, 0.2], "b": [None, 0.4]}) == svg
 
 
-def test_lines_break_where_a_value_is_missing() -> None:
-    chart = lines("t", {"a": [(1, 0.0), (2, 1.0), (3, None), (4, 0.5), (5, 1.0)]})
-    (line,) = chart["lines"]
-    assert re.findall("[ML]", line["path"]) == ["M", "L", "M", "L"]
-    assert len(line["dots"]) == 4
-    assert lines("one", {"a": [(7, 2.0)]})["lines"][0]["dots"]
+def test_line_chart__missing_value__line_is_broken() -> None:
+    svg = line_chart({"metric": [(1, 0.0), (2, 1.0), (3, None), (4, 0.5), (5, 1.0)]})
+    (line,) = [
+        path for path in re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke: #3f7fc1', svg) if path.count("L") > 1
+    ]
+    assert re.findall("[ML]", line) == ["M", "L", "M", "L"]
 
 
-def test_ticks_enclose_and_labels_are_short() -> None:
-    assert ticks(0.0, 0.37) == [0.0, 0.1, 0.2, 0.3, 0.4]
-    assert ticks(3.0, 3.0)[0] <= 3.0 <= ticks(3.0, 3.0)[-1] and ticks(0.0, 0.0) == [0.0, 0.5, 1.0]
+def test_charts__text__stays_text() -> None:
+    svg = line_chart({"one <metric>": [(10, 1.0), (20, 2.0)], "other": [(10, 1.5)]})
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert "one &lt;metric&gt;" in words and "other" in words and "20" in words
+
+
+def test_training_page__no_matplotlib__tables_and_how_to_install(tmp_path: Path) -> None:
+    """An interpreter in which matplotlib cannot be found, as without the extra `report`."""
+    log(tmp_path / "out.run", [{"step": n, "loss_ce": 2.0 / n} for n in (1, 2)])
+    script = f"""
+import importlib.machinery, sys
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name == "matplotlib" else find(name, *rest)
+)
+from grace_plugin.report import training
+training({str(tmp_path / "out")!r}, output_dir={str(tmp_path / "r")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = checked(tmp_path / "r" / "page.html")
+    assert "svg" not in page.tags and 'pip install "grace-plugin[report]"' in page.words
+    assert "Cross-entropy: CE" in page.words
+
+
+def test_training__metric_of_a_term_from_outside__has_a_chart(tmp_path: Path) -> None:
+    log(tmp_path / "out.run", [{"step": n, "loss_custom": 3.0 / n, "train_runtime": 1.0} for n in (1, 2)])
+    assert [one["name"] for one in training(tmp_path / "out")["values"]] == ["Loss term custom: loss_custom"]
+
+
+def test_label__small_and_large_numbers__three_digits() -> None:
     assert [label(v) for v in (None, 0.0, 1234.5, 0.012345, 2e-6)] == ["-", "0", "1,234", "0.0123", "2.0e-06"]
 
 
-def test_a_type_is_found_where_a_row_says_it() -> None:
+def test_type_of__every_source_of_a_type__in_order() -> None:
     assert type_of({"type": "count", "source": "vqa"}) == ("type", "count")
     assert type_of({"source": "vqa", "id": "x-1"}) == ("source", "vqa")
     assert type_of({"id": "x-1"}, "set-a") == ("set", "set-a")
     assert type_of({"id": "heldout-20-17"}) == ("id", "heldout") and type_of({"id": "0017"}) == ("", "")
-    records = [RowDamage(n, 1, True, 0.0, 1, 1, 1, 0.0, 0.0, 1) for n in range(70)]
+    records = [SampleComparison(n, 1, True, 0.0, 1, 1, 1, 0.0, 0.0, 1) for n in range(70)]
     set_types(records, {n: ("id", f"name{n}x") for n in range(70)})
     assert {one.group for one in records} == {""}
 
 
-def test_a_paired_difference_takes_numbers() -> None:
+def test_paired_difference__floats__mean_and_interval_by_hand() -> None:
     mean, low, high = paired_difference([1.0, 2.0, 3.0], [0.5, 1.0, 3.0])
     assert mean == pytest.approx(0.5) and high - mean == pytest.approx(mean - low) == pytest.approx(
         1.959964 * 0.5 / 3**0.5

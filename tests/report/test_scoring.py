@@ -10,9 +10,8 @@ import torch
 
 from grace_plugin.data import ConversationCollator
 from grace_plugin.report.answers import accepted, answer_start, answers
-from grace_plugin.report.intervals import Z95, interval, paired_difference
-from grace_plugin.report.measure import RowDamage
-from grace_plugin.report.summary import by_modality, by_type, overall
+from grace_plugin.report.samples import SampleComparison
+from grace_plugin.report.summary import Z95, by_modality, by_type, interval, overall, paired_difference
 from tests.chains import speak
 from tests.tiny import build, make_samples
 
@@ -29,7 +28,7 @@ def test_z95__normal_distribution__two_and_a_half_percent_in_each_tail() -> None
     assert torch.special.ndtr(torch.tensor(Z95, dtype=torch.float64)).item() == pytest.approx(0.975, abs=1e-8)
 
 
-def test_paired_difference__five_rows__mean_and_1_96_standard_errors_by_hand() -> None:
+def test_paired_difference__five_samples__mean_and_1_96_standard_errors_by_hand() -> None:
     """Differences 1, 0, -1, 1, 0: mean 0.2, variance (0.64 + 0.04 + 1.44 + 0.64 + 0.04) / 4 = 0.7."""
     found = paired_difference([1, 1, 0, 1, 0], [0, 1, 1, 0, 0])
     half = 1.959964 * (0.7 / 5) ** 0.5
@@ -42,7 +41,7 @@ def test_paired_difference__five_rows__mean_and_1_96_standard_errors_by_hand() -
     ("given", "wanted"),
     [(["a", " b "], ["a", "b"]), ("cat ", ["cat"]), (None, []), ([], []), ([1, "x", None], ["x"]), (("u", "v"), ["u", "v"])],
 )  # fmt: skip
-def test_accepted__what_a_row_says__strings_without_white_space_around(given: Any, wanted: list[str]) -> None:
+def test_accepted__what_a_sample_says__strings_without_white_space_around(given: Any, wanted: list[str]) -> None:
     assert accepted({"accept": given}) == wanted
 
 
@@ -53,13 +52,13 @@ def test_answer_start__several_supervised_spans__the_last_one(labels: list[int],
     assert answer_start(torch.tensor(labels)) == start
 
 
-def test_answers__two_models__each_its_own_whole_answer_by_row() -> None:
+def test_answers__two_models__each_its_own_whole_answer_by_sample() -> None:
     collator = ConversationCollator(build("llava", seed=1)[1])
     given = [
-        {**row, "accept": ["yes"]}
-        for row in (*make_samples(3, seed=3), *make_samples(1, seed=5, images=0), *make_samples(1, seed=7))
+        {**sample, "accept": ["yes"]}
+        for sample in (*make_samples(3, seed=3), *make_samples(1, seed=5, images=0), *make_samples(1, seed=7))
     ]
-    batches = [collator([row]) for row in given]
+    batches = [collator([sample]) for sample in given]
     starts = {number: answer_start(batch["labels"][0]) for number, batch in enumerate(batches)}
     last = {int(batch["input_ids"][0, start - 1]) for batch, start in zip(batches, starts.values(), strict=True)}
     assert len(last) == 1  # every prompt ends with the same token
@@ -76,20 +75,20 @@ def test_answers__two_models__each_its_own_whole_answer_by_row() -> None:
     assert found == {number: texts for number in (0, 3, 4)} and texts[0] != texts[1]
 
 
-def record(number: int, right: list[bool], **more: Any) -> RowDamage:
+def record(number: int, right: list[bool], **more: Any) -> SampleComparison:
     values: dict[str, Any] = {"kl": 1.0, "agree": 2, "right_a": 3, "right_b": 1, "nll_a": 4.0, "nll_b": 6.0}
-    values |= {"tokens": 4, "pictures": True, "start": 1, "right": right, **more}
-    return RowDamage(number, **values)
+    values |= {"tokens": 4, "has_images": True, "start": 1, "right": right, **more}
+    return SampleComparison(number, **values)
 
 
-def test_overall__rows_with_and_without_accepted_answers__accuracy_of_those_that_have_them() -> None:
-    """Of five rows with accepted answers A has four right and B two: three lost, one gained, one right in both."""
+def test_overall__samples_with_and_without_accepted_answers__accuracy_of_those_that_have_them() -> None:
+    """Of five samples with accepted answers A has four right and B two: three lost, one gained, one right in both."""
     records = [
         record(0, [True, False], kl=3.0, agree=4), record(1, [True, True], tokens=2), record(2, [False, True]),
         record(3, [True, False], nll_b=1.0), record(4, []), record(5, [True, False]),
     ]  # fmt: skip
     found = overall(records)
-    assert (found["rows"], found["tokens"], found["questions"]) == (6, 22, 5)
+    assert (found["samples"], found["tokens"], found["questions"]) == (6, 22, 5)
     assert found["kl"] == pytest.approx(8 / 22) and found["agreement"] == pytest.approx(14 / 22)
     assert (found["token_accuracy_a"], found["token_accuracy_b"]) == pytest.approx((18 / 22, 6 / 22))
     assert (found["nll_a"], found["nll_b"]) == pytest.approx((24 / 22, 31 / 22))
@@ -101,22 +100,22 @@ def test_overall__rows_with_and_without_accepted_answers__accuracy_of_those_that
         [record(0, [True, True]), record(1, [True, True]), record(2, [False, False]), record(3, [False, True])]
     )
     assert (both["lost"], both["gained"]) == (0, 1)
-    assert overall([]) == {"rows": 0, "tokens": 0}
+    assert overall([]) == {"samples": 0, "tokens": 0}
     assert "questions" not in overall([record(0, [])]) and overall([record(0, [True, True])])["difference"] is None
 
 
-def test_by_modality__rows_measured_without_their_images__kl_per_token_of_both() -> None:
+def test_by_modality__samples_compared_without_their_images__kl_per_token_of_both() -> None:
     records = [
-        record(0, [], kl=4.0, kl_blind=1.0), record(1, [], kl=1.0, kl_blind=2.0, tokens=2), record(2, []),
-        record(3, [], pictures=False),
+        record(0, [], kl=4.0, kl_text_only=1.0), record(1, [], kl=1.0, kl_text_only=2.0, tokens=2), record(2, []),
+        record(3, [], has_images=False),
     ]  # fmt: skip
     found = by_modality(records)
-    assert (found["image"]["rows"], found["text"]["rows"], found["compared_rows"]) == (3, 1, 2)
+    assert (found["image"]["samples"], found["text"]["samples"], found["compared_samples"]) == (3, 1, 2)
     assert (found["kl_image_conditioned"], found["kl_text_only"]) == pytest.approx((5 / 6, 3 / 6))
     mean, low, high = found["difference"]  # 0.75 and -0.5
     assert mean == pytest.approx(0.125) and high - low == pytest.approx(2 * 1.959964 * 0.625, rel=1e-6)
     assert "difference" not in by_modality([record(2, [])])
-    assert by_modality([record(0, [], kl_blind=0.0)])["kl_text_only"] == 0.0
+    assert by_modality([record(0, [], kl_text_only=0.0)])["kl_text_only"] == 0.0
 
 
 def test_by_type__groups__largest_divergence_first_then_by_name() -> None:
@@ -125,5 +124,5 @@ def test_by_type__groups__largest_divergence_first_then_by_name() -> None:
         record(3, [True, False], group="a", kl=1.0),
     ]  # fmt: skip
     found = by_type(records)
-    assert [(one["type"], one["rows"]) for one in found] == [("c", 1), ("a", 2), ("b", 1)]
+    assert [(one["type"], one["samples"]) for one in found] == [("c", 1), ("a", 2), ("b", 1)]
     assert (found[1]["accuracy_a"], found[1]["accuracy_b"], found[2]["accuracy_b"]) == (0.5, 0.5, 1.0)

@@ -1,4 +1,4 @@
-"""The damage report against another way to the same numbers, and against damage done on purpose."""
+"""Comparison of two checkpoints: its numbers against float64 by another route, and checkpoints with one edited tensor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grace_plugin.data import ConversationCollator
-from grace_plugin.report import damage
+from grace_plugin.report import compare_checkpoints
 from tests.conftest import Finished
 from tests.pairs import Pair, mixed_samples
-from tests.report.checkpoints import damaged, rounded, stored_name
+from tests.report.checkpoints import edited, rounded, stored_name
 from tests.tiny import make_samples
 
 LAYER = "layers.1.self_attn.v_proj"
 
 
 def asked(count: int = 4) -> list[dict[str, Any]]:
-    """Rows with pictures, types and accepted answers."""
+    """Samples with images, types and accepted answers."""
     found = []
     for number, row in enumerate(make_samples(count, seed=21)):
         answer = row["messages"][-1]["content"][0]["text"]
@@ -40,7 +40,7 @@ def opened(folder: Path) -> Any:
 
 
 def final_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The base model's own last hidden state at the positions before learned tokens, float64."""
+    """The base model's own last hidden state at the positions before supervised tokens, float64."""
     with torch.no_grad():
         given = {key: value for key, value in batch.items() if key != "labels"}
         states = model.model(**given, use_cache=False).last_hidden_state[0]
@@ -50,7 +50,7 @@ def final_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def divergence(a: Any, b: Any, batch: dict[str, Tensor]) -> tuple[list[float], list[float]]:
-    """KL(A || B) of each learned token, and A's negative log-likelihood of it, in float64."""
+    """KL(A || B) of each supervised token, and A's negative log-likelihood of it, in float64."""
     words = [model.lm_head.weight.double() for model in (a, b)]
     p, q = (torch.softmax(final_states(m, batch) @ w.T, dim=1) for m, w in zip((a, b), words, strict=True))
     label = batch["labels"][0][batch["labels"][0] != -100]
@@ -72,15 +72,15 @@ def unpacked(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def report(llava: Pair, int4: Path) -> dict[str, Any]:
-    return damage(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=1)
+    return compare_checkpoints(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=1)
 
 
-def test_divergence_is_that_of_the_softmax_in_float64(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
+def test_divergence__against_softmax_in_float64__equal(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
     a, b = opened(llava.student), opened(int4)
-    with_pictures = [divergence(a, b, collator([row])) for row in asked()]
-    blind = [{**row, "images": [], "messages": text_of(row)} for row in asked()]
-    without = [divergence(a, b, collator([row])) for row in blind]
+    with_images = [divergence(a, b, collator([row])) for row in asked()]
+    text_only = [{**row, "images": [], "messages": text_of(row)} for row in asked()]
+    without = [divergence(a, b, collator([row])) for row in text_only]
     text = divergence(a, b, collator(make_samples(1, seed=5, images=0)))
 
     def mean(parts: list[tuple[list[float], list[float]]], which: int) -> float:
@@ -88,25 +88,25 @@ def test_divergence_is_that_of_the_softmax_in_float64(llava: Pair, int4: Path, r
         return sum(values) / len(values)
 
     found = report["modality"]
-    assert found["compared_rows"] == 4
-    assert found["kl_image_conditioned"] == pytest.approx(mean(with_pictures, 0), rel=1e-4)
+    assert found["compared_samples"] == 4
+    assert found["kl_image_conditioned"] == pytest.approx(mean(with_images, 0), rel=1e-4)
     assert found["kl_text_only"] == pytest.approx(mean(without, 0), rel=1e-4)
     assert found["text"]["kl"] == pytest.approx(mean([text], 0), rel=1e-4)
-    assert report["overall"]["kl"] == pytest.approx(mean([*with_pictures, text], 0), rel=1e-4)
-    assert report["overall"]["nll_a"] == pytest.approx(mean([*with_pictures, text], 1), rel=1e-5)
+    assert report["overall"]["kl"] == pytest.approx(mean([*with_images, text], 0), rel=1e-4)
+    assert report["overall"]["nll_a"] == pytest.approx(mean([*with_images, text], 1), rel=1e-5)
     assert found["kl_image_conditioned"] != pytest.approx(found["kl_text_only"], rel=0.01)
-    worst = max(range(4), key=lambda n: sum(with_pictures[n][0]) / len(with_pictures[n][0]))
-    pictured = next(row for row in report["worst"] if row["pictures"])
-    assert pictured["number"] == worst
-    assert [token["kl"] for token in pictured["tokens"]] == pytest.approx(with_pictures[worst][0], rel=1e-3, abs=1e-6)
+    worst = max(range(4), key=lambda n: sum(with_images[n][0]) / len(with_images[n][0]))
+    first = next(row for row in report["worst"] if row["images"])
+    assert first["number"] == worst
+    assert [token["kl"] for token in first["tokens"]] == pytest.approx(with_images[worst][0], rel=1e-3, abs=1e-6)
 
 
 def text_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row's turns as strings, which no picture can be in."""
+    """The sample's turns as strings, which no image can be in."""
     return [{"role": t["role"], "content": "".join(p.get("text", "") for p in t["content"])} for t in row["messages"]]
 
 
-def test_output_error_is_that_of_two_products_in_float64(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
+def test_output_error__against_two_products_in_float64__equal(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
     a = opened(llava.student)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
     (name,) = [name for name, _ in a.named_modules() if name.endswith(LAYER) and "language_model" in name]
@@ -133,7 +133,9 @@ def test_output_error_is_that_of_two_products_in_float64(llava: Pair, int4: Path
     assert (found["bits"], found["group_size"], found["decoder_layer"]) == (4, 128, 1)
 
 
-def test_hidden_error_is_that_of_each_layers_own_output(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
+def test_hidden_error__against_hidden_states_of_both_models__equal(
+    llava: Pair, int4: Path, report: dict[str, Any]
+) -> None:
     a, b = opened(llava.student), opened(int4)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
     error, reference = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -149,8 +151,10 @@ def test_hidden_error_is_that_of_each_layers_own_output(llava: Pair, int4: Path,
     assert found[:2] == pytest.approx((error / reference).sqrt().tolist(), rel=1e-6)
 
 
-def test_batches_and_padding_change_rounding_only(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
-    whole = damage(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=5)
+def test_compare__larger_batches_with_padding__only_rounding_differs(
+    llava: Pair, int4: Path, report: dict[str, Any]
+) -> None:
+    whole = compare_checkpoints(llava.student, int4, asked() + make_samples(1, seed=5, images=0), batch_size=5)
     assert whole["overall"]["kl"] == pytest.approx(report["overall"]["kl"], rel=0.02)
     for one, other in zip(whole["layers"], report["layers"], strict=True):
         assert (one["name"], one["output_error"]) == (other["name"], pytest.approx(other["output_error"], rel=0.005))
@@ -159,27 +163,27 @@ def test_batches_and_padding_change_rounding_only(llava: Pair, int4: Path, repor
 @pytest.mark.parametrize(
     ("edit", "error"), [(lambda s: s.mul_(2.0), 1.0), (lambda s: s.zero_(), 1.0)], ids=["doubled", "zero"]
 )
-def test_the_layer_damaged_on_purpose_ranks_first(
+def test_compare__one_edited_layer__ranks_first(
     llava: Pair, int4: Path, tmp_path: Path, edit: Any, error: float
 ) -> None:
-    broken = damaged(int4, tmp_path / "broken", f"{LAYER}.weight_scale", edit)
-    found = damage(llava.student, broken, asked())
+    broken = edited(int4, tmp_path / "broken", f"{LAYER}.weight_scale", edit)
+    found = compare_checkpoints(llava.student, broken, asked())
     assert found["layers"][0]["name"].endswith(LAYER)
     assert found["layers"][0]["output_error"] == pytest.approx(error, abs=0.05)
     assert found["layers"][1]["output_error"] < 0.3
     assert found["decoder_layers"][0]["hidden_error"] < 0.3 < found["decoder_layers"][1]["hidden_error"]
 
 
-def test_the_row_damaged_on_purpose_ranks_first_and_is_alone(int4: Path, tmp_path: Path) -> None:
-    """Two INT4 checkpoints that differ in the embedding of one letter, which one row holds."""
+def test_compare__one_edited_embedding__the_sample_that_reads_it_ranks_first(int4: Path, tmp_path: Path) -> None:
+    """Two INT4 checkpoints that differ in the embedding of one letter, which one sample holds."""
     tokenizer = AutoProcessor.from_pretrained(int4).tokenizer
     (letter,) = tokenizer("Z", add_special_tokens=False)["input_ids"]
-    broken = damaged(int4, tmp_path / "broken", "embed_tokens.weight", lambda w: w[letter].neg_())
+    broken = edited(int4, tmp_path / "broken", "embed_tokens.weight", lambda w: w[letter].neg_())
     questions = asked(6)
     questions[3]["messages"][0]["content"].append({"type": "text", "text": " Z Z Z"})
-    found = damage(int4, broken, questions, worst=2)
+    found = compare_checkpoints(int4, broken, questions, worst=2)
     first, second = found["worst"]
-    assert (first["number"], first["name"]) == (3, "row 'held-3'")
+    assert (first["number"], first["name"]) == (3, "sample 'held-3'")
     assert first["kl"] > 0 == second["kl"]
     assert found["types"][0]["type"] == "shape" and found["types"][1]["kl"] == 0.0
     assert all(one["output_error"] == 0.0 and one["weight_error"] == 0.0 for one in found["layers"])
@@ -187,8 +191,10 @@ def test_the_row_damaged_on_purpose_ranks_first_and_is_alone(int4: Path, tmp_pat
     assert found["a"]["quantized"]
 
 
-def test_types_and_accuracy_are_counted_by_row(llava: Pair, int4: Path, report: dict[str, Any]) -> None:
-    assert sorted((one["type"], one["rows"]) for one in report["types"]) == [("", 1), ("colour", 2), ("shape", 2)]
+def test_compare__types_and_accepted_answers__counted_by_sample(
+    llava: Pair, int4: Path, report: dict[str, Any]
+) -> None:
+    assert sorted((one["type"], one["samples"]) for one in report["types"]) == [("", 1), ("colour", 2), ("shape", 2)]
     assert report["overall"]["questions"] == 4
     model = opened(llava.student)
     processor = AutoProcessor.from_pretrained(llava.student)
@@ -199,35 +205,44 @@ def test_types_and_accuracy_are_counted_by_row(llava: Pair, int4: Path, report: 
     said = processor.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     long = "yes " * 80
     both = [{**row, "id": 1, "accept": [long]}, {**row, "id": 2, "accept": [long, f" {said} "]}]
-    found = damage(llava.student, int4, both, batch_size=1)
+    found = compare_checkpoints(llava.student, int4, both, batch_size=1)
     assert [one["answers"]["a"] for one in found["worst"]] == [said, said]
     assert found["overall"]["accuracy_a"] == 0.5
 
 
-def test_a_trained_checkpoint_of_ours_is_read(finished: Finished) -> None:
-    found = damage(finished.pair.student, finished.folder, finished.dataset, limit=5, seed=3)
-    assert found["rows"] == {"given": 16, "drawn": 5, "used": 5, "rejected": {}}
+def test_compare__checkpoint_of_a_run__read(finished: Finished) -> None:
+    found = compare_checkpoints(finished.pair.student, finished.folder, finished.dataset, limit=5, seed=3)
+    assert found["samples"] == {"given": 16, "drawn": 5, "used": 5, "rejected": {}}
     assert len(found["layers"]) == 21
     assert all(one["output_error"] > 0 for one in found["layers"])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "smolvlm", "gemma3", "qwen3_vl_moe"])
-def test_other_families(pair_of: Any, tmp_path: Path, family: str) -> None:
+def test_compare__other_families__all_layers_measured(pair_of: Any, tmp_path: Path, family: str) -> None:
     student = pair_of(family).student
-    found = damage(student, rounded(student, tmp_path / "int4"), mixed_samples(4), batch_size=2)
+    found = compare_checkpoints(student, rounded(student, tmp_path / "int4"), mixed_samples(4), batch_size=2)
     assert found["family"] == family
     assert found["overall"]["kl"] > 0
-    assert found["modality"]["compared_rows"] == 3 and found["modality"]["kl_text_only"] > 0
+    assert found["modality"]["compared_samples"] == 3 and found["modality"]["kl_text_only"] > 0
     assert all(0 < one["hidden_error"] < 1.5 for one in found["decoder_layers"])
     used = [one for one in found["layers"] if one["output_error"] is not None]
     assert len(used) >= 20
     assert all(0.02 < one["output_error"] < 0.4 for one in used)
 
 
-def test_the_same_twice_is_the_same_bytes(llava: Pair, int4: Path, tmp_path: Path) -> None:
+def test_compare__twice__the_same_bytes(llava: Pair, int4: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        damage(llava.student, int4, asked(), output_dir=tmp_path / name, limit=3)
+        compare_checkpoints(llava.student, int4, asked(), output_dir=tmp_path / name, limit=3)
     for file in ("report.json", "page.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert json.loads((tmp_path / "one/report.json").read_text())["settings"]["seed"] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_damage__old_name__warns_and_is_the_same_function() -> None:
+    from grace_plugin import report
+
+    with pytest.warns(
+        FutureWarning, match=r"grace_plugin\.report\.damage is now grace_plugin\.report\.compare_checkpoints"
+    ):
+        assert report.damage is compare_checkpoints

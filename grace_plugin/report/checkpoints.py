@@ -1,8 +1,4 @@
-"""The two checkpoints of a comparison: read, checked and only then loaded.
-
-A is the reference, B what is judged against it: the same architecture, the same tokenizer, B with weights stored as packed
-integers (compressed-tensors, pack-quantized). A may be stored so too. Rows are read with A's processor on both sides.
-"""
+"""The two checkpoints of a comparison: configs and processors are read and compared before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,18 +11,24 @@ from grace_plugin.data import processor_settings
 from grace_plugin.export.verify import load
 from grace_plugin.vlm import Family, family_of, shared_vocabulary
 
-__all__ = ["Checkpoint", "Pair", "read_pair"]
+__all__ = ["CheckpointPair", "ComparedCheckpoint", "read_pair"]
 
 SHAPE = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 STORED = "pack-quantized"
 
 
 @dataclass
-class Checkpoint:
-    """A checkpoint that is not loaded yet. scheme: its quantization_config, None for a dense one."""
+class ComparedCheckpoint:
+    """A checkpoint, read but not loaded. role: "A" (the reference) or "B" (compared with it)."""
 
     role: str
     path: str
@@ -35,11 +37,12 @@ class Checkpoint:
 
     @property
     def scheme(self) -> dict[str, Any] | None:
+        """Its quantization_config, None for a dense checkpoint."""
         found = getattr(self.config, "quantization_config", None)
         return found if found is None or isinstance(found, dict) else found.to_dict()
 
     def load(self) -> Any:
-        """The model in eval mode and its stored dtype; packed layers become dense at its first forward pass."""
+        """Load the model in eval mode and its stored dtype; packed layers become dense in its first forward pass."""
         if self.scheme is not None:
             return load(Path(self.path))
         from transformers import AutoModelForImageTextToText
@@ -50,22 +53,22 @@ class Checkpoint:
 
 
 @dataclass
-class Pair:
-    """What may be compared. vocabulary: token ids that the tokenizer defines. notes: what differs and does not forbid it."""
+class CheckpointPair:
+    """Two comparable checkpoints. vocabulary: token ids that the tokenizer defines. notes: differences that do not matter."""
 
-    a: Checkpoint
-    b: Checkpoint
+    a: ComparedCheckpoint
+    b: ComparedCheckpoint
     family: Family
     vocabulary: int
     notes: list[str] = field(default_factory=list)
 
 
-def _read(role: str, source: str | os.PathLike[str]) -> Checkpoint:
+def _read(role: str, source: str | os.PathLike[str]) -> ComparedCheckpoint:
     from transformers import AutoConfig
 
     path = os.fspath(source)
     try:
-        return Checkpoint(role, path, AutoConfig.from_pretrained(path))
+        return ComparedCheckpoint(role, path, AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read checkpoint {role} at {path!r}: {str(error).splitlines()[0]} Give the folder of a checkpoint "
@@ -73,7 +76,7 @@ def _read(role: str, source: str | os.PathLike[str]) -> Checkpoint:
         ) from error
 
 
-def _processor(checkpoint: Checkpoint) -> Any:
+def _processor(checkpoint: ComparedCheckpoint) -> Any:
     from transformers import AutoProcessor
 
     try:
@@ -81,11 +84,11 @@ def _processor(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read the processor of checkpoint {checkpoint.role} at {checkpoint.path!r}: "
-            f"{str(error).splitlines()[0]} Copy the tokenizer and processor files beside it"
+            f"{str(error).splitlines()[0]} Copy the tokenizer and processor files into that folder"
         ) from error
 
 
-def _shape(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+def _shape(checkpoint: ComparedCheckpoint, family: Family) -> dict[str, Any]:
     text = checkpoint.config.get_text_config()
     found = {"model_type": checkpoint.config.model_type}
     found |= {key: getattr(text, key) for key in SHAPE if getattr(text, key, None) is not None}
@@ -97,7 +100,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
     return {key: f"{ours.get(key)!r} / {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)}
 
 
-def _check_scheme(a: Checkpoint, b: Checkpoint) -> None:
+def _check_scheme(a: ComparedCheckpoint, b: ComparedCheckpoint) -> None:
     if b.scheme is None:
         swapped = "; A has them, so give the two the other way round" if a.scheme is not None else ""
         raise ValueError(
@@ -113,17 +116,19 @@ def _check_scheme(a: Checkpoint, b: Checkpoint) -> None:
             )
 
 
-def read_pair(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pair:
-    """Read configs and processors of both and say whether they can be compared; no weights are loaded.
+def read_pair(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> CheckpointPair:
+    """Read configs and processors of both checkpoints and check that they can be compared; no weights are loaded.
+
+    Args:
+        a: the reference, usually in BF16.
+        b: the checkpoint compared with it, with packed integer weights.
 
     Raises:
-        ValueError: nothing readable, an unknown family, different architectures or tokenizers, or a B without packed integers;
-            names the checkpoint, what differs, and the way out.
+        ValueError: a checkpoint cannot be read, they differ in architecture or tokenizer, or B has no packed weights.
     """
     first, second = _read("A", a), _read("B", b)
     families = [family_of(one) for one in (first, second)]
-    shapes = [_shape(one, family) for one, family in zip((first, second), families, strict=True)]
-    differing = _differing(*shapes)
+    differing = _differing(*(_shape(one, family) for one, family in zip((first, second), families, strict=True)))
     if differing:
         listed = "; ".join(f"{key}: {values}" for key, values in differing.items())
         raise ValueError(
@@ -135,10 +140,13 @@ def read_pair(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pair:
     settings = _differing(*(processor_settings(one.processor) for one in (first, second)))
     if "tokenizer" in settings:
         raise ValueError(
-            f"the tokenizers of A at {first.path!r} and B at {second.path!r} differ, so the same rows would be other tokens; "
-            "copy A's tokenizer files into B, or compare with the model that B was made from"
+            f"the tokenizers of A at {first.path!r} and B at {second.path!r} differ, so the same samples would be other "
+            "tokens; copy A's tokenizer files into B, or compare with the model that B was made from"
         )
-    rows = first.config.get_text_config().vocab_size
-    vocabulary = shared_vocabulary(first.processor, first.processor, student_rows=rows, teacher_rows=rows)
-    notes = [f"B's processor differs in {key} ({values}); rows are read with A's" for key, values in settings.items()]
-    return Pair(first, second, families[0], vocabulary, notes)
+    size = first.config.get_text_config().vocab_size
+    vocabulary = shared_vocabulary(first.processor, first.processor, student_rows=size, teacher_rows=size)
+    # One processor for both models, or a difference in pixels would count as a difference of the weights.
+    notes = [
+        f"B's processor differs in {key} ({values}); samples are read with A's" for key, values in settings.items()
+    ]
+    return CheckpointPair(first, second, families[0], vocabulary, notes)

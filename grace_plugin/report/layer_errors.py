@@ -1,18 +1,17 @@
-"""Where in the network B differs from A: each quantized linear on A's inputs, and each decoder layer in its own run.
+"""Errors of B's layers against A's: each quantized linear on A's inputs, and each decoder layer in its own run.
 
-output error   |y_B - y_A| / |y_A| of y = W x (+ b), Frobenius norms over all tokens x that are no padding. The inputs are A's
-               on both sides (teacher-forced), so that a layer answers for itself and errors do not add up. The difference
-               of the weights is multiplied in float32; sums run in float64.
-hidden error   |h_B - h_A| / |h_A| of each decoder layer's output, each model in its own run: what has added up by then.
+output error   |y_B - y_A| / |y_A| of y = W x (+ b), Frobenius norms over all tokens x that are no padding. Both sides get A's
+               inputs, so that a layer's error is its own and does not add up.
+hidden error   |h_B - h_A| / |h_A| of each decoder layer's output, each model in its own run: the error added up so far.
 weight error   |W_B - W_A| / |W_A|.
 at bounds      share of codes that are the smallest or largest of their range (-8 and 7 in 4 bits).
 
-Errors are told apart for visual tokens and for text where a layer sees rows of tokens; an expert of a mixture sees the tokens
-routed to it, padding included, and has one number.
+Errors are separate for visual and for text tokens where a layer sees all tokens of a batch. An expert of a mixture sees only
+the tokens routed to it, padding included, and has one number.
 
-Costs: one more product per linear; of a batch, B's decoder outputs (layers x tokens x width) until A has passed them.
+Cost: one more product per linear; per batch, B's decoder outputs (layers x tokens x width) until A has passed them.
 
-Legend: B batch, S sequence, n tokens that are no padding.
+Legend: B batch, S sequence.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ PARTS = ("all", "visual", "text")
 
 
 def stored_formats(model: Any) -> dict[str, dict[str, Any]]:
-    """What is stored of each packed layer: bits, groups of a row, weights, and the share of codes at the bounds.
-
-    To be asked before the first forward pass, which unpacks the layers.
-    """
+    """Return bits, group size, number of weights and share of codes at the bounds, by name of the packed layer."""
     found = {}
+    # only before the first forward pass, which turns packed layers into dense ones
     for name, codes, scales in each_packed_layer(model):
         fmt = format_of(model.get_submodule(name).quantization_scheme.weights, scales.dtype)
         smallest, largest = fmt.integer_range
         at_bounds = int(((codes == smallest) | (codes == largest)).sum())
         found[name] = {
-            "bits": fmt.num_bits, "group_size": codes.shape[1] // scales.shape[1], "weights": codes.numel(),
+            "bits": fmt.num_bits,
+            "group_size": codes.shape[1] // scales.shape[1],
+            "weights": codes.numel(),
             "clip_share": at_bounds / codes.numel(),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -60,10 +59,15 @@ def _output(output: Any) -> Tensor:
 
 
 class LayerErrors:
-    """Sums over batches. `names` are the quantized linears of B; A holds modules of the same names.
+    """Sums of squared errors and references over batches.
+
+    Args:
+        a, b: the models; A must hold a linear of each name.
+        decoders: their decoders.
+        names: the quantized linears of B.
 
     Raises:
-        ValueError: A lacks a module that B has quantized.
+        ValueError: A lacks a layer that B has quantized.
     """
 
     def __init__(self, a: Any, b: Any, decoders: tuple[nn.Module, nn.Module], names: list[str]) -> None:
@@ -80,22 +84,22 @@ class LayerErrors:
         self.shape = torch.Size()
         self.states: list[Tensor] = []
 
-    def look_at(self, attention_mask: Tensor, visual: Tensor) -> None:
-        """Say of the coming batch which tokens count (int64 [B, S]), and which of them are visual (flat positions)."""
+    def set_masks(self, attention_mask: Tensor, visual: Tensor) -> None:
+        """Set which tokens of the next batch count (int64 [B, S]), and which of them are visual (positions in [B * S])."""
         kept = attention_mask.flatten().bool()
         seen = torch.zeros_like(kept).index_fill_(0, visual, True) & kept
         self.shape, self.masks = attention_mask.shape, torch.stack([kept, seen, kept & ~seen]).double()
 
-    def _squares(self, error: Tensor, reference: Tensor, *, rows: bool) -> Tensor:
-        """Sums of squares [3, 2] of errors and references (float32 [tokens, width]), by part."""
+    def _squares(self, error: Tensor, reference: Tensor, *, by_token: bool) -> Tensor:
+        """Sum the squares of errors and references (float32 [tokens, width]) over all, visual and text tokens: [3, 2]."""
         both = torch.stack([x.square().sum(dim=1, dtype=torch.float64) for x in (error, reference)], dim=1)
-        if rows:
+        if by_token:
             return self.masks @ both
         return torch.cat([both.sum(dim=0, keepdim=True), both.new_zeros(2, 2)])
 
     @contextmanager
     def running_b(self) -> Iterator[None]:
-        """B's forward pass of the batch: its decoder layers' outputs are kept."""
+        """Keep the outputs of B's decoder layers in its forward pass."""
         self.states = []
         handles = [
             layer.register_forward_hook(lambda _m, _i, out: self.states.append(_output(out).flatten(0, 1)))
@@ -106,49 +110,48 @@ class LayerErrors:
 
     @contextmanager
     def running_a(self) -> Iterator[None]:
-        """A's forward pass of the same batch: every sum grows."""
+        """Add to all sums in A's forward pass of the same batch."""
 
         def compare(index: int) -> Any:
             def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
                 ours, theirs = _output(out).flatten(0, 1).float(), self.states[index].float()
-                self.states[index] = torch.empty(0)
-                self.hidden[index] += self._squares(theirs - ours, ours, rows=True)
+                self.states[index] = torch.empty(0)  # freed as A goes: the memory of one batch's states is the peak
+                self.hidden[index] += self._squares(theirs - ours, ours, by_token=True)
 
             return hook
 
-        def judge(name: str, other: Any) -> Any:
+        def measure(name: str, other: Any) -> Any:
             def hook(module: Any, inputs: Any, out: Tensor) -> None:
                 given = inputs[0]
-                rows = given.dim() == 3 and given.shape[:2] == self.shape
+                by_token = given.dim() == 3 and given.shape[:2] == self.shape
+                # (W_B - W_A) x rather than W_B x - W_A x, whose difference would be rounding of two large products
                 gap = other.weight.float() - module.weight.float()
                 bias = None if module.bias is None else other.bias.float() - module.bias.float()
                 error = nn.functional.linear(given.reshape(-1, given.shape[-1]).float(), gap, bias)
-                self.sums[name] += self._squares(error, out.reshape(-1, out.shape[-1]).float(), rows=rows)
+                self.sums[name] += self._squares(error, out.reshape(-1, out.shape[-1]).float(), by_token=by_token)
 
             return hook
 
         handles = [layer.register_forward_hook(compare(index)) for index, layer in enumerate(self.layers[0])]
-        handles += [ours.register_forward_hook(judge(name, other)) for name, (ours, other) in self.linears.items()]
+        handles += [ours.register_forward_hook(measure(name, other)) for name, (ours, other) in self.linears.items()]
         with _removed(handles):
             yield
 
     def linear_findings(self, formats: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        """One finding for each quantized linear, the largest output error first (None, for a layer nothing passed, last)."""
+        """Return one entry per quantized linear, largest output error first; None, where no token passed, is last."""
         place = {id(m): i for i, layer in enumerate(self.layers[0]) for m in layer.modules()}
         found = []
         for name, (ours, other) in self.linears.items():
             index = place.get(id(ours))
             errors = [_ratio(*pair) for pair in self.sums[name].tolist()]
             kind = re.sub(r"^.*?layers\.\d+\.", "", name) if index is not None else name
-            found.append({
-                "name": name, "decoder_layer": index, "kind": kind, "output_error": errors[0],
-                "output_error_visual": errors[1], "output_error_text": errors[2],
-                "weight_error": _weight_error(ours.weight, other.weight), **formats[name],
-            })  # fmt: skip
+            entry: dict[str, Any] = {"name": name, "decoder_layer": index, "kind": kind}
+            entry |= dict(zip(("output_error", "output_error_visual", "output_error_text"), errors, strict=True))
+            found.append(entry | {"weight_error": _weight_error(ours.weight, other.weight)} | formats[name])
         return sorted(found, key=lambda one: -1.0 if one["output_error"] is None else one["output_error"], reverse=True)
 
     def hidden_findings(self) -> list[dict[str, Any]]:
-        """One finding for each decoder layer, in order."""
+        """Return one entry per decoder layer, in order."""
         keys = ("hidden_error", "hidden_error_visual", "hidden_error_text")
         return [
             {"decoder_layer": i, **dict(zip(keys, (_ratio(*pair) for pair in sums), strict=True))}

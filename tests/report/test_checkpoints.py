@@ -1,4 +1,4 @@
-"""What cannot be compared is refused with the offender and the way out, before any weights are read."""
+"""Checkpoints that cannot be compared are refused before any weights are read, with how to fix it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from grace_plugin.report import damage
-from grace_plugin.report.pair import read_pair
+from grace_plugin.report import compare_checkpoints
+from grace_plugin.report.checkpoints import read_pair
 from tests.pairs import Pair
 from tests.tiny import build, make_samples, save
 
@@ -61,12 +61,12 @@ def places(llava: Pair, int4: Path, tmp_path: Path) -> dict[str, str]:
         ("student", "silent", r"cannot read the processor of checkpoint B at .*silent'"),
     ],
 )
-def test_a_pair_that_cannot_be_compared(places: dict[str, str], a: str, b: str, sentence: str) -> None:
+def test_read_pair__not_comparable__refused(places: dict[str, str], a: str, b: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        damage(places[a], places[b], make_samples(2))
+        compare_checkpoints(places[a], places[b], make_samples(2))
 
 
-def test_a_pair_is_read_without_its_weights(places: dict[str, str]) -> None:
+def test_read_pair__no_weights__read_and_harmless_differences_noted(places: dict[str, str]) -> None:
     pair = read_pair(places["student"], places["int4"])
     assert pair.family.model_type == "llava"
     assert pair.notes == []
@@ -82,24 +82,24 @@ def changed(edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     return row
 
 
-def test_rows_that_cannot_be_used_are_counted_and_none_is_an_error(places: dict[str, str], tmp_path: Path) -> None:
+def test_compare__no_usable_sample_or_bad_argument__refused(places: dict[str, str], tmp_path: Path) -> None:
     broken = [changed(lambda r: r.update(images=["none.png"])), changed(lambda r: r["messages"].pop())]
     with pytest.raises(
-        ValueError, match=r"none of the 2 rows can be used \(1 missing_file, 1 roles_out_of_order\).*data check"
+        ValueError, match=r"none of the 2 samples can be used \(1 missing_file, 1 roles_out_of_order\).*data check"
     ):
-        damage(places["student"], places["int4"], broken, output_dir=tmp_path / "report")
+        compare_checkpoints(places["student"], places["int4"], broken, output_dir=tmp_path / "report")
     assert not (tmp_path / "report").exists()
-    with pytest.raises(ValueError, match="limit is a number of rows, at least 1, got 0"):
-        damage(places["student"], places["int4"], make_samples(1), limit=0)
+    with pytest.raises(ValueError, match="limit is a number of samples, at least 1, got 0"):
+        compare_checkpoints(places["student"], places["int4"], make_samples(1), limit=0)
     with pytest.raises(ValueError, match=r"no dataset file at none\.jsonl"):
-        damage(places["student"], places["int4"], "none.jsonl")
+        compare_checkpoints(places["student"], places["int4"], "none.jsonl")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("x")
     with pytest.raises(FileExistsError, match="full exists and is not empty"):
-        damage(places["student"], places["int4"], make_samples(1), output_dir=tmp_path / "full")
+        compare_checkpoints(places["student"], places["int4"], make_samples(1), output_dir=tmp_path / "full")
 
 
-def test_rows_that_cannot_be_used_are_left_out(llava: Pair, int4: Path) -> None:
+def test_compare__some_samples_not_usable__left_out_and_counted(llava: Pair, int4: Path) -> None:
     mixed = [changed(lambda r: r.update(images=["none.png"])), *make_samples(2, seed=4)]
-    found = damage(llava.student, int4, mixed)
-    assert found["rows"] == {"given": 3, "drawn": 3, "used": 2, "rejected": {"missing_file": 1}}
+    found = compare_checkpoints(llava.student, int4, mixed)
+    assert found["samples"] == {"given": 3, "drawn": 3, "used": 2, "rejected": {"missing_file": 1}}
