@@ -1,5 +1,4 @@
-"""Serving: everything that talks to vLLM, which lives in an interpreter of its own.
+"""Everything that talks to vLLM.
 
-launch starts `vllm serve CHECKPOINT`, ask puts questions with images to it over HTTP, probe runs a checkpoint offline
-for tokens and log-probabilities. Nothing here imports vLLM into this process: the two environments only share files.
+vLLM needs another compressed-tensors than training does, so it lives in an interpreter of its own and is never imported here.
 """

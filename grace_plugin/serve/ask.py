@@ -1,10 +1,4 @@
-"""Questions with images to an OpenAI-compatible server, many at once, greedily.
-
-Messages have TRL's form: content parts {"type": "image"} mark places, and the pictures stand in a list beside the
-messages. Each picture is made RGB and sent as PNG, which loses nothing: a server that runs the checkpoint's own
-processor then sees the pixels that training saw. (Alpha is dropped here as processors drop it; a server handed RGBA
-may lay it on white instead. JPEG would change every pixel.) Only the standard library and Pillow are used.
-"""
+"""Ask an OpenAI-compatible server questions with images, many at once, greedily."""
 
 from __future__ import annotations
 
@@ -22,13 +16,16 @@ from PIL import Image
 
 
 class AskError(RuntimeError):
-    """The server refused a question or sent something that is no chat completion; the message says which and why."""
+    """The server refused a question, did not answer, or sent something that is no chat completion."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer. token_ids: what was generated, the end token included where the server reports it. prompt_ids:
-    the prompt with image places unfolded. logprobs: of each token, in nats. top: per token, {token id: nats}."""
+    """One greedy answer.
+
+    token_ids: the generated tokens, the end token included where the server reports it. prompt_ids: the prompt, with one id per
+    image token. logprobs: of each token, in nats. top: per token, {token id: nats}.
+    """
 
     text: str
     token_ids: list[int]
@@ -38,20 +35,22 @@ class Answer:
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as a base64 PNG data URL, RGB."""
+    """Return the image as a base64 PNG data URL, RGB."""
     out = io.BytesIO()
+    # PNG, because JPEG changes every pixel. RGB here, as processors drop alpha; a server given RGBA may lay it on white.
     image.convert("RGB").save(out, format="PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """OpenAI messages: each {"type": "image"} part becomes the next picture of `images`.
+    """Return OpenAI messages, in which each {"type": "image"} part has become the next of `images`.
 
-    Raises ValueError when parts and pictures differ in number.
+    Raises:
+        ValueError: the numbers of parts and of images differ.
     """
-    places = sum(part.get("type") == "image" for turn in messages for part in _parts(turn))
-    if places != len(images):
-        raise ValueError(f"the messages have {places} image places but {len(images)} images were given")
+    parts = sum(part.get("type") == "image" for turn in messages for part in _parts(turn))
+    if parts != len(images):
+        raise ValueError(f"the messages have {parts} image parts but {len(images)} images were given")
     rest = iter(images)
 
     def fill(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,10 +73,15 @@ def ask(
     top: int = 0,
     timeout: float = 300.0,
 ) -> Answer:
-    """One greedy chat completion. top: how many alternatives per token to report (0: log-probabilities are not asked
-    for).
+    """Request one greedy chat completion.
 
-    Raises AskError when the server refuses the question or does not answer within `timeout` seconds.
+    Args:
+        messages: with content parts {"type": "image"} where an image belongs.
+        top: alternatives per token to report; 0 asks for no log-probabilities.
+        timeout: seconds.
+
+    Raises:
+        AskError: the server refuses the question or does not answer in time.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -110,10 +114,14 @@ def ask_all(
     workers: int = 8,
     on_answer: Callable[[], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of `questions`, each a {"messages": [...], "images": [...]}, `workers` of them at a time.
+    """Ask `workers` questions at a time; returns the answers in the order of the questions.
 
-    on_answer is called after each answer, for a progress bar. Raises AskError as `ask` does; later questions are
-    dropped.
+    Args:
+        questions: {"messages": [...], "images": [...]} each.
+        on_answer: called after each answer, for a progress bar.
+
+    Raises:
+        AskError: as `ask`; the questions that were not sent yet are dropped.
     """
 
     def one(question: Mapping[str, Any]) -> Answer:

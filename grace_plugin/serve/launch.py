@@ -1,10 +1,6 @@
-"""Start `vllm serve CHECKPOINT` with a serving interpreter, wait until it answers, and stop it with all its children.
+"""Start `vllm serve CHECKPOINT` in the serving environment, wait until it answers, and stop it with all its children.
 
-vLLM needs another compressed-tensors than training does, so it runs as a subprocess of another environment; this file
-only needs the standard library. The settings are honest ones for a check: eager execution (no compilation, which takes
-25 s on two cores), no memory profiling of the vision tower, room for as many images as are asked. On CPU a start takes
-20 to 30 s, nearly all of it three processes that import vLLM. A server that dies or does not answer in time is an
-error that carries the end of its log; nothing is left running in any case.
+On a CPU a start takes 20 to 30 s, nearly all of it three processes that import vLLM.
 """
 
 from __future__ import annotations
@@ -34,8 +30,11 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """A vLLM server that answers. url: without a trailing slash. model: the name to ask for. kernel: the class that
-    multiplies by INT4 weights, None when the checkpoint has none. seconds: from start to the first healthy answer."""
+    """A vLLM server that answers.
+
+    url: without a trailing slash. model: the name to ask for. kernel: the class that multiplies by packed weights, None for a
+    dense checkpoint. seconds: from start to the first healthy answer.
+    """
 
     url: str
     model: str
@@ -45,10 +44,9 @@ class Server:
 
 
 def serving_environment(base: dict[str, str] | None = None) -> dict[str, str]:
-    """Environment variables under which vLLM answers as transformers does: `base` (os.environ) plus ours.
+    """Return `base` (default: os.environ) with the variables under which vLLM answers as transformers does.
 
-    INT4 weights stay weight-only (VLLM_CPU_INT4_W4A8=0 turns off quantized activations), no hub and no usage reports,
-    and 1 GiB of key-value cache on CPU. Values already in `base` win, except for INT4_W4A8.
+    Values in `base` win: no hub, no usage reports and 1 GiB of key-value cache on a CPU are only defaults.
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -58,11 +56,12 @@ def serving_environment(base: dict[str, str] | None = None) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    # Always: vLLM's CPU kernel would quantize activations to 8 bits as well, which the checkpoint was not trained for.
     return defaults | dict(os.environ if base is None else base) | {"VLLM_CPU_INT4_W4A8": "0"}
 
 
 def kernel_of(log: str) -> str | None:
-    """Name of the INT4 kernel that vLLM says in its log to have picked, or None."""
+    """Return the name of the kernel that vLLM has chosen for packed weights, from its log; None without one."""
     found = KERNEL.search(log)
     return found.group(1) if found else None
 
@@ -70,10 +69,11 @@ def kernel_of(log: str) -> str | None:
 def command(
     checkpoint: Path, python: Path, port: int, *, images: int, max_model_len: int | None, max_num_seqs: int
 ) -> list[str]:
-    """The `vllm serve` command line for `checkpoint`, run by the interpreter `python`."""
+    """Return the `vllm serve` command line for `checkpoint`, run by the interpreter `python`."""
     script = python.parent / "vllm"
     start = [str(script)] if script.exists() else [str(python), "-m", "vllm.entrypoints.cli.main"]
     line = [*start, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    # eager: compilation takes 25 s on two cores; no profiling of the vision tower, whose largest image would need much memory
     line += ["--served-model-name", checkpoint.name, "--enforce-eager", "--skip-mm-profiling"]
     line += ["--max-num-seqs", str(max_num_seqs), "--limit-mm-per-prompt", json.dumps({"image": images})]
     return line + (["--max-model-len", str(max_model_len)] if max_model_len else [])
@@ -93,9 +93,16 @@ def serve(
 ) -> Iterator[Server]:
     """Serve `checkpoint` while the block runs: `with serve(path, python) as server: ...`.
 
-    python: interpreter of the serving environment. images: most images in one prompt. timeout: seconds until the first
-    healthy answer. log: file for vLLM's output (a temporary one by default). arguments: further `vllm serve` arguments.
-    Raises FileNotFoundError for a checkpoint or interpreter that is not there, ServerError when vLLM does not come up.
+    Args:
+        python: interpreter of the serving environment.
+        images: largest number of images in one prompt.
+        timeout: seconds until the first healthy answer.
+        log: file for vLLM's output; a temporary one by default.
+        arguments: further `vllm serve` arguments.
+
+    Raises:
+        FileNotFoundError: no such checkpoint or interpreter.
+        ServerError: vLLM ends or does not answer in time.
     """
     checkpoint, python = Path(checkpoint).resolve(), Path(python).absolute()
     _must_exist(checkpoint, python)
@@ -107,6 +114,7 @@ def serve(
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with path.open("w") as out:
+        # a session of its own, so that `stop` also reaches the engine processes that vLLM starts
         process = subprocess.Popen(
             line, stdout=out, stderr=subprocess.STDOUT, env=serving_environment(), start_new_session=True
         )
@@ -120,10 +128,10 @@ def serve(
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End `process` and every process of its session: asked first, killed after `patience` seconds."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    """End `process` and every process of its session: by SIGTERM, and by SIGKILL after `patience` seconds."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, how)
+            os.killpg(process.pid, signum)
         except ProcessLookupError:
             break
         try:
@@ -135,9 +143,11 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
 
 def _must_exist(checkpoint: Path, python: Path) -> None:
     if not (checkpoint / "config.json").exists():
-        raise FileNotFoundError(f"{checkpoint} holds no config.json: give the folder of a saved checkpoint")
+        raise FileNotFoundError(f"{checkpoint} holds no config.json; give the folder of a saved checkpoint")
     if not python.exists():
-        raise FileNotFoundError(f"no serving interpreter at {python}: build one with `make env` or pass another")
+        raise FileNotFoundError(
+            f"there is no serving interpreter at {python}; build one with `make env` or pass another"
+        )
 
 
 def _free_port() -> int:

@@ -1,12 +1,10 @@
-"""Tokens and log-probabilities of checkpoints in vLLM, offline: a script for the serving interpreter and its caller.
+"""Tokens and log-probabilities of checkpoints in vLLM, offline: a script for the serving interpreter, and its caller.
 
-    answers = probe(python, [Job("out/model", [{"messages": ..., "images": [...]}])])
+    answers, log = probe(python, [Job("out/model", [{"messages": ..., "images": [...]}])])
 
-The caller writes the questions (pictures as PNG files) into a temporary folder and runs this file with the serving
-interpreter; that process loads one checkpoint after the other in one vLLM import, which is most of the time: about 10 s
-for the import and 5 s for each small checkpoint on CPU. Decoding is greedy. Compare with transformers on
-log-probabilities as well as on tokens: two kernels round differently, and where the best two tokens are nearly equal
-the choice may differ.
+The caller writes the questions to a temporary folder and runs this file with the serving interpreter, which answers for one
+checkpoint after the other: importing vLLM takes about 10 s, each small checkpoint 5 s on a CPU. Decoding is greedy. Two kernels
+round differently, so compare with transformers on log-probabilities as well as on tokens: near-ties flip.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,10 @@ class ProbeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """Questions to one checkpoint: {"messages": [...], "images": [PIL, ...]} each. top: alternatives per token.
+    """Questions to one checkpoint.
 
-    engine: arguments of vLLM's `LLM`, over those set here.
-    A question may hold "videos" in place of images: (frames uint8 [T, H, W, 3], metadata) each, as vLLM takes them.
+    questions: {"messages": [...], "images": [PIL, ...]} each, or "videos" in place of images: (frames uint8 [T, H, W, 3],
+    metadata) each, as vLLM takes them. top: alternatives per token. engine: arguments of vLLM's `LLM`, over those set here.
     """
 
     checkpoint: str | Path
@@ -46,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Probed:
-    """What vLLM said. prompt_ids: image places unfolded. logprobs: of each generated token, in nats. top: {id: nats}."""
+    """vLLM's answer. prompt_ids: one id per image token. logprobs: of each generated token, in nats. top: {id: nats}."""
 
     text: str
     prompt_ids: list[int]
@@ -56,9 +54,13 @@ class Probed:
 
 
 def probe(python: str | Path, jobs: Sequence[Job], *, timeout: float = 600.0) -> tuple[list[list[Probed]], str]:
-    """Run every job in one process of the interpreter `python`: ([per job [per question]], vLLM's log).
+    """Run every job in one process of the interpreter `python`.
 
-    Raises ProbeError when that process fails or takes longer than `timeout` seconds.
+    Returns:
+        The answers, by job and question, and vLLM's log.
+
+    Raises:
+        ProbeError: that process fails or takes longer than `timeout` seconds.
     """
     from grace_plugin.serve.launch import serving_environment
 
@@ -66,6 +68,7 @@ def probe(python: str | Path, jobs: Sequence[Job], *, timeout: float = 600.0) ->
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps([_written(job, folder, k) for k, job in enumerate(jobs)]))
         line = [str(python), str(Path(__file__).resolve()), str(folder / "jobs.json"), str(folder / "answers.json")]
+        # In one process, or vLLM's own engine process outlives a timeout.
         environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         try:
             done = subprocess.run(
@@ -116,25 +119,27 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
 
     most = {kind: max((len(q[f"{kind}s"]) for q in job["questions"]), default=0) for kind in ("image", "video")}
     defaults = {
-        "max_model_len": job["max_model_len"], "max_num_seqs": 8, "enforce_eager": True, "skip_mm_profiling": True,
+        "max_model_len": job["max_model_len"],
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "skip_mm_profiling": True,
         "limit_mm_per_prompt": {kind: number for kind, number in most.items() if number or kind == "image"},
-    }  # fmt: skip
+    }
     engine = LLM(model=job["checkpoint"], max_logprobs=max(job["top"], 1), **defaults | job["engine"])
     greedy = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], logprobs=job["top"])
-    pictured = [question for question in job["questions"] if not question["videos"]]
-    filmed = [_filmed(question, engine.get_tokenizer()) for question in job["questions"] if question["videos"]]
-    done = engine.chat([_chat(question) for question in pictured], greedy, use_tqdm=False) if pictured else []
-    films = iter(engine.generate(filmed, greedy, use_tqdm=False) if filmed else [])
-    shots = iter(done)
+    chats = [_chat(question) for question in job["questions"] if not question["videos"]]
+    # not through `chat`, which takes no frames of a video, only its file
+    prompts = [_with_videos(question, engine.get_tokenizer()) for question in job["questions"] if question["videos"]]
+    of_chats = iter(engine.chat(chats, greedy, use_tqdm=False) if chats else [])
+    of_videos = iter(engine.generate(prompts, greedy, use_tqdm=False) if prompts else [])
     answers = []
-    for one in [next(films if question["videos"] else shots) for question in job["questions"]]:
+    for one in [next(of_videos if question["videos"] else of_chats) for question in job["questions"]]:
         said = one.outputs[0]
         top = [{token: value.logprob for token, value in step.items()} for step in said.logprobs]
         ids = list(said.token_ids)
-        answers.append({
-            "text": said.text, "prompt_ids": list(one.prompt_token_ids), "token_ids": ids,
-            "logprobs": [step[token] for step, token in zip(top, ids, strict=True)], "top": top,
-        })  # fmt: skip
+        logprobs = [step[token] for step, token in zip(top, ids, strict=True)]
+        answer = Probed(said.text, list(one.prompt_token_ids), ids, logprobs, top)
+        answers.append(asdict(answer))
     del engine
     cleanup_dist_env_and_memory()
     return answers
@@ -154,7 +159,7 @@ def _chat(question: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover
     ]
 
 
-def _filmed(question: dict[str, Any], tokenizer: Any) -> dict[str, Any]:  # pragma: no cover - serving interpreter
+def _with_videos(question: dict[str, Any], tokenizer: Any) -> dict[str, Any]:  # pragma: no cover - serving interpreter
     text = tokenizer.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
     videos = [(numpy.load(path), metadata) for path, metadata in question["videos"]]
     return {"prompt": text, "multi_modal_data": {"video": videos}}

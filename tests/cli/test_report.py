@@ -24,7 +24,7 @@ def test_report__two_checkpoints__page_and_summary(
         == 0
     )
     printed = capsys.readouterr().out
-    assert "3 of 4 rows" in printed and "KL(A || B)" in printed and f"{tmp_path / 'r'}/page.html" in printed
+    assert "3 of 4 samples" in printed and "KL(A || B)" in printed and f"{tmp_path / 'r'}/page.html" in printed
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["layers"][0]["name"] in printed
     assert len(report["worst"]) == 1 and report["samples"]["drawn"] == 3

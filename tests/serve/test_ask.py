@@ -1,4 +1,4 @@
-"""Questions over HTTP: what is sent, what is read back, what is refused. A server in this process speaks the API's form."""
+"""Questions over HTTP, to a server in this process: what is sent, what is read back and what is refused."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Reply = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 
 
 def completion(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """A chat completion that says how many pictures it saw, with log-probabilities if they were asked for."""
+    """A chat completion that says how many images it saw, with log-probabilities if they were asked for."""
     parts = [part for turn in body["messages"] if not isinstance(turn["content"], str) for part in turn["content"]]
     seen = sum(part["type"] == "image_url" for part in parts)
-    choice: dict[str, Any] = {"message": {"content": f"{seen} pictures"}, "token_ids": [7, 8]}
+    choice: dict[str, Any] = {"message": {"content": f"{seen} images"}, "token_ids": [7, 8]}
     if body.get("logprobs"):
         other = [{"token": "token_id:7", "logprob": -0.5}, {"token": "token_id:9", "logprob": -1.5}]
         choice["logprobs"] = {"content": [{"token": "token_id:7", "logprob": -0.5, "top_logprobs": other}]}
@@ -62,81 +62,81 @@ def address() -> Iterator[Callable[[Reply], tuple[str, list[dict[str, Any]]]]]:
         server.server_close()
 
 
-def test_a_data_url_holds_every_pixel() -> None:
-    picture = make_samples(1, seed=3)[0]["images"][0]
-    head, body = data_url(picture).split(",", 1)
+def test_data_url__rgb_image__every_pixel_comes_back() -> None:
+    image = make_samples(1, seed=3)[0]["images"][0]
+    head, body = data_url(image).split(",", 1)
     back = Image.open(io.BytesIO(base64.b64decode(body)))
     assert head == "data:image/png;base64"
     assert back.mode == "RGB"
-    assert back.tobytes() == picture.tobytes()
+    assert back.tobytes() == image.tobytes()
 
 
-def test_transparency_is_dropped_as_processors_drop_it() -> None:
+def test_data_url__transparent_image__alpha_is_dropped() -> None:
     clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     back = Image.open(io.BytesIO(base64.b64decode(data_url(clear).split(",", 1)[1])))
     assert back.getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_pictures_go_where_their_places_are() -> None:
-    row = make_samples(1, seed=4, images=2)[0]
-    messages = [{"role": "system", "content": "be brief"}, row["messages"][0]]
-    sent = with_images(messages, row["images"])
+def test_with_images__two_images__in_the_order_of_their_parts() -> None:
+    sample = make_samples(1, seed=4, images=2)[0]
+    messages = [{"role": "system", "content": "be brief"}, sample["messages"][0]]
+    sent = with_images(messages, sample["images"])
     urls = [part["image_url"]["url"] for part in sent[1]["content"] if part["type"] == "image_url"]
     assert sent[0] == {"role": "system", "content": "be brief"}
-    assert urls == [data_url(image) for image in row["images"]]
-    assert sent[1]["content"][-1] == row["messages"][0]["content"][-1]
+    assert urls == [data_url(image) for image in sample["images"]]
+    assert sent[1]["content"][-1] == sample["messages"][0]["content"][-1]
 
 
-@pytest.mark.parametrize(("places", "given"), [(1, 2), (2, 1), (0, 1)])
-def test_places_and_pictures_must_be_as_many(places: int, given: int) -> None:
-    messages = make_samples(1, seed=5, images=places)[0]["messages"][:1]
-    pictures = make_samples(1, seed=5, images=given)[0]["images"]
-    with pytest.raises(ValueError, match=f"{places} image places but {given} images"):
-        with_images(messages, pictures)
+@pytest.mark.parametrize(("parts", "given"), [(1, 2), (2, 1), (0, 1)])
+def test_with_images__parts_and_images_differ_in_number__refused(parts: int, given: int) -> None:
+    messages = make_samples(1, seed=5, images=parts)[0]["messages"][:1]
+    images = make_samples(1, seed=5, images=given)[0]["images"]
+    with pytest.raises(ValueError, match=f"{parts} image parts but {given} images"):
+        with_images(messages, images)
 
 
-def test_an_answer_is_read_with_its_log_probabilities(address: Any) -> None:
+def test_ask__top__log_probabilities_are_read(address: Any) -> None:
     url, bodies = address(completion)
-    row = make_samples(1, seed=6, images=2)[0]
-    answer = ask(url, "tiny", row["messages"][:1], row["images"], max_tokens=3, top=2)
-    assert answer == Answer("2 pictures", [7, 8], [1, 2, 3], [-0.5], [{7: -0.5, 9: -1.5}])
+    sample = make_samples(1, seed=6, images=2)[0]
+    answer = ask(url, "tiny", sample["messages"][:1], sample["images"], max_tokens=3, top=2)
+    assert answer == Answer("2 images", [7, 8], [1, 2, 3], [-0.5], [{7: -0.5, 9: -1.5}])
     assert (bodies[0]["model"], bodies[0]["max_tokens"], bodies[0]["temperature"]) == ("tiny", 3, 0.0)
     assert bodies[0]["top_logprobs"] == 2
 
 
-def test_without_top_no_log_probabilities_are_asked_for(address: Any) -> None:
+def test_ask__no_top__log_probabilities_are_not_requested(address: Any) -> None:
     url, bodies = address(completion)
     answer = ask(url, "tiny", make_samples(1, images=0)[0]["messages"][:1])
     assert "logprobs" not in bodies[0]
-    assert answer == Answer("0 pictures", [7, 8], [1, 2, 3], [], [])
+    assert answer == Answer("0 images", [7, 8], [1, 2, 3], [], [])
 
 
-def test_many_answers_keep_the_order_of_their_questions(address: Any) -> None:
+def test_ask_all__three_workers__order_of_the_questions(address: Any) -> None:
     url, _ = address(completion)
-    pictures = [0, 2, 1, 2, 0, 1]
+    counts = [0, 2, 1, 2, 0, 1]
     questions = [
-        {"messages": row["messages"][:1], "images": row["images"]}
-        for number in pictures
-        for row in make_samples(1, seed=number, images=number)
+        {"messages": sample["messages"][:1], "images": sample["images"]}
+        for number in counts
+        for sample in make_samples(1, seed=number, images=number)
     ]
     counted: list[int] = []
     answers = ask_all(url, "tiny", questions, workers=3, on_answer=lambda: counted.append(1))
-    assert [answer.text for answer in answers] == [f"{number} pictures" for number in pictures]
+    assert [answer.text for answer in answers] == [f"{number} images" for number in counts]
     assert len(counted) == len(questions)
 
 
-def test_a_refusal_carries_the_servers_words(address: Any) -> None:
+def test_ask_all__server_refuses__error_with_its_message(address: Any) -> None:
     url, _ = address(lambda body: (400, {"error": "at most 1 image"}))
     with pytest.raises(AskError, match=r"refused a question \(400\).*at most 1 image"):
         ask_all(url, "tiny", [{"messages": make_samples(1, images=0)[0]["messages"][:1]}])
 
 
-def test_a_reply_of_another_form_is_an_error(address: Any) -> None:
+def test_ask__reply_without_choices__error(address: Any) -> None:
     url, _ = address(lambda body: (200, {"choices": []}))
     with pytest.raises(AskError, match="not a chat completion"):
         ask(url, "tiny", make_samples(1, images=0)[0]["messages"][:1])
 
 
-def test_nobody_listening_is_an_error() -> None:
+def test_ask__no_server__error() -> None:
     with pytest.raises(AskError, match=r"no answer from http://127\.0\.0\.1:9 "):
         ask("http://127.0.0.1:9", "tiny", make_samples(1, images=0)[0]["messages"][:1], timeout=2)

@@ -1,4 +1,4 @@
-"""Starting and stopping a server: real processes, whose `vllm` command is a short script standing beside the interpreter."""
+"""Starting and stopping a server: real processes, whose `vllm` command is a short script next to the interpreter."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def child_of(log: Path) -> int:
 
 
 @pytest.mark.parametrize("script", [LISTENING, STUBBORN])
-def test_a_server_answers_in_the_block_and_is_gone_after_it(checkpoint: Path, tmp_path: Path, script: str) -> None:
+def test_serve__block_ends__server_and_children_are_gone(checkpoint: Path, tmp_path: Path, script: str) -> None:
     python = environment_with(tmp_path, script)
     with serve(checkpoint, python, timeout=30, log=tmp_path / "logs" / "vllm.log") as server:
         with urllib.request.urlopen(server.url + "/health", timeout=5) as reply:
@@ -90,7 +90,7 @@ def test_a_server_answers_in_the_block_and_is_gone_after_it(checkpoint: Path, tm
         urllib.request.urlopen(server.url + "/health", timeout=2)
 
 
-def test_an_error_in_the_block_ends_the_server_too(checkpoint: Path, tmp_path: Path) -> None:
+def test_serve__error_in_the_block__server_and_children_are_gone(checkpoint: Path, tmp_path: Path) -> None:
     python = environment_with(tmp_path, LISTENING)
     with pytest.raises(KeyError, match="mine"), serve(checkpoint, python, timeout=30) as server:  # noqa: PT012
         child = child_of(server.log)
@@ -98,31 +98,31 @@ def test_an_error_in_the_block_ends_the_server_too(checkpoint: Path, tmp_path: P
     assert gone(child)
 
 
-def test_a_server_that_dies_is_an_error_with_its_last_words(checkpoint: Path, tmp_path: Path) -> None:
+def test_serve__server_ends__error_with_the_end_of_its_log(checkpoint: Path, tmp_path: Path) -> None:
     python = environment_with(tmp_path, DYING)
     with pytest.raises(ServerError, match=r"ended with code 3(.|\n)*vision_tower\.weight_packed"):
         with serve(checkpoint, python, timeout=30):
             pytest.fail("a dead server was served")
 
 
-def test_a_server_that_never_answers_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+def test_serve__server_does_not_answer__error_after_timeout(checkpoint: Path, tmp_path: Path) -> None:
     python = environment_with(tmp_path, SILENT)
     with pytest.raises(ServerError, match="did not answer within 1 s"):
         with serve(checkpoint, python, timeout=1):
             pytest.fail("a silent server was served")
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_serve__folder_without_config__refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"), serve(tmp_path, sys.executable):
         pytest.fail("an empty folder was served")
 
 
-def test_a_missing_interpreter_is_refused_with_the_way_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_serve__missing_interpreter__refused_with_how_to_build_it(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make env"), serve(checkpoint, tmp_path / "none" / "python"):
-        pytest.fail("no interpreter served")
+        pytest.fail("served without an interpreter")
 
 
-def test_without_a_vllm_command_the_module_is_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_command__no_vllm_script__module_is_run(checkpoint: Path, tmp_path: Path) -> None:
     line = command(checkpoint, tmp_path / "python", 8000, images=2, max_model_len=512, max_num_seqs=4)
     assert line[:3] == [str(tmp_path / "python"), "-m", "vllm.entrypoints.cli.main"]
     assert line[line.index("--limit-mm-per-prompt") + 1] == '{"image": 2}'
@@ -133,7 +133,7 @@ def test_without_a_vllm_command_the_module_is_run(checkpoint: Path, tmp_path: Pa
     )
 
 
-def test_activations_are_never_quantized_and_the_users_choices_stand() -> None:
+def test_serving_environment__users_variables__kept_but_quantized_activations() -> None:
     chosen = serving_environment({"VLLM_CPU_KVCACHE_SPACE": "7", "VLLM_CPU_INT4_W4A8": "1", "PATH": "x"})
     assert chosen["VLLM_CPU_INT4_W4A8"] == "0"
     assert chosen["VLLM_CPU_KVCACHE_SPACE"] == "7"
@@ -141,5 +141,5 @@ def test_activations_are_never_quantized_and_the_users_choices_stand() -> None:
     assert serving_environment()["PATH"] == os.environ["PATH"]
 
 
-def test_a_log_without_int4_names_no_kernel() -> None:
+def test_kernel_of__log_of_another_kernel__none() -> None:
     assert kernel_of("Using CutlassInt8Kernel for something") is None

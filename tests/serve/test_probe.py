@@ -1,4 +1,4 @@
-"""The caller's half of the offline probe: the files it writes, the answers it reads, the errors it raises."""
+"""The caller's part of the offline probe: the files it writes, the answers it reads, the errors it raises."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def interpreter(tmp_path: Path, script: str) -> Path:
     return program
 
 
-def test_questions_reach_the_interpreter_and_answers_come_back(tmp_path: Path) -> None:
+def test_probe__two_jobs__questions_written_and_answers_read(tmp_path: Path) -> None:
     made = make_samples(1, seed=1, images=2) + make_samples(1, seed=2, images=0)
-    questions = [{"messages": row["messages"][:1], "images": row["images"]} for row in made]
+    questions = [{"messages": sample["messages"][:1], "images": sample["images"]} for sample in made]
     questions[0]["images"][1] = Image.new("RGBA", (8, 6))
     jobs = [Job(tmp_path, questions, max_tokens=3), Job(tmp_path, questions[:1], max_model_len=64)]
     (first, second), log = probe(interpreter(tmp_path, ANSWERING), jobs, timeout=60)
@@ -48,11 +48,11 @@ def test_questions_reach_the_interpreter_and_answers_come_back(tmp_path: Path) -
     assert "ThisLinearKernel" in log
 
 
-def test_a_failure_carries_the_last_lines(tmp_path: Path) -> None:
+def test_probe__process_fails__error_with_its_last_lines(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match=r"vLLM failed:(.|\n)*no such kernel"):
         probe(interpreter(tmp_path, "raise SystemExit('no such kernel')"), [Job(tmp_path, [])], timeout=60)
 
 
-def test_a_probe_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
+def test_probe__timeout__error(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="longer than 1 s"):
         probe(interpreter(tmp_path, "import time; time.sleep(60)"), [Job(tmp_path, [])], timeout=1)
