@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.released import SETTINGS, released
+from examples.bundled_demo.images import SIZE
 from examples.bundled_demo.methods import STUDENT, TEACHER, Budget, read_modifier
-from examples.bundled_demo.pictures import SIZE
 from examples.bundled_demo.run import RECIPE
 from examples.bundled_demo.scenes import training_samples
 from grace_plugin import train

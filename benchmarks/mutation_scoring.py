@@ -37,11 +37,11 @@ TARGETS = {
     "grace_plugin/report/answers.py": ("x_accepted", "x_answer_start"),
     "grace_plugin/report/summary.py": ("x__accuracy", "x__of", "x_by_modality", "x_by_type", "x__paired", "x_overall"),
     "examples/bundled_demo/score.py": ("x_is_right",),
-    "examples/bundled_demo/apart.py": ("x_check_apart",),
+    "examples/bundled_demo/disjoint.py": ("x_check_disjoint",),
 }
 TESTS = [
     "tests/benchmarks/test_statistics.py", "tests/benchmarks/test_scoring.py", "tests/benchmarks/test_captions.py",
-    "tests/report/test_scoring.py", "tests/bundled_demo/test_score.py", "tests/bundled_demo/test_apart.py",
+    "tests/report/test_scoring.py", "tests/bundled_demo/test_score.py", "tests/bundled_demo/test_disjoint.py",
 ]  # fmt: skip
 LEFT_OUT = "not recorded and not page and not the_demo and not tiny_pass and not margins and not greedy and not learned"
 CONFIGURATION = f"""

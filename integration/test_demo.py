@@ -24,12 +24,12 @@ from llmcompressor import oneshot
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from grace_plugin.data import ConversationCollator
-from examples.bundled_demo.scenes import training_rows
+from examples.bundled_demo.scenes import training_samples
 
 student = "examples/bundled_demo/assets/student"
 model = AutoModelForImageTextToText.from_pretrained(student, dtype="auto")
 collator = ConversationCollator(AutoProcessor.from_pretrained(student))
-loader = DataLoader(list(training_rows(3, 256)), batch_size=32, collate_fn=collator)
+loader = DataLoader(list(training_samples(3, 256)), batch_size=32, collate_fn=collator)
 oneshot(model=model, recipe="recipes/demo_llava_w4a16.yaml", dataset=loader, pipeline="grace", output_dir=sys.argv[1])
 """
 

@@ -1,4 +1,4 @@
-"""Rebuild the bundled pair in about 25 minutes on one core.
+"""Rebuild the bundled teacher and student in about 25 minutes on one core.
 
     python -m examples.bundled_demo.build [--emoji FOLDER] [--out FOLDER]
 
@@ -8,10 +8,9 @@
 4. Student: the same frozen tower, its own projector and words, a decoder with a quarter of the weights, fewer questions, and
    none of the types `another`, `sharing_line` and `category_beside`: the demo trains it for these.
 
-Content matching (from a name to its place) forms late or never from an ordinary start. Three things bring it about, all of
-them in this file: visual tokens named first (2), queries and keys that start equal in half of the heads, and the first answer
-token asked one position early for the first steps. Everything is seeded; another CPU gives other last digits, hence other
-weights.
+From an ordinary start, attention from a name to its place forms late or never. Three measures in this file make it form early:
+visual tokens are named first (2), queries and keys start equal in half of the heads, and in the first steps the first answer
+token is also a target one position early. Everything is seeded; another CPU rounds differently and gives other weights.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from PIL import Image
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlavaForConditionalGeneration
 
+from .images import ASSETS, CODE_POINTS
+from .models import make_config, save_model
 from .packing import Packed, accuracy, answer_loss, naming_loss, pack, visual_features
-from .pair import make_config, save_pair_member
-from .pictures import ASSETS, CODE_POINTS
 from .questions import MIXTURE
 from .scenes import HELDOUT_SEED
 
@@ -49,18 +48,18 @@ RELATIONS = (
     *("beside",) * 4, *("locate",) * 3, *("most",) * 3, *("some_beside",) * 3, *("tally",) * 2, *("tally_in_line",) * 2,
 )  # fmt: skip
 LICENCE = (
-    "The pictures in this folder are from the Noto Emoji set, (c) Google, Apache License 2.0, taken from the npm package\n"
+    "The images in this folder are from the Noto Emoji set, (c) Google, Apache License 2.0, taken from the npm package\n"
     f"{PACKAGE} (images of 64 x 64 pixels) and scaled to 32 x 32.\n"
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one member is trained.
+    """The training of one model.
 
-    lr: peak of a cosine after `warmup` steps. easy, relations: until which step only EASY, then only RELATIONS are asked,
-    MIXTURE afterwards. early: until which step the first answer token is also asked one position early. naming: until which
-    step the naming loss is mixed in, with a weight that falls from 0.1.
+    lr: peak of a cosine after `warmup` steps. easy, relations: step until which only EASY, then only RELATIONS are asked;
+    MIXTURE afterwards. early: step until which the first answer token is also a target one position early. naming: step until
+    which the naming loss is added, with a weight that falls from 0.1.
     """
 
     width: int
@@ -81,16 +80,16 @@ class Plan:
 
     @property
     def naming_seed(self) -> int:
-        """Stream of the scenes of stage 2."""
+        """Return the seed of the scenes of stage 2."""
         return self.seed + 9
 
     @property
     def answer_seed(self) -> int:
-        """Stream of the scenes of stages 3 and 4."""
+        """Return the seed of the scenes of stages 3 and 4."""
         return self.seed + 1
 
     def types(self, step: int) -> tuple[str, ...]:
-        """What is asked in a step of stages 3 and 4."""
+        """Return the question types of a step of stages 3 and 4."""
         return EASY if step < self.easy else RELATIONS if step < self.relations else MIXTURE
 
 
@@ -103,14 +102,14 @@ STUDENT = Plan(
 
 
 def rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to 0."""
+    """Return the learning rate: linear warm-up, then a cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def start(plan: Plan, vision: dict[str, torch.Tensor] | None) -> LlavaForConditionalGeneration:
-    """An untrained member; its word table is shared with its head while it trains here."""
+    """Return an untrained model whose embedding is tied to its head while it trains here."""
     torch.manual_seed(plan.seed)
     model = LlavaForConditionalGeneration(make_config(plan.width, plan.layers, plan.inner, plan.head))
     model.model.vision_tower.embeddings.position_embedding.weight.data.normal_(0, 0.5)
@@ -127,7 +126,7 @@ def start(plan: Plan, vision: dict[str, torch.Tensor] | None) -> LlavaForConditi
 
 
 def learn_names(model: LlavaForConditionalGeneration, plan: Plan) -> None:
-    """Stage 2: everything outside the decoder layers learns to name the visual tokens."""
+    """Train stage 2: everything outside the decoder layers learns to name the visual tokens."""
     chosen = [p for n, p in model.named_parameters() if p.requires_grad and "language_model.layers" not in n]
     optimizer = torch.optim.AdamW(chosen, lr=2e-3, fused=True)
     for step in range(plan.naming_steps):
@@ -141,7 +140,7 @@ def learn_names(model: LlavaForConditionalGeneration, plan: Plan) -> None:
 
 
 def learn_answers(model: LlavaForConditionalGeneration, plan: Plan, heldout: Sequence[Packed], log: Any) -> None:
-    """Stages 3 and 4: cross-entropy on packed questions, the vision tower frozen."""
+    """Train stages 3 and 4: cross-entropy on packed questions, with the vision tower frozen."""
     model.model.vision_tower.requires_grad_(False)
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -166,14 +165,14 @@ def learn_answers(model: LlavaForConditionalGeneration, plan: Plan, heldout: Seq
 
 
 def named_tower() -> dict[str, torch.Tensor]:
-    """The vision tower that both members share: stage 2 of the teacher, seconds of work, the same whenever it is run."""
+    """Return the vision tower that both models share: stage 2 of the teacher, which takes seconds and is deterministic."""
     model = start(TEACHER, None)
     learn_names(model, TEACHER)
     return {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
 
 
 def train_member(plan: Plan, vision: dict[str, torch.Tensor] | None, heldout: Sequence[Packed], log: Any) -> Any:
-    """A trained member and what build.json says of it. vision: the frozen tower, None to train it here."""
+    """Train a model and return it with its entry of build.json; vision: the frozen tower, None to train it here."""
     started = time.time()
     model = start(plan, vision)
     learn_names(model, plan)
@@ -189,7 +188,7 @@ def train_member(plan: Plan, vision: dict[str, torch.Tensor] | None, heldout: Se
 
 
 def fetch_emoji(folder: Path) -> Path:
-    """Download the npm package into `folder` and return its pictures of 64 x 64 pixels."""
+    """Download the npm package into `folder` and return its folder of 64 x 64 images."""
     name = subprocess.run(
         ["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True
     ).stdout.split()[-1]
@@ -199,18 +198,18 @@ def fetch_emoji(folder: Path) -> Path:
 
 
 def write_emoji(source: Path, target: Path) -> None:
-    """Scale the chosen pictures and write them with the licence note."""
+    """Scale the chosen images and write them with the license note."""
     target.mkdir(parents=True, exist_ok=True)
     for name, code in CODE_POINTS.items():
-        picture = Image.open(source / f"{code}.png").convert("RGBA").resize((32, 32), Image.Resampling.LANCZOS)
-        picture.save(target / f"{name}.png", optimize=True)
+        image = Image.open(source / f"{code}.png").convert("RGBA").resize((32, 32), Image.Resampling.LANCZOS)
+        image.save(target / f"{name}.png", optimize=True)
     (target / "LICENSE.txt").write_text(LICENCE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--emoji", type=Path, help="folder with the 64 x 64 pictures; without it the npm package is downloaded"
+        "--emoji", type=Path, help="folder with the 64 x 64 images; without it the npm package is downloaded"
     )
     parser.add_argument("--out", type=Path, default=ASSETS, help="where teacher/, student/ and build.json go")
     parser.add_argument("--member", choices=["teacher", "student"], help="train this one alone")
@@ -231,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vision = None if name == "teacher" else named_tower()
         model, said = train_member(plan, vision, heldout, lambda line, name=name: print(f"{name}: {line}", flush=True))
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        save_pair_member(model, options.out / name)
+        save_model(model, options.out / name)
         earlier = json.loads(report_file.read_text()) if report_file.exists() else {}
         report_file.write_text(json.dumps(earlier | report | {name: said}, indent=1) + "\n")
 

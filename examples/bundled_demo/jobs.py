@@ -1,7 +1,7 @@
-"""The demo's rows as jobs for worker processes: make a model, score it on the held-out questions, report seconds.
+"""Run the methods of the demo in worker processes: make a model, score it on the held-out questions, report seconds.
 
 A worker computes with few threads and takes one job after another; the bundled models are so small that two processes on two
-cores do twice the work of one process with two threads. What a job prints goes to the worker's log.
+cores do twice the work of one process with two threads. The output of a job goes to the worker's log.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHARED", "Job", "Result", "count_compositions", "jobs_of", "prepare_worker", "run_job"]
+__all__ = ["SHARED", "Job", "Result", "count_all", "jobs_of", "prepare_worker", "run_job"]
 
 SHARED = "teacher-states"
-"""Folder of what rows share while they are made."""
+"""Folder of the teacher's states, which runs share while the demo runs."""
 
 _WORKER: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table. kind: "bundled", "rtn", "gptq", "fine_tune", "kl" or "grace"; bits: 16 is BF16."""
+    """One method of the table. kind: "bundled", "rtn", "gptq", "fine_tune", "kl" or "grace"; bits: 16 is BF16."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What a job gives back; answers and right are in the held-out rows' order."""
+    """The result of a job; answers and right are in the order of the held-out samples."""
 
     job: Job
     answers: list[str]
@@ -46,8 +46,10 @@ class Result:
 
 
 def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
-    """The rows of the table, with GRACE and round-to-nearest at `low_bits` beside those at 4; longest first, so that the
-    workers end together, and one GRACE row ahead of the others, which read what it asked the teacher.
+    """Return the methods of the table, with GRACE and round-to-nearest at `low_bits` in addition to 4 bits.
+
+    The longest come first, so that the workers end at about the same time, and one GRACE run before the others, which read the
+    teacher's states that it computes.
     """
     return (
         Job("GRACE INT4", "grace", 4, "recipe"),
@@ -63,11 +65,11 @@ def jobs_of(low_bits: Sequence[int] = (2,)) -> tuple[Job, ...]:
 
 
 def prepare_worker(logs: str, questions: int, threads: int, board: MutableMapping[str, Any]) -> None:
-    """Initialise a worker process: threads, its log file, and where progress is posted."""
+    """Initialize a worker process: threads, its log file, and where progress is posted."""
     import torch
 
     torch.set_num_threads(threads)
-    # oneDNN's float32 products, faster than MKL's; with AMX it would round to bfloat16
+    # "medium" selects oneDNN's float32 products, which are faster than MKL's; with AMX it would round to bfloat16
     if not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
     log = os.open(os.path.join(logs, f"worker-{os.getpid()}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -77,18 +79,18 @@ def prepare_worker(logs: str, questions: int, threads: int, board: MutableMappin
 
 
 def _held_out() -> tuple[Any, list[dict[str, Any]], Any]:
-    """Processor, held-out rows and their encoded prompts, once per worker."""
-    if "rows" not in _WORKER:
+    """Return the processor, the held-out samples and their encoded prompts, made once per worker."""
+    if "samples" not in _WORKER:
         from transformers import AutoProcessor
 
         from examples.bundled_demo.methods import STUDENT
-        from examples.bundled_demo.scenes import heldout_rows
+        from examples.bundled_demo.scenes import heldout_samples
         from examples.bundled_demo.score import encode_questions
 
         processor = AutoProcessor.from_pretrained(STUDENT)
-        rows = list(heldout_rows(_WORKER["questions"]))
-        _WORKER.update(processor=processor, rows=rows, encoded=encode_questions(processor, rows))
-    return _WORKER["processor"], _WORKER["rows"], _WORKER["encoded"]
+        samples = list(heldout_samples(_WORKER["questions"]))
+        _WORKER.update(processor=processor, samples=samples, encoded=encode_questions(processor, samples))
+    return _WORKER["processor"], _WORKER["samples"], _WORKER["encoded"]
 
 
 def _post(name: str, done: float, total: float) -> None:
@@ -105,16 +107,16 @@ def _progress(name: str) -> Any:
     return Post()
 
 
-def count_compositions(questions: int) -> dict[str, int]:
-    """Count what the demo's samples, its test of so many questions and the pair's training show; ValueError where they meet."""
-    from examples.bundled_demo.apart import count_shown
+def count_all(questions: int) -> dict[str, int]:
+    """Count the compositions of the demo's training, its test and the models' training; ValueError where two share one."""
+    from examples.bundled_demo.disjoint import count_compositions
     from examples.bundled_demo.methods import Budget
 
-    return count_shown(Budget.steps * Budget.batch_size, questions)
+    return count_compositions(Budget.steps * Budget.batch_size, questions)
 
 
 def run_job(job: Job, output: str, recipe: str) -> Result:
-    """Make the row's model under `output`, reload it from disk and score it."""
+    """Make the method's model under `output`, reload it from disk and score it."""
     from examples.bundled_demo import methods
     from examples.bundled_demo.score import greedy_answers, is_right
 
@@ -123,7 +125,7 @@ def run_job(job: Job, output: str, recipe: str) -> Result:
     folder = Path(output) / job.name.replace(" ", "-")
     verification: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
-    processor, rows, encoded = _held_out()
+    processor, samples, encoded = _held_out()
     if job.kind == "bundled":
         folder = methods.TEACHER if job.source == "teacher" else methods.STUDENT
     elif job.kind in ("rtn", "gptq"):
@@ -141,6 +143,6 @@ def run_job(job: Job, output: str, recipe: str) -> Result:
     model = methods.scored_model(folder, encoded[0])
     answers = greedy_answers(model, processor, encoded, lambda done, total: _post(job.name, 5 + done / total, 6))
     end = time.monotonic()
-    right = [is_right(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    right = [is_right(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Result(job, answers, right, size, {"make": made - start, "score": end - made}, verification, history)

@@ -1,9 +1,9 @@
-"""How each row of the demo's table is made, all from the same bundled student.
+"""Make the model of each method in the demo's table, all from the same bundled student.
 
-round-to-nearest and GPTQ come from llm-compressor; the fine-tuned student is the same Trainer, steps, batches and data with the
-teacher switched off and nothing quantized; QAT + plain KL is the same again with learned scales, the same teacher and textbook
-distillation (`plain.PlainObjective`) in place of GRACE's terms; GRACE is the recipe under recipes/. Every quantized row is
-scored after being reloaded from disk.
+Round-to-nearest and GPTQ come from llm-compressor. The fine-tuned student uses the same Trainer, steps, batches and data
+without teacher and without quantization. QAT + plain KL adds learned scales, the same teacher and standard distillation
+(`plain.PlainObjective`) in place of GRACE's terms. GRACE is the recipe in recipes/. Every quantized model is scored after being
+reloaded from disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
 from examples.bundled_demo.plain import PlainObjective
-from examples.bundled_demo.scenes import TRAINING_SEED, training_rows
+from examples.bundled_demo.scenes import TRAINING_SEED, training_samples
 from examples.bundled_demo.score import Encoded
 from examples.bundled_demo.shared import SharedTeacher
 from grace_plugin.data import ConversationCollator
@@ -39,7 +39,7 @@ GROUP = 128
 
 
 class Budget:
-    """Steps, batch and rates of the runs; all see the same questions in the same order, each composed once.
+    """Steps, batch size and learning rate of the runs, which all see the same questions in the same order, each once.
 
     For cross-entropy alone 5e-4 and 1e-3 are equally good, 2e-3 is worse (benchmarks/results/demo_pilot.md).
     """
@@ -54,7 +54,7 @@ class Budget:
 
 
 def arguments() -> dict[str, Any]:
-    """TrainingArguments of a demo run."""
+    """Return the TrainingArguments of a demo run."""
     return {
         "max_steps": Budget.steps, "warmup_steps": Budget.warmup_steps, "learning_rate": Budget.learning_rate,
         "seed": Budget.seed, "per_device_train_batch_size": Budget.batch_size, "data_seed": Budget.seed, "logging_steps": 25,
@@ -64,31 +64,30 @@ def arguments() -> dict[str, Any]:
 
 
 def low_bit_groups(bits: int) -> dict[str, Any]:
-    """config_groups of symmetric integer weights of `bits` bits in groups of GROUP."""
+    """Return the config_groups of symmetric integer weights of `bits` bits in groups of GROUP."""
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
     return {"group_0": {"targets": ["Linear"], "weights": weights}}
 
 
 def load_model(folder: Path, dtype: Any = "auto", attention: str | None = None) -> Any:
-    """A checkpoint, in its stored dtype unless told otherwise, quantized layers made dense."""
+    """Load a checkpoint, in its stored dtype by default; packed layers are decompressed in the first forward pass."""
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 def load_to_train(folder: Path, dtype: Any) -> Any:
-    """`load_model` for a training run: on a CPU with eager attention.
+    """Load a model for a training run: on a CPU with eager attention.
 
-    Over two dozen tokens torch's fused attention is slower there, its backward pass 1.6 times in float32.
+    For two dozen tokens torch's fused attention is slower there, its backward pass 1.6 times in float32.
     """
     return load_model(folder, dtype, None if torch.cuda.is_available() else "eager")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether bfloat16 products are fast here: on a GPU, and on a CPU with instructions for them.
+    """Return whether bfloat16 products are fast here: on a GPU, and on a CPU with instructions for them.
 
-    An x86 processor with plain AVX-512 has them in its library alone, 4.6 times slower than float32; without AVX-512 it is 11
-    times.
+    An x86 processor with plain AVX-512 computes them in software, 4.6 times slower than float32; without AVX-512 11 times.
     """
     if torch.cuda.is_available():
         return True
@@ -97,20 +96,23 @@ def multiplies_bfloat16() -> bool:
 
 
 def scored_model(folder: Path, encoded: Encoded, wide: bool | None = None) -> Any:
-    """`load_model` to score questions with; wide: in float32 (default: where bfloat16 is slow); `encoded`: some of the kind."""
+    """Load a model for scoring; wide: in float32 (default: where bfloat16 is slow); encoded: any batch, for one forward
+    pass.
+    """
     model = load_model(folder)
     wide = not multiplies_bfloat16() if wide is None else wide
-    return widened(model, encoded) if wide else model
+    return in_float32(model, encoded) if wide else model
 
 
 def serving_dtype() -> str:
-    """`--dtype` of vLLM here: the stored one where it has a kernel for INT4 weights, float32 where they are made dense."""
+    """Return the `--dtype` for vLLM: the stored one where it has an INT4 kernel, float32 where weights are made dense."""
     return "auto" if torch.cuda.is_available() or torch.cpu._is_avx512_supported() else "float32"
 
 
 @torch.no_grad()
-def widened(model: Any, encoded: Encoded) -> Any:
-    """The model with its stored weights, value for value, in float32: packed layers are made dense by a forward pass first."""
+def in_float32(model: Any, encoded: Encoded) -> Any:
+    """Cast the model to float32, value for value."""
+    # Packed layers are decompressed by their first forward pass; a cast before it would leave them in bfloat16.
     model(**{k: v[:1].bfloat16() if v.is_floating_point() else v[:1] for k, v in encoded.inputs.items()})
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -119,7 +121,7 @@ def widened(model: Any, encoded: Encoded) -> Any:
 
 
 def read_modifier(recipe: Path, bits: int) -> GraceModifier:
-    """The GraceModifier of a recipe file, its scheme replaced by groups of `bits` bits where that is not 4."""
+    """Return the GraceModifier of a recipe file, with groups of `bits` bits in place of its scheme where that is not 4."""
     asked = grace_modifier(read_recipe(recipe))
     if bits == 4:
         return asked
@@ -129,10 +131,10 @@ def read_modifier(recipe: Path, bits: int) -> GraceModifier:
 
 
 def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shared: Path) -> TrainResult:
-    """A GRACE run of the bundled student under its teacher, ending in a verified checkpoint.
+    """Train the bundled student with GRACE under its teacher and write a verified checkpoint.
 
-    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow. shared: where runs on the same batches find
-    what it said of them.
+    The teacher's bfloat16 weights are multiplied in float32 where bfloat16 is slow. shared: folder of the teacher's states,
+    which runs on the same batches share.
     """
     return _distilled(read_modifier(recipe, bits), output_dir, callbacks, shared)
 
@@ -140,8 +142,8 @@ def grace(recipe: Path, bits: int, output_dir: Path, callbacks: Sequence[Any] = 
 def plain_kl(bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shared: Path) -> TrainResult:
     """Train the same student under the same teacher by mean CE + mean KL * T^2 with learned scales, nothing else of GRACE.
 
-    Rate, steps and temperature are GRACE's; its weight, 1, was not searched. The recipe in its checkpoint has the blocks that
-    are switched off, and cannot say that KL was in the place of the decoupled divergence.
+    Learning rate, steps and temperature are GRACE's; its weight, 1, was not searched. The recipe in its checkpoint has the
+    blocks that are switched off, and does not say that KL replaced the decoupled divergence.
     """
     modifier = GraceModifier(
         targets=["Linear"], config_groups=low_bit_groups(bits), distill={"gate_sharpness": 0.0},
@@ -152,35 +154,35 @@ def plain_kl(bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shar
 
 
 def _distilled(modifier: GraceModifier, output_dir: Path, callbacks: Sequence[Any], shared: Path) -> TrainResult:
-    """Train the bundled student by a modifier under the bundled teacher, whose states rows share."""
-    rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
+    """Train the bundled student by a modifier under the bundled teacher, whose states are shared between runs."""
+    samples = training_samples(Budget.data_seed, Budget.steps * Budget.batch_size)
     teacher = SharedTeacher(load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32), shared)
     return train(
-        load_to_train(STUDENT, torch.float32), recipe=modifier, teacher=teacher, dataset=rows, output_dir=output_dir,
+        load_to_train(STUDENT, torch.float32), recipe=modifier, teacher=teacher, dataset=samples, output_dir=output_dir,
         callbacks=callbacks, **arguments(),
     )  # fmt: skip
 
 
 def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
-    """The student trained on the same rows with cross-entropy alone, in BF16 weights at the end."""
+    """Train the student on the same samples with cross-entropy alone and save it in BF16."""
     off = {"enabled": False}
     modifier = GraceModifier(quantize=False, distill=off, relational=off, controller=off)
-    rows = training_rows(Budget.data_seed, Budget.steps * Budget.batch_size)
+    samples = training_samples(Budget.data_seed, Budget.steps * Budget.batch_size)
     return train(
-        load_to_train(STUDENT, torch.float32), recipe=modifier, dataset=rows, output_dir=output_dir, callbacks=callbacks,
+        load_to_train(STUDENT, torch.float32), recipe=modifier, dataset=samples, output_dir=output_dir, callbacks=callbacks,
         **arguments(),
     )  # fmt: skip
 
 
 def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> Path:
-    """Round-to-nearest ("rtn") or "gptq" of the student by llm-compressor, saved as compressed-tensors."""
+    """Quantize the student by llm-compressor, round-to-nearest ("rtn") or "gptq", and save it as compressed-tensors."""
     model = load_model(STUDENT)
     patterns = family_of(model).quantization_ignore()
     options: dict[str, Any] = {"config_groups": low_bit_groups(bits), "ignore": patterns}
     if method == "gptq":
-        rows: Any = list(training_rows(Budget.data_seed, Budget.calibration_samples))
+        samples: Any = list(training_samples(Budget.data_seed, Budget.calibration_samples))
         collator = ConversationCollator(processor)
-        loader: Any = DataLoader(rows, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
+        loader: Any = DataLoader(samples, batch_size=8, collate_fn=lambda part: _without_labels(collator(part)))
         oneshot(model=model, recipe=GPTQModifier(**options), dataset=loader, processor=processor, pipeline="basic")
     else:
         oneshot(model=model, recipe=QuantizationModifier(**options), processor=processor)

@@ -1,8 +1,8 @@
-"""Several questions about one image in one training sequence, for building the bundled pair cheaply.
+"""Pack several questions about one image into one training sequence, to train the bundled models quickly.
 
 A sequence is `<s><user><image>*9` followed by Q segments, one per question: its words, <assistant>, its answer. A segment
 sees the prefix and itself and counts its positions from the end of the prefix, so each question is computed exactly as if it
-were asked alone, while the image is encoded once: 2.5 times as many questions a second.
+were alone, while the image is encoded once: 2.5 times as many questions per second.
 
 Shapes: B images, Q questions each, P = 2 + visual tokens, L = SEGMENT, S = P + Q * L, d hidden size.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlavaForConditionalGeneration
 
-from .pair import ASSISTANT, BOS, EOS, IMAGE, USER, VISUAL_TOKENS, WORDS
-from .pictures import GRID, NAMES, compose
+from .images import GRID, NAMES, compose
+from .models import ASSISTANT, BOS, EOS, IMAGE, USER, VISUAL_TOKENS, WORDS
 from .questions import COLUMNS, MIXTURE, Question, ask
 from .scenes import Scene, draw_scene
 
@@ -31,8 +31,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Answered:
-    """One question of a packed batch: its type, its image, the position that predicts the first token of its answer, the
-    tokens of the answer with the end of turn, and the first tokens that count when several answers are right."""
+    """One question of a packed batch.
+
+    position: predicts the first token of the answer. length: tokens of the answer, the end of turn included. accept: first
+    tokens that count as correct when several answers are.
+    """
 
     type: str
     image: int
@@ -45,8 +48,8 @@ class Answered:
 class Packed:
     """A batch.
 
-    pixels float32 [B, 3, H, W] in [-1, 1]; ids and targets int64 [B, S] (a target stands where it is
-    predicted, IGNORE elsewhere); kinds int64 [B, visual tokens], the word of each cell.
+    pixels float32 [B, 3, H, W] in [-1, 1]; ids and targets int64 [B, S] (a target is at the position
+    that predicts it, IGNORE elsewhere); kinds int64 [B, visual tokens], the word of each cell.
     """
 
     pixels: Tensor
@@ -78,8 +81,11 @@ def pack(
     heldout: bool = False,
     early: bool = False,
 ) -> Packed:
-    """Batch `index` of the stream `seed`. With `early` the first answer token is also a target one position sooner, at the last
-    word of the question: a curriculum aid, since the answer then needs one step of attention less."""
+    """Return batch `index` of the stream `seed`.
+
+    early: the first answer token is also a target one position earlier, at the last word of the question, which makes the
+    first steps easier: that prediction needs one step of attention less.
+    """
     rng = np.random.default_rng((seed, index))
     ids = np.zeros((images, PREFIX + questions * SEGMENT), np.int64)
     targets = np.full_like(ids, IGNORE)
@@ -107,7 +113,7 @@ def pack(
 
 
 def mask_and_positions(questions: int) -> tuple[Tensor, Tensor]:
-    """Attention mask bool [1, 1, S, S] (true: sees) and positions int64 [1, S] of a packed sequence."""
+    """Return the attention mask bool [1, 1, S, S] (true: sees) and positions int64 [1, S] of a packed sequence."""
     length = PREFIX + questions * SEGMENT
     segment, positions = torch.full((length,), -1), torch.arange(length)
     for number in range(questions):
@@ -118,12 +124,14 @@ def mask_and_positions(questions: int) -> tuple[Tensor, Tensor]:
 
 
 def visual_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Projected visual tokens [B, visual tokens, d]."""
+    """Return the projected visual tokens [B, visual tokens, d]."""
     return torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
 
 
 def packed_logits(model: LlavaForConditionalGeneration, batch: Packed, features: Tensor, where: Tensor) -> Tensor:
-    """Logits [N, V] at the positions that the mask `where` [B, S] marks, from visual features [B, visual tokens, d]."""
+    """Return the logits [N, V] at the positions that the mask `where` [B, S] marks, from visual features [B, visual tokens,
+    d].
+    """
     words = model.model.language_model.embed_tokens(batch.ids)
     embedded = torch.cat([words[:, :2], features.to(words.dtype), words[:, PREFIX:]], dim=1)
     mask, positions = mask_and_positions((batch.ids.shape[1] - PREFIX) // SEGMENT)
@@ -137,15 +145,15 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: Packed, features:
 
 
 def answer_loss(model: LlavaForConditionalGeneration, batch: Packed, features: Tensor) -> Tensor:
-    """Mean cross-entropy of the answer tokens, nats."""
+    """Return the mean cross-entropy of the answer tokens in nats."""
     where = batch.targets != IGNORE
     return cross_entropy(packed_logits(model, batch, features, where).float(), batch.targets[where])
 
 
 def naming_loss(model: LlavaForConditionalGeneration, batch: Packed, features: Tensor) -> Tensor:
-    """How far each projected visual token is from naming its kind, its row and its column with equal probability, nats.
+    """Return the loss in nats of naming each visual token's kind, row and column with equal probability.
 
-    The features are brought to unit root mean square and read by the language model's own head; 0 is perfect.
+    The features are scaled to unit root mean square and multiplied by the language model's own head; 0 is the minimum.
     """
     unit = features.float() * torch.rsqrt(features.float().pow(2).mean(-1, keepdim=True) + 1e-6)
     logs = log_softmax(model.lm_head(unit).float(), dim=-1)
@@ -157,8 +165,11 @@ def naming_loss(model: LlavaForConditionalGeneration, batch: Packed, features: T
 
 @torch.no_grad()
 def accuracy(model: LlavaForConditionalGeneration, batches: Sequence[Packed]) -> tuple[float, dict[str, float]]:
-    """Share of held-out questions answered right, in all and by type. The label's own tokens are fed, which for a single right
-    answer equals greedy decoding; where several are right the first token and the end of turn decide."""
+    """Return the share of held-out questions that are answered correctly, in total and by type.
+
+    The label's own tokens are the input, which equals greedy decoding where one answer is correct; where several are, the first
+    token and the end of turn decide.
+    """
     right: dict[str, list[bool]] = {}
     model.eval()
     for batch in batches:

@@ -1,7 +1,7 @@
-"""Plain distillation, KL(teacher || student) * T^2, in the place of the decoupled divergence: for baselines and one ablation.
+"""Use plain KL(teacher || student) * T^2 instead of the decoupled divergence, for baselines and one ablation.
 
-With gate_sharpness 0, no relation and a fixed beta it is textbook distillation: mean CE + beta * mean KL. Everything else of
-GRACE (gate, relation, controller) works on it as on the decoupled one.
+With gate_sharpness 0, no relational loss and a fixed beta it is standard distillation: mean CE + beta * mean KL. The gate, the
+relational loss and the controller work on it as on the decoupled divergence.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What is asked about a scene, and which answers are right.
+"""Draw a question about a scene, with all of its correct answers.
 
 A scene is a grid of kinds (row-major list of GRID * GRID indices into NAMES). Every type draws one question that has at
-least one right answer and returns all of them. Where several are right ("name one animal") the label of a training row is
-one of them, drawn evenly, as one annotator would write it, and a held-out answer counts when it is any of them. Every word
-is one token: questions have 3 to 9.
+least one correct answer and returns all of them. Where several are correct ("name one animal") the label of a training
+sample is one of them, drawn evenly, as one annotator would write it, and a held-out answer counts when it is any of them.
+Every word is one token: questions have 3 to 9.
 
 A type returns None when the scene does not allow it (no cell left of the apple); the caller then draws another type.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from .pictures import CATEGORIES, GRID, NAMES
+from .images import CATEGORIES, GRID, NAMES
 
 COLUMNS = "abc"  # places are named as in a spreadsheet: columns a to c from the left, rows 1 to 3 from the top
 Item = TypeVar("Item")

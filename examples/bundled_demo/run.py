@@ -1,7 +1,8 @@
-"""`grace demo`: train, verify, score and serve the bundled pair, and print one table.
+"""Train, verify, score and serve the bundled models and print one table (`grace demo`, `make demo`).
 
-Rows are made and scored in worker processes; as soon as the GRACE checkpoint is there, vLLM serves it beside them in its own
-environment and is asked held-out questions over the OpenAI API. Everything printed is also in `summary.json`.
+The models of all methods are made and scored in worker processes. As soon as the GRACE checkpoint exists, vLLM serves it at
+the same time in its own environment and answers held-out questions over the OpenAI API. Everything printed is also in
+`summary.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.bundled_demo.jobs import SHARED, Job, Result, count_compositions, jobs_of, prepare_worker, run_job
+from examples.bundled_demo.jobs import SHARED, Job, Result, count_all, jobs_of, prepare_worker, run_job
 from examples.bundled_demo.table import print_summary, summarise
 
 __all__ = ["QUESTIONS", "SERVED", "demo"]
@@ -39,15 +40,15 @@ def demo(
     """Run the demo and return its summary (also written to `output_dir/summary.json`).
 
     Args:
-        output_dir: everything is written below it; an earlier demo there is replaced.
-        serve_python: interpreter with vLLM; None leaves the serving part out and says so.
+        output_dir: folder of all output; an earlier demo there is replaced.
+        serve_python: interpreter with vLLM; None skips serving, which the output says.
         questions: held-out questions to score (default QUESTIONS).
-        low_bits: widths at which GRACE and round-to-nearest are made beside those of 4 bits.
+        low_bits: numbers of bits of GRACE and round-to-nearest in addition to 4.
         recipe: the GRACE recipe of the run.
 
     Raises:
-        ValueError: the recipe or the serving interpreter is not there, and nothing was written; or a composition of the
-            test or of the training samples is in another part's training.
+        ValueError: the recipe or the serving interpreter does not exist (nothing was written), or two of training, test and
+            the models' training share a composition.
         VerificationError: the checkpoint is not what was trained.
     """
     if not recipe.is_file():
@@ -88,7 +89,7 @@ def _bars(console: Console) -> Progress:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Environment variables while the block runs."""
+    """Set environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -104,12 +105,12 @@ def _environment(**values: str) -> Iterator[None]:
 def _run_jobs(
     jobs: Sequence[Job], output_dir: Path, questions: int, recipe: Path, python: Path | None, console: Console
 ) -> tuple[dict[str, Result], dict[str, Any] | None, dict[str, int]]:
-    """All rows by name, what vLLM said, and the compositions shown; a job that fails ends the demo with its error."""
+    """Return all results by name, vLLM's answers, and the numbers of compositions; a job that fails ends the demo."""
     import torch
 
     workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    # forked workers need not import torch anew; where a GPU or another system forbids it, they start from nothing
+    # Forked workers need not import torch again. CUDA does not survive a fork, so with a GPU they are spawned.
     forked = sys.platform == "linux" and not torch.cuda.is_available()
     context = multiprocessing.get_context("fork" if forked else "spawn")
     with context.Manager() as manager:
@@ -117,26 +118,26 @@ def _run_jobs(
         setup = (str(output_dir / "logs"), questions, int(threads), board)
         with (
             ProcessPoolExecutor(workers, context, prepare_worker, setup) as pool,
-            ThreadPoolExecutor(1) as beside,
+            ThreadPoolExecutor(1) as server,
         ):
             with _environment(OMP_NUM_THREADS=threads):  # of the workers, which start here, before any thread
                 futures = {job.name: pool.submit(run_job, job, str(output_dir), str(recipe)) for job in jobs}
-                apart = pool.submit(count_compositions, questions)
-            waited: dict[str, Future[Any]] = {**futures, SCENES: apart}
+                counted = pool.submit(count_all, questions)
+            waited: dict[str, Future[Any]] = {**futures, SCENES: counted}
             if python is not None:
-                waited[SERVING] = beside.submit(_serve, output_dir, futures["GRACE INT4"], python, board)
+                waited[SERVING] = server.submit(_serve, output_dir, futures["GRACE INT4"], python, board)
             try:
                 with _bars(console) as bars:
                     _follow(waited, board, bars)
                 results = {name: future.result() for name, future in futures.items()}
                 served = waited[SERVING].result() if python is not None else None
-                return results, served, apart.result()
+                return results, served, counted.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
 def _follow(futures: dict[str, Future[Any]], board: Any, bars: Progress) -> None:
-    """Show the progress of each by name until all are done or one has failed."""
+    """Show the progress of each job until all are done or one has failed."""
     tasks: dict[str, Any] = {}
     while True:
         posted = dict(board)
@@ -154,14 +155,14 @@ def _follow(futures: dict[str, Future[Any]], board: Any, bars: Progress) -> None
 
 
 def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> dict[str, Any]:
-    """Wait for the checkpoint, ask it the first SERVED held-out questions, and look at every answer that differs.
+    """Wait for the checkpoint, ask it the first SERVED held-out questions, and inspect every answer that differs.
 
-    transformers answers them too, in the dtype that vLLM computes in. board: progress is posted there.
+    transformers answers them too, in the dtype that vLLM computes in. board: receives the progress.
     """
     from transformers import AutoProcessor
 
     from examples.bundled_demo.methods import scored_model, serving_dtype
-    from examples.bundled_demo.scenes import heldout_rows
+    from examples.bundled_demo.scenes import heldout_samples
     from examples.bundled_demo.score import LONGEST_ANSWER, answer_margins, encode_questions, greedy_answers, is_right
     from grace_plugin.serve.ask import ask_all
     from grace_plugin.serve.launch import serve
@@ -169,14 +170,14 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
     grace = made.result()
     board[SERVING] = (0, 1)
     begun = time.monotonic()
-    rows = list(heldout_rows(min(SERVED, len(grace.answers))))
+    samples = list(heldout_samples(min(SERVED, len(grace.answers))))
     checkpoint = output_dir / grace.job.name.replace(" ", "-")
-    asked = [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows]
+    asked = [{"messages": sample["messages"][:-1], "images": sample["images"]} for sample in samples]
     dtype = serving_dtype()
     answered = itertools.count(1)
 
     def on_answer() -> None:
-        board[SERVING] = (next(answered) + len(asked), 2 * len(asked))  # the start takes about as long as the answers
+        board[SERVING] = (next(answered) + len(asked), 2 * len(asked))  # starting takes about as long as answering
 
     with serve(checkpoint, python, log=output_dir / "logs" / "vllm.log", arguments=("--dtype", dtype)) as server:
         started = time.monotonic()
@@ -184,23 +185,23 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
         seconds = time.monotonic() - started
     texts = [answer.text.strip() for answer in answers]
     processor = AutoProcessor.from_pretrained(checkpoint)
-    encoded = encode_questions(processor, rows)
+    encoded = encode_questions(processor, samples)
     model = scored_model(checkpoint, encoded[0], wide=dtype == "float32")
     mine = greedy_answers(model, processor, encoded)
     differing = [i for i, text in enumerate(texts) if text != mine[i]]
-    margins = [answer_margins(model, encode_questions(processor, [rows[i]])[0].inputs)[0] for i in differing]
+    margins = [answer_margins(model, encode_questions(processor, [samples[i]])[0].inputs)[0] for i in differing]
     return {
-        "asked": len(rows),
-        "equal": len(rows) - len(differing),
-        "correct": sum(is_right(row, text) for row, text in zip(rows, texts, strict=True)),
-        "correct_transformers": sum(is_right(row, text) for row, text in zip(rows, mine, strict=True)),
+        "asked": len(samples),
+        "equal": len(samples) - len(differing),
+        "correct": sum(is_right(sample, text) for sample, text in zip(samples, texts, strict=True)),
+        "correct_transformers": sum(is_right(sample, text) for sample, text in zip(samples, mine, strict=True)),
         "kernel": server.kernel,
         "dtype": dtype,
         "start_seconds": server.seconds,
         "ask_seconds": seconds,
         "seconds": time.monotonic() - begun,
         "differing": [
-            {"id": rows[i]["id"], "vllm": texts[i], "transformers": mine[i], "margin_nats": margin}
+            {"id": samples[i]["id"], "vllm": texts[i], "transformers": mine[i], "margin_nats": margin}
             for i, margin in zip(differing, margins, strict=True)
         ],
     }

@@ -1,7 +1,8 @@
-"""The teacher's pass over a batch, made by the run that comes to the batch first and read by the others.
+"""Share a teacher's states between runs: the run that reaches a batch first computes them, the others read them.
 
-GRACE rows of the demo's table train on the same batches under the same teacher. What it says of one is stored as it is, in a
-file named by all of the batch's values, so a run reads exactly what it would have computed, whatever order rows are made in.
+The distillation runs of the demo train on the same batches under the same teacher. The states of a batch are stored as they
+are, in a file named by the hash of the batch, so a run reads exactly what it would have computed, in whatever order runs
+proceed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class SharedTeacher(ResidentTeacher):
         OSError: the folder cannot be written to.
     """
 
-    side_stream = False  # files are read and written in turn
+    side_stream = False  # files are read and written by the host, which a side stream would not wait for
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         super().__init__(model)
@@ -39,7 +40,7 @@ class SharedTeacher(ResidentTeacher):
     def states(
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
-        """Read the batch's file, or run the teacher and write it."""
+        """Return the states from the batch's file, or run the teacher and write them."""
         file = self.folder / f"{_digest(batch if host is None else host)}.safetensors"
         if file.is_file():
             return TeacherStates(**load_file(file, device=str(positions.device)))
@@ -51,7 +52,7 @@ class SharedTeacher(ResidentTeacher):
 
 
 def _digest(batch: Mapping[str, Any]) -> str:
-    """SHA-256 of names, dtypes, shapes and values of a batch's tensors."""
+    """Return the SHA-256 of names, dtypes, shapes and values of a batch's tensors."""
     found = hashlib.sha256()
     for name, value in sorted(batch.items()):
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The demo's summary and how it is printed."""
+"""Summarize the results of the demo and print them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OURS, STUDENT = "GRACE INT4", "student BF16"
 
 
 def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds: dict[str, float]) -> dict[str, Any]:
-    """Counts, intervals, paired differences, verification and seconds as plain values."""
+    """Return counts, intervals, paired differences, verification and seconds as plain values."""
     methods: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         correct, asked = sum(result.right), len(result.right)
@@ -61,13 +61,13 @@ def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """One table, then the verification lines, serving and seconds."""
+    """Print the table, then verification, serving and seconds."""
     methods, paired = summary["methods"], summary["paired_differences_of_grace_int4"]
     asked = methods[OURS]["questions"]
     table = Table(
         title=f"accuracy on {asked} test questions; intervals (95 %) are over the questions, of one training seed"
     )
-    for column in ("method", "accuracy %", "95 %", f"{OURS} minus the row, paired", "weights, kB"):
+    for column in ("method", "accuracy %", "95 %", f"{OURS} minus the method, paired", "weights, kB"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name in ORDER:
         table.add_row(
@@ -104,7 +104,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             console.print(f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
                           f"margin {one['margin_nats']:.3f} nats")  # fmt: skip
     else:
-        console.print("vLLM: not asked (no --serve_python)")
+        console.print("vLLM: not run (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
 
 

@@ -1,4 +1,4 @@
-"""Scenes: the split, the determinism, and every right answer recomputed by an oracle that parses the question's text."""
+"""Test scenes: the split, determinism, and every correct answer against an oracle that parses the question's text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from examples.bundled_demo import pair, pictures, questions, scenes
+from examples.bundled_demo import images, models, questions, scenes
 
 COUNT = 1500
 
 
-def scene_of(row: dict) -> scenes.Scene:
-    """The scene behind a row, drawn again from its id."""
-    split, seed, index = row["id"].split("-")
+def scene_of(sample: dict) -> scenes.Scene:
+    """Draw the scene of a sample again from its id."""
+    split, seed, index = sample["id"].split("-")
     return scenes.draw_scene(np.random.default_rng((int(seed), int(index))), heldout=split == "heldout")
 
 
@@ -33,8 +33,8 @@ def line_of(grid: np.ndarray, place: str) -> list[str]:
 
 def oracle(text: str, cells: np.ndarray) -> set[str]:
     """Right answers from the words of the question alone. cells: kinds [G, G]."""
-    grid = np.array(pictures.NAMES, dtype=object)[cells]
-    animals, foods, vehicles = set(pictures.ANIMALS), set(pictures.FOODS), set(pictures.VEHICLES)
+    grid = np.array(images.NAMES, dtype=object)[cells]
+    animals, foods, vehicles = set(images.ANIMALS), set(images.FOODS), set(images.VEHICLES)
     categories = {"animal": animals, "food": foods, "vehicle": vehicles}
 
     if match := re.fullmatch(r"what is at ([a-c]) (\d)", text):
@@ -80,78 +80,80 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
     return {" ".join(grid[:, "abc".index(match[1])])}
 
 
-@pytest.mark.parametrize("rows", [scenes.training_rows(7, COUNT), scenes.heldout_rows(COUNT)], ids=["train", "heldout"])
-def test_right_answers_are_those_of_the_oracle(rows):
+@pytest.mark.parametrize(
+    "samples", [scenes.training_samples(7, COUNT), scenes.heldout_samples(COUNT)], ids=["train", "heldout"]
+)
+def test_samples__accepted_answers__those_of_the_oracle(samples):
     seen = set()
-    for row in rows:
-        text, label = row["messages"][0]["content"][1]["text"], row["messages"][1]["content"][0]["text"]
-        assert set(row["accept"]) == oracle(text, scene_of(row).cells), text
-        assert len(row["accept"]) == len(set(row["accept"])) and label in row["accept"]
-        seen.add(row["type"])
+    for sample in samples:
+        text, label = sample["messages"][0]["content"][1]["text"], sample["messages"][1]["content"][0]["text"]
+        assert set(sample["accept"]) == oracle(text, scene_of(sample).cells), text
+        assert len(sample["accept"]) == len(set(sample["accept"])) and label in sample["accept"]
+        seen.add(sample["type"])
     assert seen == set(questions.TYPES)
 
 
-def test_labels_of_open_questions_use_every_right_answer():
-    rows = [row for row in scenes.training_rows(3, 4000) if len(row["accept"]) == 3]
-    places = [row["accept"].index(row["messages"][1]["content"][0]["text"]) for row in rows]
-    share = np.bincount(places, minlength=3) / len(rows)
-    assert len(rows) > 200 and np.all(np.abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / len(rows)))
+def test_samples__several_correct_answers__labels_drawn_evenly():
+    samples = [sample for sample in scenes.training_samples(3, 4000) if len(sample["accept"]) == 3]
+    places = [sample["accept"].index(sample["messages"][1]["content"][0]["text"]) for sample in samples]
+    share = np.bincount(places, minlength=3) / len(samples)
+    assert len(samples) > 200 and np.all(np.abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / len(samples)))
 
 
-def test_no_training_row_shows_a_heldout_composition():
-    for rows, wanted in ((scenes.training_rows(11, COUNT), False), (scenes.heldout_rows(COUNT), True)):
-        assert all(scenes.is_heldout(scene_of(row).cells) is wanted for row in rows)
-    cells = np.random.default_rng(0).integers(len(pictures.NAMES), size=(8000, 3, 3))
+def test_samples__training_and_test__disjoint_compositions():
+    for samples, wanted in ((scenes.training_samples(11, COUNT), False), (scenes.heldout_samples(COUNT), True)):
+        assert all(scenes.is_heldout(scene_of(sample).cells) is wanted for sample in samples)
+    cells = np.random.default_rng(0).integers(len(images.NAMES), size=(8000, 3, 3))
     share = np.mean([scenes.is_heldout(grid) for grid in cells])
     assert abs(share - 1 / scenes.HELDOUT_SHARE) < 4 * np.sqrt(0.125 * 0.875 / 8000)
 
 
-def test_rule_of_the_split_does_not_depend_on_integer_type_or_memory_layout():
+def test_is_heldout__other_dtype_and_layout__same():
     for seed in range(50):
         cells = np.random.default_rng(seed).integers(24, size=(3, 3))
         assert scenes.is_heldout(cells) == scenes.is_heldout(np.asfortranarray(cells.astype(np.uint8)))
 
 
-def test_a_row_depends_on_seed_and_index_alone():
-    rows = scenes.training_rows(5, 40)
-    later = scenes.training_rows(5, 400)
+def test_samples__seed_and_index__determine_the_sample():
+    samples = scenes.training_samples(5, 40)
+    later = scenes.training_samples(5, 400)
     for index in (39, 0, 17):
-        first, second = rows[index], later[index]
-        pixels = [np.asarray(row.pop("images")[0]) for row in (first, second)]
+        first, second = samples[index], later[index]
+        pixels = [np.asarray(sample.pop("images")[0]) for sample in (first, second)]
         assert first == second and np.array_equal(*pixels)
-    assert scenes.training_rows(6, 40)[0]["id"] != rows[0]["id"]
-    assert any(rows[i]["messages"] != scenes.training_rows(6, 40)[i]["messages"] for i in range(5))
-    assert [row["id"] for row in rows[3:5]] == ["train-5-3", "train-5-4"] and rows[-1]["id"] == "train-5-39"
-    with pytest.raises(IndexError, match="row 40 of 40"):
-        rows[40]
+    assert scenes.training_samples(6, 40)[0]["id"] != samples[0]["id"]
+    assert any(samples[i]["messages"] != scenes.training_samples(6, 40)[i]["messages"] for i in range(5))
+    assert [sample["id"] for sample in samples[3:5]] == ["train-5-3", "train-5-4"] and samples[-1]["id"] == "train-5-39"
+    with pytest.raises(IndexError, match="sample 40 of 40"):
+        samples[40]
 
 
-def test_image_holds_each_picture_in_its_cell():
-    row = scenes.training_rows(2, 1)[0]
-    scene, image = scene_of(row), np.asarray(row["images"][0])
-    assert image.shape == (96, 96, 3) and row["images"][0].mode == "RGB"
+def test_image__each_cell__its_emoji():
+    sample = scenes.training_samples(2, 1)[0]
+    scene, image = scene_of(sample), np.asarray(sample["images"][0])
+    assert image.shape == (96, 96, 3) and sample["images"][0].mode == "RGB"
     for y, x in np.ndindex(3, 3):
         tile = image[y * 32 : (y + 1) * 32, x * 32 : (x + 1) * 32]
-        every = pictures.atlas()[scene.background]
+        every = images.atlas()[scene.background]
         kind, shift = np.argwhere((every == tile).all(axis=(2, 3, 4)))[0]
         assert (kind, shift) == (scene.cells[y, x], scene.shifts[y, x])
 
 
-def test_questions_that_do_not_fit_name_the_types():
+def test_ask__type_that_does_not_fit__refused_by_name():
     full = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # every kind three times: nothing stands anywhere only once
     with pytest.raises(ValueError, match="locate"):
         questions.ask(full, np.random.default_rng(0), ("locate",))
 
 
-def test_every_word_is_in_the_vocabulary():
+def test_vocabulary__words_of_samples__complete():
     words = questions.vocabulary()
     assert len(words) == len(set(words))
-    for row in scenes.training_rows(9, COUNT):
-        for text in [row["messages"][0]["content"][1]["text"], *row["accept"]]:
+    for sample in scenes.training_samples(9, COUNT):
+        for text in [sample["messages"][0]["content"][1]["text"], *sample["accept"]]:
             assert set(text.split()) <= set(words), text
 
 
 @pytest.mark.parametrize("member", ["teacher", "student"])
-def test_bundled_tokenizer_holds_the_vocabulary_in_its_order(member):
-    table = json.loads((pictures.ASSETS / member / "tokenizer.json").read_text())["model"]["vocab"]
-    assert sorted(table, key=table.__getitem__) == list(pair.WORDS)
+def test_bundled_tokenizer__vocabulary__in_order(member):
+    table = json.loads((images.ASSETS / member / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(table, key=table.__getitem__) == list(models.WORDS)

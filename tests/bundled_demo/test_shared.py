@@ -1,4 +1,4 @@
-"""Rows of the demo that share the teacher's passes learn, bit for bit, what each would have learned by itself."""
+"""Test that runs which share the teacher's states train the same bits as runs that compute them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny import build
 
 
 class Counted(SharedTeacher):
-    """Keeps how often its model ran."""
+    """Count the forward passes of the model."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         super().__init__(model, folder)
@@ -34,7 +34,7 @@ def loaded(pair: Pair) -> Any:
     return AutoModelForImageTextToText.from_pretrained(pair.teacher, dtype=torch.float32)
 
 
-def test_a_batch_is_computed_once_and_read_as_it_was(tmp_path: Path) -> None:
+def test_states__same_batch_twice__computed_once_and_read_exactly(tmp_path: Path) -> None:
     models = [build("llava", seed=1) for _ in range(3)]
     model, processor = models[0]
     one, other = (Counted(made.bfloat16(), tmp_path) for made, _ in models[:2])
@@ -52,7 +52,7 @@ def test_a_batch_is_computed_once_and_read_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "more"), [("input_ids", 5), ("attention_mask", 1), ("labels", 1), ("pixel_values", 1)])
-def test_another_value_is_another_batch(tmp_path: Path, key: str, more: int) -> None:
+def test_states__another_value_in_the_batch__computed_again(tmp_path: Path, key: str, more: int) -> None:
     model, processor = build("llava", seed=1)
     batch = ConversationCollator(processor)(mixed_samples(4))
     teacher = SharedTeacher(model, tmp_path)
@@ -65,8 +65,8 @@ def test_another_value_is_another_batch(tmp_path: Path, key: str, more: int) -> 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_runs_that_share_write_the_checkpoints_of_runs_that_do_not(llava: Pair, tmp_path: Path) -> None:
-    """Two widths, the second under a teacher that would say something else were it asked."""
+def test_train__shared_states__same_checkpoints_as_without(llava: Pair, tmp_path: Path) -> None:
+    """Two numbers of bits; in the second the teacher's weights are changed, so that only stored states give the same result."""
     for bits in (4, 2):
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
@@ -83,12 +83,12 @@ def test_runs_that_share_write_the_checkpoints_of_runs_that_do_not(llava: Pair, 
     assert len(list((tmp_path / "states").iterdir())) == 2
 
 
-def test_one_row_asks_the_teacher_before_the_others_begin() -> None:
+def test_jobs__two_low_bits__one_grace_run_before_the_others() -> None:
     assert [job.kind for job in jobs_of((3, 2))][:4] == ["grace", "fine_tune", "grace", "grace"]
 
 
 @pytest.mark.parametrize("kind", ["offload", "self"])
-def test_a_teacher_of_ones_own_has_no_other_kind(llava: Pair, tmp_path: Path, kind: str) -> None:
+def test_train__passed_teacher_with_another_kind__refused(llava: Pair, tmp_path: Path, kind: str) -> None:
     own = SharedTeacher(loaded(llava), tmp_path / "states")
     own.name_or_path = ""
     with pytest.raises(ValueError, match=f"teacher.kind: {kind} does not .* that was passed.*kind: resident"):
@@ -97,7 +97,7 @@ def test_a_teacher_of_ones_own_has_no_other_kind(llava: Pair, tmp_path: Path, ki
 
 
 def test_use_objective__plain_kl__its_loss_is_trained_and_verified(llava: Pair, tmp_path: Path) -> None:
-    """The recipe's blocks are the same in both runs, so the codes differ by the divergence alone."""
+    """The recipe is the same in both runs, so only the divergence can make the codes differ."""
     blocks = {"distill": {"gate_sharpness": 0.0}, "relational": {"enabled": False}, "controller": {"enabled": False}}
     found = []
     for name, kind in (("plain", PlainObjective), ("decoupled", GraceObjective)):

@@ -1,4 +1,4 @@
-"""The demo's table: the rows of the widths that were asked for, and figures that are those of the answers."""
+"""Test the demo's table: the requested numbers of bits, and figures computed from the answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROOF: dict[str, Any] = {
 
 
 def results(low_bits: tuple[int, ...]) -> dict[str, Result]:
-    """Answers that are right with a share of their own in each row."""
+    """Return answers with a different share of correct ones for each method."""
     rng, found = np.random.default_rng(0), {}
     for number, job in enumerate(jobs_of(low_bits)):
         right = [bool(value) for value in rng.random(500) < 0.95 - 0.05 * number]
@@ -28,25 +28,25 @@ def results(low_bits: tuple[int, ...]) -> dict[str, Result]:
 
 
 @pytest.mark.parametrize("low_bits", [(), (2,), (3, 2), (2, 3)])
-def test_the_table_has_the_widths_that_were_asked_for(low_bits: tuple[int, ...]) -> None:
-    rows = results(low_bits)
-    summary = summarise(rows, None, {"total": 3.0})
+def test_summary__low_bits__requested_methods_with_figures_of_the_answers(low_bits: tuple[int, ...]) -> None:
+    found = results(low_bits)
+    summary = summarise(found, None, {"total": 3.0})
     assert list(summary["low_bits"]) == [f"{bits}-bit" for bits in sorted(low_bits, reverse=True)]
-    assert set(summary["methods"]) == set(rows)
+    assert set(summary["methods"]) == set(found)
     for bits in low_bits:
-        rounded, learned = (np.mean(rows[f"{name} {bits}-bit"].right) for name in ("round-to-nearest", "GRACE"))
+        rounded, learned = (np.mean(found[f"{name} {bits}-bit"].right) for name in ("round-to-nearest", "GRACE"))
         assert summary["low_bits"][f"{bits}-bit"]["gained"] == pytest.approx(learned - rounded)
     for name in ("QAT + plain KL INT4", "teacher BF16"):
-        apart = np.array(rows["GRACE INT4"].right, float) - np.array(rows[name].right, float)
-        half = 1.959964 * apart.std(ddof=1) / 500**0.5
-        wanted = [apart.mean(), apart.mean() - half, apart.mean() + half]
+        difference = np.array(found["GRACE INT4"].right, float) - np.array(found[name].right, float)
+        half = 1.959964 * difference.std(ddof=1) / 500**0.5
+        wanted = [difference.mean(), difference.mean() - half, difference.mean() + half]
         assert summary["paired_differences_of_grace_int4"][name] == pytest.approx(wanted)
-    assert summary["methods"]["GRACE INT4"]["correct"] == sum(rows["GRACE INT4"].right)
+    assert summary["methods"]["GRACE INT4"]["correct"] == sum(found["GRACE INT4"].right)
     console = Console(file=io.StringIO(), width=120)
     shown = {"training": 11, "test": 22, "teacher": 33, "student": 44}
     print_summary(summary | {"compositions_shown": shown}, console)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert [f"GRACE {bits}-bit" in text for bits in (2, 3, 5)] == [bits in low_bits for bits in (2, 3, 5)]
-    assert f"{100 * np.mean(rows['GRACE INT4'].right):.2f}" in text
+    assert f"{100 * np.mean(found['GRACE INT4'].right):.2f}" in text
     assert "QAT + plain KL INT4" in text and "over the questions" in text
     assert "11 in the training samples, 22 in the test" in text and "33 that trained the bundled teacher" in text

@@ -368,7 +368,7 @@ def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
 
 def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> None:
     """Splitting special tokens is not enough where the model itself knows the word: then the string is cut to characters."""
-    from examples.bundled_demo.pair import make_processor
+    from examples.bundled_demo.models import make_processor
 
     processor = make_processor()
     image = processor.tokenizer.convert_tokens_to_ids("<image>")

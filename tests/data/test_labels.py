@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from examples.bundled_demo.pair import make_processor
+from examples.bundled_demo.models import make_processor
 from grace_plugin.data import ConversationCollator, SampleError, check_sample
 from grace_plugin.data.segments import Segmenter
 from tests.tiny import EVERY, build, make_samples

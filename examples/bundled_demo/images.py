@@ -1,9 +1,9 @@
-"""The bundled emoji and how a scene becomes pixels.
+"""Compose the image of a scene from the bundled emoji.
 
-Twenty-four emoji of the Noto set (Apache-2.0, taken from the npm package emoji-datasource-google) lie in
-`assets/emoji/<name>.png`, 32 x 32 pixels with transparency. A scene is a grid of GRID x GRID cells of CELL pixels; the picture
-of every cell is shifted by up to one pixel in each direction and the whole lies on a pale background, so that no two
-images of one grid are equal byte for byte. Composition is one table look-up per cell: about 20 microseconds an image.
+Twenty-four emoji of the Noto set (Apache-2.0, taken from the npm package emoji-datasource-google) are in
+`assets/emoji/<name>.png`, 32 x 32 pixels with transparency. A scene is a grid of GRID x GRID cells of CELL pixels; the emoji
+of every cell is shifted by up to one pixel in each direction, on a pale background, so that two images of one grid are rarely
+equal byte for byte. Composition is one table look-up per cell: about 20 microseconds an image.
 
 Shapes: B scenes, G = GRID, C = CELL, K kinds of emoji.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 GRID = 3
 CELL = 32
 SIZE = GRID * CELL
-SHIFTS = 9  # 3 x 3 positions of a picture within its cell
+SHIFTS = 9  # 3 x 3 positions of an emoji within its cell
 BACKGROUNDS = np.array(
     [(255, 255, 255), (238, 242, 250), (250, 240, 230), (235, 248, 236), (247, 236, 246), (240, 240, 232)],
     dtype=np.uint8,
@@ -46,16 +46,17 @@ CATEGORIES = {"animal": frozenset(ANIMALS), "food": frozenset(FOODS), "vehicle":
 
 @cache
 def atlas(folder: Path = ASSETS / "emoji") -> np.ndarray:
-    """Every emoji at each of its shifts on each background, uint8 [backgrounds, K, SHIFTS, C, C, 3] (about 4 MB).
+    """Return every emoji at each of its shifts on each background, uint8 [backgrounds, K, SHIFTS, C, C, 3] (about 4 MB).
 
-    Raises FileNotFoundError naming the missing picture when the assets were not built.
+    Raises:
+        FileNotFoundError: a file of `folder` is missing, because the assets were not built.
     """
     inner = CELL - 2
     table = np.empty((len(BACKGROUNDS), len(NAMES), SHIFTS, CELL, CELL, 3), np.uint8)
     table[:] = BACKGROUNDS[:, None, None, None, None, :]
     for kind, name in enumerate(NAMES):
-        picture = np.asarray(Image.open(folder / f"{name}.png").convert("RGBA").resize((inner, inner)), np.uint16)
-        colour, opacity = picture[..., :3], picture[..., 3:]
+        emoji = np.asarray(Image.open(folder / f"{name}.png").convert("RGBA").resize((inner, inner)), np.uint16)
+        colour, opacity = emoji[..., :3], emoji[..., 3:]
         for pale, shift in np.ndindex(len(BACKGROUNDS), SHIFTS):
             y, x = divmod(shift, 3)
             mixed = (colour * opacity + BACKGROUNDS[pale] * (255 - opacity)) // 255
@@ -64,6 +65,6 @@ def atlas(folder: Path = ASSETS / "emoji") -> np.ndarray:
 
 
 def compose(cells: np.ndarray, shifts: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:
-    """Images uint8 [B, SIZE, SIZE, 3] of grids of kinds [B, G, G], shifts [B, G, G] and backgrounds [B]."""
+    """Return images uint8 [B, SIZE, SIZE, 3] of grids of kinds [B, G, G], shifts [B, G, G] and backgrounds [B]."""
     pixels = atlas()[backgrounds[:, None, None], cells, shifts]
     return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), SIZE, SIZE, 3)

@@ -1,4 +1,4 @@
-"""What the bundled pair is made of: one tokenizer, one processor, two LLaVA shapes.
+"""Define the bundled models: one tokenizer, one processor, two LLaVA configs.
 
 Teacher and student share the tokenizer (one token per word, about 80 words) and the frozen CLIP vision tower, as LLaVA-1.5
 7B and 13B do; their decoders differ in width. Every decoder width is a multiple of 128, so that W4A16 with group 128 fits
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
-from .pictures import CELL, GRID, SIZE
+from .images import CELL, GRID, SIZE
 from .questions import vocabulary
 
 PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>"
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def make_processor() -> LlavaProcessor:
-    """Word-level tokenizer with the chat template (assistant turns marked), image processor that keeps 96 x 96 as it is."""
+    """Return a word-level tokenizer with its chat template and an image processor that keeps 96 x 96 pixels."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex("[?,.!]"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,7 +68,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
-    """A LLaVA of the demo: decoder of `layers` layers, hidden size `width`, MLP size `inner`, heads of size `head`."""
+    """Return the config of a LLaVA: decoder of `layers` layers, hidden size `width`, MLP size `inner`, heads of size `head`."""
     token = {word: index for index, word in enumerate(SPECIAL)}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -86,11 +86,11 @@ def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
     )  # fmt: skip
 
 
-def save_pair_member(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def save_model(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write a BF16 checkpoint with its processor.
 
-    Key names are those of the hub (`vision_tower.vision_model...`): a LLaVA built from a configuration saves
-    `vision_tower.encoder...`, which vLLM does not know.
+    Key names are those of the hub (`vision_tower.vision_model...`), because a LLaVA built from a config saves
+    `vision_tower.encoder...`, which vLLM does not load.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)

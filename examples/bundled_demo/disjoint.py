@@ -1,7 +1,8 @@
-"""Count the compositions that the bundled pair, the demo's rows and its test show, and refuse one that a test could remember.
+"""Count the compositions of each part of the demo, and refuse one that two parts share.
 
-The streams are drawn again, without pixels: about 12 seconds of one core, most of them for the questions of the pair's
-training, which take random numbers between the scenes.
+The parts are the training samples of the demo, its test, and the training of the bundled teacher and student. The streams
+are drawn again without pixels, which takes about 12 seconds of one core, most of them for the questions of the models'
+training, because these take random numbers between the scenes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from .build import NAMED_IMAGES, STUDENT, TEACHER, Plan
 from .packing import draw_asked
 from .scenes import HELDOUT_SEED, TEST_SEED, TRAINING_SEED, draw_scene
 
-__all__ = ["check_apart", "count_shown", "shown_in_rows", "shown_to"]
+__all__ = ["check_disjoint", "count_compositions", "stream_compositions", "training_compositions"]
 
 
-def shown_to(plan: Plan) -> set[bytes]:
-    """Return the compositions that a bundled member was trained on, its cells as bytes."""
+def training_compositions(plan: Plan) -> set[bytes]:
+    """Return the compositions that a bundled model was trained on, each as the bytes of its cells."""
     found: set[bytes] = set()
     for step in range(plan.naming_steps):
         rng = np.random.default_rng((plan.naming_seed, step))
@@ -31,13 +32,13 @@ def shown_to(plan: Plan) -> set[bytes]:
     return found
 
 
-def shown_in_rows(seed: int, count: int, heldout: bool = False) -> set[bytes]:
-    """Return the compositions of the first `count` rows of a stream."""
+def stream_compositions(seed: int, count: int, heldout: bool = False) -> set[bytes]:
+    """Return the compositions of the first `count` samples of a stream."""
     return {draw_scene(np.random.default_rng((seed, index)), heldout).cells.tobytes() for index in range(count)}
 
 
-def check_apart(parts: Mapping[str, Set[bytes]], members: Mapping[str, Set[bytes]]) -> None:
-    """Refuse a composition that two of `parts` show, or one of `parts` and what a bundled member was trained on.
+def check_disjoint(parts: Mapping[str, Set[bytes]], members: Mapping[str, Set[bytes]]) -> None:
+    """Refuse a composition that two of `parts` share, or that one of `parts` shares with a bundled model's training.
 
     Raises:
         ValueError: names the two and how many compositions they have in common.
@@ -50,16 +51,16 @@ def check_apart(parts: Mapping[str, Set[bytes]], members: Mapping[str, Set[bytes
             )
 
 
-def count_shown(samples: int, questions: int, plans: Sequence[Plan] = (TEACHER, STUDENT)) -> dict[str, int]:
-    """Return how many compositions each part shows.
+def count_compositions(samples: int, questions: int, plans: Sequence[Plan] = (TEACHER, STUDENT)) -> dict[str, int]:
+    """Return the number of compositions of each part.
 
     Args:
-        samples: of the method's training set.
-        questions: of the test.
-        plans: of the bundled members, teacher and student.
+        samples: number of the demo's training samples.
+        questions: number of the test's questions.
+        plans: of the bundled models, teacher and student.
 
     Raises:
-        ValueError: two of training, test and the pair's training have a composition in common, or a seed is used twice.
+        ValueError: two of training, test and the models' training share a composition, or a seed is used twice.
     """
     seeds = [
         TRAINING_SEED,
@@ -69,7 +70,10 @@ def count_shown(samples: int, questions: int, plans: Sequence[Plan] = (TEACHER, 
     ]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"a stream of scenes is used for two purposes: the seeds are {seeds}; give each part its own")
-    parts = {"training": shown_in_rows(TRAINING_SEED, samples), "test": shown_in_rows(TEST_SEED, questions, True)}
-    members = dict(zip(("teacher", "student"), map(shown_to, plans), strict=True))
-    check_apart(parts, members)
+    parts = {
+        "training": stream_compositions(TRAINING_SEED, samples),
+        "test": stream_compositions(TEST_SEED, questions, True),
+    }
+    members = dict(zip(("teacher", "student"), map(training_compositions, plans), strict=True))
+    check_disjoint(parts, members)
     return {name: len(found) for name, found in (parts | members).items()}
