@@ -33,7 +33,7 @@ from grace_plugin.vlm import family_of
 from integration.parity import judge, prompts, without_colour
 from tests.pairs import pair, recipe_text, run
 from tests.tiny import EVERY, build, make_samples
-from tests.videos import films
+from tests.videos import video_samples
 
 MEAN, MOST, NEAR_TIE = 0.01, 0.08, 0.05  # nats: measured differences are a third of these, other pictures ten times
 STEPS, RATE = 40, 5e-3
@@ -95,7 +95,10 @@ def lessons(name: str) -> list[dict[str, Any]]:
         answers = [
             make_samples(1, seed=60 + number)[0]["messages"][-1] for number in range(2)
         ]  # of a film's first picture
-        given += [{**film, "messages": [*film["messages"], said]} for film, said in zip(films(2), answers, strict=True)]
+        given += [
+            {**film, "messages": [*film["messages"], said]}
+            for film, said in zip(video_samples(2), answers, strict=True)
+        ]
     return given
 
 

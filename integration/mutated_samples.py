@@ -99,7 +99,7 @@ def _bases(shop: Workshop) -> list[Any]:
     image, png = shop.path("a.png"), shop.content["png"]
     ask, say = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a red square"}
     show = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
-    film = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}
+    video = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}
     frames = np.random.default_rng(1).integers(0, 256, (4, 56, 56, 3), dtype=np.uint8)
     human, gpt = {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}
     inline = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "q"}]}
@@ -116,9 +116,9 @@ def _bases(shop: Workshop) -> list[Any]:
         {"messages": [{"role": "user", "content": "<image> what?"}, say], "images": [image]},
         {"id": "l", "image": image, "conversations": [human, gpt, {"from": "human", "value": "and?"}, gpt]},
         {"id": "m", "image": [image, image], "conversations": [{"from": "human", "value": "<image><image>"}, gpt]},
-        {"messages": [film, say], "videos": [frames], "fps": 2.0}, {"messages": [film, say], "videos": [frames / 255.0]},
-        {"messages": [film, say], "videos": [torch.from_numpy(frames).permute(0, 3, 1, 2)]},
-        {"messages": [film, say], "videos": [[image, image]], "fps": 1},
+        {"messages": [video, say], "videos": [frames], "fps": 2.0}, {"messages": [video, say], "videos": [frames / 255.0]},
+        {"messages": [video, say], "videos": [torch.from_numpy(frames).permute(0, 3, 1, 2)]},
+        {"messages": [video, say], "videos": [[image, image]], "fps": 1},
         {"messages": [ask, {**say, "train": False}, ask, say]}, {"prompt": "what?", "completion": "red"},
     ]  # fmt: skip
 
@@ -195,7 +195,7 @@ KEYS: tuple[Any, ...] = (
     "type", "text",
     "from", "value", "train", "weight", "tools", "tool_calls", "reasoning_content", "system", "prompt", "completion",
     "chosen", "query",
-    "response", "min_pixels", "max_pixels", "url", "path", "bytes", "name", "", " ", "Images", "__grace_fault__",
+    "response", "min_pixels", "max_pixels", "url", "path", "bytes", "name", "", " ", "Images", "__grace_error__",
     "__class__", 5, None,
 )  # fmt: skip
 
@@ -331,21 +331,21 @@ def run(numbers: range, shop: Workshop) -> Iterator[tuple[int, str]]:
 
 
 def share(first: int, count: int, seconds: float) -> tuple[Counter[str], list[str]]:
-    """Counts by outcome and the faults of `count` mutants from `first` on; ends early after `seconds`."""
+    """Counts by outcome and the errors of `count` mutants from `first` on; ends early after `seconds`."""
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="grace-mutants-"))
-    started, counts, faults = time.monotonic(), Counter[str](), list[str]()
+    started, counts, errors = time.monotonic(), Counter[str](), list[str]()
     try:
         for number, outcome in run(range(first, first + count), Workshop(folder)):
             counts[outcome.partition(":")[0]] += 1
             if outcome.startswith("FAULT"):
-                faults.append(f"{number}: {outcome}")
-                print(faults[-1], flush=True)
+                errors.append(f"{number}: {outcome}")
+                print(errors[-1], flush=True)
             if number % BLOCK == BLOCK - 1 and time.monotonic() - started > seconds:
                 break
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return counts, faults
+    return counts, errors
 
 
 def show(number: int) -> None:
@@ -374,7 +374,7 @@ def main() -> int:
     if given.show is not None:
         show(given.show)
         return 0
-    started, counts, faults = time.monotonic(), Counter[str](), list[str]()
+    started, counts, errors = time.monotonic(), Counter[str](), list[str]()
     each = (
         -(-given.count // (given.processes * BLOCK)) * BLOCK
     )  # whole blocks, so that a mutant's collator stays the same
@@ -387,17 +387,17 @@ def main() -> int:
             found_parts = list(pool.map(share, *zip(*parts, strict=True)))
     for some, wrong in found_parts:
         counts += some
-        faults += wrong
+        errors += wrong
     found = {
         "command": "python -m integration.mutated_samples " + " ".join(sys.argv[1:]), "seed": SEED,
         "mutants": sum(counts.values()),
-        "faults": faults[:100], "outcomes": dict(counts.most_common()), "seconds": round(time.monotonic() - started, 1),
+        "errors": errors[:100], "outcomes": dict(counts.most_common()), "seconds": round(time.monotonic() - started, 1),
         "environment": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
                         **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy")}},
     }  # fmt: skip
     given.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['mutants']:,} mutants, {len(faults)} faults, {found['seconds']} s: {given.output}")
-    return 1 if faults else 0
+    print(f"{found['mutants']:,} mutants, {len(errors)} errors, {found['seconds']} s: {given.output}")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoProcessor
 
 from grace_plugin.export.verify import load
-from tests.videos import pictures
+from tests.videos import media_of
 
 INT4_KERNEL = "CPUWNA16LinearKernel" if torch.cpu._is_avx512_supported() else "DenseInt4LinearKernel"
 """vLLM's own kernel on this CPU, or the plugin's (`integration/env/dense_int4.py`) where vLLM has none."""
@@ -85,7 +85,7 @@ def judge(
     parity = Parity()
     for question, answer in zip(questions, answers, strict=True):
         text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
-        batch = dict(processor(text=[text], **pictures(question), return_tensors="pt"))
+        batch = dict(processor(text=[text], **media_of(question), return_tensors="pt"))
         if causal and "token_type_ids" in batch:
             batch["token_type_ids"] = torch.zeros_like(batch["token_type_ids"])
         parity.prompts_differing += batch["input_ids"][0].tolist() != _as_written(answer.prompt_ids, processor, model)

@@ -33,7 +33,7 @@ from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
 from integration.families import MEAN, MOST, NEAR_TIE, Row, questions, train
 from integration.parity import judge, without_colour
 from tests.tiny import EVERY
-from tests.videos import pictures
+from tests.videos import media_of
 
 FAMILIES = ("qwen3_vl_moe", "gemma3", "llava", "qwen3_vl")
 TOKENS, TOP = 12, 20
@@ -44,7 +44,7 @@ ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "TRANS
 def answer(model: Any, processor: Any, question: dict[str, Any]) -> dict[str, Any]:
     """Greedy answer of transformers: prompt_ids, token_ids, logprobs [nats], top ([{id: nats}] of the best 20)."""
     text = processor.apply_chat_template(question["messages"], add_generation_prompt=True, tokenize=False)
-    batch = dict(processor(text=[text], **pictures(question), return_tensors="pt").to(model.device))
+    batch = dict(processor(text=[text], **media_of(question), return_tensors="pt").to(model.device))
     said: dict[str, Any] = {"prompt_ids": batch["input_ids"][0].tolist(), "token_ids": [], "logprobs": [], "top": []}
     stop = model.generation_config.eos_token_id
     head = model.get_output_embeddings()

@@ -47,13 +47,16 @@ def test_a_mixed_set_trains_and_every_sample_is_accounted_for(family: str, mixed
     kept = prepare(load_samples(str(mixed.mix)), collator, max_bad_samples=0.08)
     seen = epoch_order(len(kept), SEED, 0, lengths=kept.lengths, batch_size=BATCH)[: STEPS * BATCH]
     assert sum(log.get("images", 0) for log in trained.history) == sum(
-        kept.entries[kept.numbers[n]].pictures for n in seen
+        kept.entries[kept.numbers[n]].media for n in seen
     )
     trained_on = {kind: sum(kind in kept[n] for n in seen) for kind in ("conversations", "messages")}
-    films = [
+    videos = [
         kept[n].get("video") or kept[n]["videos"][0] for n in seen if kept[n].get("video") or kept[n].get("videos")
     ]
-    assert {isinstance(film, str) for film in films} == {True, False} or family == "llava"  # files, and lists of frames
+    assert {isinstance(video, str) for video in videos} == {
+        True,
+        False,
+    } or family == "llava"  # files, and lists of frames
     assert min(trained_on["conversations"], trained_on["messages"], sum(not kept[n].get("images") for n in seen)) > 20
     assert trained.verification
 

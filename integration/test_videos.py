@@ -12,7 +12,7 @@ from grace_plugin.data import load_samples
 from grace_plugin.vlm import family_of
 from tests.pairs import pair, run
 from tests.tiny import EVERY, build, make_samples
-from tests.videos import films, write_video
+from tests.videos import video_samples, write_video
 
 TAKES_VIDEOS = tuple(name for name in EVERY if family_of(model := build(name)[0]).takes_videos(model.config))
 FILMS, PICTURES, TEXTS, CLIPS = 6, 3, 3, 4
@@ -25,7 +25,7 @@ def written(folder: Path) -> Path:
     lines: list[dict[str, Any]] = []
     for number, picture in enumerate(sample["images"][0] for sample in make_samples(8, seed=31)):
         picture.resize((96, 64)).save(folder / "frames" / f"{number}.png")
-    for number, film in enumerate(films(FILMS)):
+    for number, film in enumerate(video_samples(FILMS)):
         frames = [f"frames/{(number + k) % 8}.png" for k in range(2 + 2 * (number % 3))]
         lines.append({"id": f"film {number}", "messages": [*film["messages"], ANSWER], "videos": [frames], "fps": 2.0})
     lines[0]["messages"][0] = {"role": "user", "content": [{"type": "image"}, *lines[0]["messages"][0]["content"]]}

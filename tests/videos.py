@@ -9,10 +9,10 @@ import numpy as np
 
 from tests.tiny_text import make_samples
 
-__all__ = ["films", "pictures", "write_sound", "write_video"]
+__all__ = ["media_of", "video_samples", "write_sound", "write_video"]
 
 
-def films(count: int, frames: int = 4) -> list[dict[str, Any]]:
+def video_samples(count: int, frames: int = 4) -> list[dict[str, Any]]:
     """Questions with one video each: {"messages", "images": [], "videos": [(uint8 [frames, 64, 96, 3], metadata)]}."""
     asked = []
     for seed in range(count):
@@ -27,7 +27,7 @@ def films(count: int, frames: int = 4) -> list[dict[str, Any]]:
     return asked
 
 
-def pictures(question: dict[str, Any]) -> dict[str, Any]:
+def media_of(question: dict[str, Any]) -> dict[str, Any]:
     """What a processor is given of a question: its images (one list for one text), or its videos frame by frame."""
     if question.get("videos"):
         known = [{k: v for k, v in said.items() if k != "do_sample_frames"} for _, said in question["videos"]]
@@ -56,14 +56,14 @@ def write_video(
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if turn:
             stream.set_display_rotation(turn)
-        for picture in drawn:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for image in drawn:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return drawn
 
 
 def write_sound(path: Path) -> None:
-    """A file with half a second of silence and no picture."""
+    """A file with half a second of silence and no image."""
     import av
 
     with av.open(str(path), "w") as container:

@@ -1,4 +1,4 @@
-"""`grace data check`: look at a dataset with a model's processor before any GPU is asked for."""
+"""`grace data check`: inspect a dataset with a model's processor before any GPU is asked for."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _tables(report: dict[str, Any], console: Console) -> None:
 
 
 def data_check(args: Namespace) -> None:
-    """Look at every sample, print the tables, write report, list and page.
+    """Inspect every sample, print the tables, write report, list and page.
 
     Raises:
         ValueError: nothing readable, no sample that can be used, or more than `--max_bad_samples` that cannot (the page is
@@ -110,7 +110,7 @@ def data_check(args: Namespace) -> None:
     samples = load_samples(args.dataset, args.images)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(file=sys.stderr, markup=False)) as progress:
-        task = progress.add_task("looking at every sample", total=len(samples))
+        task = progress.add_task("inspecting every sample", total=len(samples))
         found = prepare(
             samples,
             collator,
@@ -131,7 +131,7 @@ def data_check(args: Namespace) -> None:
         seed=args.seed,
     )
     _tables(found.report, console)
-    console.print(f"{page} and the report beside it, in {time.monotonic() - start:.1f} s", soft_wrap=True)
+    console.print(f"{page} and the report next to it, in {time.monotonic() - start:.1f} s", soft_wrap=True)
     if not found.report["usable"]:
         first = next((entry.message for entry in found.entries if entry.reason), "")
         raise BadSamplesError(f"no sample can be used; the first: {first}")

@@ -5,12 +5,11 @@ from typing import Any
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.conversation import Sample, check_sample, check_samples, read_sample
 from grace_plugin.data.errors import REASONS, SampleError
-from grace_plugin.data.given import as_samples
 from grace_plugin.data.key import SAMPLE_KEY, processor_settings, sample_key
 from grace_plugin.data.mix import draw_samples
 from grace_plugin.data.order import EpochSampler, epoch_order, rank_batches
 from grace_plugin.data.prepare import BadSamplesError, Prepared, is_scannable, prepare
-from grace_plugin.data.sources import load_samples, stream_samples
+from grace_plugin.data.sources import as_samples, load_samples, stream_samples
 from grace_plugin.data.stream import StreamedSamples
 from grace_plugin.deprecation import deprecated_attributes
 

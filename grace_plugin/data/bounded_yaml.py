@@ -59,7 +59,7 @@ def read_yaml(text: str, *, values: int, what: str = "the file") -> Any:
     except UnicodeEncodeError:
         raise YamlTextError("half a character (a lone surrogate)") from None
     except yaml.YAMLError as error:
-        raise YamlTextError(f"no YAML: {_fault(error, text)}") from None
+        raise YamlTextError(f"no YAML: {_error(error, text)}") from None
     except CONSTRUCTOR_ERRORS as error:
         raise YamlTextError(f"a value that cannot be read: {str(error)[:200]}") from None
 
@@ -115,7 +115,7 @@ def _line(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
 
 
-def _fault(error: yaml.YAMLError, text: str) -> str:
+def _error(error: yaml.YAMLError, text: str) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.encode(errors="replace")[: error.position].count(b"\n") + 1
         return f"line {line}: a character that is not allowed; is it another file?"

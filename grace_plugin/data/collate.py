@@ -1,16 +1,15 @@
 """Samples to batches, with labels on assistant turns only.
 
-A sample is cut into segments (`segments.py`), every segment is tokenised alone, and the pieces are joined. So prompts have
-the tokens they have when served, whatever the chat template, no token id stands for a role, and no seam between a prompt
-and its answer can merge away. Nothing is truncated silently: a sample longer than `max_length` is an error that says what
-would be cut.
+A sample is cut into segments (`segments.py`), each segment is tokenized alone, and the pieces are joined. So prompts have the
+tokens they have when served, whatever the chat template, and no merge crosses the seam between a prompt and its answer. Nothing
+is truncated: a sample longer than `max_length` is an error.
 
 Images are decoded here, so in the workers of a DataLoader whose `collate_fn` this is. Conversations and texts that repeat are
-rendered and tokenised once (`recent.py`), so the processor must not be changed once a collator was made of it.
+rendered and tokenized once, so the processor must not be changed after a collator was made of it.
 
-Packed, the samples of a batch stand one behind the other in one sequence without padding: positions begin at 0 with each
-sample and there is no attention mask, from which transformers keeps the samples apart (a block-diagonal mask for SDPA and
-eager, variable lengths for flash attention). That is exact for families with one position per token; `Family.packs` says which.
+Packed, the samples of a batch are one sequence without padding: positions begin at 0 with each sample and there is no attention
+mask, from which transformers keeps the samples apart (a block-diagonal mask for SDPA and eager, variable lengths for flash
+attention). That is exact for families with one position per token; `Family.packs` says which.
 
 Legend: B batch, S longest sample.
 """
@@ -27,20 +26,22 @@ from torch import Tensor
 
 from grace_plugin.data.conversation import Sample, read_sample
 from grace_plugin.data.errors import SampleError
+from grace_plugin.data.image_layout import ProcessedSizes
 from grace_plugin.data.key import SAMPLE_KEY, sample_key
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
-from grace_plugin.data.processed_size import ProcessedSizes
-from grace_plugin.data.recent import Recent
 from grace_plugin.data.segments import Segment, Segmenter
 from grace_plugin.data.shown import shown
-from grace_plugin.data.spans import visual_spans
-from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Tokens
+from grace_plugin.data.tokens import IGNORE_INDEX, Piece, Recent, Tokens, visual_spans
 from grace_plugin.vlm import VISUAL_SPANS, bounded_size
 
 __all__ = ["IGNORE_INDEX", "ConversationCollator", "Piece"]
 
+# pixels of a batch up to which its images of one size are processed as one tensor: faster as long as they fit a CPU cache,
+# slower above (measured; transformers groups always or never)
 TOGETHER = 2**21
-"""Pixels of a batch up to which its images of one size are processed as one tensor: faster as long as they fit a cache."""
+
+
+_NONE = torch.zeros(0)
 
 
 class ConversationCollator:
@@ -100,20 +101,22 @@ class ConversationCollator:
         return batch
 
     def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Checked samples as a batch; the processor is called once for all pieces with images, the tokenizer for the others."""
+        """Collate checked samples; the processor is called once for all pieces with media, the tokenizer for the others."""
         samples = [self._bounded(sample) for sample in samples]
         for sample in samples:  # of a stream or a sequence that was not checked, an image could ask for any memory here
             for image in sample.images:
                 self.processed_sizes.check((image.height, image.width), sample.name)
         text = [self.pieces(number, sample) for number, sample in enumerate(samples)]
         waiting = [piece for own in text for piece in own if not piece.ids]
-        pictured = [piece for piece in waiting if piece.images or piece.videos]
+        with_media = [piece for piece in waiting if piece.images or piece.videos]
         plain = [piece for piece in waiting if not (piece.images or piece.videos)]
         batch: dict[str, Any] = {}
-        if pictured:
-            batch |= self._tokens.pictured(pictured, self._pixels(pictured))
-            if any(piece.videos for piece in pictured) and "pixel_values_videos" not in batch:  # frames stand as images
-                batch[VISUAL_SPANS] = visual_spans(pictured, self.segmenter.placeholders)
+        if with_media:
+            batch |= self._tokens.with_images(with_media, self._pixels(with_media))
+            if (
+                any(piece.videos for piece in with_media) and "pixel_values_videos" not in batch
+            ):  # frames written as images
+                batch[VISUAL_SPANS] = visual_spans(with_media, self.segmenter.placeholders)
         if plain:
             self._tokens.plain(plain)
         for own, sample in zip(text, samples, strict=True):
@@ -121,12 +124,8 @@ class ConversationCollator:
         keys = [
             "input_ids",
             *(["mm_token_type_ids"] if "mm_token_type_ids" in self.processor.model_input_names else []),
-            # segments that are all zero say nothing; where they mark pictures, attention inside a picture reads them
-            *(
-                ["token_type_ids"]
-                if any(p.ids["token_type_ids"].any() for p in pictured if "token_type_ids" in p.ids)
-                else []
-            ),
+            # segments that are all zero say nothing; where they mark images, attention inside an image reads them
+            *(["token_type_ids"] if any(p.ids.get("token_type_ids", _NONE).any() for p in with_media) else []),
         ]
         for key in keys:
             batch[key] = self._join(
@@ -137,6 +136,7 @@ class ConversationCollator:
                 self.check_ids(sample.name, max(highest_id(piece.ids["input_ids"]) for piece in own))
         labels = [[piece.labels() for piece in own] for own in text]
         if self.packed:
+            # the first token of a packed sample would be predicted from the last one of the sample before
             labels = [[torch.cat(own).index_fill(0, torch.tensor([0]), IGNORE_INDEX)] for own in labels]
             batch["position_ids"] = torch.cat([torch.arange(sum(map(len, own))) for own in labels])[None]
         else:
@@ -214,7 +214,7 @@ class ConversationCollator:
         return [len(piece.ids["input_ids"]) for piece in pieces]
 
     def _join(self, samples: list[list[Tensor]], key: str) -> Tensor:
-        """Samples padded on the right, or one behind the other."""
+        """Join the samples: padded on the right, or packed into one sequence."""
         joined = [torch.cat(parts) for parts in samples]
         if self.packed:
             return torch.cat(joined)[None]
@@ -257,7 +257,7 @@ class ConversationCollator:
         pieces: list[Piece] = []
         before = ""
         for segment in self.segments(sample):
-            piece = Piece(number, segment.text, segment.learned, before=before)
+            piece = Piece(number, segment.text, segment.supervised, before=before)
             if segment.literal:
                 piece.ids = {"input_ids": torch.tensor(self.segmenter.literal_ids(segment.text), dtype=torch.int64)}
             else:

@@ -11,8 +11,8 @@ has a tag, the sample's images stand at the beginning of the first user turn, as
 a tag is text; where the field is there and empty, a tag is a placeholder without its image. So it is for `videos` and
 `<video>`, but for the place of videos without a tag, which is not guessed.
 
-Only assistant turns are learned from, and of those not the ones that say `train: false` or `weight: 0` (`turns.py`). Which
-fields a sample may have is in `schema.py`. Refused with the sample named and the reason to count it by (`faults.REASONS`):
+Only assistant turns are supervised from, and of those not the ones that say `train: false` or `weight: 0` (`turns.py`). Which
+fields a sample may have is in `schema.py`. Refused with the sample named and the reason to count it by (`errors.REASONS`):
 placeholders and images that do not match in number, unknown roles, turns out of order, empty turns, invalid Unicode.
 """
 
@@ -218,7 +218,7 @@ def read_sample(
     """`check_sample`, with every image decoded to RGB and every video to frames.
 
     Args:
-        max_pixels: largest image in pixels, None for no limit; looked at before an image is decoded.
+        max_pixels: largest image in pixels, None for no limit; inspected before an image is decoded.
 
     Raises:
         SampleError (a ValueError): as `check_sample`, or an image that is missing, unreadable or too large, named with its
@@ -233,17 +233,17 @@ def read_sample(
 
 
 def check_samples(samples: Iterable[Mapping[str, Any]], limit: int = 1000) -> int:
-    """Check the first samples of a dataset before a run; returns how many were looked at.
+    """Check the first samples of a dataset before a run; returns how many were inspected.
 
     Raises:
         ValueError: the first sample that cannot be used, or a dataset without samples.
     """
-    looked = 0
+    inspected = 0
     for number, sample in enumerate(samples):
         if number >= limit:
             break
         check_sample(sample, number)
-        looked += 1
-    if not looked:
+        inspected += 1
+    if not inspected:
         raise ValueError("the dataset has no samples")
-    return looked
+    return inspected

@@ -1,8 +1,7 @@
-"""Why a sample cannot be used: a reason to count by, and a sentence that names the sample and the way out.
+"""Why a sample cannot be used: a reason to count by, and a message that names the sample and how to correct it.
 
-Every check of the room raises `SampleError`. Its `reason` is one of `REASONS`, so that a report can count samples, and its text
-is what a person reads. A source that cannot even parse a sample hands out `unreadable(...)` in its place: the sample keeps its
-number, and `check_sample` raises the fault when the sample is looked at.
+Every check of the package raises `SampleError`, whose `reason` is one of `REASONS`. A source that cannot even parse a sample
+gives `unreadable(...)` in its place, so that other samples keep their numbers; `check_sample` raises its error.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ REASONS: dict[str, str] = {
     "invalid_utf8": "the sample holds bytes or characters that are not valid UTF-8",
     "empty_conversation": "no messages, or a turn without content",
     "malformed": "fields of another type or name than the format's",
-    "unknown_field": "a field that would change what is learned or seen, and that nothing here reads",
+    "unknown_field": "a field that would change what is supervised or seen, and that nothing here reads",
     "unknown_role": "a role the format does not know",
     "roles_out_of_order": "turns that do not alternate, or do not end with the assistant",
     "placeholder_mismatch": "another number of placeholders than of images or videos",
@@ -28,21 +27,21 @@ REASONS: dict[str, str] = {
     "unreadable_image": "an image file that cannot be decoded",
     "image_too_large": "an image or a frame of more pixels than the limit, or of which the processor makes more",
     "image_shape": "an image whose shape the model's processor refuses",
-    "unreadable_video": "a video that cannot be decoded, or ends early, or has no picture",
+    "unreadable_video": "a video that cannot be decoded, or ends early, or has no image track",
     "video_unsupported": "a video for a model that takes none, or one that was decoded and that its processor refuses",
     "template": "a conversation the model's chat template cannot render, or renders without its images",
     "too_long": "more tokens than max_length or than the model's context",
     "outside_vocabulary": "a token that the model, or its teacher, has no embedding for",
-    "no_supervised_tokens": "nothing of the sample is learned",
+    "no_supervised_tokens": "no token of the sample is supervised",
     "duplicate": "the same id and content as an earlier sample",
 }
-_FAULT = "__grace_fault__"
+_ERROR = "__grace_error__"
 
 
 class SampleError(ValueError):
     """A sample that cannot be used.
 
-    reason: a key of `REASONS`. The text names the sample, what is wrong and the way out; it is cut to `MESSAGE`
+    reason: a key of `REASONS`. The text names the sample, what is wrong and the how to fix it; it is cut to `MESSAGE`
     characters, whatever of the sample it quotes.
     """
 
@@ -52,16 +51,17 @@ class SampleError(ValueError):
         super().__init__(shortened(message, MESSAGE))
         self.reason = reason
 
+    # an exception is pickled as its class called with `args`, which lack the reason; workers of a loader pickle it
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self))
 
 
 def unreadable(reason: str, message: str) -> dict[str, Any]:
-    """What stands in the place of a sample that could not be read."""
-    return {_FAULT: [reason, message]}
+    """Return what takes the place of a sample that could not be read."""
+    return {_ERROR: [reason, message]}
 
 
 def raise_unreadable(sample: Mapping[str, Any]) -> None:
-    """Raise the fault that `unreadable` put into a sample's place; a proper sample passes."""
-    if isinstance(sample, Mapping) and _FAULT in sample:
-        raise SampleError(*sample[_FAULT])
+    """Raise the error that `unreadable` put into a sample's place; a proper sample passes."""
+    if isinstance(sample, Mapping) and _ERROR in sample:
+        raise SampleError(*sample[_ERROR])

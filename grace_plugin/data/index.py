@@ -1,39 +1,46 @@
-"""Every sample of a dataset looked at once, in worker processes, and remembered on disk.
+"""Inspect every sample of a dataset once, in worker processes, and keep the results on disk.
 
-The index is one JSON line per sample, in order, appended in chunks: a scan that was stopped goes on behind the last whole
-line. Its name is a hash of the dataset's fingerprint and of everything of the processor that decides tokens, so another model,
-another template or a changed file starts another index. Each line carries a stamp of the size and time of the sample's
-picture and
-video files: a sample whose files were put in place, changed or removed since is looked at again, at the cost of one `stat` a
-file. Each line also carries a hash of its sample and is used for no other (`index_file.py` says why).
+The index file holds one JSON line per sample, in order. Its name is a hash of the dataset's fingerprint and of everything of
+the processor that decides tokens, so another model, template or dataset file gets another index. A line is used only for the
+sample whose content hash it carries, and only while the size and time of the sample's media files are unchanged.
+
+One process holds the file's lock and writes; others read what is there. A check that was stopped continues after the last whole
+line. An index only saves time: if it cannot be written (full disk, no permission), one warning says so and the check continues.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from grace_plugin.data.collate import ConversationCollator
-from grace_plugin.data.index_file import IndexFile
 from grace_plugin.data.key import processor_settings
 from grace_plugin.data.measure import Entry, Measure
 from grace_plugin.data.mix import Samples
 from grace_plugin.data.parts import inline_media
+from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import DecoderMissingError
 from grace_plugin.data.workers import WORKER_SECONDS, bounded
+from grace_plugin.locks import HeldError, held
 
-__all__ = ["cache_folder", "index_file", "number_of", "scan"]
+__all__ = ["IndexFile", "cache_folder", "index_file", "number_of", "sample_hash", "scan", "stamp"]
 
+# `datasets.Dataset.map(num_proc=...)` also maps in processes and caches, but not per sample: a stopped map loses its unfinished
+# shards, and one changed image file changes the fingerprint, so that every sample is inspected again
 _CHUNK = 64
-_VERSION = 7
+_VERSION = 8  # of the entries, their messages included
 
 
 def cache_folder() -> Path:
@@ -104,9 +111,8 @@ class _Chunks(Dataset[list[Entry]]):
         if not self.hashed:
             return self.measure(self.samples[i], number_of(self.samples, i))
         known, content = self.known[i] if i < len(self.known) else None, sample_hash(self.samples, i)
-        if known is not None and (
-            known.content != content or not content
-        ):  # of another place, or of a file that was written over
+        # entries are matched by content, not only by place: a file may be overwritten in the same size and second
+        if known is not None and (known.content != content or not content):
             known = None
         if known is not None and not known.stamp:
             return known
@@ -118,7 +124,7 @@ class _Chunks(Dataset[list[Entry]]):
 
 
 def _bytes_of(value: Any) -> str:
-    """What stands for a value of a sample that JSON does not know."""
+    """Return text for a value of a sample that JSON does not have."""
     return hashlib.blake2b(value, digest_size=12).hexdigest() if isinstance(value, bytes) else str(value)
 
 
@@ -131,12 +137,8 @@ def sample_hash(samples: Sequence[Any], index: int) -> str:
     if not isinstance(stored, bytes):
         try:
             stored = _ENCODER.encode(stored).encode()
-        except (
-            TypeError,
-            ValueError,
-            RecursionError,
-        ):  # keys of odd types, loops; such a sample is inspected every time
-            return ""
+        except (TypeError, ValueError, RecursionError):
+            return ""  # keys of odd types, loops: such a sample is inspected every time
     return hashlib.blake2b(stored, digest_size=12).hexdigest()
 
 
@@ -146,6 +148,7 @@ def number_of(samples: Sequence[Any], index: int) -> int:
 
 
 def _quiet_worker(_worker: int) -> None:
+    # a tokenizer's threads in each of several forked workers deadlock or oversubscribe the cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -181,12 +184,12 @@ def scan(
     write: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Entry]:
-    """Look at every sample.
+    """Inspect every sample.
 
     Args:
         samples: any sequence of samples.
-        workers: processes that decode and tokenise; 0 does it here.
-        decode: decode every image; False looks at headers only.
+        workers: processes that decode and tokenize; 0 does it here.
+        decode: decode every image; False inspects headers only.
         file: the index to go on with; None keeps nothing.
         write: whether this process writes the index; one of several should.
         progress: called with (samples done, samples).
@@ -204,3 +207,120 @@ def scan(
         if entries[: len(index.known)] != index.known:
             index.replace(entries)
     return entries
+
+
+logger = logging.getLogger(__name__)
+
+
+class IndexFile:
+    """Context manager of an index file; `known` holds the entries that are on disk.
+
+    Args:
+        file: the index; None keeps nothing.
+        write: whether this process may write.
+    """
+
+    def __init__(self, file: Path | None, count: int, write: bool) -> None:
+        self.file, self.count = file, count
+        self.write = write and file is not None
+        self.known: list[Entry] = []
+        self._open = ExitStack()
+
+    def __enter__(self) -> IndexFile:
+        if self.file is None:
+            return self
+        if self.write:
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self._open.enter_context(held(self.file.with_suffix(".lock")))
+            except HeldError as holder:
+                self.write = False
+                logger.warning(
+                    "the index of this dataset, %s, is being written by %s; this check reads it and does not write it",
+                    self.file,
+                    holder,
+                )
+            except NotImplementedError:
+                pass  # a file system without locks: lines that two processes mix are recognized by their content hash
+            except OSError as error:
+                self._give_up(error)
+        self._read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def _read(self) -> None:
+        """Take over the whole lines; a torn last line is cut off, an index of more samples than there are is begun again."""
+        assert self.file is not None
+        size = 0
+        try:
+            with self.file.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.known.append(Entry(*json.loads(line)))
+                    size += len(line)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._give_up(error)
+        except (ValueError, TypeError, RecursionError):
+            pass  # damaged from here on
+        if len(self.known) > self.count:
+            self.known, size = [], 0
+        if self.write:
+            try:
+                os.truncate(self.file, size)
+            except OSError as error:
+                self._give_up(error)
+
+    def append(self, entries: list[Entry]) -> None:
+        """Add the entries of the next samples in one write."""
+        if not self.write or self.file is None or not entries:
+            return
+        try:
+            with self.file.open("ab", buffering=0) as out:
+                _whole(out.fileno(), _lines(entries))
+        except OSError as error:
+            self._give_up(error)
+
+    def replace(self, entries: list[Entry]) -> None:
+        """Write all entries in the place of those that were there, at once or not at all."""
+        if not self.write or self.file is None:
+            return
+        written = ""
+        try:
+            handle, written = tempfile.mkstemp(prefix=f"{self.file.stem}-", suffix=".new", dir=self.file.parent)
+            try:
+                _whole(handle, _lines(entries))
+            finally:
+                os.close(handle)
+            os.replace(written, self.file)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(written)
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if self.write:
+            logger.warning(
+                "the index of this dataset, %s, cannot be written (%s); the check goes on without it. Free space there, or "
+                "name another folder in $GRACE_CACHE",
+                self.file,
+                shortened(error),
+            )
+        self.write = False
+
+
+def _lines(entries: list[Entry]) -> bytes:
+    return "".join(json.dumps(list(entry)) + "\n" for entry in entries).encode()
+
+
+def _whole(handle: int, content: bytes) -> None:
+    """Write all of a content: on a disk that fills, a write may end early without an error."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(handle, left) :]

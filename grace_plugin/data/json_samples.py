@@ -1,7 +1,7 @@
-"""Samples of JSON and JSONL files, of any types, each in its place: one that cannot be read is a fault there, to be counted.
+"""Read samples from JSON and JSONL files, each in its place: one that cannot be read is an error there, to be counted.
 
-Two things that Python's `json` takes or refuses otherwise are faults of their sample: an integer of more digits than Python
-converts (`sys.get_int_max_str_digits()`, 4,300), and a field that is given twice, of which only the second would be used.
+Two things are errors of a sample although Python's `json` accepts one of them: an integer of more digits than Python converts
+(`sys.get_int_max_str_digits()`, 4,300), and a key given twice, of which only the second would be used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_regular(path: Path) -> None:
 class JsonLines(Sequence[dict[str, Any]]):
     """Samples of a JSONL file, read when used; blank lines do not count.
 
-    A line that is no JSON object or no valid UTF-8 is a fault in its place, named by its line number.
+    A line that is no JSON object or no valid UTF-8 is an error in its place, named by its line number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,11 +103,11 @@ class JsonLines(Sequence[dict[str, Any]]):
 
 
 def _line(line: bytes, where: str) -> dict[str, Any]:
-    """The sample of a JSONL line, or a fault in its place."""
+    """The sample of a JSONL line, or an error in its place."""
     try:
         return _object(_STRICT.decode(line.removeprefix(_BOM).decode("utf-8")), where)
     except UnicodeDecodeError as error:
-        return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; mend the file")
+        return unreadable("invalid_utf8", f"{where} is not valid UTF-8 at byte {error.start}; correct the file")
     except _UnusableError as error:
         return unreadable("not_json", f"{where} holds {error}")
     except (json.JSONDecodeError, RecursionError) as error:
@@ -145,7 +145,7 @@ def json_list(path: Path) -> list[dict[str, Any]]:
             elif not text.startswith("]", place):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {shortened(error)}; mend the file") from error
+            raise ValueError(f"{where} is not JSON: {shortened(error)}; correct the file") from error
     if _after_space(text, place + 1) != len(text):
         raise ValueError(f"{path} is not JSON: there is more after its list; one object a line is called .jsonl")
     return samples
@@ -156,7 +156,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def _item(text: str, place: int, where: str) -> tuple[dict[str, Any], int]:
-    """An item of a list, or a fault in its place, and where it ends."""
+    """An item of a list, or an error in its place, and where it ends."""
     try:
         found, end = _STRICT.raw_decode(text, place)
         return _object(found, where), end

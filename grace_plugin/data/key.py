@@ -1,9 +1,9 @@
-"""What a sample is known by, whatever batch it comes in: a hash of its conversation and of the bytes of its media.
+"""The key of a sample: a hash of its conversation and of the bytes of its media, whatever batch it comes in.
 
-Together with the settings of the processor, which are the same for a whole run, the key decides every token, label and pixel
-that a model gets for the sample. Media are hashed as they are given, a file by its bytes, so nothing is decoded for a key; the
-same picture given as a file and as a `PIL.Image` has two keys. Processors that draw at random (augmentation) have no such
-key; transformers' own do not draw.
+Together with the settings of the processor, which are the same for a whole run, the key determines every token, label and pixel
+of the sample. Media are hashed as they are given, a file by its bytes, so nothing is decoded for a key; the same image given as
+a file and as a `PIL.Image` has two keys. Processors that draw at random (augmentation) have no such key; transformers' own do
+not draw.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from grace_plugin.data.video import Video
 
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
 
-SAMPLE_KEY = "sample_key"
-"""The batch entry that holds one key a sample."""
+SAMPLE_KEY = "sample_key"  # the batch entry that holds one key per sample
 
 
 def _digest(content: bytes) -> str:
@@ -34,7 +33,7 @@ def _digest(content: bytes) -> str:
 
 
 def _media(item: Any, name: str) -> Any:
-    """What stands for a picture, a video or a frame in the key's text."""
+    """Return the value that represents an image, a video or a frame in the key's text."""
     if isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)):
         source = media_source(item, "image", name)
         if isinstance(source, bytes):
@@ -57,10 +56,10 @@ def _media(item: Any, name: str) -> Any:
 
 
 def sample_key(sample: Mapping[str, Any], number: int | None = None, special_tokens: Sequence[str] = ()) -> str:
-    """64 hexadecimal digits: SHA-256 of the checked conversation, its pictures and videos; ids and names do not count.
+    """Return the SHA-256 of the checked conversation, its images and videos, in hexadecimal; ids and names do not count.
 
-    special_tokens: those that samples may write. Of them only the ones that this sample writes count, for the others change
-    nothing in it.
+    Args:
+        special_tokens: those that samples may write; only those that this sample writes count.
 
     Raises:
         SampleError (a ValueError): a sample that cannot be used, or media that cannot be read, named.

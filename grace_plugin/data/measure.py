@@ -1,8 +1,8 @@
-"""A sample looked at once: whether it can be used, and how many tokens it becomes, without running the image processor on it.
+"""Inspect one sample: whether it can be used, and how many tokens it becomes, without running the image processor on it.
 
-Images are decoded in full, so a truncated file is found before training. What the processor writes in the place of an image
-depends on its size and on whether it stands alone, so it is taken from blank images and kept by size (`layout.py`); the
-sample's text with that in it is tokenised as the batch would be. A sample with videos is run through the collator.
+Images are decoded in full, so that a truncated file is found before training. What the processor writes for an image depends
+on its size and on whether the text has other images, so it is read from blank images once per size (`image_layout.py`); the
+sample's text with that in it is tokenized as a batch would be. A sample with videos is run through the collator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from grace_plugin.data.collate import IGNORE_INDEX, ConversationCollator, highest_id
 from grace_plugin.data.conversation import Sample, check_sample, read_sample, sample_name
 from grace_plugin.data.errors import SampleError
-from grace_plugin.data.layout import Layout
+from grace_plugin.data.image_layout import Layout
 from grace_plugin.data.media import decode_image, image_size
 from grace_plugin.data.shown import shortened
 from grace_plugin.data.video import DecoderMissingError
@@ -27,24 +27,30 @@ __all__ = ["Entry", "Measure"]
 
 
 class Entry(NamedTuple):
-    """What was found of a sample: tokens it becomes, how many of them are visual and how many learned, or why it is not used.
+    """The result of inspecting a sample: its numbers of tokens, or why it is not used.
 
-    mark: digest of its id, digest: of its whole content ("" for a sample without an id), stamp: of the state of the files
-    it names ("" for none). film: frames of its longest video, 0 for a sample without. highest: its largest token id. unused:
-    names of fields that nothing reads, and spelled: special tokens that it spells and that stay text, one a line.
-    content: hash of its content as stored, for an index.
+    Attributes:
+        tokens, visual, supervised: all tokens, those of images and videos, those that carry loss.
+        media: images and videos.
+        reason, message: why the sample is not used; "" otherwise.
+        mark, digest: hashes of the id and of the whole content; "" for a sample without an id.
+        stamp: hash of size and time of the files it names; "" for none.
+        video_frames: frames of the longest video, 0 for none.
+        highest: largest token id.
+        unused, spelled: fields that nothing reads, and special tokens that stay text, one a line.
+        content: hash of the content as stored, which an index compares.
     """
 
     tokens: int = 0
     visual: int = 0
     supervised: int = 0
-    pictures: int = 0
+    media: int = 0
     reason: str = ""
     message: str = ""
     mark: str = ""
     digest: str = ""
     stamp: str = ""
-    film: int = 0
+    video_frames: int = 0
     highest: int = -1
     unused: str = ""
     spelled: str = ""
@@ -93,19 +99,17 @@ class Measure:
                 unused="\n".join(checked.unused),
                 spelled="\n".join(filter(str.isprintable, spelled)),
             )
-        except SampleError as fault:
-            text = str(fault)
+        except SampleError as error:
+            text = str(error)
             return Entry(
-                reason=fault.reason, message=text if text.startswith(name) else f"sample {number}: {text}", mark=mark
+                reason=error.reason, message=text if text.startswith(name) else f"sample {number}: {text}", mark=mark
             )
-        except DecoderMissingError:  # a fault of the environment, not of the sample
+        except DecoderMissingError:  # an error of the environment, not of the sample
             raise
-        except (
-            Exception
-        ) as error:  # fields of types that nobody thought of; one sample never ends the look at all of them
+        except Exception as error:  # fields of unforeseen types: one sample must not end the check of all
             return Entry(
                 reason="malformed",
-                message=f"{name} cannot be read: {type(error).__name__}: {shortened(error)}; mend or drop it",
+                message=f"{name} cannot be read: {type(error).__name__}: {shortened(error)}; correct or drop it",
                 mark=mark,
             )
 
@@ -127,7 +131,7 @@ class Measure:
         ]
         counts = self.collator.count_tokens(pieces, [[one.text for one in own] for own in shown])
         counts = [count + sum(one.cut for one in own) for count, own in zip(counts, shown, strict=True)]
-        supervised = sum(count for count, piece in zip(counts, pieces, strict=True) if piece.learned)
+        supervised = sum(count for count, piece in zip(counts, pieces, strict=True) if piece.supervised)
         highest = max((highest_id(piece.ids["input_ids"]) for piece in pieces), default=-1)
         visual = sum(one.visual for own in shown for one in own)
         return Entry(sum(counts), visual, supervised, len(sizes), highest=highest)
@@ -156,7 +160,7 @@ class Measure:
             collator.max_length, collator.context, collator.vocabulary = limits
         ids = batch["input_ids"][0]
         visual = {token: int((ids == token).sum()) for token in self.layout.visual_ids()}
-        learned = int((batch["labels"][0] != IGNORE_INDEX).sum())
-        film = max((len(video.frames) for video in sample.videos), default=0)
-        pictures = len(sample.images) + len(sample.videos)
-        return Entry(len(ids), sum(visual.values()), learned, pictures, film=film, highest=highest_id(ids))
+        supervised = int((batch["labels"][0] != IGNORE_INDEX).sum())
+        frames = max((len(video.frames) for video in sample.videos), default=0)
+        images = len(sample.images) + len(sample.videos)
+        return Entry(len(ids), sum(visual.values()), supervised, images, video_frames=frames, highest=highest_id(ids))

@@ -10,7 +10,7 @@ decoded already.
 
 Sizes are inspected before a pixel is decoded, so a file that claims 400 million pixels costs a header. Rotation from EXIF
 is applied. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB (16-bit is scaled, not clipped;
-transparency is dropped). A truncated file is a fault, never a half-grey image. An animated file gives its first frame.
+transparency is dropped). A truncated file is an error, never a half-grey image. An animated file gives its first frame.
 `max_pixels` is the only limit: Pillow's own, which a run cannot change, does not apply while a file is read here.
 """
 
@@ -73,8 +73,7 @@ def _from_url(url: str, kind: str, name: str) -> str | bytes:
         header, _, content = url.partition(",")
         if not header.lower().endswith(";base64"):
             raise SampleError(
-                "malformed",
-                f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it",
+                "malformed", f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it"
             )
         try:
             return base64.b64decode("".join(content.split()), validate=True)
@@ -186,7 +185,7 @@ def _check_pixels(width: int, height: int, image: Any, name: str, max_pixels: in
         )
 
 
-def _faulty(error: Exception, image: Any, name: str, max_pixels: int | None) -> SampleError:
+def _image_error(error: Exception, image: Any, name: str, max_pixels: int | None) -> SampleError:
     if isinstance(error, SampleError):
         return error
     if isinstance(error, Image.DecompressionBombError) or isinstance(error.__context__, Image.DecompressionBombError):
@@ -215,7 +214,7 @@ def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXEL
         if not isinstance(image, Image.Image):
             opened.close()
     except Exception as error:  # Pillow's plugins raise errors of any type for damaged files
-        raise _faulty(error, image, name, max_pixels) from error
+        raise _image_error(error, image, name, max_pixels) from error
     return (width, height) if turned else (height, width)
 
 
@@ -242,7 +241,7 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         alone = opened.format in _SINGLE and not animated  # of others a copy lets go of the file
         return _rgb(opened if alone and not turned else ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's plugins raise errors of any type for damaged files
-        raise _faulty(error, image, name, max_pixels) from error
+        raise _image_error(error, image, name, max_pixels) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

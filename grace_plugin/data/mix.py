@@ -3,13 +3,13 @@
     # mix.yaml
     seed: 0
     sets:
-      - {path: llava/samples.json, images: llava/pictures, cap: 50000}
+      - {path: llava/samples.json, images: llava/images, cap: 50000}
       - {path: text.jsonl, weight: 0.5}
       - {path: clips.parquet, weight: 2}
 
 `cap` keeps at most that many samples of a set, drawn by the seed. `weight` is how often an epoch passes over the set's
 usable samples: 2 sees each twice, 0.5 a half of them, drawn by the seed. Paths are relative to the file. Caps act before
-samples are looked at, weights after, so that a report accounts for every sample once. A set may be a mix itself, down to 8
+samples are inspected, weights after, so that a report accounts for every sample once. A set may be a mix itself, down to 8
 levels.
 """
 
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
 from grace_plugin.data.json_samples import JsonLines
 from grace_plugin.data.order import shuffled
+from grace_plugin.data.parts import resolve
 from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DrawnSamples", "MixEntry", "SampleSet", "Samples", "draw_samples", "read_mix"]
@@ -127,8 +128,6 @@ class SampleSet:
 
     def sample(self, index: int) -> Any:
         """The index-th sample that is used."""
-        from grace_plugin.data.sources import resolve
-
         sample = self.samples[int(self.chosen[index])]
         return resolve(sample, self.folder) if self.folder is not None and isinstance(sample, dict) else sample
 

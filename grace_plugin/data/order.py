@@ -1,13 +1,11 @@
-"""In which order samples are seen: a function of (seed, epoch, rank, world size) and of nothing else.
+"""The order of samples: a function of seed, epoch, rank and world size alone.
 
-The order of an epoch is one permutation of the samples, the same on every rank and for every number of ranks; batch k of it
-goes to rank k mod W, as accelerate deals batches. So two ranks with one micro-batch each see, step for step, the samples
-that one rank sees with two, and a resumed run goes on where it stopped. The permutation sorts samples by a hash (splitmix64)
-of seed, epoch and sample number: no random generator's state is involved, nor a library's version.
+The order of an epoch is one permutation of the samples, the same for every number of ranks; batch k goes to rank k mod W, as
+accelerate assigns batches. So two ranks with one micro-batch each see, step for step, the samples that one rank sees with two,
+and a resumed run continues where it stopped.
 
-Length-grouped: the permutation is cut into stretches of 50 batches, each sorted by length, and the batches are shuffled,
-so that samples of a batch are about equally long and little is padded. Packing (`ConversationCollator(packed=True)`) takes the
-same batches and joins the samples of each.
+With `lengths`, the permutation is cut into stretches of 50 batches, each sorted by length, and the batches are shuffled, so
+that the samples of a batch are about equally long and little is padded.
 """
 
 from __future__ import annotations
@@ -20,6 +18,10 @@ from torch.utils.data import Sampler
 __all__ = ["EpochSampler", "epoch_order", "rank_batches", "shuffled"]
 
 _STRETCH = 50  # batches that are sorted together
+
+
+# transformers' LengthGroupedSampler and `datasets` shuffles draw from a torch or numpy generator: their order depends on the
+# library's version and, for the sampler, on the state left by earlier draws. Sorting by a hash of the sample number does not.
 
 
 def _mix64(values: np.ndarray) -> np.ndarray:

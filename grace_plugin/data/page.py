@@ -1,7 +1,7 @@
-"""A dataset on one page: what can be used and why not, how long samples are, and sampled samples as the model will read them.
+"""A dataset on one HTML page: what can be used and why not, how long samples are, and samples as the model will read them.
 
-The page is one HTML file without scripts or outside references; pictures are small JPEGs inside it. What is learned is marked,
-from the same segments that training uses, so the page shows the labels and not a retelling of them.
+The page has no scripts and no outside references; images are small JPEGs inside it. Supervised text is highlighted from the
+same segments that training uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BARS = 40
 _FRAMES = 4  # frames shown of a video
 
 
-def _picture(image: Image.Image, alt: str) -> dict[str, str]:
+def _thumbnail(image: Image.Image, alt: str) -> dict[str, str]:
     small = image.copy()
     small.thumbnail((_SIDE, _SIDE))
     out = io.BytesIO()
@@ -38,13 +38,13 @@ def _picture(image: Image.Image, alt: str) -> dict[str, str]:
 
 def sample_images(sample: Sample) -> list[dict[str, str]]:
     """The images of a sample and some frames of its videos, small, as `src` (a data URI) and `alt`."""
-    pictures = [
-        _picture(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(sample.images)
+    images = [
+        _thumbnail(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(sample.images)
     ]
     for n, video in enumerate(sample.videos):
         for place in np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames))).astype(int).tolist():
-            pictures.append(_picture(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
-    return pictures
+            images.append(_thumbnail(Image.fromarray(video.frames[place]), f"video {n + 1}, frame {place}"))
+    return images
 
 
 def _chart(title: str, values: list[int]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _sample(prepared: Prepared, number: int, collator: ConversationCollator) -> 
         "number": number,
         "set": names[owner],
         "entry": prepared.entries[number],
-        "pictures": sample_images(sample),
+        "images": sample_images(sample),
         "segments": collator.segmenter.segments(sample),
     }
 
@@ -101,7 +101,7 @@ def write_page(
     charts = [
         _chart("Tokens per sample", [e.tokens for e in entries]),
         _chart("Image and video tokens per sample", [e.visual for e in entries]),
-        _chart("Learned tokens per sample", [e.supervised for e in entries]),
+        _chart("Supervised tokens per sample", [e.supervised for e in entries]),
     ]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("page.html.j2").render(

@@ -17,6 +17,7 @@ import base64
 import binascii
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from grace_plugin.data.errors import SampleError
@@ -24,7 +25,7 @@ from grace_plugin.data.media import is_path
 from grace_plugin.data.schema import METADATA, check_turn_fields, is_empty
 from grace_plugin.data.shown import shown
 
-__all__ = ["BOUNDS", "inline_media", "media_value", "read_parts"]
+__all__ = ["BOUNDS", "inline_media", "media_value", "read_parts", "resolve"]
 
 BOUNDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _KINDS = {
@@ -155,7 +156,7 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
             parts.append(_text(part, role, name))
             continue
         if role == "assistant":
-            raise SampleError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be learned")
+            raise SampleError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be supervised")
         where = f"{name}: an {kind} part" if kind == "image" else f"{name}: a {kind} part"
         more = (*BOUNDS, "detail") if kind == "image" else ("fps",)
         for said in (part, *(part[key] for key in _VALUES[kind] if isinstance(part.get(key), Mapping))):
@@ -183,3 +184,43 @@ def inline_media(sample: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any],
                     for field in {*_VALUES["image"], *_VALUES["video"]} - {"base64", "bytes"}:
                         if isinstance(part.get(field), (str, os.PathLike, Mapping, list, tuple)) and part[field]:
                             yield part, field
+
+
+def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+
+    Web addresses, data URIs and file URLs are no paths and stay as they are.
+    """
+
+    def join(value: Any) -> Any:
+        if isinstance(value, str):
+            return str(folder / value) if is_path(value) else value
+        if isinstance(value, (list, tuple)):
+            return [join(item) for item in value]
+        if isinstance(value, dict) and value.get("bytes") is None:
+            return {**value, **{key: join(value[key]) for key in ("path", "url") if isinstance(value.get(key), str)}}
+        return value
+
+    keys = [key for key in ("image", "images", "video", "videos") if sample.get(key)]
+    found = {**sample, **{key: join(sample[key]) for key in keys}}
+    held = {id(part): part for part, _ in inline_media(sample)}  # parts that hold an image themselves
+    if not held:
+        return found
+
+    def turn(given: Any) -> Any:
+        content = given.get("content") if isinstance(given, dict) else None
+        if not isinstance(content, (list, tuple)):
+            return given
+        fields = ("image", "video", "path", "url", "image_url", "video_url")
+        parts = [
+            {**part, **{key: join(part[key]) for key in fields if part.get(key)}} if id(part) in held else part
+            for part in content
+        ]
+        return {**given, "content": parts}
+
+    turns = [
+        key
+        for key in ("messages", "conversations", "prompt", "completion")
+        if isinstance(sample.get(key), (list, tuple))
+    ]
+    return {**found, **{key: [turn(given) for given in sample[key]] for key in turns}}

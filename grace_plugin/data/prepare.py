@@ -1,9 +1,8 @@
-"""From a dataset to what a run trains on: every sample accounted for, the unusable ones listed, too many of them refused.
+"""Inspect all samples of a dataset before a run, drop those that cannot be used, and report them.
 
-`prepare` looks at every sample (see `index.py`), drops what cannot be used, writes `data_report.json` (counts by reason,
-lengths in tokens, the first 100 samples that repeat an id with other content) and `data_rejected.jsonl` (one line per dropped
-sample: number, set, reason, sentence), and stops the run when more than a stated share was dropped. A stream cannot be looked
-at ahead: its first samples decide, and later ones are dropped and counted as they come.
+`prepare` writes `data_report.json` (counts by reason, lengths in tokens, the first 100 samples that repeat an id with other
+content) and `data_rejected.jsonl` (one line per dropped sample: number, set, reason, message). A run does not start if more
+than a stated share of the samples was dropped. Streams are inspected while they are read (`stream.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import numpy as np
 
 from grace_plugin.data.collate import ConversationCollator
 from grace_plugin.data.errors import SampleError
-from grace_plugin.data.given import as_samples
 from grace_plugin.data.index import index_file, number_of, scan
 from grace_plugin.data.measure import Entry
 from grace_plugin.data.mix import Samples
 from grace_plugin.data.order import shuffled
 from grace_plugin.data.shown import shown
+from grace_plugin.data.sources import as_samples
 from grace_plugin.deprecation import renamed_arguments
 
 __all__ = ["BadSamplesError", "Prepared", "is_scannable", "prepare"]
@@ -68,7 +67,7 @@ class Prepared(Sequence[Any]):
 
 
 def is_scannable(dataset: Any) -> bool:
-    """Whether every sample of a dataset can be looked at before a run: samples in files, in a list or in a `datasets.Dataset`.
+    """Whether every sample of a dataset can be inspected before a run: samples in files, in a list or in a `datasets.Dataset`.
 
     Samples that are made when asked for (any other sequence) are not: making them all first would take the run's time twice.
     """
@@ -126,8 +125,8 @@ def _within_limits(entry: Entry, number: int, collator: ConversationCollator) ->
     try:
         collator.check_length(f"sample {number}", entry.tokens)
         collator.check_ids(f"sample {number}", entry.highest)
-    except SampleError as fault:
-        return entry._replace(reason=fault.reason, message=str(fault))
+    except SampleError as error:
+        return entry._replace(reason=error.reason, message=str(error))
     return entry
 
 
@@ -192,7 +191,7 @@ def prepare(
     allow_empty: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Look at every sample, report, and keep those that can be used.
+    """Inspect every sample, report, and keep those that can be used.
 
     Args:
         samples: a `Samples`, a list or a `datasets.Dataset`, or what `as_samples` makes one of.
@@ -264,8 +263,8 @@ def _report(samples: Sequence[Any], entries: list[Entry], repeated: list[tuple[i
         "spelled_special_tokens": _counted(e.spelled for e in used),
         "repeated_ids": len(repeated),
         "repeated": _listed(repeated, samples),
-        "samples_without_images": sum(entry.pictures == 0 for entry in used),
-        "images_and_videos": sum(entry.pictures for entry in used),
+        "samples_without_images": sum(entry.media == 0 for entry in used),
+        "images_and_videos": sum(entry.media for entry in used),
         "tokens": spread([e.tokens for e in used]),
         "visual_tokens": spread([e.visual for e in used]),
         "supervised_tokens": spread([e.supervised for e in used]),
@@ -288,5 +287,6 @@ def _refusal(report: dict[str, Any], rejected: list[dict[str, Any]], allowed: fl
     listed = f" All are listed in {folder / REJECTED}." if folder is not None else ""
     return (
         f"{len(rejected)} of {report['samples']} samples cannot be used, {len(rejected) / report['samples']:.1%}, above "
-        f"max_bad_samples = {allowed:.1%} ({reasons}). The first: {first}.{listed} Mend or drop them, or raise max_bad_samples"
+        f"max_bad_samples = {allowed:.1%} ({reasons}). The first: {first}.{listed} Correct or drop them, or "
+        "raise max_bad_samples"
     )

@@ -5,7 +5,7 @@ A sample is a closed schema. Every field that is not None and not empty is one o
 - read: it is part of the sample's format (`formats.py`), an image or a video, `fps`, `system` or
   `system_prompt`, `tools`;
 - metadata (`METADATA`): an id, a source, a score. It is not read and not reported;
-- refused (`REFUSED`, `WRITTEN_OTHERWISE`): other tools let it change what is learned or what is seen, and nothing here
+- refused (`REFUSED`, `WRITTEN_OTHERWISE`): other tools let it change what is supervised or what is seen, and nothing here
   honours it. The sample is left out under `unknown_field`, so a run starts only below `max_bad_samples`;
 - unused: any other field of the sample. It is counted and named in the report and once in the log.
 
@@ -62,9 +62,9 @@ METADATA = frozenset(
 )
 _MEDIA = ("image", "images", "video", "videos")
 _PREFERENCE = (
-    "preference data also holds answers that must not be learned; give the answer to learn as the assistant's turn"
+    "preference data also holds answers that must not be supervised; give the answer to learn as the assistant's turn"
 )
-_TOKENS = "samples are tokenised here with the model's own processor; give text and images"
+_TOKENS = "samples are tokenized here with the model's own processor; give text and images"
 _PER_TURN = 'say it of a turn: "train": false or "weight": 0 leaves an assistant turn out of the loss'
 _PER_IMAGE = (
     'give it in the content part of the image that it is for, {"type": "image", "image": ..., "max_pixels": ...}'
@@ -106,7 +106,7 @@ _REFUSED_IN_TURNS: dict[str, str] = {
     **dict.fromkeys(
         ("images", "image", "videos", "video"), "give images in the turn's content, or in the sample's images"
     ),
-    **dict.fromkeys(("prefix", "partial", "train_detail"), "a turn is learned as a whole or not at all"),
+    **dict.fromkeys(("prefix", "partial", "train_detail"), "a turn is supervised as a whole or not at all"),
     "channel": "give the reasoning as reasoning_content and what is shown as content",
 }
 #: other names of media -> the field that is read
@@ -135,7 +135,9 @@ def _check_whole_weight(field: str, value: Any, name: str) -> None:
     if isinstance(value, (bool, int, float)) and value == 1:
         return
     told = (
-        "drop a sample that is not to be learned" if isinstance(value, (bool, int, float)) and value == 0 else _PER_TURN
+        "drop a sample that is not to be supervised"
+        if isinstance(value, (bool, int, float)) and value == 0
+        else _PER_TURN
     )
     raise SampleError("unknown_field", f"{name}: {field} is {shown(value)} and samples are not weighted; {told}")
 
@@ -149,10 +151,10 @@ def unused_fields(sample: Mapping[str, Any], read: Iterable[str], name: str) -> 
         name: how messages speak of the sample.
 
     Raises:
-        SampleError: a field that would change what is learned or seen if it were read.
+        SampleError: a field that would change what is supervised or seen if it were read.
     """
     taken, unused = {*read, *_MEDIA, "fps", "system", "system_prompt", "tools"}, []
-    pictured = any(not is_empty(sample.get(key)) for key in _MEDIA)
+    with_media = any(not is_empty(sample.get(key)) for key in _MEDIA)
     for field, value in sample.items():
         if field in taken or field in METADATA or is_empty(value):
             continue
@@ -163,7 +165,7 @@ def unused_fields(sample: Mapping[str, Any], read: Iterable[str], name: str) -> 
             raise SampleError("unknown_field", f"{name} has the field {field!r}, which is not read; {REFUSED[field]}")
         if field == "label" and "completion" in taken and isinstance(value, bool):
             raise SampleError("unknown_field", f"{name} has the field 'label', which is not read; {_PREFERENCE}")
-        if not pictured and (field in _WRITTEN_OTHERWISE or _is_media(value)):
+        if not with_media and (field in _WRITTEN_OTHERWISE or _is_media(value)):
             right = _WRITTEN_OTHERWISE.get(field, "image, or images for a list")
             raise SampleError(
                 "unknown_field", f"{name} has the field {shown(field)}, which is not read; name it {right}"

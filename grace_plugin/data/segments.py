@@ -1,19 +1,16 @@
-"""A conversation as rendered text, cut where learning starts and ends.
+"""A conversation as rendered text, cut where supervision starts and ends.
 
-Where the chat template carries `{% generation %}` marks, they say what is learned. Where it does not, turns are rendered
-apart: the text up to an assistant turn ends exactly where generation would start, and the rest of the turn is learned,
-end-of-turn mark included. No token id stands for a role either way. White space at the seams is dealt alike in both: what
-stands between the generation prompt and a mark is the answer's, for it is generated; what stands behind an answer is not. A
-template that ends its last answer with no special token (LLaVA-1.5's) would teach a model never to stop, so the tokenizer's
-end of text is added there and learned.
+Where the chat template has `{% generation %}` blocks, they say which text is supervised. Otherwise turns are rendered one by
+one: the text up to an assistant turn ends where generation would start, and the rest of the turn, end-of-turn mark included, is
+supervised. No token id is taken for a role. White space at the seams is assigned alike in both cases: what is between the
+generation prompt and a block belongs to the answer, because it is generated; what follows an answer does not.
 
-What a sample says is text, also when it spells a special token: before rendering, every such string in the sample's own text is
-replaced by noncharacters that no template touches, and it comes back as a segment of its own, marked `literal`, to be
-tokenised without special tokens. The end-of-turn mark that the template writes stays what it is. `special_tokens` lists those
-that samples may write as tokens, for instance the marks of a grounding model's boxes.
+What a sample says is text, also when it spells a special token. Before rendering, every such string is replaced by
+noncharacters that no template touches; it comes back as a segment of its own, `literal`, tokenized without special tokens.
+`special_tokens` lists those that samples may write as tokens, for instance the marks of a grounding model's boxes.
 
-A turn that says `train: false` is rendered as any other and not learned. A template that leaves out what a sample says (the
-system turn, a tool's answer, the reasoning, the tools) would train on something else than the sample, so that is refused.
+A turn with `train: false` is rendered as any other and not supervised. A template that leaves out what a sample says (the
+system turn, a tool's answer, the reasoning, the tools) is refused: training would see another text than the sample's.
 """
 
 from __future__ import annotations
@@ -41,19 +38,22 @@ _RENDERS_STOPPED = 5  # samples after which no more time is given to a template 
 _TEMPLATED = ("reasoning_content", "tool_calls")  # fields of a turn that only some templates write
 
 
+# transformers' own `return_assistant_tokens_mask` and TRL's `assistant_only_loss` cannot replace this module: the mask is wrong
+# where a processor expands image tokens (transformers issues 46559 and 48793), TRL refuses assistant-only loss for VLMs, and
+# most templates have no generation blocks. Once both are fixed, templates with blocks can use the mask.
 class _Cut(NamedTuple):
-    """A run of rendered text: whether it is an assistant's turn, and whether that turn is learned."""
+    """A piece of rendered text: whether it is an assistant's turn, and whether that turn is supervised."""
 
     text: str
     answer: bool = False
-    learned: bool = False
+    supervised: bool = False
 
 
 class Segment(NamedTuple):
-    """A run of rendered text: whether it is learned, and whether it is a sample's own spelling of a special token."""
+    """A piece of rendered text: whether it is supervised, and whether it is a sample's own spelling of a special token."""
 
     text: str
-    learned: bool
+    supervised: bool
     literal: bool = False
 
 
@@ -61,7 +61,7 @@ class Segment(NamedTuple):
 class Segmenter:
     """Cuts samples for one processor; `processor` must have a chat template.
 
-    marks: take what is learned from the template's generation marks where it has them; False renders turns apart always.
+    marks: take what is supervised from the template's generation marks where it has them; False renders turns apart always.
     special_tokens: special tokens that samples may write; any other that a sample spells stays text.
 
     Raises:
@@ -90,7 +90,7 @@ class Segmenter:
 
     @property
     def has_marks(self) -> bool:
-        """Whether the template says itself what is learned."""
+        """Whether the template says itself what is supervised."""
         return _MARKS.search(self.template) is not None
 
     @cached_property
@@ -173,7 +173,7 @@ class Segmenter:
         messages = [self._guarded(message, literals) for message in sample.messages]
         tools = self._hidden(list(sample.tools), literals)
         trains = [message.get("train", True) for message in sample.messages if message["role"] == "assistant"]
-        marked = self.marks and self.has_marks
+        by_blocks = self.marks and self.has_marks
         if self._stopped >= _RENDERS_STOPPED:
             raise SampleError(
                 "template",
@@ -181,7 +181,7 @@ class Segmenter:
             )
         try:
             with time_limit(_RENDER_SECONDS):
-                cut = (self._marked if marked else self._apart)(messages, tools, trains, sample.name)
+                cut = (self._cut_at_blocks if by_blocks else self._cut_by_turns)(messages, tools, trains, sample.name)
                 self._check_written(messages, tools, "".join(part.text for part in cut), sample.name)
         except SampleError:
             raise
@@ -195,12 +195,13 @@ class Segmenter:
                 "template", f"{sample.name}: the chat template cannot render it: {shortened(error)}"
             ) from error
         self._check(cut, sample)
-        found = [piece for part in cut for piece in _split(part.text, part.learned, literals)]
+        found = [piece for part in cut for piece in _split(part.text, part.supervised, literals)]
+        # LLaVA-1.5's template ends its last answer with no special token: the model would never learn to stop
         end = self.processor.tokenizer.eos_token
         behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
         closed = self.special.within("".join(part.text for part in cut[behind:]))
         if end and not closed and not self.special.ending(cut[behind - 1].text):
-            found.append(Segment(end, cut[behind - 1].learned))
+            found.append(Segment(end, cut[behind - 1].supervised))
         return found
 
     def _hidden(self, value: Any, literals: list[str]) -> Any:
@@ -231,6 +232,7 @@ class Segmenter:
         content = "".join(p["text"] for p in parts) if message["role"] == "tool" and _are_texts(parts) else parts
         return {"role": message["role"], "content": content, **more}
 
+    # templates drop what they do not know without an error, so each field is checked by rendering without it
     def _check_written(self, messages: list[dict[str, Any]], tools: Any, text: str, name: str) -> None:
         """Refuse a template that leaves out what the sample says."""
         for message in messages:
@@ -257,8 +259,8 @@ class Segmenter:
         if tools and self._render(messages, tools=tools) == self._render(messages):
             raise SampleError("template", f"{name}: the chat template leaves out the tools; {told}")
 
-    def _marked(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
-        """Cut at the template's own marks."""
+    def _cut_at_blocks(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
+        """Cut at the template's generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
@@ -273,7 +275,7 @@ class Segmenter:
             raise SampleError(
                 "template",
                 f"{name}: the chat template marks {len(spans[0])} answers of {len(trains)} assistant turns, so that it is not "
-                "known which of them is not to be learned",
+                "known which of them is not to be supervised",
             )
         for number, (start, end) in enumerate(spans[0]):
             begin = start - len(self._generated_space(text[done:start]))
@@ -298,8 +300,8 @@ class Segmenter:
             return ""
         return prompt[len(bare) :] if prompt.startswith(bare) else ""
 
-    def _apart(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
-        """Cut where generation would start, turn by turn."""
+    def _cut_by_turns(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
+        """Cut where generation would start, turn by turn, for templates without generation blocks."""
         done, cut = "", list[_Cut]()
         for end, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -325,10 +327,10 @@ class Segmenter:
                     f"{sample.name} has {len(given)} {kind}(s) and the chat template writes {written} placeholder(s) for them; "
                     f"this model's template takes no {kind}s there",
                 )
-        if not any(part.learned and part.text.strip() for part in cut):
-            told = "the chat template marks nothing of it as learned"
+        if not any(part.supervised and part.text.strip() for part in cut):
+            told = "the chat template marks nothing of it as supervised"
             if any(part.answer and part.text.strip() for part in cut):
-                told = "no assistant turn of it is to be learned (train, weight, or answers in a prompt); drop it"
+                told = "no assistant turn of it is to be supervised (train, weight, or answers in a prompt); drop it"
             raise SampleError("no_supervised_tokens", f"{sample.name}: {told}")
 
     def count(self, text: str, kind: str) -> int:
@@ -349,6 +351,7 @@ class Segmenter:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if kept.isdisjoint(ids):
             return list(ids)
+        # a tokenizer may still build the special token's id from pieces; single characters cannot
         apart = [tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"] for c in text]
         return [i for part in apart for i in part if i == unknown or i not in kept]
 
@@ -358,7 +361,7 @@ def _are_texts(parts: list[dict[str, Any]]) -> bool:
 
 
 def _difference(bare: str, full: str) -> str:
-    """What stands in `full` and not in `bare`, without the white space around it."""
+    """Return what `full` has and `bare` has not, without the white space around it."""
     start = 0
     while start < len(bare) and start < len(full) and bare[start] == full[start]:
         start += 1
@@ -368,13 +371,13 @@ def _difference(bare: str, full: str) -> str:
     return full[start : len(full) - end].strip()
 
 
-def _split(text: str, learned: bool, literals: list[str]) -> list[Segment]:
+def _split(text: str, supervised: bool, literals: list[str]) -> list[Segment]:
     """A cut with the hidden strings brought back as segments of their own."""
     found = []
     for part in re.split(f"{_OPEN}(.){_CLOSE}", text) if _OPEN in text else [text]:
         index = ord(part) - _FIRST if len(part) == 1 else -1
         if 0 <= index < len(literals):
-            found.append(Segment(literals[index], learned, True))
+            found.append(Segment(literals[index], supervised, True))
         elif part:
-            found.append(Segment(part, learned))
+            found.append(Segment(part, supervised))
     return found

@@ -39,7 +39,7 @@ def shown(value: Any, limit: int = 80) -> str:
 def shortened(text: Any, limit: int = 200) -> str:
     """Return a text of at most `limit` characters: its beginning and its end, on one line.
 
-    For what other libraries say, and for whole messages, whose end says how to fix the fault.
+    For what other libraries say, and for whole messages, whose end says how to fix the error.
     """
     text = str(text)
     if len(text) > limit:

@@ -1,32 +1,35 @@
-"""Where samples come from: JSON, JSONL and parquet files, folders of them, saved datasets, the hub, and mixes.
+"""Samples from whatever a caller gives as a dataset: files, folders, mixes, hub datasets, tables and lists.
 
-Samples are in the messages format or in the LLaVA format. Image paths are relative to the image folder if one is given, else
-to the file's folder. Nothing is decoded here, and a sample that cannot be read keeps its place as a fault, to be counted
-where samples are looked at: a broken line does not shift the others. JSONL files are read line by line, so their size does
-not matter.
+`as_samples` takes any of them, `load_samples` a path or a hub name, `stream_samples` the same as a stream. Paths of images and
+videos are relative to the image folder if one is given, else to the file's folder. Nothing is decoded here. A line that cannot
+be read keeps its place as an error, to be counted when it is inspected.
+
+Parquet, saved datasets and hub datasets are read by `datasets`. JSON and JSONL are not: its reader needs the same types in
+every line, but `content` is text in one sample and a list of parts in the next, and it reports neither the line of damaged
+JSON nor a key given twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grace_plugin.data.json_samples import JsonLines, check_regular, json_list, read_json
-from grace_plugin.data.media import is_path
 from grace_plugin.data.mix import Samples, SampleSet, read_mix
-from grace_plugin.data.parts import inline_media
+from grace_plugin.data.parts import resolve
 from grace_plugin.data.shown import shown
 
-__all__ = ["load_samples", "stream_samples", "undecoded"]
+__all__ = ["as_samples", "load_samples", "stream_samples", "undecoded"]
 
 FILES = (".json", ".jsonl", ".parquet")
 
 
 def load_samples(source: str, images: str | None = None) -> Samples:
-    """Samples of a dataset, to be looked at by `prepare`; `source` of the result says where they come from.
+    """Samples of a dataset, to be inspected by `prepare`; `source` of the result says where they come from.
 
     Args:
         source: `samples.json`, `samples.jsonl`, `samples.parquet`, a folder of such files, a folder written by
@@ -92,7 +95,7 @@ def stream_samples(source: str, images: str | None = None) -> Any:
     `datasets.IterableDataset`.
 
     JSON and JSONL are read by the plugin's own readers, so that samples need not have the same types and a broken line is a
-    fault in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
+    error in its place; a JSONL file is read line by line, a JSON file is one list and is held in memory.
 
     Raises:
         ValueError: nothing readable there, or a mix.
@@ -261,41 +264,91 @@ def undecoded(dataset: Any) -> Any:
     return dataset
 
 
-def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+_TAKEN = "give a list of samples, a path, load_samples(...), a datasets.Dataset, any other sequence, or a stream"
 
-    Web addresses, data URIs and file URLs are no paths and stay as they are.
+
+def _split(dataset: Mapping[Any, Any]) -> Any:
+    """The split of a DatasetDict that a training reads."""
+    names = list(dataset)
+    if "train" in names:
+        return dataset["train"]
+    if len(names) == 1:
+        return dataset[names[0]]
+    raise ValueError(
+        f"the dataset has the splits {shown(names)} and none is named train; pass one of them, dataset[NAME]"
+    )
+
+
+def _first(values: Any) -> Any:
+    """The first of a list or an array, None where there is none."""
+    return values[0] if hasattr(values, "__getitem__") and hasattr(values, "__len__") and len(values) else None
+
+
+def _are_splits(given: Mapping[Any, Any]) -> bool:
+    """Whether the values of a dict are datasets, and no columns."""
+    return (
+        "train" in given and isinstance(given["train"], (list, tuple)) and isinstance(_first(given["train"]), Mapping)
+    )
+
+
+def _table(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """The samples of a dict of lists."""
+    messages = columns.get("messages")
+    if "role" in columns or isinstance(messages, Mapping) or isinstance(_first(messages), Mapping):
+        raise ValueError("the dataset is one sample; pass a list of samples")
+    lengths = {str(name): len(column) if hasattr(column, "__len__") else None for name, column in columns.items()}
+    texts = [name for name, column in columns.items() if isinstance(column, (str, bytes, Mapping))]
+    if not lengths or texts or None in lengths.values() or len(set(lengths.values())) > 1:
+        raise ValueError(f"the dataset is a dict whose values are not lists of one length ({shown(lengths)}); {_TAKEN}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a DataFrame: lists for arrays, None for what is missing."""
+    if isinstance(value, float) and value != value:  # NaN stands for a missing cell
+        return None
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def as_samples(dataset: Any) -> Any:
+    """Return a dataset in a form that `prepare` and the streams read; what they read already comes back as it is.
+
+    Args:
+        dataset: samples in any form that a caller may pass.
+
+    Raises:
+        ValueError: an iterator, a dataset without a train split, or something that holds no samples.
     """
+    import datasets
 
-    def join(value: Any) -> Any:
-        if isinstance(value, str):
-            return str(folder / value) if is_path(value) else value
-        if isinstance(value, (list, tuple)):
-            return [join(item) for item in value]
-        if isinstance(value, dict) and value.get("bytes") is None:
-            return {**value, **{key: join(value[key]) for key in ("path", "url") if isinstance(value.get(key), str)}}
-        return value
-
-    keys = [key for key in ("image", "images", "video", "videos") if sample.get(key)]
-    found = {**sample, **{key: join(sample[key]) for key in keys}}
-    held = {id(part): part for part, _ in inline_media(sample)}  # parts that hold an image themselves
-    if not held:
-        return found
-
-    def turn(given: Any) -> Any:
-        content = given.get("content") if isinstance(given, dict) else None
-        if not isinstance(content, (list, tuple)):
-            return given
-        fields = ("image", "video", "path", "url", "image_url", "video_url")
-        parts = [
-            {**part, **{key: join(part[key]) for key in fields if part.get(key)}} if id(part) in held else part
-            for part in content
-        ]
-        return {**given, "content": parts}
-
-    turns = [
-        key
-        for key in ("messages", "conversations", "prompt", "completion")
-        if isinstance(sample.get(key), (list, tuple))
-    ]
-    return {**found, **{key: [turn(given) for given in sample[key]] for key in turns}}
+    if isinstance(dataset, (str, os.PathLike)):
+        return load_samples(os.fspath(dataset))
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        dataset = _split(dataset)
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return undecoded(dataset)
+    for form in ("to_pylist", "to_dicts"):  # an Arrow table, a polars DataFrame
+        if hasattr(dataset, form) and not isinstance(dataset, type):
+            return getattr(dataset, form)()
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
+        return [{str(key): _plain(value) for key, value in one.items()} for one in dataset.to_dict("records")]
+    if isinstance(dataset, Mapping):
+        datasets_in_it = any(isinstance(value, datasets.Dataset) for value in dataset.values())
+        return as_samples(_split(dataset)) if datasets_in_it or _are_splits(dataset) else _table(dataset)
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}, which can be read once, and a run reads samples several times; "
+            "pass list(...) of it, or datasets.IterableDataset.from_generator(FUNCTION) with the function that makes it"
+        )
+    if (
+        dataset is None
+        or isinstance(dataset, (bytes, int, float, set, frozenset, type))
+        or (hasattr(dataset, "__len__") and not hasattr(dataset, "__getitem__"))  # a DataLoader, a dict's values
+        or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__"))
+    ):
+        raise ValueError(f"the dataset is a {type(dataset).__name__}; {_TAKEN}")
+    return dataset

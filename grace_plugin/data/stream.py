@@ -1,14 +1,12 @@
-"""A stream of samples: too long or too remote to be looked at before the run, so looked at as it comes.
+"""A stream of samples, inspected while it is read.
 
-The first samples decide whether the run starts; from then on a sample that cannot be used is dropped, counted and listed, and
-the run stops when the share of dropped samples exceeds what is allowed. Images are decoded here, in the loader's workers.
+The first samples decide whether the run starts. After that a sample that cannot be used is dropped, counted and listed, and the
+run stops when the share of dropped samples exceeds `max_bad_samples`. Images are decoded here, in the loader's workers.
 
-Samples are dealt to ranks, and those of a rank to its workers, by nothing but their place: a `datasets.IterableDataset`
-deals its files where their number allows it and every n-th sample otherwise (`split_dataset_by_node`; shuffle it with a
-fixed seed), of any other stream each takes every n-th sample. So an epoch's samples are the same for every number of
-processes, each seen once, and a rank's order follows from the stream's own (a shuffled one's from its seed and the epoch),
-rank and number of ranks. Ranks drop different samples and end at different places; `run/stream_loader.py` makes their steps
-the same.
+Samples are assigned to ranks, and those of a rank to its workers, by their place alone. A `datasets.IterableDataset` assigns
+whole files where their number allows it and every n-th sample otherwise (`split_dataset_by_node`; shuffle it with a fixed
+seed); any other stream is split into every n-th sample. So an epoch has the same samples for every number of processes, each
+once. Ranks drop different samples and end at different places; `run/stream_loader.py` makes their steps the same.
 """
 
 from __future__ import annotations
@@ -51,11 +49,11 @@ class StreamedSamples(IterableDataset[Any]):
         collator: the run's; its limits decide what is usable.
         folder: where `data_rejected.jsonl` grows; None lists nothing.
         max_bad_samples: largest share of samples that may be dropped.
-        first: samples that are looked at before the run, the same ones on every rank.
+        first: samples that are inspected before the run, the same ones on every rank.
         rank, world_size: whose samples these are, of how many.
 
     Attributes:
-        looked, pictured: how many samples were looked at before the run, and how many of them have an image or a video.
+        inspected, with_media: how many samples were inspected before the run, and how many of them have an image or a video.
 
     Raises:
         BadSamplesError (a ValueError): too many of the first samples cannot be used.
@@ -80,12 +78,12 @@ class StreamedSamples(IterableDataset[Any]):
         if not head:
             raise ValueError("the dataset has no samples")
         entries = list(map(Measure(collator), head, range(len(head))))
-        faults = [entry for entry in entries if entry.reason]
-        self.looked, self.pictured = len(head), sum(entry.pictures > 0 for entry in entries if not entry.reason)
-        if len(faults) > max_bad_samples * len(head):
+        errors = [entry for entry in entries if entry.reason]
+        self.inspected, self.with_media = len(head), sum(entry.media > 0 for entry in entries if not entry.reason)
+        if len(errors) > max_bad_samples * len(head):
             raise BadSamplesError(
-                f"{len(faults)} of the stream's first {len(head)} samples cannot be used, above max_bad_samples = "
-                f"{max_bad_samples:.1%}. The first: {'; '.join(entry.message for entry in faults[:5])}"
+                f"{len(errors)} of the stream's first {len(head)} samples cannot be used, above max_bad_samples = "
+                f"{max_bad_samples:.1%}. The first: {'; '.join(entry.message for entry in errors[:5])}"
             )
         self.dealt = _deals(samples)
         self.samples = split_dataset_by_node(samples, rank, world_size) if self.dealt and world_size > 1 else samples
@@ -110,8 +108,8 @@ class StreamedSamples(IterableDataset[Any]):
                     read = read_sample(sample, number, max_pixels=self.collator.max_pixels)
                     yield read.as_sample()
                     continue
-                except SampleError as fault:
-                    reason, message = fault.reason, str(fault)
+                except SampleError as error:
+                    reason, message = error.reason, str(error)
             self._drop(counts, number, reason, message)
 
     def _own(self, info: Any) -> Iterator[tuple[int, Any]]:

@@ -1,25 +1,80 @@
-"""Pieces of samples to token ids, each tokenised apart from the others.
+"""Token ids of the pieces of samples, each tokenized apart from the others.
 
-Pieces with pictures go through the processor in one call, for what it writes in their place depends on them. The others go
-through the tokenizer in one call, and only those not tokenised lately: answers are few and repeat.
+Pieces with images or videos go through the processor in one call, since the text it writes for them depends on them. The others
+go through the tokenizer in one call, and only those that were not tokenized lately: questions and answers repeat.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from grace_plugin.data.recent import Recent
 from grace_plugin.data.segments import Segmenter
 from grace_plugin.data.video import Video
 
-__all__ = ["IGNORE_INDEX", "Piece", "Tokens"]
+__all__ = ["IGNORE_INDEX", "Piece", "Recent", "Tokens", "visual_spans"]
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """Values by key, of which the one unused for longest goes first.
+
+    Copies and pickles are empty: what one process remembers is not sent to another.
+
+    Args:
+        entries: how many values are kept at most.
+        longest: texts of more characters are not kept, which bounds the memory as well.
+    """
+
+    def __init__(self, entries: int = 4096, longest: int = 1000) -> None:
+        self.entries, self.longest = entries, longest
+        self._held: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Recent[Value]], tuple[int, int]]:
+        return type(self), (self.entries, self.longest)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value, or None where there is none; it must not be changed."""
+        value = self._held.pop(key, None)
+        if value is not None:
+            self._held[key] = value
+        return value
+
+    def put(self, key: Hashable, value: Value, characters: int) -> None:
+        """Keep the value of a key that holds so many characters."""
+        if characters > self.longest:
+            return
+        self._held[key] = value
+        while len(self._held) > self.entries:
+            self._held.popitem(last=False)
+
+
+def visual_spans(pieces: Sequence[Any], placeholders: Mapping[str, str]) -> list[int]:
+    """1 for an image and the number of frames for a video, in the order of the text.
+
+    Args:
+        pieces: of all samples, in order, each with its text and the `Video`s in it.
+        placeholders: what the chat template writes for an image and for a video.
+    """
+    pattern = re.compile("|".join(re.escape(text) for text in placeholders.values() if text))
+    found = []
+    for piece in pieces:
+        frames = iter([len(video.frames) for video in piece.videos])
+        found += [next(frames) if m.group() == placeholders["video"] else 1 for m in pattern.finditer(piece.text)]
+    return found
+
 
 IGNORE_INDEX = -100
 _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
@@ -27,11 +82,11 @@ _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 @dataclass
 class Piece:
-    """A segment of a sample: tokenised apart, ids without padding. `before` is what stands in front of it in the sample."""
+    """A segment of a sample: tokenized apart, ids without padding. `before` is what stands in front of it in the sample."""
 
     sample: int
     text: str
-    learned: bool
+    supervised: bool
     images: list[Any] = field(default_factory=list)
     videos: list[Video] = field(default_factory=list)
     before: str = ""
@@ -41,7 +96,7 @@ class Piece:
     def labels(self) -> Tensor:
         """int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
         ids = self.ids["input_ids"]
-        return ids if self.learned else torch.full_like(ids, IGNORE_INDEX)
+        return ids if self.supervised else torch.full_like(ids, IGNORE_INDEX)
 
     def fill(self, ids: Mapping[str, Tensor]) -> None:
         """Take over the ids of the text, behind those of the prefix."""
@@ -78,7 +133,7 @@ class Tokens:
         for piece in pieces:
             piece.fill(found[self._before(piece), piece.text])
 
-    def pictured(self, pieces: Sequence[Piece], pixels: Mapping[str, Any]) -> dict[str, Tensor]:
+    def with_images(self, pieces: Sequence[Piece], pixels: Mapping[str, Any]) -> dict[str, Tensor]:
         """Fill the ids of pieces with images and videos (padding and anchors taken off again); what belongs to the pixels."""
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
@@ -129,7 +184,7 @@ class Tokens:
         return self.segmenter.special.ending(piece.before) or piece.before[-1]
 
     def _anchor(self, piece: Piece) -> str:
-        """Text to tokenise in front of a piece, so that it gets no word-start mark it would not have in the sample.
+        """Text to tokenize in front of a piece, so that it gets no word-start mark it would not have in the sample.
 
         Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
         """

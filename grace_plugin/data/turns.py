@@ -1,6 +1,6 @@
 """One turn of a conversation: its role, its content, and what else a chat template reads of it.
 
-Turns of the assistant are learned, but for those that say `train: false`, `weight: 0` or `loss: false`. `reasoning_content`
+Turns of the assistant are supervised, but for those that say `train: false`, `weight: 0` or `loss: false`. `reasoning_content`
 and `tool_calls` go through the chat template, which has to write them (`segments.py`). A tool's answer has the role `tool`.
 """
 
@@ -49,11 +49,11 @@ def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise SampleError(
                 "malformed",
-                f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is learned (1, true) or not (0, false)",
+                f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is supervised (1, true) or not (0, false)",
             )
         if role != "assistant" and value:
             raise SampleError(
-                "malformed", f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are learned"
+                "malformed", f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are supervised"
             )
     if len({bool(value) for value in said.values()}) > 1:
         raise SampleError(

@@ -1,22 +1,20 @@
-"""Videos to frames: lists of frames as they are, files sampled in time, upright, bounded, and never half read.
+"""Videos to frames: lists of frames as they are, files sampled in time; upright, bounded, and never cut off silently.
 
-Frames that are given as numbers are read by one rule. An array or a list of arrays is [F, H, W, 3]; a torch tensor or a list
-of tensors is [F, 3, H, W], as torchvision gives them. Integers are 0 to 255. Floats are 0 to 1 where no value of the video is
-above 1, else 0 to 255; they are rounded. Other shapes, and values outside these ranges, are refused.
+Frames given as numbers are read by one rule. An array or a list of arrays is [F, H, W, 3]; a torch tensor or a list of tensors
+is [F, 3, H, W], as torchvision gives them. Integers are 0 to 255. Floats are 0 to 1 where no value of the video is above 1,
+else 0 to 255; they are rounded. Other shapes and values are refused.
 
-A file is decoded by PyAV (`pip install grace-plugin[video]`), whose wheel brings its own FFmpeg; torchvision's and
-torchcodec's decoders are not used. Without PyAV a sample that names a file stops the run before training, with this way out:
-that is a fault of the environment, and counted as a fault of samples it would silently drop every video of a mix.
+Files are decoded by PyAV (`pip install grace-plugin[video]`). Without PyAV a sample that names a file stops the run before
+training: counted as an error of samples, a missing package would silently drop every video of a mix.
 
-Sampling: at `fps` frames a second, the first frame that begins at or after each multiple of 1 / fps; a file with fewer
-frames a second gives all of them. Times are the file's own, so a variable frame rate keeps its speed. One pass in order, one
-frame in memory beside those kept. Phone videos are turned as their display matrix says.
+Sampling: at `fps` frames a second, the first frame that begins at or after each multiple of 1 / fps; a file with fewer frames a
+second gives all of them. Times are the file's own, so a variable frame rate keeps its speed. The file is read once, in order,
+with one frame in memory in addition to those kept. Frames are turned as the display matrix says.
 
-Refused and counted: a file that is no video, has no video track (sound alone, or sound with a cover picture), ends inside a
-frame, or before the frames of its index (MP4, AVI), or half a second before its stated duration (others); frames of several
-sizes; a frame above `max_pixels` (from the header, before decoding), or kept frames that together exceed 16 times
-`max_pixels`; a FIFO or a device; frames whose long side is more than 200 times the short one, which some processors enlarge
-beyond any memory. A file cannot make the decoder open network addresses.
+Refused and counted: a file that is no video or has no video track (sound alone, or sound with a cover image); one that ends
+inside a frame, before the frames of its index (MP4, AVI), or half a second before its stated duration (others); frames of
+several sizes; a frame above `max_pixels` (from the header, before decoding), or kept frames that together exceed 16 times
+`max_pixels`; frames whose long side is more than 200 times the short one, which some processors enlarge beyond any memory.
 
 Legend: F frames kept, H height, W width.
 """
@@ -39,7 +37,9 @@ from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DecoderMissingError", "Video", "decode_video"]
 
-_FILM = 16  # kept frames of a file may hold this many times `max_pixels` together
+# transformers' `load_video` is not used: it bounds neither pixels nor duration, takes a truncated file for a short one, and
+# opens web addresses
+_TOTAL_FACTOR = 16  # kept frames of a file may hold this many times `max_pixels` together
 _LONGEST = 200  # times the short side that the long side of a frame may be
 _SHORT = 0.5  # seconds by which a file may end before its stated duration
 _ONE_SECOND_GRID = 1e-6  # of a frame: times are fractions, their products floats
@@ -148,11 +148,11 @@ def check_frame(what: str, width: int, height: int, frames: int, max_pixels: int
     Raises:
         SampleError: `what` is too large.
     """
-    if max_pixels is not None and (width * height > max_pixels or frames * width * height > _FILM * max_pixels):
+    if max_pixels is not None and (width * height > max_pixels or frames * width * height > _TOTAL_FACTOR * max_pixels):
         raise SampleError(
             "image_too_large",
             f"{what} has frames of {width} x {height} = {width * height:,} pixels, {frames} of them kept; the limit is "
-            f"{max_pixels:,} for one and {_FILM * max_pixels:,} together. Scale it down, give the sample a lower fps, "
+            f"{max_pixels:,} for one and {_TOTAL_FACTOR * max_pixels:,} together. Scale it down, give the sample a lower fps, "
             "or raise max_pixels (--max_pixels)",
         )
     if max(width, height) > _LONGEST * max(1, min(width, height)):
@@ -178,6 +178,7 @@ def _from_file(source: str | bytes, named: str, name: str, max_pixels: int | Non
     av = _pyav(named, name)
     given = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
+        # a playlist inside a file can name URLs, which FFmpeg would open
         with av.open(given, options={"protocol_whitelist": "file"}) as container:
             return _sampled(_Reader(container, named, name, max_pixels), fps)
     except SampleError:
@@ -194,15 +195,15 @@ class _Reader:
         covers = [s for s in container.streams.video if "attached_pic" in str(s.disposition).lower()]
         tracks = [s for s in container.streams.video if s not in covers]
         if not tracks:
-            raise self.fault(f"it has no video track ({len(container.streams)} of other kinds)")
+            raise self.error(f"it has no video track ({len(container.streams)} of other kinds)")
         self.stream = tracks[0]
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0.0)
         if self.rate <= 0:
-            raise self.fault("it states no frame rate")
+            raise self.error("it states no frame rate")
         self.check_size(self.stream.codec_context.width, self.stream.codec_context.height)
 
-    def fault(self, what: str) -> SampleError:
-        """The sample's error: `what` is wrong with the file."""
+    def error(self, what: str) -> SampleError:
+        """Return the sample's error: `what` is wrong with the file."""
         return SampleError("unreadable_video", f"{self.name}: cannot read video {self.shown}: {what}")
 
     def check_size(self, width: int, height: int, frames: int = 1) -> None:
@@ -219,21 +220,21 @@ class _Reader:
             if packet.stream.index != self.stream.index:
                 continue
             if packet.is_corrupt:
-                raise self.fault(f"it is cut off inside frame {count}")
+                raise self.error(f"it is cut off inside frame {count}")
             packets += bool(packet.size)
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise self.fault(f"frame {count} is damaged")
+                    raise self.error(f"frame {count} is damaged")
                 time = count / self.rate if frame.time is None else float(frame.time)
                 first = time if first is None else first
                 count += 1
                 yield time - first, frame
         if packets < indexed:
-            raise self.fault(f"it ends after {packets} of {indexed} frames")
+            raise self.error(f"it ends after {packets} of {indexed} frames")
         start = (self.container.start_time or 0) / 1_000_000
         stated = (self.container.duration or 0) / 1_000_000
         if stated - (reached - start) > max(_SHORT, 2 / self.rate):
-            raise self.fault(f"it ends after {reached - start:.1f} of {stated:.1f} seconds")
+            raise self.error(f"it ends after {reached - start:.1f} of {stated:.1f} seconds")
 
 
 def _sampled(reader: _Reader, fps: float) -> Video:
@@ -250,10 +251,10 @@ def _sampled(reader: _Reader, fps: float) -> Video:
         reader.check_size(frame.width, frame.height, len(kept) + 1)
         pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         if kept and pixels.shape != kept[0].shape:
-            raise reader.fault(f"its frames differ in size: {kept[0].shape} and {pixels.shape}")
+            raise reader.error(f"its frames differ in size: {kept[0].shape} and {pixels.shape}")
         kept.append(pixels)
         indices.append(round(time * reader.rate))
     if not kept:
-        raise reader.fault("it has no frames")
+        raise reader.error("it has no frames")
     total = max(count, round(last * reader.rate) + 1)
     return Video(np.stack(kept), reader.rate, tuple(indices), total)

@@ -59,7 +59,7 @@ def prompt_text(sample: Mapping[str, Any], collator: ConversationCollator) -> st
     """Return the conversation as the chat template renders it up to the first answer, one placeholder for each image."""
     text = ""
     for segment in collator.segmenter.segments(check_sample(sample)):
-        if segment.learned:
+        if segment.supervised:
             break
         text += segment.text
     return text

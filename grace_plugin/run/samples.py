@@ -1,4 +1,4 @@
-"""The samples of a run: looked at before it where that is possible, in an order that only seed and epoch decide."""
+"""The samples of a run: inspected before it where possible, in an order that only seed and epoch decide."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _check_videos(kept: Prepared, collator: ConversationCollator, batch_size: in
     Raises:
         ValueError: the shortest and the longest video do not fit into one batch.
     """
-    films = sorted((e.film, n) for n, e in enumerate(kept.entries) if e.film and not e.reason)
-    if batch_size < 2 or not films or films[0][0] == films[-1][0]:
+    videos = sorted((e.video_frames, n) for n, e in enumerate(kept.entries) if e.video_frames and not e.reason)
+    if batch_size < 2 or not videos or videos[0][0] == videos[-1][0]:
         return
-    ends = [kept.samples[films[place][1]] for place in (0, -1)]
+    ends = [kept.samples[videos[place][1]] for place in (0, -1)]
     try:
         collator(ends)
     except Exception as error:  # processors raise what they like
-        names, said = " and ".join(str(films[place][1]) for place in (0, -1)), str(error).partition("\n")[0]
+        names, said = " and ".join(str(videos[place][1]) for place in (0, -1)), str(error).partition("\n")[0]
         raise ValueError(
             f"the model's processor cannot put videos of different length into one batch (samples number {names}: {said}); set "
             f"{batch_of_one} instead, or give every video the same frames"
@@ -91,7 +91,7 @@ def _warn(kept: Prepared, folder: Path) -> None:
 def calibration_samples(
     dataset: Any, collator: ConversationCollator, folder: Path, *, count: int, batch_size: int, share: float, seed: int
 ) -> TrainingSamples:
-    """Draw `count` samples of a dataset by `seed`, look at each as before a training, and order them as a training does.
+    """Draw `count` samples of a dataset by `seed`, inspect each as before a training, and order them as a training does.
 
     Args:
         dataset: samples as for `training_samples`, not a stream.
@@ -121,10 +121,10 @@ def calibration_samples(
 def training_samples(
     dataset: Any, collator: ConversationCollator, arguments: Any, folder: Path, share: float
 ) -> TrainingSamples:
-    """Look at a dataset before the run.
+    """Inspect a dataset before the run.
 
-    Samples in files, lists and `datasets.Dataset`s are all looked at, and those that cannot be used are dropped and listed in
-    `folder`; a stream is looked at as it comes; of any other sequence the first samples are checked.
+    Samples in files, lists and `datasets.Dataset`s are all inspected, and those that cannot be used are dropped and listed in
+    `folder`; a stream is inspected as it comes; of any other sequence the first samples are checked.
 
     Raises:
         BadSamplesError (a ValueError): more than `share` of the samples cannot be used.
@@ -140,16 +140,16 @@ def training_samples(
             rank=arguments.process_index,
             world_size=arguments.world_size,
         )
-        if not samples.pictured:
+        if not samples.with_media:
             logger.warning(
                 "none of the stream's first %d samples has an image or a video: the relational term is absent until one comes",
-                samples.looked,
+                samples.inspected,
             )
         return TrainingSamples(samples, None, stream=StreamLoader(samples, collator, arguments))
     if not is_scannable(dataset):
         check_samples(dataset[i] for i in range(min(len(dataset), CHECKED)))
         return TrainingSamples(dataset, len(dataset))
-    with arguments.main_process_first(local=False, desc="looking at every sample"):
+    with arguments.main_process_first(local=False, desc="inspecting every sample"):
         kept = prepare(
             dataset,
             collator,

@@ -3,7 +3,7 @@
 Samples are dealt to ranks where they are read (`grace_plugin.data.StreamedSamples`), so ranks drop different samples and end at
 different times. Before every window they agree, in one collective that each takes part in whatever it holds: how many
 micro-batches the fullest rank has, and whether one of them failed. The window is that long on all; a rank with fewer takes part
-with text of which nothing is learned, which adds 0 to every sum. An epoch ends when no rank has a sample left: over an epoch
+with text of which nothing is supervised, which adds 0 to every sum. An epoch ends when no rank has a sample left: over an epoch
 each usable sample is seen exactly once, for any number of processes, and no rank waits for another.
 
 A checkpoint holds the epoch of the stream and the windows read of it, so that a resumed run goes on behind them, also in
@@ -127,7 +127,7 @@ class StreamLoader:
         return most, who - 1 if who else None
 
     def filler(self) -> dict[str, Any]:
-        """A batch of one short text of which nothing is learned."""
+        """A batch of one short text of which nothing is supervised."""
         batch = self.collator([_FILLER])
         batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
         return batch

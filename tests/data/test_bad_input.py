@@ -27,7 +27,7 @@ def talk(text: str = "what is it?", answer: str = "red", images: int = 0) -> lis
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-def pictured(image: Any) -> dict[str, Any]:
+def with_images(image: Any) -> dict[str, Any]:
     return {"id": "r", "messages": talk(images=1), "images": [image]}
 
 
@@ -49,7 +49,7 @@ def png(path: Path, width: int, height: int, data: bytes, *more: tuple[bytes, by
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "missing image file": (pictured("/nowhere/at/all.png"), "missing_file"),
+    "missing image file": (with_images("/nowhere/at/all.png"), "missing_file"),
     "more placeholders than images": (
         {"messages": talk(images=2), "images": [Image.new("RGB", (60, 60))]},
         "placeholder_mismatch",
@@ -114,15 +114,15 @@ def test_a_bad_sample_is_counted_under_its_reason(name: str) -> None:
 @pytest.mark.parametrize("family", EVERY)
 def test_an_image_of_one_pixel_is_used(family: str) -> None:
     collator = ConversationCollator(PROCESSORS.get(family) or build(family)[1])
-    sample = pictured(Image.new("RGB", (1, 1), (200, 0, 0)))
+    sample = with_images(Image.new("RGB", (1, 1), (200, 0, 0)))
     found = prepare([sample], collator)
     assert found.lengths[0] == collator([sample])["input_ids"].shape[1]
     assert found.entries[0].visual >= 1
 
 
 def test_an_image_the_processor_refuses_is_counted() -> None:
-    assert reason_of(pictured(Image.new("RGB", (3000, 4))), "qwen2_vl") == "image_shape"
-    assert reason_of(pictured(Image.new("RGB", (3000, 4))), "llava") == ""
+    assert reason_of(with_images(Image.new("RGB", (3000, 4))), "qwen2_vl") == "image_shape"
+    assert reason_of(with_images(Image.new("RGB", (3000, 4))), "llava") == ""
 
 
 def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -> None:
@@ -136,23 +136,23 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
         match=rf"sample 'r': image '{path}' has 20000 x 20000 = 400,000,000 pixels and the limit is 64,000,000; "
         r"scale it down, or raise max_pixels \(--max_pixels\)",
     ) as caught:
-        read_sample(pictured(str(path)))
+        read_sample(with_images(str(path)))
     assert caught.value.reason == "image_too_large"
-    assert reason_of(pictured(str(path))) == "image_too_large"
+    assert reason_of(with_images(str(path))) == "image_too_large"
     before = Image.MAX_IMAGE_PIXELS
     for raised in (
         400_000_000,
         500_000_000,
         None,
-    ):  # the way out is one: Pillow's own limit, 179 million, does not stand
+    ):  # the how to fix it is one: Pillow's own limit, 179 million, does not stand
         assert image_size(str(path), "r", raised) == (20000, 20000)
     with pytest.raises(SampleError, match="has 20000 x 20000"):
         image_size(str(path), "r", 399_999_999)
     assert Image.MAX_IMAGE_PIXELS == before
 
 
-def test_a_picture_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> None:
-    """An icon whose directory says 16 x 16 and whose picture has 64 x 64 pixels."""
+def test_an_image_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> None:
+    """An icon whose directory says 16 x 16 and whose image has 64 x 64 pixels."""
     path = tmp_path / "a.ico"
     Image.new("RGB", (64, 64), (200, 0, 0)).save(path, sizes=[(64, 64)])
     content = bytearray(path.read_bytes())
@@ -168,13 +168,13 @@ def test_a_picture_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> Non
 
 def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    assert read_sample(pictured(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
+    assert read_sample(with_images(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
     with pytest.raises(
         SampleError, match=r"has 30 x 20 = 600 pixels and the limit is 599; scale it down, or raise max_pixels"
     ):
-        read_sample(pictured(tmp_path / "a.png"), max_pixels=599)
+        read_sample(with_images(tmp_path / "a.png"), max_pixels=599)
     with pytest.raises(SampleError, match=r"image in the sample has 30 x 20"):
-        read_sample(pictured(Image.new("RGB", (30, 20))), max_pixels=599)
+        read_sample(with_images(Image.new("RGB", (30, 20))), max_pixels=599)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "text", "data"])
@@ -189,18 +189,18 @@ def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
         path, reason = (
             png(tmp_path / "b.png", 4, 4, bomb),
             "",
-        )  # 80 MB of zeros behind a picture of 16 pixels: read as far as needed
+        )  # 80 MB of zeros behind an image of 16 pixels: read as far as needed
     assert path.stat().st_size < 100_000
-    assert reason_of(pictured(str(path))) == reason
+    assert reason_of(with_images(str(path))) == reason
 
 
-def test_a_truncated_file_is_no_half_grey_picture(tmp_path: Path) -> None:
+def test_a_truncated_file_is_no_half_grey_image(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.fromarray(noise).save(tmp_path / name)
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
-        assert reason_of(pictured(str(tmp_path / name))) == "unreadable_image"
+        assert reason_of(with_images(str(tmp_path / name))) == "unreadable_image"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -246,14 +246,14 @@ def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path)
 
 def test_images_in_bytes_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (16, 8), (1, 2, 3)).save(tmp_path / "a.png")
-    sample = pictured({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
+    sample = with_images({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
     assert read_sample(sample).images[0].getpixel((3, 3)) == (1, 2, 3)
     sample["images"][0]["bytes"] = b"nothing"
     with pytest.raises(SampleError, match=r"sample 'r': cannot read image 'gone\.png'"):
         read_sample(sample)
 
 
-def test_faults_of_videos_are_counted(tmp_path: Path) -> None:
+def test_errors_of_videos_are_counted(tmp_path: Path) -> None:
     def sample(video: Any) -> dict[str, Any]:
         content = [{"type": "video"}, {"type": "text", "text": "q"}]
         return {"messages": [{"role": "user", "content": content}, talk()[1]], "videos": [video]}
@@ -330,11 +330,11 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
     processor = PROCESSORS[family]
     collator, tokenizer = ConversationCollator(processor), processor.tokenizer
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pictures = make_samples(1)[0]["images"] if images else []
+    given = make_samples(1)[0]["images"] if images else []
 
     def batch(word: str) -> Any:
         talked = [*talk(f"say {word} left", f"a {word} red", images), *talk("and?", "two")]
-        return collator([{"messages": talked, "images": pictures}])
+        return collator([{"messages": talked, "images": given}])
 
     with_it, without = batch(spelled), batch("x")
     ids, plain = with_it["input_ids"][0].tolist(), without["input_ids"][0].tolist()
@@ -343,8 +343,8 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
     assert special  # there is something to become
     text = "".join(tokenizer.decode([i]) if i in kept else "\0" for i in ids)
     assert text.count("\0") > 4
-    learned = tokenizer.decode([t for t in with_it["labels"][0].tolist() if t not in (-100, *kept)])
-    assert f"a {spelled} red" in learned
+    supervised = tokenizer.decode([t for t in with_it["labels"][0].tolist() if t not in (-100, *kept)])
+    assert f"a {spelled} red" in supervised
     prompt = [i for i, label in zip(ids, with_it["labels"][0].tolist(), strict=True) if label == -100 and i not in kept]
     assert f"say {spelled} left" in tokenizer.decode(prompt)
 
@@ -389,7 +389,7 @@ def test_a_dataset_without_any_images_says_so() -> None:
 
 def test_a_missing_file_comes_with_its_way_out() -> None:
     for sample in (
-        pictured("/nowhere.png"),
+        with_images("/nowhere.png"),
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": ["/nowhere.mp4"]},
     ):
         with pytest.raises(SampleError, match=r"no such file; put the file there, or pass images= \(--images\)"):

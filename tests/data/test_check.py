@@ -47,7 +47,7 @@ def check(*arguments: str) -> int:
 
 
 class Page(HTMLParser):
-    """Text, marked text, pictures and outside references of a page."""
+    """Text, marked text, images and outside references of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_the_command_reports_and_writes_a_page(
 
 
 def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path: Path) -> None:
-    """One index serves both: the run's own look at the samples, with its own collator, begins no other."""
+    """One index serves both: the run's own inspect the samples, with its own collator, begins no other."""
     given = [str(mixed.mix), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
     assert check(*given, "--max_length", "4000") == 0
     (index,) = (tmp_path / "cache").glob("*.jsonl")
@@ -142,7 +142,7 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
         (["none.jsonl", "--model", "nowhere/at-all"], "cannot read a processor from 'nowhere/at-all'"),
     ],
 )
-def test_faults_of_the_command_are_one_sentence(
+def test_errors_of_the_command_are_one_sentence(
     arguments: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(*[str(model) if part == "MODEL" else part for part in arguments]) == commands.BAD_INPUT

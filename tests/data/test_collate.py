@@ -23,7 +23,7 @@ def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
 
 
 def conversation(*texts: str, system: str | None = None, images: int = 0) -> dict[str, Any]:
-    """Question and answer in turn; the pictures stand in the first question."""
+    """Question and answer in turn; the images stand in the first question."""
     messages = [turn("system", system)] if system else []
     for number, text in enumerate(texts):
         messages.append(turn("assistant" if number % 2 else "user", text, images if number == 0 else 0))
@@ -31,12 +31,12 @@ def conversation(*texts: str, system: str | None = None, images: int = 0) -> dic
 
 
 def answers_by_text(processor: Any, sample: dict[str, Any]) -> list[str]:
-    """What must be learned: every assistant text with its end-of-turn mark."""
+    """What must be supervised: every assistant text with its end-of-turn mark."""
     end = "</s>" if "<image>" in processor.tokenizer.get_vocab() else "<|im_end|>"
     return [m["content"][-1]["text"] + end for m in sample["messages"] if m["role"] == "assistant"]
 
 
-def learned(processor: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
+def supervised(processor: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[str]:
     """Labelled runs of a sample as text."""
     runs: list[list[int]] = [[]]
     for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
@@ -56,7 +56,7 @@ def test_multi_turn_labels_are_the_assistants_texts(family: str, images: int) ->
         "what is it?", "a red square", "and USER: assistant?", "no, two", system="answer in words", images=images
     )
     batch = ConversationCollator(processor)([sample])
-    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
+    assert supervised(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
 
 
 @pytest.mark.parametrize("family", GENERATION_MARKS)
@@ -165,7 +165,7 @@ def test_whatever_the_user_says_is_never_a_label(family: str, words: list[str]) 
     processor = PROCESSORS[family]
     sample = conversation(" ".join(words), "blue", " ".join(reversed(words)), "two")
     batch = ConversationCollator(processor)([sample])
-    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
+    assert supervised(processor, batch["input_ids"][0], batch["labels"][0]) == answers_by_text(processor, sample)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
-"""What the collator remembers and does together changes no bit: the oracle makes every sample anew, piece by piece.
+"""What the collator remembers and does together changes no bit: the oracle makes every sample again, piece by piece.
 
 The oracle shares the cutting of samples (`Segmenter`, made new for each sample) with the collator, and none of its memories:
-images are opened by Pillow and turned in every case, texts without pictures are tokenised one by one, and pictures of one
+images are opened by Pillow and turned in every case, texts without images are tokenised one by one, and images of one
 size are not processed together.
 """
 
@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from grace_plugin.data import ConversationCollator, check_sample
 from grace_plugin.data.collate import TOGETHER
 from grace_plugin.data.media import decode_image
-from grace_plugin.data.recent import Recent
 from grace_plugin.data.segments import Segmenter
+from grace_plugin.data.tokens import Recent
 from tests.tiny import EVERY, build, make_samples
 
 ALONG = ("input_ids", "token_type_ids", "mm_token_type_ids")
@@ -38,7 +38,7 @@ def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, An
         segmenter, images = Segmenter(processor), list(sample.images)
         for segment in segmenter.segments(sample):
             count = segmenter.count(segment.text, "image")
-            pieces.append((number, segment.learned, segment.text, [opened(path) for path in images[:count]]))
+            pieces.append((number, segment.supervised, segment.text, [opened(path) for path in images[:count]]))
             images = images[count:]
     out: list[dict[str, list[int]]] = [{} for _ in pieces]
     shown = [i for i, piece in enumerate(pieces) if piece[3]]
@@ -70,9 +70,9 @@ def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, An
             **{key: [0] * len(before) for key in ALONG},
             "input_ids": list(before),
         }
-        for (_, learned, _, _), ids in own:
+        for (_, supervised, _, _), ids in own:
             tokens = ids["input_ids"]
-            sample["labels"] += tokens if learned else [-100] * len(tokens)
+            sample["labels"] += tokens if supervised else [-100] * len(tokens)
             for key in ALONG:
                 sample[key] += ids.get(key, [0] * len(tokens))
         joined.append(sample | {"attention_mask": [1] * len(sample["input_ids"])})
@@ -87,7 +87,7 @@ def straightforward(processor: Any, given: list[dict[str, Any]]) -> dict[str, An
 
 
 def on_disk(folder: Path) -> list[dict[str, Any]]:
-    """Samples whose pictures are PNG and JPEG files of two sizes, some turned by EXIF; questions and answers repeat."""
+    """Samples whose images are PNG and JPEG files of two sizes, some turned by EXIF; questions and answers repeat."""
     turned = Image.Exif()
     turned[0x0112] = 6
     made = (
@@ -138,7 +138,7 @@ def test_what_repeats_is_rendered_and_tokenised_once() -> None:
     assert all(one.ids["input_ids"] is other.ids["input_ids"] for one, other in zip(*pairs, strict=True))
 
 
-def test_a_fault_names_its_own_sample_each_time() -> None:
+def test_an_error_names_its_own_sample_each_time() -> None:
     """Only what went well is remembered, and a sample's name is no part of it."""
     processor = build("qwen2_vl")[1]
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
@@ -161,7 +161,7 @@ def test_the_memory_is_bounded_and_stays_in_its_process() -> None:
 
 
 @pytest.mark.parametrize(("count", "together"), [(1, True), (2, False)])
-def test_small_pictures_of_a_batch_are_processed_together(count: int, together: bool) -> None:
+def test_small_images_of_a_batch_are_processed_together(count: int, together: bool) -> None:
     collator = ConversationCollator(build("llava")[1])
     side = int((TOGETHER / 1.5) ** 0.5)
     sample = {**make_samples(1)[0], "images": [Image.new("RGB", (side, side))]}

@@ -32,7 +32,7 @@ from grace_plugin.data.key import sample_key
 from grace_plugin.data.media import FORMATS, decode_image, image_size
 from grace_plugin.data.shown import shortened, shown
 from grace_plugin.data.video import decode_video
-from tests.data.test_bad_input import PROCESSORS, pictured, png, reason_of, talk
+from tests.data.test_bad_input import PROCESSORS, png, reason_of, talk, with_images
 from tests.tiny import EVERY, build, make_samples
 
 
@@ -41,7 +41,7 @@ def entry_of(sample: Any, family: str = "llava", **limits: Any) -> Any:
     return prepare([sample], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
 
 
-def filmed(video: Any) -> dict[str, Any]:
+def with_video(video: Any) -> dict[str, Any]:
     content = [{"type": "video"}, {"type": "text", "text": "q"}]
     return {"id": "r", "messages": [{"role": "user", "content": content}, talk()[1]], "videos": [video]}
 
@@ -127,16 +127,16 @@ NUMBERS: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_video_of_numbers__wrong_values_or_shape__counted_with_what_is_expected(name: str) -> None:
     video, reason, message = NUMBERS[name]
-    found = entry_of(filmed(video), "qwen3_vl", max_pixels=10_000)
+    found = entry_of(with_video(video), "qwen3_vl", max_pixels=10_000)
     assert found.reason == reason
     with pytest.raises(SampleError, match=message):
-        read_sample(filmed(video), max_pixels=10_000)
+        read_sample(with_video(video), max_pixels=10_000)
 
 
 def test_video_in_unit_floats__through_the_collator__same_batch_as_in_bytes() -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     collator = ConversationCollator(PROCESSORS["qwen3_vl"])
-    first, second = (collator([filmed(video)]) for video in (drawn, drawn.astype(np.float32) / 255))
+    first, second = (collator([with_video(video)]) for video in (drawn, drawn.astype(np.float32) / 255))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -162,14 +162,18 @@ def test_image_in_every_form__same_pixels_and_key_of_its_bytes(tmp_path: Path) -
     for form in forms:
         assert np.array_equal(np.asarray(decode_image(form, "r")), np.asarray(image))
         assert image_size(form, "r") == (image.height, image.width)
-        assert entry_of(pictured(form)).reason == ""
-        assert sample_key(pictured(form)) == sample_key(pictured(str(path)))
+        assert entry_of(with_images(form)).reason == ""
+        assert sample_key(with_images(form)) == sample_key(with_images(str(path)))
 
 
 def test_data_uri_and_relative_path_of_a_file__both_read(tmp_path: Path) -> None:
     image = make_samples(1)[0]["images"][0]
     image.save(tmp_path / "a.png")
-    lines = [pictured("a.png"), pictured(uri(encoded(image))), {**pictured((tmp_path / "a.png").as_uri()), "id": "s"}]
+    lines = [
+        with_images("a.png"),
+        with_images(uri(encoded(image))),
+        {**with_images((tmp_path / "a.png").as_uri()), "id": "s"},
+    ]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
     collator = ConversationCollator(PROCESSORS["llava"])
     found = prepare(load_samples(str(tmp_path / "samples.jsonl")), collator, cache=tmp_path / "cache")
@@ -194,9 +198,9 @@ def test_data_uri_and_relative_path_of_a_file__both_read(tmp_path: Path) -> None
     ],
 )
 def test_image_that_cannot_be_read__counted_and_said(image: Any, reason: str, message: str) -> None:
-    assert entry_of(pictured(image)).reason == reason
+    assert entry_of(with_images(image)).reason == reason
     with pytest.raises(SampleError, match=message):
-        read_sample(pictured(image))
+        read_sample(with_images(image))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -220,7 +224,7 @@ def test_eps__refused_without_running_ghostscript(tmp_path: Path, monkeypatch: p
     subprocess.run([sys.executable, "-c", script], check=True)  # a process of its own: Pillow looks for gs once
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
-    found = entry_of(pictured(str(path)))
+    found = entry_of(with_images(str(path)))
     assert (found.reason, "PNG, JPEG, WEBP" in found.message) == ("unreadable_image", True)
     assert not (tmp_path / "ran").exists()
 
@@ -245,9 +249,9 @@ def test_special_file_as_image_and_video__counted_without_reading(
     monkeypatch.chdir(tmp_path)
     path = special(kind, Path("media"))
     for sample, family in (
-        (pictured(str(path)), "llava"),
-        (filmed(str(path)), "qwen3_vl"),
-        (filmed([str(path)]), "qwen3_vl"),
+        (with_images(str(path)), "llava"),
+        (with_video(str(path)), "qwen3_vl"),
+        (with_video([str(path)]), "qwen3_vl"),
     ):
         found = entry_of(sample, family)
         assert (found.reason, "not a regular file" in found.message) == ("missing_file", True)
@@ -278,24 +282,24 @@ def test_image_of_one_by_a_million__every_family__memory_stays_bounded(tmp_path:
     processor = PROCESSORS.get(family) or build(family)[1]
     collator = ConversationCollator(processor)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = prepare([pictured(str(path))], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
+    found = prepare([with_images(str(path))], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
     assert found.reason in ("", "image_shape", "image_too_large")
     if found.reason:
         with pytest.raises((SampleError, ValueError)):
-            collator([pictured(str(path))])
+            collator([with_images(str(path))])
     else:
-        assert collator([pictured(str(path))])["input_ids"].shape[1] == found.tokens
+        assert collator([with_images(str(path))])["input_ids"].shape[1] == found.tokens
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
 
 
 def test_image_that_the_processor_enlarges__counted_with_both_sizes() -> None:
-    sample = pictured(Image.new("RGB", (1_000_000, 1)))
+    sample = with_images(Image.new("RGB", (1_000_000, 1)))
     found = entry_of(sample)
     assert found.reason == "image_too_large"
     assert "of an image of 1,000,000 x 1 pixels the model's processor makes 3,136,000,000 pixels" in found.message
     with pytest.raises(SampleError, match="makes 3,136,000,000 pixels"):  # a stream is not checked ahead
         ConversationCollator(PROCESSORS["llava"])([sample])
-    long = pictured(Image.new("RGB", (20_000, 1)))
+    long = with_images(Image.new("RGB", (20_000, 1)))
     assert entry_of(long).reason == ""  # 56 x 1,120,000: below 64 million
     assert entry_of(long, max_pixels=30_000).reason == ""  # a lower limit on images does not lower what is made of them
 
@@ -304,7 +308,7 @@ def test_padding_to_a_square_and_slow_processors__bounded_as_well() -> None:
     from transformers import LlavaImageProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from grace_plugin.data.processed_size import ProcessedSizes
+    from grace_plugin.data.image_layout import ProcessedSizes
 
     square = ProcessedSizes(LlavaImageProcessor(do_pad=True), 64_000_000)
     with pytest.raises(SampleError, match="makes 100,000,000 pixels"):
@@ -325,20 +329,20 @@ def test_padding_to_a_square_and_slow_processors__bounded_as_well() -> None:
 LONG = "x" * 1_000_000
 URI = "data:image/png;base64," + base64.b64encode(b"\x89PNG" + b"x" * 750_000).decode()
 HUGE: dict[str, dict[str, Any]] = {
-    "image": pictured(URI),
-    "image that is no path": pictured(LONG),
-    "mapping": pictured({"path": URI}),
-    "video": filmed(URI),
-    "id": {**pictured("none.png"), "id": LONG},
-    "id of many parts": {**pictured("none.png"), "id": [LONG] * 3},
-    "id that is a long number": {**pictured("none.png"), "id": 10**5000},
+    "image": with_images(URI),
+    "image that is no path": with_images(LONG),
+    "mapping": with_images({"path": URI}),
+    "video": with_video(URI),
+    "id": {**with_images("none.png"), "id": LONG},
+    "id of many parts": {**with_images("none.png"), "id": [LONG] * 3},
+    "id that is a long number": {**with_images("none.png"), "id": 10**5000},
     "role": {"messages": [{"role": LONG, "content": "q"}, talk()[1]]},
     "part's type": {"messages": [{"role": "user", "content": [{"type": LONG}]}, talk()[1]]},
     "speaker": {"conversations": [{"from": LONG, "value": "x"}]},
     "fps": {"messages": talk(), "fps": LONG},
     "keys": {LONG: 1},
     "many keys": {f"key {n}": n for n in range(10_000)},
-    "bytes": pictured(b"x" * 1_000_000),
+    "bytes": with_images(b"x" * 1_000_000),
     "message": {"messages": [LONG]},
 }
 
@@ -404,7 +408,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_json_that_python_cannot_take__fault_of_its_sample_alone(
+def test_json_that_python_cannot_take__error_of_its_sample_alone(
     tmp_path: Path, name: str, suffix: str, streamed: bool
 ) -> None:
     bad, message = UNUSABLE[name]
@@ -424,7 +428,7 @@ def test_json_that_python_cannot_take__fault_of_its_sample_alone(
     assert f"samples.{suffix}, {where} {message}" in said
 
 
-def test_json_lines__nested_too_deep__fault_of_their_line(tmp_path: Path) -> None:
+def test_json_lines__nested_too_deep__error_of_their_line(tmp_path: Path) -> None:
     deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
     (tmp_path / "samples.jsonl").write_text(f"{GOOD}\n{deep}\n{GOOD}")
     collator = ConversationCollator(PROCESSORS["llava"])
@@ -472,8 +476,8 @@ def test_opened_image_that_is_not_decoded_yet__cut_off_or_eps__counted_when_insp
     whole = encoded(Image.effect_noise((64, 64), 90.0).convert("RGB"))
     for content in (whole[: len(whole) // 2], encoded(Image.new("RGB", (16, 16)), "EPS")):
         opened = Image.open(io.BytesIO(content))
-        assert entry_of(pictured(opened)).reason == "unreadable_image"
-    assert entry_of(pictured(Image.open(io.BytesIO(whole)))).reason == ""
+        assert entry_of(with_images(opened)).reason == "unreadable_image"
+    assert entry_of(with_images(Image.open(io.BytesIO(whole)))).reason == ""
 
 
 def test_json_text_with_an_endless_integer__refused_with_its_field() -> None:

@@ -89,9 +89,9 @@ def entries_of(file: Path) -> list[list[Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("fault", ["shuffled", "doubled", "of another dataset", "no hash", "damaged", "wrong types"])
+@pytest.mark.parametrize("error", ["shuffled", "doubled", "of another dataset", "no hash", "damaged", "wrong types"])
 def test_index_with_wrong_lines__each_line_used_for_its_own_sample_only(
-    path: Path, truth: list[Any], tmp_path: Path, fault: str
+    path: Path, truth: list[Any], tmp_path: Path, error: str
 ) -> None:
     """Two checks without a lock (a file system that knows none) mix their lines; files are edited and copied."""
     file = tmp_path / "index.jsonl"
@@ -107,7 +107,7 @@ def test_index_with_wrong_lines__each_line_used_for_its_own_sample_only(
         "wrong types": ["[1]\n", "7\n", *lines[2:]],
         "no hash": [json.dumps(json.loads(line)[:-1]) + "\n" for line in lines],
     }
-    file.write_text("".join(changed[fault]))
+    file.write_text("".join(changed[error]))
     assert same(scan(load_samples(str(path)), COLLATOR, file=file), truth)
     assert [entry[:3] for entry in entries_of(file)] == [list(entry[:3]) for entry in truth]
 

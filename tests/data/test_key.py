@@ -68,8 +68,8 @@ def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
     said = [{"role": "user", "content": content}, {"role": "assistant", "content": "this"}]
     (tmp_path / "film.mp4").write_bytes(b"film")
     array = np.stack([np.asarray(frame) for frame in frames])
-    film: list[Any] = [frames, frames[::-1], array, array[::-1], array[:2], str(tmp_path / "film.mp4")]
-    keys = [sample_key({"messages": said, "videos": [video]}) for video in film]
+    forms: list[Any] = [frames, frames[::-1], array, array[::-1], array[:2], str(tmp_path / "film.mp4")]
+    keys = [sample_key({"messages": said, "videos": [video]}) for video in forms]
     assert len(set(keys)) == 6
     assert sample_key({"messages": said, "videos": [frames], "fps": 1.0}) != keys[0]
     assert sample_key({"messages": said, "videos": [frames], "fps": 2.0}) == keys[0]

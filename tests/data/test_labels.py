@@ -1,4 +1,4 @@
-"""What is learned: the template's generation marks and turns rendered apart give the same ids and labels on every template."""
+"""Supervised tokens: generation blocks and turns rendered one by one give the same ids and labels on every template."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("marks", [True, False])
 def test_llavas_published_template(scheme: str, marks: bool) -> None:
-    """Prompts are cut as they are served, the space behind an answer is not learned, and the end of text is."""
+    """Prompts are cut as they are served, the space behind an answer is not supervised, and the end of text is."""
     processor = metaspace(scheme)
     processor.chat_template = PUBLISHED_LLAVA
     sample = talk("what is the shape?", "a red square", "which colour?", "blue", images=1)
@@ -143,15 +143,15 @@ def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
     assert sum(own["assistant_masks"][length:]) == 0
 
 
-def test_only_marked_turns_are_learned() -> None:
+def test_only_marked_turns_are_supervised() -> None:
     """A template that marks the last turn alone is believed."""
     _, processor = build("qwen3_vl")
     processor.chat_template = QWEN3_TEMPLATE.replace(
         "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"
     )
     batch = ConversationCollator(processor)([talk("say", "red", "say", "blue")])
-    learned = batch["labels"][0][batch["labels"][0] != -100]
-    assert processor.tokenizer.decode(learned) == "blue<|im_end|>"
+    supervised = batch["labels"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(supervised) == "blue<|im_end|>"
 
 
 def test_a_template_that_drops_images_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_a_template_that_drops_images_is_refused() -> None:
         ConversationCollator(processor)([talk("q", "a", images=1)])
 
 
-def test_a_template_that_raises_is_a_fault_of_the_sample() -> None:
+def test_a_template_that_raises_is_an_error_of_the_sample() -> None:
     _, processor = build("llava")
     processor.chat_template = "{{ raise_exception('no such talk') }}"
     with pytest.raises(SampleError, match=r"sample 'r': the chat template cannot render it: no such talk") as caught:
@@ -175,7 +175,7 @@ def test_a_template_that_marks_nothing_is_refused() -> None:
         "{% for m in messages %}{{ m['content'][0]['text'] }}"
         "{% if false %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
     )
-    with pytest.raises(SampleError, match=r"marks nothing of it as learned") as caught:
+    with pytest.raises(SampleError, match=r"marks nothing of it as supervised") as caught:
         Segmenter(processor).segments(check_sample(talk("q", "a")))
     assert caught.value.reason == "no_supervised_tokens"
 
@@ -224,5 +224,5 @@ def test_no_word_start_is_invented_in_the_middle_of_a_sample(scheme: str, images
         text=[text], **({"images": sample["images"]} if images else {}), add_special_tokens=False, return_tensors="pt"
     )
     assert batch["input_ids"][0].tolist() == whole["input_ids"][0].tolist()
-    learned = [t for t in batch["labels"][0].tolist() if t != -100]
-    assert processor.tokenizer.decode(learned).replace(" ", "") == "aredsquare</s>blue</s>"
+    supervised = [t for t in batch["labels"][0].tolist() if t != -100]
+    assert processor.tokenizer.decode(supervised).replace(" ", "") == "aredsquare</s>blue</s>"

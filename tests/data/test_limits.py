@@ -116,13 +116,13 @@ def test_special_tokens__allowed__become_tokens_and_others_stay_text() -> None:
     sample = talk("find", f"{BOX}red{BOX} <|vision_end|>")
     plain, allowed = ConversationCollator(processor), ConversationCollator(processor, special_tokens=[BOX])
     token, other = (processor.tokenizer.convert_tokens_to_ids(text) for text in (BOX, "<|vision_end|>"))
-    learned = {}
+    supervised = {}
     for name, collator in (("plain", plain), ("allowed", allowed)):
         labels = collator([sample])["labels"]
-        learned[name] = labels[labels != IGNORE_INDEX].tolist()
-        assert processor.tokenizer.decode(learned[name]) == f"{BOX}red{BOX} <|vision_end|><|im_end|>"
-    assert (learned["plain"].count(token), learned["allowed"].count(token)) == (0, 2)
-    assert other not in learned["allowed"]
+        supervised[name] = labels[labels != IGNORE_INDEX].tolist()
+        assert processor.tokenizer.decode(supervised[name]) == f"{BOX}red{BOX} <|vision_end|><|im_end|>"
+    assert (supervised["plain"].count(token), supervised["allowed"].count(token)) == (0, 2)
+    assert other not in supervised["allowed"]
     reports = [prepare([sample, talk("q")], collator).report for collator in (plain, allowed)]
     assert reports[0]["spelled_special_tokens"] == {BOX: 2, "<|vision_end|>": 1}
     assert reports[1]["spelled_special_tokens"] == {"<|vision_end|>": 1}

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from grace_plugin.data import ConversationCollator, SampleError
-from grace_plugin.data.layout import Layout
+from grace_plugin.data.image_layout import Layout
 from grace_plugin.data.measure import Measure
 from grace_plugin.vlm import family_of
 from tests.tiny import EVERY, build
 
 SIZES = ((64, 48), (48, 64), (112, 112), (100, 40), (57, 83), (90, 61), (64, 48), (20, 110))
-AROUND = (("", "what is it?"), ("", "\n\nsay\n"), ("look at this\n\n", "what <image> is it?"), ("say ", " left"))
+AROUND = (("", "what is it?"), ("", "\n\nsay\n"), ("inspect this\n\n", "what <image> is it?"), ("say ", " left"))
 
 
 def sample(number: int, images: int) -> dict[str, Any]:

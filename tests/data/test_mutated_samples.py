@@ -35,7 +35,7 @@ def test_mutated_samples__made_from_their_number__the_same_again(shop: Workshop)
     assert len({mutant(8 * number, shop) for number in range(100)}) > 95
 
 
-def test_judgement_of_a_mutant__what_must_not_happen__is_a_fault(shop: Workshop) -> None:
+def test_judgement_of_a_mutant__what_must_not_happen__is_a_error(shop: Workshop) -> None:
     """The checks themselves: each of them can fail."""
     collator, [sample] = shop.collators[0], make_samples(1)
 

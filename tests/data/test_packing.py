@@ -15,7 +15,7 @@ from grace_plugin.vlm import family_of, register_family
 from tests.objective.parts import Set
 from tests.pairs import Pair, mixed_samples, run
 from tests.tiny import EVERY, build
-from tests.videos import films
+from tests.videos import video_samples
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PACKING = tuple(name for name in EVERY if name not in QWEN)
@@ -81,7 +81,7 @@ def test_a_packed_batch_is_its_samples_one_behind_the_other(name: str) -> None:
 
 
 def test_the_first_token_of_a_sample_is_no_answer_to_the_sample_before() -> None:
-    """A template that marks everything as learned would otherwise teach one sample to begin the next."""
+    """A template that marks everything as supervised would otherwise teach one sample to begin the next."""
     _, processor = build("llava")
     said = "{% generation %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endgeneration %}"
     processor.chat_template = "{% for m in messages %}" + said + "{% endfor %}"
@@ -97,7 +97,8 @@ def test_packed_videos_keep_their_tokens() -> None:
     model, processor = build("llava_onevision")
     answer = {"role": "assistant", "content": "two"}
     samples = [
-        {"messages": [*film["messages"], answer], "videos": [list(film["videos"][0][0])]} for film in films(3, frames=4)
+        {"messages": [*video["messages"], answer], "videos": [list(video["videos"][0][0])]}
+        for video in video_samples(3, frames=4)
     ]
     samples[1:1] = mixed_samples(4)[-1:]
     padded, packed = ConversationCollator(processor)(samples), ConversationCollator(processor, packed=True)(samples)
@@ -118,7 +119,7 @@ def test_a_run_trains_packed_and_is_the_padded_run(llava: Pair, tmp_path: Path) 
 
 
 def test_packing_is_refused_where_positions_do_not_allow_it(pair_of: Any, tmp_path: Path) -> None:
-    """Before any sample is looked at: this one could not be used either."""
+    """Before any sample is inspected: this one could not be used either."""
     with pytest.raises(ValueError, match=r"samples of family 'qwen2_vl' cannot be packed: .*Leave packing out"):
         run(pair_of("qwen2_vl"), tmp_path / "o/out", [{"messages": []}], packing=True)
     assert not (tmp_path / "o").exists()

@@ -27,11 +27,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
 def test_the_report_accounts_for_every_sample(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
     found = prepare(
-        load_samples(str(mixed.mix)),
-        collator,
-        max_bad_samples=0.1,
-        workers=workers,
-        cache=tmp_path / "cache",
+        load_samples(str(mixed.mix)), collator, max_bad_samples=0.1, workers=workers, cache=tmp_path / "cache"
     )
     found.write_report(tmp_path)
     expected = dict(mixed.reasons)
@@ -67,7 +63,7 @@ def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: P
 
 
 def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixed, tmp_path: Path) -> None:
-    """Counts changed by hand in the index come back for every sample that is not looked at again."""
+    """Counts changed by hand in the index come back for every sample that is not inspected again."""
     given, collator = load_samples(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
     assert given.fingerprint is not None
     file = index_file(given.fingerprint, collator, True, tmp_path)
@@ -110,8 +106,8 @@ def test_the_processors_own_fields_are_of_the_indexs_name(name: str, field: str,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_samples_whose_pictures_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
-    """A picture put in place, one replaced, one removed: each sample is judged anew, and no other sample."""
+def test_samples_whose_images_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
+    """A image put in place, one replaced, one removed: each sample is judged again, and no other sample."""
     talk = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "red"}]
     lines = [{"id": n, "image": f"{n}.png", "conversations": talk} for n in range(5)]
     (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -234,7 +230,7 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
         ("sets:\n - {path: none.jsonl}", r"no dataset file at none\.jsonl"),
     ],
 )
-def test_faults_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_samples(write_mix(tmp_path, text))
 

@@ -49,16 +49,16 @@ def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, 
     assert not collator.segmenter.has_marks
     batch = collator([sample])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    learned = processor.tokenizer.decode([label for label in labels if label != -100])
+    supervised = processor.tokenizer.decode([label for label in labels if label != -100])
     space = (
         " " if name in ("smolvlm", "idefics3") else ""
     )  # their prompt ends with "Assistant:", the space is generated
-    assert learned == "".join(space + answer + END[name] for answer in ANSWERS)
+    assert supervised == "".join(space + answer + END[name] for answer in ANSWERS)
     for turn in (1, 3):
         prompt = sample["messages"][: turn + system]
         text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        pictures = {"images": [sample["images"]]} if images else {}
-        served = processor(text=[text], add_special_tokens=False, return_tensors="pt", **pictures)
+        media = {"images": [sample["images"]]} if images else {}
+        served = processor(text=[text], add_special_tokens=False, return_tensors="pt", **media)
         served = served["input_ids"][0].tolist()
         assert ids[: len(served)] == served
         assert labels[len(served) - 1] == -100
@@ -76,12 +76,12 @@ def test_a_decoded_video_that_the_processor_refuses_is_not_called_a_broken_file(
     )
     collator = ConversationCollator(processor_of("smolvlm", template))
     assert collator.segmenter.placeholders["video"] == "<video>"
-    found = prepare([film()], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
+    found = prepare([video()], collator, max_bad_samples=1.0, allow_empty=True).entries[0]
     assert found.reason == "video_unsupported"
     assert "sample 0: the model's processor refuses its video: " in found.message
 
 
-def film() -> dict[str, Any]:
+def video() -> dict[str, Any]:
     """A sample with a video of four frames."""
     frames = [Image.new("RGB", (64, 64), (n * 50, 0, 0)) for n in range(4)]
     asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "q"}]}
@@ -92,6 +92,6 @@ def film() -> dict[str, Any]:
 def test_videos_are_used_or_unsupported_never_unreadable(name: str) -> None:
     """SmolVLM's processor swaps the template for one that writes videos; that sample must not be called a broken file."""
     collator = ConversationCollator(processor_of(name, plain(PUBLISHED[name])))
-    found = prepare([film()], collator, max_bad_samples=1.0, allow_empty=True)
+    found = prepare([video()], collator, max_bad_samples=1.0, allow_empty=True)
     takes = name.startswith(("qwen", "internvl"))
     assert found.entries[0].reason == ("" if takes else "video_unsupported")

@@ -1,7 +1,7 @@
 """The forms of samples in `sample_forms.yaml`: each gives the supervised tokens written there, or is counted under its reason.
 
-The oracle knows nothing of chat templates: a family's supervised text is each learned answer and the family's end-of-turn mark.
-Every form is read by a family whose template marks what is learned and by one whose template does not.
+The oracle uses no chat template: the supervised text is each supervised answer and the family's end-of-turn mark.
+Every form is read by a family whose template marks what is supervised and by one whose template does not.
 """
 
 from __future__ import annotations

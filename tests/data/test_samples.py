@@ -1,4 +1,4 @@
-"""Samples are checked before a run: every fault is named with its sample."""
+"""Samples are checked before a run: every error is named with its sample."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def test_a_sample_without_name_or_number_is_quoted() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "I;16"])
 @pytest.mark.parametrize("from_file", [False, True])
-def test_pictures_of_any_mode_become_rgb(tmp_path: Path, mode: str, from_file: bool) -> None:
-    picture = make_samples(1)[0]["images"][0]
-    picture = picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)
-    image: Any = picture
+def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str, from_file: bool) -> None:
+    original = make_samples(1)[0]["images"][0]
+    original = original.convert("L").convert("I;16") if mode == "I;16" else original.convert(mode)
+    image: Any = original
     if from_file:
         image = tmp_path / "picture.png"
-        picture.save(image)
+        original.save(image)
     found = read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [image]}).images[0]
     assert found.mode == "RGB"
-    assert found.size == picture.size
+    assert found.size == original.size
 
 
 def test_transparency_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_transparency_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"not a picture", b""])
-def test_a_missing_or_unreadable_picture_is_named_with_its_path(tmp_path: Path, content: bytes | None) -> None:
+def test_a_missing_or_unreadable_image_is_named_with_its_path(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "p.png"
     if content is not None:
         path.write_bytes(content)
@@ -121,7 +121,7 @@ def test_a_missing_or_unreadable_picture_is_named_with_its_path(tmp_path: Path, 
         read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [str(path)], "id": "r"})
 
 
-def test_a_truncated_picture_is_named_with_its_path(tmp_path: Path) -> None:
+def test_a_truncated_image_is_named_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     make_samples(1)[0]["images"][0].save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -129,7 +129,7 @@ def test_a_truncated_picture_is_named_with_its_path(tmp_path: Path) -> None:
         read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [path]})
 
 
-def test_something_else_than_a_picture_is_refused() -> None:
+def test_something_else_than_an_image_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"sample 'r': an image is of type int; give a path, bytes, a data URI or a PIL image"
     ):
@@ -148,7 +148,7 @@ def test_check_samples_counts_up_to_its_limit_and_names_the_sample() -> None:
 
 
 def written(tmp_path: Path) -> list[dict[str, Any]]:
-    """Samples whose picture is a path relative to the file's folder."""
+    """Samples whose image is a path relative to the file's folder."""
     (tmp_path / "pictures").mkdir()
     make_samples(1)[0]["images"][0].save(tmp_path / "pictures" / "0.png")
     with_image = {"messages": [user(IMAGE, "q"), ANSWER], "images": ["pictures/0.png"]}
@@ -160,7 +160,7 @@ def written(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_json_sources_with_relative_pictures(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_sources_with_relative_images(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / f"samples.{suffix}"
     given = written(tmp_path)
     source.write_text(json.dumps(given) if suffix == "json" else "\n".join(map(json.dumps, given)) + "\n\n")
@@ -183,7 +183,7 @@ def test_a_saved_dataset(tmp_path: Path, as_dict: bool) -> None:
     assert check_samples(found[i] for i in range(3)) == 3
 
 
-def test_a_line_or_sample_that_cannot_be_read_keeps_its_place_as_a_fault(tmp_path: Path) -> None:
+def test_a_line_or_sample_that_cannot_be_read_keeps_its_place_as_a_error(tmp_path: Path) -> None:
     good = json.dumps({"messages": [user("q"), ANSWER]})
     (tmp_path / "bad.jsonl").write_bytes(
         b"\n".join([good.encode(), b"", b'{"messages": [}', b"[1]", b'{"messages": "\xff"}', good.encode()])
@@ -213,7 +213,7 @@ def test_a_line_or_sample_that_cannot_be_read_keeps_its_place_as_a_fault(tmp_pat
     assert check_sample(found[1], 1).images == ()
 
 
-def test_faults_of_a_source_are_named(tmp_path: Path) -> None:
+def test_errors_of_a_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no dataset file at {tmp_path}/none\.jsonl"):
         load_samples(str(tmp_path / "none.jsonl"))
     (tmp_path / "bad.json").write_text("{")

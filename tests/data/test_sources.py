@@ -19,7 +19,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(folder: Path, count: int = 3) -> Path:
+def images(folder: Path, count: int = 3) -> Path:
     folder.mkdir(parents=True)
     for number, sample in enumerate(make_samples(count, seed=5)):
         sample["images"][0].save(folder / f"{number}.png")
@@ -27,7 +27,7 @@ def pictures(folder: Path, count: int = 3) -> Path:
 
 
 def mixed_types() -> list[dict[str, Any]]:
-    """A picture, two pictures, none; ids as text and as numbers: what Arrow cannot hold in one column."""
+    """A image, two images, none; ids as text and as numbers: what Arrow cannot hold in one column."""
     one = {"id": "x1", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nq"}, ANSWER]}
     two = {
         "id": "x2",
@@ -44,9 +44,9 @@ def write(path: Path, given: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_stream_of_samples_with_one_and_several_pictures_rejects_none(tmp_path: Path, suffix: str) -> None:
+def test_a_stream_of_samples_with_one_and_several_images_rejects_none(tmp_path: Path, suffix: str) -> None:
     given = mixed_types()
-    path = write(pictures(tmp_path / "set") / f"samples{suffix}", given)
+    path = write(images(tmp_path / "set") / f"samples{suffix}", given)
     for source in (path, path.parent):
         stream = StreamedSamples(
             stream_samples(str(source)), ConversationCollator(build("llava")[1]), max_bad_samples=0.0
@@ -59,7 +59,7 @@ def test_a_stream_of_samples_with_one_and_several_pictures_rejects_none(tmp_path
 
 
 def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> None:
-    path = write(pictures(tmp_path / "set") / "samples.jsonl", mixed_types())
+    path = write(images(tmp_path / "set") / "samples.jsonl", mixed_types())
     path.write_text(path.read_text() + "\n{torn")
     stream = StreamedSamples(stream_samples(str(path)), ConversationCollator(build("llava")[1]), max_bad_samples=0.2)
     assert len(list(stream)) == 4
@@ -67,7 +67,7 @@ def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> No
 
 
 def test_the_images_folder_is_where_paths_begin(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "elsewhere")
+    folder = images(tmp_path / "elsewhere")
     path = write(tmp_path / "samples.jsonl", mixed_types())
     collator = ConversationCollator(build("llava")[1])
     assert prepare(load_samples(str(path)), collator, max_bad_samples=1.0).report["rejected"] == {"missing_file": 3}
@@ -99,7 +99,7 @@ def test_a_configuration_and_a_split_of_a_dataset_laid_out_as_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.chdir("/")
-    folder = pictures(tmp_path / "hub" / "pictures").parent
+    folder = images(tmp_path / "hub" / "pictures").parent
     lines = [
         {
             "messages": [

@@ -47,15 +47,15 @@ def test_a_rate_below_above_and_between(fps: float, expected: list[int], tmp_pat
     assert list(decode_video(str(tmp_path / "a.mp4"), "r", fps=fps).indices) == expected
 
 
-def test_a_film_of_one_frame_and_one_in_bytes(tmp_path: Path) -> None:
+def test_a_video_of_one_frame_and_one_in_bytes(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=1)
     found = decode_video({"bytes": (tmp_path / "a.mp4").read_bytes(), "path": "gone.mp4"}, "r")
     assert (found.indices, found.total) == ((0,), 1)
 
 
 @pytest.mark.parametrize("turn", [90, 180, -90])
-def test_a_turned_film_is_upright(turn: int, tmp_path: Path) -> None:
-    """The oracle: where the red half lies after turning the picture counter-clockwise."""
+def test_a_turned_video_is_upright(turn: int, tmp_path: Path) -> None:
+    """The oracle: where the red half lies after turning the image counter-clockwise."""
     write_video(tmp_path / "a.mp4", frames=2, turn=turn)
     frame = decode_video(tmp_path / "a.mp4", "r").frames[0].astype(int)
     height, width = frame.shape[:2]
@@ -97,7 +97,7 @@ def test_other_cut_files_are_refused_half_a_second_before_their_end(name: str, c
         assert reason(tmp_path / name)[0] == "unreadable_video"
 
 
-def test_sound_text_and_folders_are_no_films(tmp_path: Path) -> None:
+def test_sound_text_and_folders_are_no_videos(tmp_path: Path) -> None:
     write_sound(tmp_path / "a.mp4")
     assert reason(tmp_path / "a.mp4") == (
         "unreadable_video",
@@ -127,7 +127,7 @@ def test_the_pixel_limit_holds_for_one_frame_and_for_all(tmp_path: Path) -> None
 
 
 def written(folder: Path) -> Path:
-    """Eight usable samples in both formats and eight that are not, two of each kind of fault."""
+    """Eight usable samples in both formats and eight that are not, two of each kind of error."""
     write_video(folder / "clip.mp4")
     write_video(folder / "big.mp4", frames=2, size=(640, 480))
     write_sound(folder / "sound.mp4")
@@ -172,8 +172,8 @@ def test_a_video_column_of_a_dataset_is_left_as_bytes(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4")
     content = [{"type": "video"}, {"type": "text", "text": "what?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
-    film = {"bytes": (tmp_path / "clip.mp4").read_bytes(), "path": None}
-    given = datasets.Dataset.from_list([{"messages": turns, "videos": [film]}])
+    video = {"bytes": (tmp_path / "clip.mp4").read_bytes(), "path": None}
+    given = datasets.Dataset.from_list([{"messages": turns, "videos": [video]}])
     given = given.cast_column("videos", datasets.List(datasets.Video(decode=False)))
     given.cast_column("videos", datasets.List(datasets.Video())).to_parquet(str(tmp_path / "samples.parquet"))
     found = prepare(

@@ -1,4 +1,4 @@
-"""`oneshot` looks at its samples as `train` does: counted, left out, ordered by a seed, and refused when too many fail."""
+"""`oneshot` inspects its samples as `train` does: counted, left out, ordered by a seed, and refused when too many fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONESHOT = {"epochs": 1.0, "learning_rate": 1.0e-3}
 
 
 def written(folder: Path, broken: int) -> str:
-    """Ten samples on disk, the picture of sample `broken` cut off."""
+    """Ten samples on disk, the image of sample `broken` cut off."""
     lines = []
     for number, sample in enumerate(make_samples(10, seed=41)):
         path = folder / f"{number}.png"
@@ -41,9 +41,7 @@ def asked(pair: Pair, out: Path, dataset: Any, **options: Any) -> Any:
     )
 
 
-def test_a_broken_picture_is_counted_and_left_out(
-    llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_image_is_counted_and_left_out(llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = asked(llava, tmp_path / "out", load_samples(written(tmp_path, 7)), max_bad_samples=0.1)
     assert done.verification["verified"]
     assert (done.data["samples"], done.data["usable"], done.data["rejected"]) == (10, 9, {"unreadable_image": 1})

@@ -20,7 +20,7 @@ from grace_plugin.teacher.base import model_inputs
 from grace_plugin.upstream import match_named_modules
 from grace_plugin.vlm import Family, capture, check_pixels, family_of, matches
 from tests.tiny import build, make_samples
-from tests.videos import films
+from tests.videos import video_samples
 
 Built = tuple[Any, Any]
 
@@ -38,7 +38,7 @@ def collated(processor: Any, chosen: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def video_sample(frames: int, seed: int = 0) -> dict[str, Any]:
     """A sample with one video."""
-    asked = films(seed + 1, frames)[seed]
+    asked = video_samples(seed + 1, frames)[seed]
     answer = {"role": "assistant", "content": "a red square"}
     return {"messages": [*asked["messages"], answer], "videos": [list(asked["videos"][0][0])]}
 

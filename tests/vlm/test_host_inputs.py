@@ -14,7 +14,7 @@ from grace_plugin.vlm import family_of
 from grace_plugin.vlm.transfer import single_thread
 from tests.threads import Threads
 from tests.tiny import EVERY, build, make_samples
-from tests.videos import films
+from tests.videos import video_samples
 
 GRIDS = [name for name in EVERY if name.startswith("qwen")]
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def batch_of(processor: Any, kind: str) -> dict[str, Tensor]:
     if kind == "images":
         chosen = make_samples(1, seed=4, images=2) + make_samples(2, seed=1) + make_samples(1, seed=3, images=0)
     else:
-        asked = films(1, 4)[0]
+        asked = video_samples(1, 4)[0]
         answer = {"role": "assistant", "content": "a red square"}
         chosen = [{"messages": [*asked["messages"], answer], "videos": [list(asked["videos"][0][0])]}]
         chosen += make_samples(1, seed=1) if kind == "both" else []
