@@ -15,7 +15,7 @@ __all__ = ["Pair", "loaded", "mixed_samples", "modifier_of", "pair", "recipe_tex
 
 
 class Pair(NamedTuple):
-    """Folders of a student and of a wider, deeper teacher whose head is padded to more samples."""
+    """Folders of a student and of a wider, deeper teacher whose head is padded to more rows."""
 
     family: str
     student: Path

@@ -66,7 +66,7 @@ def build(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random float32 model in eval mode and its processor.
 
-    hidden: decoder width, a multiple of 256 (MLP: 1.5 times as wide). layers: decoder depth. vocab_rows: samples of the
+    hidden: decoder width, a multiple of 256 (MLP: 1.5 times as wide). layers: decoder depth. vocab_rows: rows of the
     embedding and the head, at least the tokenizer's length, which is the default. words: "plain" or "other" tokenizer.
     The global random state is left as it was.
     """

@@ -28,7 +28,7 @@ LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                 "<|video_pad|>"]  # fmt: skip
 MARKS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-GRID = {f"r{r}c{c}": f"<sample_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
+GRID = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
 CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 TILES = {
     "fake": "<fake_token_around_image>",
