@@ -3,7 +3,7 @@
     python -m benchmarks.full_size [--teacher resident|cached|self] [--method full|scales|lora] [--steps 8] [--batch 4]
 
 What is real: `train` itself with its checks, Trainer, the kernels, the files. What is not: the weights, drawn at random, and a
-tokenizer of some hundred words below a head of 151,936 rows. Rows hold two pictures of 256 tokens each and about 500 supervised
+tokenizer of some hundred words below a head of 151,936 rows. Rows hold two images of 256 tokens each and about 500 supervised
 tokens. Seconds of each part, peak memory of the device and of the process, and what verification found, as JSON.
 
 `--serve FOLDER` leaves the checkpoint, questions and transformers' answers there as `integration.serve_cuda` reads them:
@@ -41,7 +41,7 @@ IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_
 
 
 def make_pair(folder: Path, shapes: dict[str, Any], device: str, shrink: int) -> None:
-    """Write models of these shapes in bfloat16, each with the processor of the tiny Qwen3-VL, its pictures larger."""
+    """Write models of these shapes in bfloat16, each with the processor of the tiny Qwen3-VL, its images larger."""
     tiny, processor = build("qwen3_vl")
     size = {"shortest_edge": 256 * 256, "longest_edge": 1024 * 1024}
     processor.image_processor.size = size  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ def make_pair(folder: Path, shapes: dict[str, Any], device: str, shrink: int) ->
 
 
 def conversations(count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows whose answers say of the pictures what they show, several times."""
+    """Rows whose answers say of the images what they show, several times."""
     made = make_samples(count, seed=seed, images=PICTURES, size=SIDE)
     for row in made:
         (said,) = row["messages"][-1]["content"]

@@ -2,5 +2,5 @@
 
 Teacher and student are LLaVA models trained here, from scratch, on scenes composed of CIFAR-10 photographs. The teacher has
 learned from many photographs; the student, and every method, has a small set of others. One row is one model, one JSON file.
-`--set captions` is the same on a second data set, pictures with free-form captions.
+`--set captions` is the same on a second data set, images with free-form captions.
 """

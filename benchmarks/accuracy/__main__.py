@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.accuracy.caption_work import CAPTION_SIZES, TOLD, CaptionWork
-from benchmarks.accuracy.captions import load_pictures, pack_pictures
+from benchmarks.accuracy.captions import load_images, pack_images
 from benchmarks.accuracy.photos import load, pack
 from benchmarks.accuracy.pool import make_all
 from benchmarks.accuracy.rows import RESULTS, Store
@@ -35,7 +35,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--photos", default="npm", help="npm, a folder, a packed file, or a Hugging Face id of CIFAR-10"
     )
-    parser.add_argument("--pictures", default="debian", help="of --set captions: debian, a folder, or a packed file")
+    parser.add_argument("--images", default="debian", help="of --set captions: debian, a folder, or a packed file")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after so many minutes")
     parser.add_argument(
@@ -46,7 +46,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--student-photos", type=int, help="photographs that the student and every method learn from")
     parser.add_argument(
-        "--again", action="store_true", help="make rows anew beside the recorded ones, with the recorded rates"
+        "--again",
+        action="store_true",
+        help="make rows again without replacing the recorded ones, with the recorded rates",
     )
     parser.add_argument("--table", action="store_true", help="make the table alone, from the rows that are there")
     parser.add_argument(
@@ -56,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def packed(source: str, file: Path, make: Callable[[str, Path], None]) -> str:
-    """The file of pictures: the source is read once, for all processes and later runs."""
+    """The file of images: the source is read once, for all processes and later runs."""
     if Path(source).is_file():
         return source
     if not file.is_file():
@@ -115,7 +117,7 @@ def main() -> None:
             clear(rows, size, store, recorded)
         if captions:
             make_scene_pair(rows, given, folder.parent, until)
-            source = packed(given.pictures, folder / "captions.npz", lambda s, f: pack_pictures(load_pictures(s), f))
+            source = packed(given.images, folder / "captions.npz", lambda s, f: pack_images(load_images(s), f))
         else:
             source = photos_of(given, folder, size)
         left = make_all(rows, (size, store, folder, source), given.workers, until, kind)

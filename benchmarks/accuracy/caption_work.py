@@ -1,14 +1,14 @@
-"""Rows of the second data set: the same pair, methods, search and loops on captions of known pictures in unseen views.
+"""Rows of the second data set: the same pair, methods, search and loops on captions of known images in unseen views.
 
 The pair is the scene study's: teacher and student start from its trained members, the tower stays frozen, and both learn the
-known pictures' captions by cross-entropy before any method does. A question is a known picture in a view that training does not
-show (`captions.draw`), and right as in the scene study: greedy decoding gives the whole caption. Questions lie picture by
-picture, as many for each, which the record says (`cluster`).
+known images' captions by cross-entropy before any method does. A question is a known image in a view that training does not
+show (`captions.draw`), and right as in the scene study: greedy decoding gives the whole caption. Questions lie image by
+image, as many for each, which the record says (`cluster`).
 
-Beside it stands what is known of other pictures (`held_out`): how often a held-out picture's caption has a higher mean
-log-probability per token (end of turn included) than 15 captions of other held-out pictures, and the nats per token of its own.
+Beside it stands what is known of other images (`held_out`): how often a held-out image's caption has a higher mean
+log-probability per token (end of turn included) than 15 captions of other held-out images, and the nats per token of its own.
 
-Legend: P pictures, C distinct captions, R rows.
+Legend: P images, C distinct captions, R samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, log_softmax
 
-from benchmarks.accuracy.captions import PROMPT, CaptionRows, Easel, Pictures, draw, load_pictures, split
+from benchmarks.accuracy.captions import PROMPT, CaptionedImages, CaptionSamples, Easel, draw, load_images, split
 from benchmarks.accuracy.data import Text, predicting, score
 from benchmarks.accuracy.rows import Store, scored
 from benchmarks.accuracy.scenes import Album
@@ -40,11 +40,11 @@ TOLD = (
     f"{OTHERS} captions of others of them ({100 / (OTHERS + 1):.2f} by chance)."
 )
 
-#: test_rows and validation_rows are questions, at least: each picture has as many
+#: test_rows and validation_rows are questions, at least: each image has as many
 CAPTION_SIZES: dict[str, Size] = {
     "gpu": replace(
         SIZES["gpu"], photos={}, tower_steps=0, teacher_steps=400, student_steps=150, steps=150, seeds=3,
-        test_rows=5000, validation_rows=2500, rates=(2e-4, 6e-4, 1.8e-3, 5.4e-3), weights=2,
+        test_samples=5000, validation_samples=2500, rates=(2e-4, 6e-4, 1.8e-3, 5.4e-3), weights=2,
     ),
     "cpu": replace(SIZES["cpu"], photos={}, tower_steps=0, teacher_steps=40, student_steps=30),
     "tiny": replace(
@@ -56,7 +56,7 @@ CAPTION_SIZES: dict[str, Size] = {
 def choice_accuracy(mean: np.ndarray, own: np.ndarray, unlike: np.ndarray, others: int) -> float:
     """How often the own caption beats `others` captions drawn without replacement from those unlike it: expected, not drawn.
 
-    mean: log-probability per token of each picture's captions, [P, C]; own: column of its own, int64 [P]; unlike: bool [P, C].
+    mean: log-probability per token of each image's captions, [P, C]; own: column of its own, int64 [P]; unlike: bool [P, C].
     """
     rivals = unlike.sum(1)[:, None]
     better = ((mean >= np.take_along_axis(mean, own[:, None], 1)) & unlike).sum(1)[:, None]  # a draw is lost
@@ -65,11 +65,11 @@ def choice_accuracy(mean: np.ndarray, own: np.ndarray, unlike: np.ndarray, other
 
 
 @torch.no_grad()
-def likelihood(model: Any, rows: CaptionRows, text: Text, album: Album) -> tuple[np.ndarray, np.ndarray]:
+def likelihood(model: Any, samples: CaptionSamples, text: Text, album: Album) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of each row's caption in nats, float64 [R], and its tokens, int64 [R]; end of turn included."""
-    total, tokens = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
+    total, tokens = torch.zeros(len(samples), dtype=torch.float64), torch.zeros(len(samples), dtype=torch.int64)
     weight = model.lm_head.weight.float()
-    for number, token, hidden in predicting(model, rows, text, album):
+    for number, token, hidden in predicting(model, samples, text, album):
         each = log_softmax(linear(hidden.float(), weight), -1).gather(1, token.to(hidden.device)[:, None])[:, 0]
         total.index_add_(0, number, each.double().cpu())
         tokens.index_add_(0, number, torch.ones_like(number))
@@ -77,37 +77,40 @@ def likelihood(model: Any, rows: CaptionRows, text: Text, album: Album) -> tuple
 
 
 class CaptionWork(Work):
-    """What a process keeps between rows. folder: below the scene study's, which holds its pair; source: of the pictures."""
+    """What a process keeps between rows. folder: below the scene study's, which holds its pair; source: of the images."""
 
     naming_weight = 0.0
 
     def __init__(self, size: Size, store: Store, folder: Path, source: str) -> None:
         super().__init__(size, store, folder, source)
-        self.pictures: Pictures = load_pictures(source)
-        self.known, self.held_out = split(self.pictures.captions)
+        self.images: CaptionedImages = load_images(source)
+        self.known, self.held_out = split(self.images.captions)
         self.size = replace(size, photos=dict.fromkeys(("teacher", "student"), len(self.known)))
 
     @cached_property
     def albums(self) -> dict[str, Album]:
-        easel = Easel(self.pictures.pixels, self.device)
+        easel = Easel(self.images.pixels, self.device)
         return dict.fromkeys(("teacher", "student", "validation", "test"), easel)
 
     @cached_property
     def text(self) -> Text:
-        return Text(([PROMPT], self.pictures.texts))
+        return Text(([PROMPT], self.images.texts))
 
     @cached_property
-    def rows(self) -> dict[str, Any]:
-        asked = {"validation": (VALIDATION_SEED, self.size.validation_rows), "test": (TEST_SEED, self.size.test_rows)}
+    def samples(self) -> dict[str, Any]:
+        asked = {
+            "validation": (VALIDATION_SEED, self.size.validation_samples),
+            "test": (TEST_SEED, self.size.test_samples),
+        }
         views = {
-            part: draw(seed, self.known.repeat(-(-count // len(self.known))), self.pictures, view=True)
+            part: draw(seed, self.known.repeat(-(-count // len(self.known))), self.images, view=True)
             for part, (seed, count) in asked.items()
         }
-        return {"student": self.drawn(TRAIN_SEED, self.size.rows, "student"), **views}
+        return {"student": self.drawn(TRAIN_SEED, self.size.samples, "student"), **views}
 
-    def drawn(self, seed: int, count: int, part: str) -> CaptionRows:
-        """Shuffled epochs of the known pictures; the teacher's are drawn anew at every step."""
-        return draw(seed, self.known[order_of(seed, len(self.known), 1, count)[0]], self.pictures)
+    def drawn(self, seed: int, count: int, part: str) -> CaptionSamples:
+        """Shuffled epochs of the known images; the teacher's are drawn again at every step."""
+        return draw(seed, self.known[order_of(seed, len(self.known), 1, count)[0]], self.images)
 
     def beginning(self, row: Row) -> Any:
         """The scene study's member of that name."""
@@ -116,21 +119,21 @@ class CaptionWork(Work):
         return model
 
     def _pair(self, row: Row) -> dict[str, Any]:
-        return super()._pair(row) | {"pictures": self.pictures.told}
+        return super()._pair(row) | {"pictures": self.images.told}
 
     def score(self, model: Any, part: str) -> dict[str, Any]:
-        model, rows = self.computing(model), self.rows[part]
-        right = score(model, rows, self.text, self.albums[part])
-        said = {"part": part, **scored(right, self.pictures.kind[rows.picture], self.pictures.kinds)}
-        said["cluster"] = len(rows) // len(self.known)
+        model, samples = self.computing(model), self.samples[part]
+        right = score(model, samples, self.text, self.albums[part])
+        said = {"part": part, **scored(right, self.images.kind[samples.image], self.images.kinds)}
+        said["cluster"] = len(samples) // len(self.known)
         return said if part == "validation" else said | {"held_out": self.choose(model)}
 
     def choose(self, model: Any) -> dict[str, float]:
-        """What is known of held-out pictures: each is run with every caption of theirs, and the choices follow from that."""
-        captions, own = np.unique(self.pictures.answer[self.held_out], return_inverse=True)
-        rows = CaptionRows.plain(self.held_out.repeat(len(captions)), np.tile(captions, len(self.held_out)))
-        total, tokens = (a.reshape(len(own), -1) for a in likelihood(model, rows, self.text, self.albums["test"]))
-        folded = np.array([self.pictures.texts[number].casefold() for number in captions])
+        """What is known of held-out images: each is run with every caption of theirs, and the choices follow from that."""
+        captions, own = np.unique(self.images.answer[self.held_out], return_inverse=True)
+        samples = CaptionSamples.plain(self.held_out.repeat(len(captions)), np.tile(captions, len(self.held_out)))
+        total, tokens = (a.reshape(len(own), -1) for a in likelihood(model, samples, self.text, self.albums["test"]))
+        folded = np.array([self.images.texts[number].casefold() for number in captions])
         unlike = folded != folded[own][:, None]
         others, at = min(OTHERS, unlike.sum(1).min()), (np.arange(len(own)), own)
         accuracy = choice_accuracy(total / tokens, own, unlike, others)

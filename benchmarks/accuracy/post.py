@@ -59,11 +59,11 @@ def recipe_of(method: str, options: dict[str, Any]) -> Any:
     return QuantizationModifier(**options)
 
 
-def calibration(rows: Asked, text: Text, album: Album, batch_size: int = 8) -> list[dict[str, torch.Tensor]]:
+def calibration(samples: Asked, text: Text, album: Album, batch_size: int = 8) -> list[dict[str, torch.Tensor]]:
     """Batches of training rows in bfloat16, without labels; a rest that fills no batch is left out."""
     batches = []
-    for start in range(0, len(rows) - batch_size + 1, batch_size):
-        batch, _ = batch_of(rows.take(np.arange(start, start + batch_size)), text, album)
+    for start in range(0, len(samples) - batch_size + 1, batch_size):
+        batch, _ = batch_of(samples.take(np.arange(start, start + batch_size)), text, album)
         batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
         batches.append({name: value for name, value in batch.items() if name != "labels"})
     return batches

@@ -3,7 +3,7 @@
 A place is a pair of decoder layers (student's, teacher's) and a kind of token. The term is the mean over places of one kind,
 summed over kinds, with the recipe's weight; a row's text is its question and answer. Everything else is GRACE.
 
-Legend: R rows, L layers, S sequence, d_t teacher width, B batch.
+Legend: R samples, L layers, S sequence, d_t teacher width, B batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.pair import IMAGE, PAD
-from benchmarks.accuracy.scenes import Album, Rows
+from benchmarks.accuracy.scenes import Album, Samples
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.losses.relational import relational_loss
 from grace_plugin.objective import GraceObjective
@@ -50,13 +50,13 @@ def outputs(decoder: Any, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]
 
 @torch.no_grad()
 def deep_states(
-    teacher: Any, layers: tuple[int, ...], rows: Rows, text: Text, album: Album, batch_size: int = 512
+    teacher: Any, layers: tuple[int, ...], samples: Samples, text: Text, album: Album, batch_size: int = 512
 ) -> Tensor:
     """The teacher's states after some layers at every position of the training rows, [R, L, S, d_t] in its dtype."""
     found, dtype = [], next(teacher.parameters()).dtype
     teacher.eval()
-    for start in range(0, len(rows), batch_size):
-        batch, _ = batch_of(rows.take(np.arange(start, min(len(rows), start + batch_size))), text, album)
+    for start in range(0, len(samples), batch_size):
+        batch, _ = batch_of(samples.take(np.arange(start, min(len(samples), start + batch_size))), text, album)
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
         with outputs(teacher.model.language_model, layers) as seen:
             teacher(**model_inputs(batch), use_cache=False, logits_to_keep=1)
@@ -111,7 +111,7 @@ class RelationObjective(GraceObjective):
 
 
 def tokens_of(ids: Tensor, kind: str) -> tuple[Tensor, tuple[int, ...]]:
-    """Flat positions [M] of a kind of token in ids [B, S], and how many each row has; text is what follows the picture."""
-    picture = ids == IMAGE
-    chosen = picture if kind == "visual" else (picture.cumsum(1) > 0) & ~picture & (ids != PAD)
+    """Flat positions [M] of a kind of token in ids [B, S], and how many each row has; text is what follows the image."""
+    image = ids == IMAGE
+    chosen = image if kind == "visual" else (image.cumsum(1) > 0) & ~image & (ids != PAD)
     return chosen.flatten().nonzero().squeeze(1), tuple(chosen.sum(1).tolist())

@@ -4,7 +4,7 @@ Five types: identity (what stands in a cell), place (where the only one of its c
 existence in a row or column. Answers are balanced by construction. A set of rows is a few small arrays made from a seed; pixels
 are composed on the device from one uint8 tensor of photographs when a batch is asked for.
 
-Legend: R rows, B batch, n photographs of a scene at most (9), P photographs, S sequence.
+Legend: R samples, B batch, n photographs of a scene at most (9), P photographs, S sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.photos import CLASSES, SIZE, Photos
 
-__all__ = ["CANVAS", "TYPES", "Album", "Asked", "Rows", "compose", "draw", "sentences"]
+__all__ = ["CANVAS", "TYPES", "Album", "Asked", "Samples", "compose", "draw", "sentences"]
 
 TYPES = ("identity", "place", "count", "comparison", "existence")
 CANVAS, CELLS = 96, 9
@@ -42,7 +42,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Rows(Asked):
+class Samples(Asked):
     """A set of questions about scenes. photos, flip, shift: by cell, row-major in the scene's own grid."""
 
     type: np.ndarray  # int64 [R], index into TYPES
@@ -73,7 +73,7 @@ QUESTION_AT = dict(zip(TYPES, (0, 9, 19, 29, 129)))  # where each type's questio
 NAME, PLURAL, NUMBER, NEITHER, YES, NO, PLACE = 0, 10, 20, 26, 27, 28, 29  # where each kind of answer begins
 
 
-def draw(seed: int, count: int, photos: Photos, *, augment: bool, types: tuple[str, ...] = TYPES) -> Rows:
+def draw(seed: int, count: int, photos: Photos, *, augment: bool, types: tuple[str, ...] = TYPES) -> Samples:
     """`count` rows from a seed, the types by turns. augment: photographs mirrored and shifted by up to 2 pixels at random."""
     rng = np.random.default_rng(seed)
     type_ = np.array([TYPES.index(t) for t in types])[np.arange(count) % len(types)]
@@ -103,7 +103,7 @@ def draw(seed: int, count: int, photos: Photos, *, augment: bool, types: tuple[s
     flip = rng.random((count, CELLS)) < (0.5 if augment else 0.0)
     most = LARGEST_SHIFT if augment else 0
     shift = rng.integers(-most, most + 1, (count, CELLS, 2))
-    return Rows(type_, grid, classes, picked, flip, shift, question, answer)
+    return Samples(type_, grid, classes, picked, flip, shift, question, answer)
 
 
 def _identity(rng, grid, rank, target, other, classes, rest):  # type: ignore[no-untyped-def]
@@ -165,18 +165,18 @@ class Album:
     def __init__(self, photos: Photos, device: torch.device, whole: bool = False) -> None:
         self.pixels, self.whole = torch.from_numpy(photos[0]).to(device), whole
 
-    def compose(self, rows: Asked) -> Tensor:
+    def compose(self, samples: Asked) -> Tensor:
         """Pixels of the rows, float32 [B, 3, 96, 96] in [-1, 1]."""
-        assert isinstance(rows, Rows)
-        return compose(self, rows)
+        assert isinstance(samples, Samples)
+        return compose(self, samples)
 
 
-def compose(album: Album, rows: Rows) -> Tensor:
+def compose(album: Album, samples: Samples) -> Tensor:
     """Pixels of the rows' scenes, float32 [B, 3, 96, 96] in [-1, 1]; a 2x2 scene has its photographs enlarged to 48 pixels."""
     device = album.pixels.device
     photos, flip, shift, grid = (
         torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True)
-        for part in (rows.photos, rows.flip, rows.shift, rows.grid)
+        for part in (samples.photos, samples.flip, samples.shift, samples.grid)
     )
     line = torch.arange(SIZE, device=device)
     ys = (line + shift[..., :1]).clamp(0, SIZE - 1)

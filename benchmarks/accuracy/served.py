@@ -1,6 +1,6 @@
 """`python -m benchmarks.accuracy.served ROW --serve-python PYTHON`: a row's checkpoint through transformers and through vLLM.
 
-Both read the same folder and the same pictures, in whole 8-bit steps as a PNG holds them (the study's own scenes have fractions
+Both read the same folder and the same images, in whole 8-bit steps as a PNG holds them (the study's own scenes have fractions
 where photographs are enlarged). transformers is fed the answers (`data.score`), vLLM generates greedily. Written to
 results/accuracy/served.json, one entry for each row and device.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.accuracy.data import score
 from benchmarks.accuracy.rows import RESULTS, Store, revision
-from benchmarks.accuracy.scenes import Album, Rows, compose, sentences
+from benchmarks.accuracy.scenes import Album, Samples, compose, sentences
 from benchmarks.accuracy.study import SIZES, Row
 from benchmarks.accuracy.work import Work
 from grace_plugin.export.record import environment
@@ -30,32 +30,34 @@ from grace_plugin.serve.probe import Job, probe
 __all__ = ["compare_engines", "questions_of"]
 
 
-def questions_of(rows: Rows, album: Album) -> list[dict[str, Any]]:
-    """Messages and picture of every row, as `grace_plugin.serve.probe.Job` takes them."""
+def questions_of(samples: Samples, album: Album) -> list[dict[str, Any]]:
+    """Messages and image of every row, as `grace_plugin.serve.probe.Job` takes them."""
     asked, found = sentences()[0], []
-    for start in range(0, len(rows), 1000):
-        part = rows.take(np.arange(start, min(len(rows), start + 1000)))
+    for start in range(0, len(samples), 1000):
+        part = samples.take(np.arange(start, min(len(samples), start + 1000)))
         pixels = ((compose(album, part) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for picture, question in zip(pixels, part.question, strict=True):
+        for image, question in zip(pixels, part.question, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": asked[question]}]
-            found.append({"messages": [{"role": "user", "content": content}], "images": [Image.fromarray(picture)]})
+            found.append({"messages": [{"role": "user", "content": content}], "images": [Image.fromarray(image)]})
     return found
 
 
-def compare_engines(checkpoint: Path, rows: Rows, work: Work, python: Path, engine: dict[str, Any]) -> dict[str, Any]:
+def compare_engines(
+    checkpoint: Path, samples: Samples, work: Work, python: Path, engine: dict[str, Any]
+) -> dict[str, Any]:
     """Accuracy of `checkpoint` on `rows` by both engines, in percent, and on how many questions they disagree."""
     album = Album(work.photos["test"], work.device, whole=True)
     begun = time.time()
-    mine = score(load(checkpoint).to(work.device), rows, work.text, album)
+    mine = score(load(checkpoint).to(work.device), samples, work.text, album)
     between = time.time()
     job = Job(
-        checkpoint, questions_of(rows, album), max_tokens=work.text.longest, top=0, max_model_len=96, engine=engine
+        checkpoint, questions_of(samples, album), max_tokens=work.text.longest, top=0, max_model_len=96, engine=engine
     )
     (served,), log = probe(python, [job], timeout=3600.0)
     answers = sentences()[1]
-    theirs = np.array([one.text.strip() == answers[right] for one, right in zip(served, rows.answer, strict=True)])
+    theirs = np.array([one.text.strip() == answers[right] for one, right in zip(served, samples.answer, strict=True)])
     return {
-        "questions": len(rows), "transformers": 100 * float(mine.mean()), "vllm": 100 * float(theirs.mean()),
+        "questions": len(samples), "transformers": 100 * float(mine.mean()), "vllm": 100 * float(theirs.mean()),
         "points": 100 * float(theirs.mean() - mine.mean()), "disagree": int((mine != theirs).sum()),
         "kernel": kernel_of(log), "seconds": {"transformers": between - begun, "vllm": time.time() - between},
     }  # fmt: skip
@@ -73,9 +75,9 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={"max_num_seqs": 64}, help="arguments of vLLM's LLM, JSON")
     given = parser.parse_args()
     row, work = Row.parse(given.row), Work(SIZES[given.size], Store(), Path("build/accuracy"), given.photos)
-    rows = work.rows["test"]
-    rows = rows.take(np.arange(given.questions or len(rows)))
-    found = compare_engines(given.checkpoint or work.checkpoint(row), rows, work, given.serve_python, given.engine)
+    samples = work.samples["test"]
+    samples = samples.take(np.arange(given.questions or len(samples)))
+    found = compare_engines(given.checkpoint or work.checkpoint(row), samples, work, given.serve_python, given.engine)
     device = environment()["device"]
     entry = {"row": row.name, **found, "environment": environment(), "revision": revision(),
              "command": f"python -m benchmarks.accuracy.served {row.name} --serve-python PYTHON"}  # fmt: skip

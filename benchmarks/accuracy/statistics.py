@@ -50,7 +50,7 @@ class Group:
 
     @property
     def held_out(self) -> float | None:
-        """Percent of right choices on held-out pictures, mean over seeds; None where it was not recorded."""
+        """Percent of right choices on held-out images, mean over seeds; None where it was not recorded."""
         found = [record["held_out"]["accuracy"] for record in self.records if "held_out" in record]
         return 100 * float(np.mean(found)) if found else None
 

@@ -119,7 +119,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the study. photos: used of each part; rows: of the one training set; rates: searched; weights: how many of a
+    """A size of the study. photos: used of each part; samples: of the one training set; rates: searched; weights: how many of a
     method's weights are searched, the last ones; tower_steps: 0 where the pair starts from trained members.
     """
 
@@ -133,9 +133,9 @@ class Size:
     student_steps: int
     student_batch: int
     student_rate: float
-    rows: int
-    test_rows: int
-    validation_rows: int
+    samples: int
+    test_samples: int
+    validation_samples: int
     steps: int
     batch: int
     rates: tuple[float, ...]
@@ -154,20 +154,20 @@ SIZES: dict[str, Size] = {
     "gpu": Size(
         Shape(640, 8, 1792), Shape(256, 4, 640), {"teacher": 20000, "student": 2048, "validation": 1024, "test": 3200},
         tower_steps=600, teacher_steps=1600, teacher_batch=256, teacher_rate=6e-4,
-        student_steps=1000, student_batch=256, student_rate=1.5e-3, rows=16384, test_rows=15000, validation_rows=5000,
+        student_steps=1000, student_batch=256, student_rate=1.5e-3, samples=16384, test_samples=15000, validation_samples=5000,
         steps=1000, batch=256, rates=(2e-4, 6e-4, 1.8e-3, 3.1e-3, 5.4e-3, 9.4e-3), seeds=5, weights=3,
         other_teachers=(Shape(384, 6, 1024), Shape(896, 10, 2560)),
     ),
     "cpu": Size(
         Shape(128, 3, 256), Shape(128, 2, 128), {"teacher": 2000, "student": 512, "validation": 256, "test": 512},
         tower_steps=40, teacher_steps=80, teacher_batch=16, teacher_rate=1.2e-3,
-        student_steps=50, student_batch=16, student_rate=2e-3, rows=512, test_rows=500, validation_rows=200,
+        student_steps=50, student_batch=16, student_rate=2e-3, samples=512, test_samples=500, validation_samples=200,
         steps=30, batch=16, rates=(1e-3,), seeds=1, calibration=64,
     ),
     "tiny": Size(
         Shape(128, 2, 128), Shape(128, 2, 128), {"teacher": 200, "student": 100, "validation": 60, "test": 200},
         tower_steps=2, teacher_steps=3, teacher_batch=8, teacher_rate=1e-3,
-        student_steps=3, student_batch=8, student_rate=1e-3, rows=32, test_rows=40, validation_rows=20,
+        student_steps=3, student_batch=8, student_rate=1e-3, samples=32, test_samples=40, validation_samples=20,
         steps=6, batch=8, rates=(1e-3, 2e-3), seeds=2, weights=1, calibration=8,
     ),
 }  # fmt: skip
@@ -192,7 +192,7 @@ _MAIN = ("w2g128", "bf16", "w4g128")
 _ABLATED = (
     "grace-kl", "grace-norelation", "grace-nogate", "grace-frozen", "relation", "grace-beta1.0", "grace-beta0.3",
     "grace-default", "grace-minmax", "grace-k2", "grace-k5", "grace-scales", "grace-beta2.0", "grace-beta0.1", "grace-k10",
-    "grace-steps0.4", "kl-steps0.4", "ce-steps0.4", "grace-rows4096", "kl-rows4096", "ce-rows4096", "grace-max4",
+    "grace-steps0.4", "kl-steps0.4", "ce-steps0.4", "grace-rows4096", "kl-rows4096", "ce-rows4096",
     "grace-beta4.0", "grace-rows1024", "grace-steps0.1", "grace-unmasked", "grace-floatscales", "grace-layer-last",
     "grace-layers2", "grace-layers3", "grace-text", "grace-text-alone", "grace-gptq", "grace-awq", "grace-scalerate1",
     "grace-scalerate3", "kl-frozen", "kl-scalerate1", "grace-teacher-small", "kl-teacher-small", "grace-teacher-large",

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.accuracy.blind import FILE
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.plot import picture
+from benchmarks.accuracy.plot import chart
 from benchmarks.accuracy.rows import Store
 from benchmarks.accuracy.statistics import Group, collect, compare
 
@@ -173,8 +173,8 @@ def main_table(groups: Groups, blind: dict[str, Any] | None = None) -> list[str]
         found = [groups[setting, method] for method in ORDER if (setting, method) in groups]
         if len(found) > 1:
             ours = groups.get((setting, "grace"))
-            beside = [groups["pair", m] for m in ("student", "teacher") if ("pair", m) in groups and ours is not None]
-            lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*beside, *found))]
+            pair = [groups["pair", m] for m in ("student", "teacher") if ("pair", m) in groups and ours is not None]
+            lines += ["", f"## {told}", "", *head, *(_line(group, ours) for group in (*pair, *found))]
             lines += ["", f"GRACE at its defaults: {said}."] if (said := missing_default(groups, setting)) else []
             lines += ["", way] if (way := closed(groups, setting)) else []
     return lines
@@ -386,7 +386,7 @@ def write_table(store: Store, results: Path, pages: bool, told: tuple[str, ...] 
     text = "\n".join(parts) + "\n"
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(text)
-    (results / "accuracy.svg").write_text(picture(groups, name_of, SHOWN, ORDER))
+    (results / "accuracy.svg").write_text(chart(groups, name_of, SHOWN, ORDER))
     if pages and any("held_out" in record for record in records):
         _replace_section(PAGE, captions_section(groups, blind), CAPTIONS_BEGIN, CAPTIONS_END)
     elif pages:

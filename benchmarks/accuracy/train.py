@@ -25,7 +25,7 @@ from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.pair import VISUAL, VOCABULARY
 from benchmarks.accuracy.relation import RelationObjective
 from benchmarks.accuracy.rules import RuleObjective
-from benchmarks.accuracy.scenes import Album, Asked, Rows
+from benchmarks.accuracy.scenes import Album, Asked, Samples
 from examples.bundled_demo.plain import PlainObjective
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.objective import GraceObjective
@@ -49,20 +49,20 @@ def mixed(device: torch.device, stored: torch.dtype = torch.bfloat16) -> Any:
     return torch.autocast("cuda", torch.bfloat16) if fast else contextlib.nullcontext()
 
 
-def order_of(seed: int, rows: int, steps: int, batch: int) -> np.ndarray:
+def order_of(seed: int, samples: int, steps: int, batch: int) -> np.ndarray:
     """Row numbers of every step, [steps, batch]: shuffled epochs one after another, from the seed."""
     rng = np.random.default_rng(seed + 1000)
-    epochs = -(-steps * batch // rows)
-    return np.concatenate([rng.permutation(rows) for _ in range(epochs)])[: steps * batch].reshape(steps, batch)
+    epochs = -(-steps * batch // samples)
+    return np.concatenate([rng.permutation(samples) for _ in range(epochs)])[: steps * batch].reshape(steps, batch)
 
 
-def _names(rows: Rows) -> Tensor:
+def _names(samples: Samples) -> Tensor:
     """Of each visual token, the photograph under its centre: class, row and column in the scene's grid, int64 [B * n, 3]."""
     side = math.isqrt(VISUAL)
-    line = (np.arange(side) * 2 + 1)[None] * rows.grid[:, None] // (2 * side)  # [B, side]
+    line = (np.arange(side) * 2 + 1)[None] * samples.grid[:, None] // (2 * side)  # [B, side]
     row, column = np.broadcast_arrays(line[:, :, None], line[:, None, :])
-    row, column = row.reshape(len(rows), -1), column.reshape(len(rows), -1)
-    classes = np.take_along_axis(rows.classes, row * rows.grid[:, None] + column, 1)
+    row, column = row.reshape(len(samples), -1), column.reshape(len(samples), -1)
+    classes = np.take_along_axis(samples.classes, row * samples.grid[:, None] + column, 1)
     return torch.from_numpy(np.stack([classes, row, column], -1)).flatten(0, 1)
 
 
@@ -70,7 +70,7 @@ def from_scratch(
     model: Any, draw: Callable[[int], Any], album: Album, text: Text, *, steps: int, rate: float, seed: int,
     naming_weight: float = NAMING, log: Callable[[str], None] = lambda line: None,
 ) -> None:  # fmt: skip
-    """Train a member by cross-entropy on `draw(step)`, its visual tokens named beside at a weight that falls to 0.
+    """Train a member by cross-entropy on `draw(step)`, its visual tokens named next to at a weight that falls to 0.
 
     naming_weight: 0 for rows that are not scenes.
     """
@@ -81,8 +81,8 @@ def from_scratch(
     optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     model.train()
     for step in range(steps):
-        rows = draw(step)
-        batch, host = batch_of(rows, text, album)
+        samples = draw(step)
+        batch, host = batch_of(samples, text, album)
         labels = host["labels"][:, 1:]
         at = (labels != IGNORE_INDEX).nonzero()
         targets = labels[at[:, 0], at[:, 1]].to(device)
@@ -96,7 +96,7 @@ def from_scratch(
             extra = loss.new_zeros(())
             if naming_weight:
                 named = naming(hidden[:, 2 : 2 + VISUAL]).float().flatten(0, 1)
-                parts = zip(named.split([10, 3, 3], -1), _names(rows).to(device).unbind(-1), strict=True)
+                parts = zip(named.split([10, 3, 3], -1), _names(samples).to(device).unbind(-1), strict=True)
                 extra = torch.stack([cross_entropy(guess, true) for guess, true in parts]).sum()
         optimizer.zero_grad(set_to_none=True)
         (loss + naming_weight * (1 - step / steps) * extra).backward()
@@ -107,7 +107,7 @@ def from_scratch(
 
 
 def learn(
-    model: Any, teacher: Any, method: Method, setting: str, rows: Asked, album: Album, text: Text, *, order: np.ndarray,
+    model: Any, teacher: Any, method: Method, setting: str, samples: Asked, album: Album, text: Text, *, order: np.ndarray,
     rate: float, scales: dict[str, Tensor] | None = None, deep: Tensor | None = None,
 ) -> tuple[dict[str, Any], Frozen]:  # fmt: skip
     """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said, and
@@ -120,7 +120,7 @@ def learn(
     device, steps = album.pixels.device, len(order)
     distill, relational, controller = method.blocks()
     stored = stored_dtype(setting)
-    probe, _ = batch_of(rows.take(order[0]), text, album)
+    probe, _ = batch_of(samples.take(order[0]), text, album)
     quantized = quantize(model, method, setting, probe, scales)
     objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
     if deep is not None:
@@ -143,7 +143,7 @@ def learn(
         share = rate_at(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * share * group["times"]
-        batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
+        batch, host = batch_of(samples.take(numbers), text, album, keys=numbers)
         with mixed(device, stored):
             objective.begin_step([batch], [host])
             loss = objective.compute_loss(model, batch)

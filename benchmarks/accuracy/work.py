@@ -55,12 +55,12 @@ class Work:
         return {part: Album(photos, self.device) for part, photos in self.photos.items()}
 
     @cached_property
-    def rows(self) -> dict[str, Any]:
+    def samples(self) -> dict[str, Any]:
         size = self.size
         return {
-            "student": self.drawn(TRAIN_SEED, size.rows, "student"),
-            "validation": draw(VALIDATION_SEED, size.validation_rows, self.photos["validation"], augment=False),
-            "test": draw(TEST_SEED, size.test_rows, self.photos["test"], augment=False),
+            "student": self.drawn(TRAIN_SEED, size.samples, "student"),
+            "validation": draw(VALIDATION_SEED, size.validation_samples, self.photos["validation"], augment=False),
+            "test": draw(TEST_SEED, size.test_samples, self.photos["test"], augment=False),
         }
 
     def drawn(self, seed: int, count: int, part: str) -> Any:
@@ -72,7 +72,7 @@ class Work:
         if name not in self._teacher:
             model, file = self.open(Row("pair", name, 0)), self.folder / f"{name}-states.pt"
             states = torch.load(file, map_location=self.device) if file.is_file() else None
-            kept = KeptTeacher(model, self.rows["student"], self.text, self.albums["student"], states)
+            kept = KeptTeacher(model, self.samples["student"], self.text, self.albums["student"], states)
             if states is None:
                 part = file.with_suffix(f".{os.getpid()}")
                 torch.save((kept.final, kept.visual), part)
@@ -85,7 +85,9 @@ class Work:
         layers = tuple(theirs for _, theirs in method.layers)
         if layers and layers not in self._deep:
             model = self.open(Row("pair", method.teacher, 0))
-            self._deep = {layers: deep_states(model, layers, self.rows["student"], self.text, self.albums["student"])}
+            self._deep = {
+                layers: deep_states(model, layers, self.samples["student"], self.text, self.albums["student"])
+            }
         return self._deep.get(layers)
 
     def checkpoint(self, row: Row) -> Path:
@@ -111,8 +113,11 @@ class Work:
 
     def score(self, model: Any, part: str) -> dict[str, Any]:
         """Entries of a record for the part's questions."""
-        rows = self.rows[part]
-        return {"part": part, **scored(score(self.computing(model), rows, self.text, self.albums[part]), rows.type)}
+        samples = self.samples[part]
+        return {
+            "part": part,
+            **scored(score(self.computing(model), samples, self.text, self.albums[part]), samples.type),
+        }
 
     def make(self, row: Row) -> None:
         """Make a row and write it; an error becomes the record."""
@@ -147,12 +152,12 @@ class Work:
         if row.method in size.teachers:
             batch, rate = size.teacher_batch, size.teacher_rate
         model = self.beginning(row).to(self.device)
-        order = order_of(row.seed + 500, size.rows, steps, batch)
+        order = order_of(row.seed + 500, size.samples, steps, batch)
 
         def draw_step(step: int) -> Any:
             if part == "teacher":
                 return self.drawn(TEACHER_SEED * 10**6 + step, batch, part)
-            return self.rows[part].take(order[step])
+            return self.samples[part].take(order[step])
 
         log: list[str] = []
         from_scratch(
@@ -163,7 +168,7 @@ class Work:
         count = sum(p.numel() for p in model.parameters())
         entries = {"parameters": count, "steps": steps, "rate": rate, "log": log[-1:], "photos": size.photos[part]}
         model = self.computing(model)
-        own = self.rows["student"].take(np.arange(min(5000, size.rows)))
+        own = self.samples["student"].take(np.arange(min(5000, size.samples)))
         seen = score(model, own, self.text, self.albums["student"])
         return entries | {"training_rows_accuracy": float(seen.mean())} | self.score(model, "test")
 
@@ -195,11 +200,11 @@ class Work:
         method = METHODS[row.method].weighed(weight)
         model, scales = self._start(row, method.start)
         steps = round(method.steps * size.steps)
-        order = order_of(row.seed, min(method.rows or size.rows, size.rows), steps, size.batch)
+        order = order_of(row.seed, min(method.samples or size.samples, size.samples), steps, size.batch)
         begun = time.time()
         teacher = self.teacher(method.teacher) if method.taught else None
         said, frozen = learn(
-            model, teacher, method, row.setting, self.rows["student"], self.albums["student"], self.text, order=order,
+            model, teacher, method, row.setting, self.samples["student"], self.albums["student"], self.text, order=order,
             rate=rate, scales=scales, deep=self.deep(method),
         )  # fmt: skip
         used = {"weight": weight if method.weight == weight else None, "weight_used": method.weight}
@@ -243,7 +248,7 @@ class Work:
 
         folder = self.folder / "post" / f"{base.name}-{method}-{setting}-{os.getpid()}".replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        rows, album = self.rows["student"].take(np.arange(self.size.calibration)), self.albums["student"]
-        compress(self.open(base).to(torch.bfloat16), method, setting, calibration(rows, self.text, album), folder)
+        samples, album = self.samples["student"].take(np.arange(self.size.calibration)), self.albums["student"]
+        compress(self.open(base).to(torch.bfloat16), method, setting, calibration(samples, self.text, album), folder)
         yield self._open(folder)
         shutil.rmtree(folder)

@@ -1,1 +1,1 @@
-"""Speed and memory of every room beside what it cannot do without; `python -m benchmarks.speed --help`."""
+"""Speed and memory of every room next to what it cannot do without; `python -m benchmarks.speed --help`."""

@@ -1,4 +1,4 @@
-"""Speed and memory of head, quantizer, relation, a whole step and small cards, each beside its floor of the same process.
+"""Speed and memory of head, quantizer, relation, a whole step and small cards, each next to its floor of the same process.
 
     python -m benchmarks.speed [--rooms head linear relation step memory chunks] [--small] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""A linear layer with learned INT4 scales beside the plain layer: quantized at every call, and once for 16 micro-batches."""
+"""A linear layer with learned INT4 scales next to the plain layer: quantized at every call, and once for 16 micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The speed results as one picture: `python -m benchmarks.speed.plot` lays h200.json out as speed.svg."""
+"""The speed results as one image: `python -m benchmarks.speed.plot` lays h200.json out as speed.svg."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["picture"]
+__all__ = ["chart"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 WIDTH, LEFT, LINE = 900, 420, 22
@@ -39,8 +39,8 @@ def _bars(found: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
     return groups
 
 
-def picture(found: dict[str, Any]) -> str:
-    """SVG text: a bar for each time, the part its floor takes in a darker colour, the ratio beside it."""
+def chart(found: dict[str, Any]) -> str:
+    """SVG text: a bar for each time, the part its floor takes in a darker colour, the ratio next to it."""
     lines: list[str] = []
     y = LINE
     for title, bars in _bars(found):
@@ -63,7 +63,7 @@ def picture(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Draw the run that holds all rooms."""
-    (RESULTS / "speed.svg").write_text(picture(json.loads((RESULTS / "h200.json").read_text())))
+    (RESULTS / "speed.svg").write_text(chart(json.loads((RESULTS / "h200.json").read_text())))
 
 
 if __name__ == "__main__":

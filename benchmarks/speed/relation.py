@@ -1,4 +1,4 @@
-"""RCKA of a batch of pictures, forward and backward, beside one copy of its inputs."""
+"""RCKA of a batch of images, forward and backward, next to one copy of its inputs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A whole GRACE step at the shapes of Qwen3-VL-2B under its 8B teacher, beside plain training and the teacher's forward alone.
+"""A whole GRACE step at the shapes of Qwen3-VL-2B under its 8B teacher, next to plain training and the teacher's forward alone.
 
-Weights are random: speed does not depend on them. Four sequences of 2,048 tokens with two pictures of 256 tokens each, 512
+Weights are random: speed does not depend on them. Four sequences of 2,048 tokens with two images of 256 tokens each, 512
 supervised tokens to a sequence, float32 masters under bfloat16 autocast, activation checkpointing, fused AdamW. Each timed step
 follows an untimed one of its kind: a step leaves the next one its quantized weights, and another's optimizer would undo that.
 """
@@ -101,11 +101,11 @@ def _optimizer(student: Any, device: str) -> torch.optim.Optimizer:
 
 def _grace(
     student: Any, teacher: Any, batch: dict[str, Any], device: str, training: TrainingRecipe | None = None,
-    beside: dict[str, Work] | None = None,
+    baselines: dict[str, Work] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The objective's protocol with learned scales on every linear of the decoder, and AdamW.
 
-    beside: what is timed by turns with it; then a plain step is as well, and other ways to run it.
+    next to: what is timed by turns with it; then a plain step is as well, and other ways to run it.
     """
     training = training or TrainingRecipe()
     grace = GraceObjective(training=training)
@@ -140,17 +140,17 @@ def _grace(
         optimizer.zero_grad()
 
     works: dict[str, Work] = {"ms": work}
-    if beside is not None:
-        works |= {"plain_ms": plain, **beside}
+    if baselines is not None:
+        works |= {"plain_ms": plain, **baselines}
         # a teacher in the student's stream; gradients of scales all at once, as with several micro-batches, not layer by layer
         works |= {"in_turn_ms": lambda: work(aside=False)} if resident else {"at_once_ms": lambda: work(defer=True)}
     found: dict[str, Any] = {**paired_ms(works, 15, lead=1), "gib": extra_gib(work)}
-    if beside is not None:
+    if baselines is not None:
         found |= {"plain_gib": extra_gib(plain), "reserved_gib": reserved_gib(work)}
         found |= {"device_ms": device_ms(work), "plain_device_ms": device_ms(plain)}
         if resident:
             found["in_turn_reserved_gib"] = reserved_gib(lambda: work(aside=False))
-        found["ratio"] = found["ms"] / (found["plain_ms"] + sum(found[name] for name in beside))
+        found["ratio"] = found["ms"] / (found["plain_ms"] + sum(found[name] for name in baselines))
     attached.detach()
     return found
 
@@ -163,7 +163,9 @@ def _free(student: Any) -> None:
 
 
 def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> dict[str, Any]:
-    """Milliseconds and peak GiB (beyond weights and optimizer) of GRACE steps, beside plain steps and the teacher's forward."""
+    """Milliseconds and peak GiB (beyond weights and optimizer) of GRACE steps, next to plain steps and the teacher's
+    forward.
+    """
     teacher = shaped(TEACHER, device, torch.bfloat16, shrink).eval().requires_grad_(False)
     student = _trainable(shaped(STUDENT, device, torch.float32, shrink))
     batch: dict[str, Any] = _batch(rows, length, student.config.text_config.vocab_size, device)
@@ -178,11 +180,11 @@ def step(device: str, *, rows: int = 4, length: int = 2048, shrink: int = 1) -> 
         f"{n}_parameters": sum(p.numel() for p in m.parameters())
         for n, m in (("student", student), ("teacher", teacher))
     }
-    found["resident"] = _grace(student, teacher, batch, device, beside={"teacher_ms": forward})
+    found["resident"] = _grace(student, teacher, batch, device, baselines={"teacher_ms": forward})
     _free(student)
     with tempfile.TemporaryDirectory(prefix="grace-cached-") as folder:
         cached = cached_teacher(teacher.config, batch, IMAGE, Path(folder), device)
-        found["cached"] = _grace(student, cached, batch, device, beside={})
+        found["cached"] = _grace(student, cached, batch, device, baselines={})
     return found
 
 

@@ -122,7 +122,7 @@ def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
 def test_scores_are_those_of_generated_answers() -> None:
     photos, text, model = coloured(60), Text(), small(2).eval()
     rows, album = draw(6, 20, photos, augment=False), Album(photos, CPU)
-    for parameter in model.model.vision_tower.parameters():  # an answer that does not depend on the picture
+    for parameter in model.model.vision_tower.parameters():  # an answer that does not depend on the image
         parameter.data.zero_()
     batch, _ = batch_of(rows, text, album)
     at = text.first[text.index(rows)]
@@ -149,13 +149,13 @@ def test_names_of_rows_are_read_and_refused() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures in one sub-folder for each class."""
+    """Images in one sub-folder for each class."""
     made = tmp_path_factory.mktemp("photos")
     pixels, labels = coloured(900)
-    for number, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         file = made / CLASSES[label] / f"{number:04}.png"
         file.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(file)
+        Image.fromarray(image).save(file)
     return made
 
 
@@ -176,7 +176,9 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
         make(row)
         record = store.read(row)
         assert record is not None and "failed" not in record, record
-        assert answers_of(record).mean() == pytest.approx(record["accuracy"]) and record["questions"] == size.test_rows
+        assert (
+            answers_of(record).mean() == pytest.approx(record["accuracy"]) and record["questions"] == size.test_samples
+        )
     before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
     assert make_all(asked, arguments, workers=1, until=0.0) == []  # nothing is left, nothing is made again
     assert before == {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.json")}
@@ -192,5 +194,5 @@ def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path:
     assert "ValueError: on purpose" in text and "QAT + GRACE" in text and (tmp_path / "accuracy.svg").is_file()
     grace = json.loads(store.file(asked[0]).read_text())
     assert set(grace["search"]) == {"0.001", "0.002", "w30"} and re.fullmatch(r"[\w.-]+", grace["revision"])
-    types = work.rows["test"].type
+    types = work.samples["test"].type
     assert grace["trace"][0]["gdkd"] > 0 and scored(answers_of(grace), types)["by_type"] == grace["by_type"]

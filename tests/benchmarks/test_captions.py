@@ -15,13 +15,13 @@ from benchmarks.accuracy import pair
 from benchmarks.accuracy.caption_work import CAPTION_SIZES, TOLD, CaptionWork, choice_accuracy, likelihood
 from benchmarks.accuracy.captions import (
     PROMPT,
-    CaptionRows,
+    CaptionedImages,
+    CaptionSamples,
     Easel,
-    Pictures,
     caption_of,
     draw,
-    load_pictures,
-    pack_pictures,
+    load_images,
+    pack_images,
     split,
 )
 from benchmarks.accuracy.data import Text, batch_of, score
@@ -45,31 +45,31 @@ SHAPES = ("bar", "column", "square", "corner")
 def painted(colour: str, shape: str) -> np.ndarray:
     """RGBA, transparent around the shape."""
     made = np.zeros((48, 48, 4), np.uint8)
-    rows, columns = {"bar": (slice(16, 32), slice(48)), "column": (slice(48), slice(16, 32)), "square": (slice(8, 40),) * 2,
+    samples, columns = {"bar": (slice(16, 32), slice(48)), "column": (slice(48), slice(16, 32)), "square": (slice(8, 40),) * 2,
                      "corner": (slice(24), slice(24))}[shape]  # fmt: skip
-    made[rows, columns] = (*COLOURS[colour], 255)
+    made[samples, columns] = (*COLOURS[colour], 255)
     return made
 
 
-def put(folder: Path, name: str, picture: np.ndarray, text: str | None, data: str | None = None) -> None:
-    """A picture and what lies beside it."""
+def put(folder: Path, name: str, image: np.ndarray, text: str | None, data: str | None = None) -> None:
+    """An image and what lies next to it."""
     file = folder / f"{name}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(file)
+    Image.fromarray(image).save(file)
     for ending, content in ((".txt", text), (".dat", data)):
         if content is not None:
             file.with_suffix(ending).write_text(content, "utf-8")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
-    """Twenty captions, two of them on a second picture in another case."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
+    """Twenty captions, two of them on a second image in another case."""
     folder = tmp_path_factory.mktemp("pictures")
     for colour, shape in product(COLOURS, SHAPES):
         put(folder / shape, colour, painted(colour, shape), f"A {colour} {shape}.\nde.utf8=Etwas.\n")
     for colour in ("red", "blue"):
         put(folder / "again", colour, painted(colour, "bar")[::-1], f"A {colour.upper()} bar.", "nomirror\n")
-    return load_pictures(str(folder))
+    return load_images(str(folder))
 
 
 def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
     put(tmp_path, "food/long", wide, "A caption that goes on and on, " * 5)
     put(tmp_path, "food/white", white, "Nothing at all.")
     (tmp_path / "food" / "vector.txt").write_text("A drawing.")
-    found = load_pictures(str(tmp_path))
+    found = load_images(str(tmp_path))
     assert found.captions == ["A wide one.", "A pale one."] and found.folders == ["animals", "food"]
     assert found.mirrored == [False, True]
     assert found.told == (
@@ -94,14 +94,14 @@ def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
     first, second = found.pixels
     assert (first[:24] == 255).all() and (first[72:] == 255).all() and (first[24:72] == (200, 0, 0)).all()
     assert abs(int(second[48, 48, 0]) - (100 * 127 + 255 * 128) // 255) <= 1  # half of it transparent, on white
-    pack_pictures(found, tmp_path / "packed.npz")
-    again = load_pictures(str(tmp_path / "packed.npz"))
+    pack_images(found, tmp_path / "packed.npz")
+    again = load_images(str(tmp_path / "packed.npz"))
     assert (again.pixels == found.pixels).all()
     assert (again.captions, again.folders, again.mirrored, again.told) == (
         found.captions, found.folders, found.mirrored, found.told,
     )  # fmt: skip
     with pytest.raises(ValueError, match="no pictures"):
-        load_pictures("nowhere")
+        load_images("nowhere")
 
 
 def test_known_and_held_out_pictures_have_no_caption_in_common() -> None:
@@ -112,19 +112,19 @@ def test_known_and_held_out_pictures_have_no_caption_in_common() -> None:
     assert not known & held_out and (len(known), len(held_out)) == (78, 19)
 
 
-def test_a_batch_is_what_the_processor_makes(pictures: Pictures) -> None:
-    texts, processor = pictures.texts, pair.processor()
-    text, easel = Text(([PROMPT], texts)), Easel(pictures.pixels, CPU)
-    picture, answer = np.array([3, 11]), np.array([texts.index(pictures.captions[3]), 7])
-    assert [texts[number] for number in pictures.answer] == pictures.captions
-    batch, _ = batch_of(CaptionRows.plain(picture, answer), text, easel)
+def test_a_batch_is_what_the_processor_makes(images: CaptionedImages) -> None:
+    texts, processor = images.texts, pair.processor()
+    text, easel = Text(([PROMPT], texts)), Easel(images.pixels, CPU)
+    image, answer = np.array([3, 11]), np.array([texts.index(images.captions[3]), 7])
+    assert [texts[number] for number in images.answer] == images.captions
+    batch, _ = batch_of(CaptionSamples.plain(image, answer), text, easel)
     for number in range(2):
         turns = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]},
             {"role": "assistant", "content": [{"type": "text", "text": texts[answer[number]]}]},
         ]
         made = processor(
-            images=[Image.fromarray(pictures.pixels[picture[number]])],
+            images=[Image.fromarray(images.pixels[image[number]])],
             text=processor.apply_chat_template(turns, tokenize=False), add_special_tokens=False, return_tensors="pt",
         )  # fmt: skip
         ids, labels = batch["input_ids"][number], batch["labels"][number]
@@ -134,34 +134,34 @@ def test_a_batch_is_what_the_processor_makes(pictures: Pictures) -> None:
         torch.testing.assert_close(made["pixel_values"][0], batch["pixel_values"][number], rtol=0, atol=1e-6)
 
 
-def seen(pixels: np.ndarray, rows: CaptionRows, number: int) -> np.ndarray:
-    """What a row shows, float64 [96, 96, 3] in 0 to 255: the picture on a large white sheet, cut out, lit and covered."""
-    down, right = rows.shift[number]
+def seen(pixels: np.ndarray, samples: CaptionSamples, number: int) -> np.ndarray:
+    """What a row shows, float64 [96, 96, 3] in 0 to 255: the image on a large white sheet, cut out, lit and covered."""
+    down, right = samples.shift[number]
     sheet = np.full((196, 196, 3), 255.0)
-    sheet[50:146, 50:146] = pixels[rows.picture[number]]
+    sheet[50:146, 50:146] = pixels[samples.image[number]]
     cut = sheet[50 + down : 146 + down]
-    cut = cut[:, 50 + right : 146 + right][:, ::-1] if rows.flip[number] else cut[:, 50 + right : 146 + right]
-    contrast, brightness = rows.light[number].astype(float)
+    cut = cut[:, 50 + right : 146 + right][:, ::-1] if samples.flip[number] else cut[:, 50 + right : 146 + right]
+    contrast, brightness = samples.light[number].astype(float)
     lit = np.clip(127.5 + (cut - 127.5) * contrast + 127.5 * brightness, 0, 255)
-    y, x = rows.patch[number]
+    y, x = samples.patch[number]
     lit[y : y + 32, x : x + 32] = 127.5
     return lit
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_a_row_shows_what_its_numbers_say(pictures: Pictures, view: bool) -> None:
-    mirrored = np.array(pictures.mirrored)
-    rows = draw(5, np.arange(len(mirrored)).repeat(5), pictures, view=view)
-    assert rows.flip.any() and not rows.flip[~mirrored[rows.picture]].any()
-    assert (rows.answer == pictures.answer[rows.picture]).all()
-    shown = Easel(pictures.pixels, CPU).compose(rows).permute(0, 2, 3, 1).numpy()
-    for number in range(len(rows)):
-        assert np.abs((shown[number] + 1) * 127.5 - seen(pictures.pixels, rows, number)).max() < 1e-3, number
+def test_a_row_shows_what_its_numbers_say(images: CaptionedImages, view: bool) -> None:
+    mirrored = np.array(images.mirrored)
+    samples = draw(5, np.arange(len(mirrored)).repeat(5), images, view=view)
+    assert samples.flip.any() and not samples.flip[~mirrored[samples.image]].any()
+    assert (samples.answer == images.answer[samples.image]).all()
+    shown = Easel(images.pixels, CPU).compose(samples).permute(0, 2, 3, 1).numpy()
+    for number in range(len(samples)):
+        assert np.abs((shown[number] + 1) * 127.5 - seen(images.pixels, samples, number)).max() < 1e-3, number
 
 
-def test_views_are_not_what_training_shows(pictures: Pictures) -> None:
-    picture = np.zeros(2000, np.int64)
-    trained, views, others = draw(1, picture, pictures), *(draw(seed, picture, pictures, view=True) for seed in (2, 3))
+def test_views_are_not_what_training_shows(images: CaptionedImages) -> None:
+    image = np.zeros(2000, np.int64)
+    trained, views, others = draw(1, image, images), *(draw(seed, image, images, view=True) for seed in (2, 3))
     assert np.abs(trained.shift).max() == 6 and (trained.light == (1, 0)).all() and (trained.patch == 96).all()
     assert set(views.shift.flatten()) == set(range(-14, 15)) and set(views.patch.flatten()) == set(range(65))
     low, high = views.light.min(0), views.light.max(0)
@@ -184,15 +184,15 @@ def test_the_choice_is_its_mean_over_all_that_can_be_drawn() -> None:
     assert choice_accuracy(alike + np.eye(4), np.arange(4), ~np.eye(4, dtype=bool), 2) == 1.0
 
 
-def test_a_model_that_learned_the_captions_says_and_chooses_them(pictures: Pictures) -> None:
+def test_a_model_that_learned_the_captions_says_and_chooses_them(images: CaptionedImages) -> None:
     text, easel, model = (
-        Text(([PROMPT], pictures.texts)),
-        Easel(pictures.pixels, CPU),
+        Text(([PROMPT], images.texts)),
+        Easel(images.pixels, CPU),
         pair.build(pair.Shape(128, 2, 128), 0),
     )
     chosen = np.arange(2, 22, 5)  # the first two look as others do
-    captions, own = np.unique(pictures.answer[chosen], return_inverse=True)
-    every = CaptionRows.plain(chosen.repeat(4), np.tile(captions, 4))
+    captions, own = np.unique(images.answer[chosen], return_inverse=True)
+    every = CaptionSamples.plain(chosen.repeat(4), np.tile(captions, 4))
     total, tokens = likelihood(model, every, text, easel)
     batch, _ = batch_of(every.take(np.array([6])), text, easel)
     labels = batch.pop("labels")[0, 1:]
@@ -200,7 +200,7 @@ def test_a_model_that_learned_the_captions_says_and_chooses_them(pictures: Pictu
         each = torch.log_softmax(model(**batch).logits[0, :-1].double(), -1)[labels != -100]
     assert tokens[6] == len(each)
     assert total[6] == pytest.approx(float(each.gather(1, labels[labels != -100][:, None]).sum()), rel=1e-6)
-    plain = CaptionRows.plain(chosen, pictures.answer[chosen])
+    plain = CaptionSamples.plain(chosen, images.answer[chosen])
     assert not score(model, plain, text, easel).any()
     from_scratch(model, lambda step: plain, easel, text, steps=40, rate=3e-3, seed=0, naming_weight=0.0)
     total, tokens = likelihood(model, every, text, easel)
@@ -208,9 +208,9 @@ def test_a_model_that_learned_the_captions_says_and_chooses_them(pictures: Pictu
     assert score(model, plain, text, easel).all()
 
 
-def test_a_tiny_pass_gives_a_table(pictures: Pictures, tmp_path: Path) -> None:
+def test_a_tiny_pass_gives_a_table(images: CaptionedImages, tmp_path: Path) -> None:
     size, store, folder = CAPTION_SIZES["tiny"], Store(tmp_path / "rows", " --set captions"), tmp_path / "captions"
-    pack_pictures(pictures, tmp_path / "pictures.npz")
+    pack_images(images, tmp_path / "pictures.npz")
     for name, shape, seed in (("teacher", size.teacher, 1), ("student-0", size.student, 2)):
         pair.save(pair.build(shape, seed), tmp_path / name)  # in the place of the scene study's
     asked = [Row.parse(n) for n in ("w2g128/grace/0", "bf16/ce/0", "w2g128/rtn/0")]
@@ -221,9 +221,11 @@ def test_a_tiny_pass_gives_a_table(pictures: Pictures, tmp_path: Path) -> None:
     assert {"teacher", "student/0", "w2g128/grace@0.001/0", *(row.name for row in asked)} <= set(records)
     one = records["w2g128/grace/0"]
     work = CaptionWork(*arguments)
-    test, searched = work.rows["test"], records["w2g128/grace@0.001/0"]
-    assert (test.picture.reshape(-1, one["cluster"]) == work.known[:, None]).all() and one["cluster"] > 1
-    assert one["questions"] == len(test) >= size.test_rows and searched["questions"] == len(work.rows["validation"])
+    test, searched = work.samples["test"], records["w2g128/grace@0.001/0"]
+    assert (test.image.reshape(-1, one["cluster"]) == work.known[:, None]).all() and one["cluster"] > 1
+    assert one["questions"] == len(test) >= size.test_samples and searched["questions"] == len(
+        work.samples["validation"]
+    )
     assert answers_of(one).mean() == pytest.approx(one["accuracy"]) and one["trace"][0]["gdkd"] > 0
     assert (
         one["held_out"]["choices"] == len(work.held_out) and one["held_out"]["nats"] > 0 and "held_out" not in searched
@@ -233,5 +235,5 @@ def test_a_tiny_pass_gives_a_table(pictures: Pictures, tmp_path: Path) -> None:
     assert again["right"] == records["student/0"]["right"] and again["held_out"] == records["student/0"]["held_out"]
     assert set(again["by_type"]) <= {*SHAPES, "again"}
     text = write_table(store, tmp_path, pages=False, told=(TOLD,))
-    assert "t-intervals over the seeds" in text and "held-out choice" in text and pictures.told in text
+    assert "t-intervals over the seeds" in text and "held-out choice" in text and images.told in text
     assert "QAT + GRACE" in text and "round-to-nearest" in text and TOLD in text

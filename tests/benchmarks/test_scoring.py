@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.accuracy import pair
 from benchmarks.accuracy.caption_work import likelihood
-from benchmarks.accuracy.captions import PROMPT, CaptionRows, Easel
+from benchmarks.accuracy.captions import PROMPT, CaptionSamples, Easel
 from benchmarks.accuracy.data import Text, score
 from benchmarks.accuracy.scenes import Album, draw, sentences
 from tests.benchmarks.test_accuracy import CPU, coloured, small
@@ -63,7 +63,7 @@ def test_likelihood__known_logits__sum_of_all_tokens_and_their_number() -> None:
     text, easel = Text(([PROMPT], captions)), Easel(np.zeros((2, 96, 96, 3), np.uint8), CPU)
     tokens = said(text, 1)
     model = speak(small(0), chain_to(tokens))
-    rows = CaptionRows.plain(np.array([0, 1]), np.array([1, 0]))
+    rows = CaptionSamples.plain(np.array([0, 1]), np.array([1, 0]))
     total, counts = likelihood(model, rows, text, easel)
     assert counts.tolist() == [len(tokens), len(said(text, 0))]
     table, head = (

@@ -16,7 +16,7 @@ from benchmarks.accuracy.blind import FILE, answer_blind, most_frequent
 from benchmarks.accuracy.caption_work import TOLD
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.rows import RESULTS, Store, answers_of, scored
-from benchmarks.accuracy.scenes import TYPES, Rows, draw
+from benchmarks.accuracy.scenes import TYPES, Samples, draw
 from benchmarks.accuracy.statistics import T975, Compared, Group, collect, compare, t_half_width
 from benchmarks.accuracy.study import SIZES, Row, best_of
 from benchmarks.accuracy.table import (
@@ -351,9 +351,9 @@ def test_results_page__intervals_of_its_sentences__are_those_of_the_tables() -> 
         assert any(max(abs(a - b) for a, b in zip(one, other)) < 0.0501 for other in known), one
 
 
-def asked(question: list[int], answer: list[int]) -> Rows:
+def asked(question: list[int], answer: list[int]) -> Samples:
     nothing = np.zeros(len(question), np.int64)
-    return Rows(*(nothing,) * 6, np.array(question), np.array(answer))
+    return Samples(*(nothing,) * 6, np.array(question), np.array(answer))
 
 
 def test_blind__most_frequent_answer_by_question__ties_to_the_lowest_and_unseen_wrong() -> None:
@@ -371,7 +371,7 @@ def test_blind__recorded_figure__computed_again() -> None:
     recorded, size = json.loads((RESULTS / FILE).read_text()), SIZES["gpu"]
     photos = np.zeros((50, 32, 32, 3), np.uint8), np.arange(50) % 10  # others than the command's: they do not matter
     train, test = (draw(seed, count, photos, augment=more) for seed, count, more in (
-        (TRAIN_SEED, size.rows, True), (TEST_SEED, size.test_rows, False)))  # fmt: skip
+        (TRAIN_SEED, size.samples, True), (TEST_SEED, size.test_samples, False)))  # fmt: skip
     right = answer_blind(train, test)
     assert (answers_of(recorded) == right).all() and recorded["accuracy"] == right.mean()
     assert 0.25 < right.mean() < 0.28

@@ -51,7 +51,7 @@ def test_text_is_what_follows_the_picture(scene) -> None:
     rows, text, album, _ = scene
     ids = batch_of(rows, text, album)[0]["input_ids"]
     index, sizes = tokens_of(ids, "text")
-    lengths = (ids != pair.PAD).sum(1) - 2 - pair.VISUAL  # without <s><user> and the picture
+    lengths = (ids != pair.PAD).sum(1) - 2 - pair.VISUAL  # without <s><user> and the image
     assert list(sizes) == lengths.tolist() and (ids.flatten()[index] != pair.IMAGE).all()
     assert tokens_of(ids, "visual")[1] == (pair.VISUAL,) * len(rows)
 
