@@ -268,6 +268,12 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
                 chosen = linears.keys() & set(self._lora_layers)
                 attached.add_lora(sorted(chosen), rank=lora.rank, alpha=lora.alpha, seed=lora.seed)
 
+    def copied(self) -> GraceModifier:
+        """Return a modifier of the same recipe for another run, with the objective and the teacher this one was given."""
+        copy = type(self)(**self.model_dump(exclude_unset=True))
+        copy._objective_kind, copy._given_teacher = self._objective_kind, self._given_teacher
+        return copy
+
     def use_teacher(self, teacher: GivenTeacher | None) -> None:
         """Take another teacher than the recipe's: a checkpoint, a loaded model or a `Teacher`; None keeps the recipe's."""
         if isinstance(teacher, (nn.Module, Teacher)):

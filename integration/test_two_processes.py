@@ -75,7 +75,7 @@ def test_gradient_loss_and_controller_are_the_single_processs(two: Any, one: Any
         assert step["controller"]["ema"] == pytest.approx(single["controller"]["ema"], rel=2e-6)
         assert step["controller"]["step"] == single["controller"]["step"] == 1
         assert set(step["moved"]) == set(single["moved"])
-    assert single["record"]["ce"] > 0 and single["record"]["rcka"] > 0 and single["record"]["gdkd"] > 0
+    assert single["record"]["loss_ce"] > 0 and single["record"]["loss_rcka"] > 0 and single["record"]["loss_gdkd"] > 0
 
 
 @pytest.mark.parametrize("name", two_workers.SCENARIOS)
@@ -97,7 +97,12 @@ def test_the_scenarios_are_what_they_say(one: Any) -> None:
 
 def test_nothing_supervised_anywhere_contributes_nothing_and_hangs_nothing(two: Any) -> None:
     for (step,) in steps(two, "no_image_and_no_label"):
-        assert (step["record"]["tokens"], step["record"]["ce"], step["record"]["gdkd"], step["record"]["rcka"]) == (
+        assert (
+            step["record"]["supervised_tokens"],
+            step["record"]["loss_ce"],
+            step["record"]["loss_gdkd"],
+            step["record"]["loss_rcka"],
+        ) == (
             0,
             0,
             0,
@@ -105,18 +110,18 @@ def test_nothing_supervised_anywhere_contributes_nothing_and_hangs_nothing(two: 
         )
         assert step["record"]["finite"]
         assert all(not grad.any() for grad in step["grad"].values())
-        assert step["controller"]["counted"] == 0
+        assert step["controller"]["step"] == 0
 
 
 def test_a_non_finite_loss_on_one_rank_skips_the_step_on_both(two: Any, one: Any) -> None:
     for rank in (*steps(two, "not_finite_on_rank_1"), one["not_finite_on_rank_1"]):
         first, second = rank
         assert not first["record"]["finite"]
-        assert (first["moved"], first["nonfinite"], first["controller"]["counted"]) == ([], 1, 0)
+        assert (first["moved"], first["nonfinite"], first["controller"]["step"]) == ([], 1, 0)
         assert second["record"]["finite"]
         assert second["nonfinite"] == 1
         assert any(name.endswith("weight_log_scale") for name in second["moved"])
-        assert second["controller"]["counted"] == 1
+        assert second["controller"]["step"] == 1
 
 
 def test_one_rank_writes_and_the_checkpoint_verifies(two: Any, folder: Path) -> None:

@@ -93,7 +93,7 @@ class Watch(TrainerCallback):
         moved = [name for name, value in before.items() if not torch.equal(parameters[name], value)]
         objective = self.trainer.objective
         self.steps[-1] |= {
-            "moved": moved, "record": vars(objective.record),
+            "moved": moved, "record": {**objective.record.metrics, "finite": objective.record.finite},
             "controller": objective.controller_state.to_dict(), "nonfinite": objective.nonfinite_steps,
         }  # fmt: skip
 

@@ -65,7 +65,7 @@ def run(pair: Pair, output_dir: Path, dataset: Any = None, *, recipe: Any = None
 
 def modifier_of(text: str) -> Any:
     """The GraceModifier a recipe text resolves to."""
-    from grace_plugin.run.train import grace_modifier, read_recipe
+    from grace_plugin.run.inputs import grace_modifier, read_recipe
 
     return grace_modifier(read_recipe(text))
 

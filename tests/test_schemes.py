@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grace_plugin.quantizer import QuantFormat
-from grace_plugin.run.train import read_recipe
+from grace_plugin.run.inputs import read_recipe
 from grace_plugin.schemes import layers_by_format, stored_dtype
 from tests.pairs import Pair, modifier_of, recipe_text
 from tests.tiny import build

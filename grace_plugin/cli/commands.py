@@ -140,9 +140,9 @@ def _show_result(result: Any) -> None:
 def _train(args: Namespace) -> None:
     import grace_plugin
     from grace_plugin.data import load_samples, stream_samples
+    from grace_plugin.run.grace_run import run_folder
     from grace_plugin.run.manifest import read_yaml_mapping
     from grace_plugin.run.settings import read_arguments
-    from grace_plugin.run.train import run_folder
 
     run_folder(args.output_dir)
     if args.run_file is None:

@@ -17,8 +17,8 @@ from grace_plugin.export.stage import check_destination
 from grace_plugin.objective.terms import TERMS, Chart
 from grace_plugin.report.charts import line_chart
 from grace_plugin.report.html import write_report
+from grace_plugin.run.grace_run import run_folder
 from grace_plugin.run.metrics import METRICS
-from grace_plugin.run.train import run_folder
 
 __all__ = ["read_log", "training"]
 

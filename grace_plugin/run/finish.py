@@ -22,10 +22,10 @@ from grace_plugin.export.plan import ExportPlan
 from grace_plugin.export.probe import read_probe, write_probe
 from grace_plugin.export.processor import ProcessorFiles
 from grace_plugin.export.stage import check_destination
-from grace_plugin.run.inputs import grace_modifier, load_processor, load_student, read_recipe
+from grace_plugin.run.grace_run import GraceRun, GraceSession, TrainResult
+from grace_plugin.run.inputs import load_processor
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.resume import remove_state, states
-from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.states import WEIGHTS, choose_state, has_ended, is_automatic, read_state
 
 if TYPE_CHECKING:
@@ -138,8 +138,6 @@ def export(
         ValueError, FileExistsError: no whole resume state of a run that has trained to its end, or a bad destination.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
-    from grace_plugin.run.train import TrainResult
-
     folder = Path(run_folder)
     state = choose_state(True, folder)
     held, log = read_state(state)
@@ -155,20 +153,16 @@ def export(
         )
     destination = Path(output_dir) if output_dir is not None else Path(facts["output_dir"])
     check_destination(destination)
-    recipe = read_recipe(facts["recipe"])
-    modifier = grace_modifier(recipe)
-    modifier.without_teacher()
-    student = load_student(model if model is not None else facts["model"], modifier.training.method)
-    student.to(_device(facts["device"]))
     own = state / PROCESSOR
     files = {path.relative_to(own).as_posix(): path.read_bytes() for path in sorted(own.rglob("*")) if path.is_file()}
-    processor = load_processor(str(own)) if files else load_processor(student)
+    run = GraceRun(facts["recipe"], processor=load_processor(str(own)) if files else None, trains=False)
+    student, modifier = run.load(model if model is not None else facts["model"]), run.modifier
+    student.to(_device(facts["device"]))
+    run.processor = run.processor or load_processor(student)
     probe = read_probe(state / PROBE)[0] if (state / PROBE).is_file() else None
-    steps = held["objective"]["total_steps"]
-    with grace_session(
-        student, recipe, total_steps=steps, processor=processor, probe=probe, output_dir=destination,
-        record_paths=facts["record_paths"],
-    ) as session:  # fmt: skip
+    with run.session(
+        held["objective"]["total_steps"], probe=probe, output_dir=destination, record_paths=facts["record_paths"]
+    ) as session:
         plan = replace(modifier.export_plan, **facts["provenance"])  # neither has to be where it was
         modifier.export_plan = replace(plan, processor=ProcessorFiles("given", files)) if files else plan
         load_model(student, str(state / WEIGHTS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from grace_plugin.vlm.loading import check_checkpoint, check_model, check_weight
 __all__ = [
     "check_models",
     "check_modifiers",
+    "copy_recipe",
     "grace_modifier",
     "load_processor",
     "load_student",
@@ -28,9 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_compared: weakref.WeakSet[nn.Module] = (
-    weakref.WeakSet()
-)  # students compared with their folder, once for `train` and its session
 
 
 def grace_modifier(recipe: Recipe) -> GraceModifier:
@@ -79,16 +76,22 @@ def check_modifiers(recipe: Recipe, *, oneshot: bool = False) -> None:
         )
 
 
-def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier) -> Recipe:
-    """A recipe from a path, YAML text, a modifier or a recipe, checked.
+def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier, *, oneshot: bool = False) -> Recipe:
+    """Return a recipe from a path, YAML text, a modifier or a recipe, checked; `oneshot` as for `check_modifiers`.
 
     Raises:
         ValueError: unreadable, an unknown key, a scheme that is not learned, or modifiers that GRACE cannot run with.
     """
     read = recipe_from(recipe)
     grace_modifier(read)
-    check_modifiers(read)
+    check_modifiers(read, oneshot=oneshot)
     return read
+
+
+def copy_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with a GraceModifier of its own, so that a run leaves the caller's as it is."""
+    modifiers = [m.copied() if isinstance(m, GraceModifier) else m for m in recipe.modifiers]
+    return recipe.model_copy(update={"modifiers": modifiers})
 
 
 def check_models(modifier: GraceModifier, student: str | os.PathLike[str] | nn.Module) -> None:
@@ -138,15 +141,13 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
         check_model(model, "student")
         _warn_of_folder(model)
         return model
-    loaded = load_model(os.fspath(model), "student", dtype=torch.float32 if method == "full" else "auto")
-    _compared.add(loaded)
-    return loaded
+    return load_model(os.fspath(model), "student", dtype=torch.float32 if method == "full" else "auto")
 
 
 def _warn_of_folder(model: Any) -> None:
     """Say when a loaded student's folder lacks weights that the model in memory has: transformers would have drawn them."""
     source = getattr(model, "name_or_path", "")
-    if model not in _compared and source and os.path.isdir(source):
+    if source and os.path.isdir(source):
         try:
             check_weights(source, "student", model.config)
         except ValueError as error:

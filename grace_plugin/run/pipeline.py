@@ -17,27 +17,17 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
-from grace_plugin.data import ConversationCollator
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.deprecation import renamed_arguments
-from grace_plugin.export.plan import checkpoint_bytes, rehearse_save
+from grace_plugin.export.plan import checkpoint_bytes
 from grace_plugin.export.stage import check_space, rehearse
 from grace_plugin.export.write import install_save, save_checkpoint
-from grace_plugin.modifier import GraceModifier
-from grace_plugin.run.inputs import (
-    check_models,
-    check_modifiers,
-    grace_modifier,
-    load_processor,
-    load_student,
-    open_cache,
-    read_recipe,
-)
-from grace_plugin.run.limits import sample_limits
+from grace_plugin.run.grace_run import GraceRun, TrainResult, run_folder
+from grace_plugin.run.inputs import grace_modifier
 from grace_plugin.run.samples import calibration_samples
 from grace_plugin.run.summary import checkpoint_lines, say
-from grace_plugin.run.train import TrainResult, run_folder
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, check_cached_samples
 from grace_plugin.upstream import (
@@ -71,18 +61,20 @@ class GracePipeline(CalibrationPipeline):
         grace = grace_modifier(recipe)
         modifiers = list(recipe.modifiers)
         try:
-            check_modifiers(recipe, oneshot=True)
+            run = GraceRun(recipe, processor=running_processor(), oneshot=True, copies=False)
+            run.student = model
             if dataloader is None:
                 raise ValueError("GRACE trains on calibration data and none was given; pass dataset= to oneshot")
             destination = running_output_dir()
             if destination is not None:
                 check_space(rehearse(destination), checkpoint_bytes(model))
             if grace.export_plan is None:
-                rehearse_save(model, grace, processor=running_processor())
+                run.rehearse()
             for modifier in modifiers:
+                # each runs alone: upstream sends the events of a pipeline to every modifier of the session's recipe
                 recipe.modifiers = [modifier]
-                if isinstance(modifier, GraceModifier):
-                    _train(model, dataloader, modifier)
+                if modifier is grace:
+                    _train(run, dataloader)
                 else:
                     CalibrationPipeline.from_modifiers([modifier])(model, dataloader, dataset_args)
         except BaseException:
@@ -96,28 +88,39 @@ class GracePipeline(CalibrationPipeline):
         keep_processor_files(model)
 
 
-def _train(model: nn.Module, dataloader: Any, modifier: GraceModifier) -> None:
-    from transformers import TrainingArguments
-
-    asked = modifier.oneshot
+def _train(run: GraceRun, dataloader: Any) -> None:
+    """Make the short training run that the recipe's oneshot block asks for."""
+    asked = run.modifier.oneshot
     per_epoch = math.ceil(len(dataloader) / asked.gradient_accumulation_steps)
     total_steps = max(1, math.ceil(asked.epochs * per_epoch))
     with tempfile.TemporaryDirectory(prefix="grace-oneshot-") as folder:
         arguments = TrainingArguments(
-            output_dir=folder, max_steps=total_steps, learning_rate=asked.learning_rate,
-            lr_scheduler_type=asked.scheduler, warmup_steps=round(asked.warmup_share * total_steps),
+            output_dir=folder,
+            max_steps=total_steps,
+            learning_rate=asked.learning_rate,
+            lr_scheduler_type=asked.scheduler,
+            warmup_steps=round(asked.warmup_share * total_steps),
             per_device_train_batch_size=getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1,
-            gradient_accumulation_steps=asked.gradient_accumulation_steps, weight_decay=asked.weight_decay,
-            max_grad_norm=asked.max_grad_norm, seed=asked.seed, optim=asked.optim, save_strategy="no",
+            gradient_accumulation_steps=asked.gradient_accumulation_steps,
+            weight_decay=asked.weight_decay,
+            max_grad_norm=asked.max_grad_norm,
+            seed=asked.seed,
+            optim=asked.optim,
+            save_strategy="no",
             report_to="none",
-            remove_unused_columns=False, label_names=["labels"], logging_nan_inf_filter=False, logging_steps=10,
-        )  # fmt: skip
-        modifier.teacher_to(arguments.device)
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_nan_inf_filter=False,
+            logging_steps=10,
+        )
         trainer = GraceTrainer(
-            model=model, args=arguments, train_loader=dataloader, objective=modifier.begin(total_steps),
+            model=run.student,
+            args=arguments,
+            train_loader=dataloader,
+            objective=run.begin(total_steps, arguments.device),
             train_dataset=dataloader.dataset,
-            scale_rate=modifier.scales.learning_rate_multiplier,
-        )  # fmt: skip
+            scale_rate=run.modifier.scales.learning_rate_multiplier,
+        )
         trainer.train()
 
 
@@ -172,31 +175,27 @@ def oneshot(
     """
     started = time.monotonic()
     rehearse(output_dir, run_folder(output_dir))
-    read = read_recipe(recipe)
-    check_modifiers(read, oneshot=True)
-    modifier = grace_modifier(read)
-    modifier.use_teacher(teacher)
-    store = open_cache(modifier, model, processor)
-    check_models(modifier, model)
-    student = load_student(model, modifier.training.method)
-    processor = processor or load_processor(student)
+    run = GraceRun(recipe, teacher=teacher, processor=processor, oneshot=True)
+    student, modifier = run.load(model), run.modifier
+    collator = run.collator(max_length, max_pixels, special_tokens=special_tokens)
     folder, samples = run_folder(output_dir), None
-    rehearse_save(student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths)
+    run.rehearse(probe=probe, output_dir=output_dir, record_paths=record_paths)
     if not isinstance(dataset, DataLoader):
-        collator = ConversationCollator(
-            processor, max_length, max_pixels, keys=store is not None, special_tokens=special_tokens,
-            **sample_limits(student, modifier, teacher, processor)._asdict(),
-        )  # fmt: skip
         samples = calibration_samples(
-            dataset, collator, folder, count=num_calibration_samples, batch_size=batch_size, share=max_bad_samples,
+            dataset,
+            collator,
+            folder,
+            count=num_calibration_samples,
+            batch_size=batch_size,
+            share=max_bad_samples,
             seed=modifier.oneshot.seed,
-        )  # fmt: skip
-        if store is not None:
-            check_cached_samples(store, samples.dataset)
+        )
+        if run.store is not None:
+            check_cached_samples(run.store, samples.dataset)
         dataset = DataLoader(samples.dataset, batch_size=batch_size, sampler=samples.sampler, collate_fn=collator)
     save_as_before = vars(student).get("save_pretrained")
     try:
-        upstream_oneshot(model=student, recipe=read, dataset=dataset, processor=processor, pipeline="grace")
+        upstream_oneshot(model=student, recipe=run.recipe, dataset=dataset, processor=run.processor, pipeline="grace")
     except BaseException:
         modifier.release()
         vars(student).pop("save_pretrained", None)

@@ -1,12 +1,9 @@
-"""GRACE inside somebody else's training loop: a session with the modifier, its objective, and the save at the end.
+"""GRACE in a training loop of your own: a session with the objective, and the save at the end.
 
-    with grace_session(student, recipe, teacher=teacher, total_steps=1000) as grace:
-        optimizer = torch.optim.AdamW(grace.parameter_groups(1e-5))
-        ...                                  # window, loss, measure, step: see grace_plugin.objective
-        grace.save("student-int4")
-
-Leaving the block without `save`, by an error or not, ends the session, takes everything of GRACE off the student, whose weights
-stay as they are at that moment, and writes nothing.
+with grace_session(student, recipe, teacher=teacher, total_steps=1000) as grace:
+    optimizer = torch.optim.AdamW(grace.parameter_groups(1e-5))
+    ...                                  # begin_step, compute_loss, reduce_metrics, end_step: see grace_plugin.objective
+    grace.save("student-int4")
 """
 
 from __future__ import annotations
@@ -14,73 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from grace_plugin.export.plan import rehearse_save
 from grace_plugin.export.processor import source_folder
-from grace_plugin.export.ranks import run_on_all_ranks
-from grace_plugin.export.stage import check_destination
-from grace_plugin.export.write import save_checkpoint
-from grace_plugin.modifier import GraceModifier
-from grace_plugin.objective import GraceObjective
-from grace_plugin.quantizer import PARAMETER
-from grace_plugin.run.inputs import grace_modifier, load_student, read_recipe
+from grace_plugin.run.grace_run import GraceRun, GraceSession
 from grace_plugin.teacher import GivenTeacher
-from grace_plugin.upstream import Modifier, Recipe, create_session
+from grace_plugin.upstream import Modifier, Recipe
 
 __all__ = ["GraceSession", "grace_session"]
-
-
-@dataclass
-class GraceSession:
-    """A running session: `objective` gives the loss, `parameter_groups` the optimizer's groups, `save` the checkpoint."""
-
-    student: nn.Module
-    modifier: GraceModifier
-    objective: GraceObjective
-    _session: Any
-    _ended: bool = False
-
-    def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Two optimizer groups: weights, and scales at `scales.learning_rate_multiplier` times the rate without decay."""
-        named = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
-        rate = learning_rate * self.modifier.scales.learning_rate_multiplier
-        return [
-            {
-                "params": [p for n, p in named if not n.endswith(PARAMETER)],
-                "lr": learning_rate,
-                "weight_decay": weight_decay,
-            },
-            {"params": [p for n, p in named if n.endswith(PARAMETER)], "lr": rate, "weight_decay": 0.0},
-        ]
-
-    def save(self, output_dir: str | os.PathLike[str], *, optimizer: Any = None) -> dict[str, Any]:
-        """End the run and write a verified checkpoint; returns the verification.
-
-        After a failure it can be called again: nothing that was trained is lost, and a run is ended once.
-
-        Args:
-            output_dir: where the checkpoint appears; must not hold anything.
-            optimizer: yours, where it trains other weights than those to keep (schedule-free optimizers): its `eval()` is
-                called before anything is frozen. Without it call that yourself; `save` cannot see an optimizer.
-
-        Raises:
-            RuntimeError: no optimizer step was made, or the forward pass multiplies by other weights than those to be saved.
-            FileExistsError: the destination is not empty; the run goes on.
-            VerificationError: a proof failed; nothing is left at the destination.
-        """
-        run_on_all_ranks(lambda: check_destination(output_dir), next(self.student.parameters()).device)
-        if not self._ended:
-            if callable(getattr(optimizer, "eval", None)):
-                optimizer.eval()
-                for attached in self.objective.attached:
-                    attached.invalidate()  # weights changed in place under what is quantized of them
-            self._session.finalize()
-            self._ended = True
-        return save_checkpoint(self.student, self.modifier, output_dir)
 
 
 @contextmanager
@@ -96,7 +36,10 @@ def grace_session(
     output_dir: str | os.PathLike[str] | None = None,
     record_paths: bool = False,
 ) -> Iterator[GraceSession]:
-    """Check the pair and the recipe, attach the scales, and hand out the objective for `total_steps` optimizer steps.
+    """Check the pair and the recipe, attach the scales, and give the objective for `total_steps` optimizer steps.
+
+    Leaving the block without `save`, by an error or not, ends the session, removes everything of GRACE from the student, whose
+    weights stay as they are at that moment, and writes nothing.
 
     Args:
         student: a loaded model with a real `name_or_path`.
@@ -113,18 +56,7 @@ def grace_session(
         FileExistsError: something is at `output_dir`.
         ValueError: what the recipe asks for cannot be done, or the checkpoint could not be saved.
     """
-    student = load_student(student)
-    source_folder(getattr(student, "name_or_path", ""))
-    read = read_recipe(recipe)
-    modifier = grace_modifier(read)
-    modifier.use_teacher(teacher)
-    with create_session() as session:
-        try:
-            session.initialize(recipe=read, model=student, copy_data=False, processors=(processor, teacher_processor))
-            rehearse_save(
-                student, modifier, processor=processor, output_dir=output_dir, probe=probe, record_paths=record_paths
-            )
-            modifier.teacher_to(next(student.parameters()).device)
-            yield GraceSession(student, modifier, modifier.begin(total_steps), session)
-        finally:
-            modifier.release()
+    run = GraceRun(recipe, teacher=teacher, processor=processor, teacher_processor=teacher_processor)
+    source_folder(getattr(run.load(student), "name_or_path", ""))
+    with run.session(total_steps, probe=probe, output_dir=output_dir, record_paths=record_paths) as session:
+        yield session

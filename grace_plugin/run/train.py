@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,19 @@ from grace_plugin.export.stage import rehearse
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.fingerprint import describe_run
 from grace_plugin.run.finish import save_facts, save_finished
-from grace_plugin.run.inputs import (
-    check_models,
-    grace_modifier,
-    load_processor,
-    load_student,
-    open_cache,
-    read_recipe,
-)
-from grace_plugin.run.limits import sample_limits
+from grace_plugin.run.grace_run import GraceRun, GraceSession, TrainResult, run_folder
 from grace_plugin.run.manifest import RunInputs, changed, run_text, started_with, without_paths, write_run_file
 from grace_plugin.run.outputs import kept_streams
 from grace_plugin.run.resume import states
 from grace_plugin.run.samples import TrainingSamples, training_samples
-from grace_plugin.run.session import GraceSession, grace_session
 from grace_plugin.run.settings import check_data_options, read_arguments, training_arguments
 from grace_plugin.run.states import check_resume_options
 from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.trainer import GraceTrainer
 from grace_plugin.teacher import GivenTeacher, StateStore, check_cached_samples
 from grace_plugin.upstream import Modifier, Recipe
-from grace_plugin.vlm import family_of
 
-__all__ = ["TrainResult", "run_folder", "train"]
+__all__ = ["train"]
 
 _OWN = (
     "max_length", "max_pixels", "max_bad_samples", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
@@ -56,37 +46,6 @@ _OWN = (
     "save_on_signal",
 )  # fmt: skip
 """Arguments of `train` that are none of TrainingArguments', for suggestions."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gives back.
-
-    checkpoint: the verified folder. model: the student as saved. verification: the proofs (the same on every rank).
-    history: Trainer's log, one dict per logging step, losses in nats. data: what became of the dataset's samples. throughput:
-    seconds of training, tokens of all ranks, tokens per second, peak memory in bytes; empty where nothing was trained.
-    """
-
-    checkpoint: Path
-    model: nn.Module
-    verification: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)
-    throughput: dict[str, float] = field(default_factory=dict)
-
-
-def run_folder(output_dir: str | os.PathLike[str]) -> Path:
-    """Return the folder of Trainer's files, `<output_dir>.run`.
-
-    Raises:
-        ValueError: `output_dir` has no name of its own, as "", "." and "..".
-    """
-    path = Path(output_dir)
-    if path.name in ("", ".."):
-        raise ValueError(
-            f"output_dir={shown(os.fspath(output_dir))} is no name of a new folder; take for instance student-int4"
-        )
-    return path.with_name(f"{path.name}.run")
 
 
 def _arguments(
@@ -148,31 +107,6 @@ def _samples(
     if samples.count is not None:
         collator([samples.dataset[i] for i in range(min(samples.count, arguments.train_batch_size))])
     return samples
-
-
-def _recipe(recipe: Any, teacher: GivenTeacher | None) -> tuple[Recipe, GraceModifier]:
-    read = read_recipe(recipe)
-    modifier = grace_modifier(read)
-    modifier.use_teacher(teacher)
-    return read, modifier
-
-
-def _collator(
-    student: Any, models: tuple[Any, Any], processors: tuple[Any, Any], max_length: int | None, max_pixels: int | None, *,
-    packed: bool, **settings: Any,
-) -> ConversationCollator:  # fmt: skip
-    """The collator, with the limits that both models set to samples.
-
-    models: the modifier, and the teacher that was passed. processors: the student's and the teacher's, None for those of their
-    checkpoints.
-    """
-    if packed:
-        family_of(student).check_packing()
-    processor = processors[0] or load_processor(student)
-    vocabulary, context = sample_limits(student, *models, processor, processors[1])
-    return ConversationCollator(
-        processor, max_length, max_pixels, packed=packed, vocabulary=vocabulary, context=context, **settings
-    )
 
 
 def _trainer(
@@ -335,23 +269,18 @@ def train(
     rehearse(output_dir, folder)
     _check_limits(max_length, max_pixels, max_bad_samples)
     check_resume_options(bool(resume_from_checkpoint), allow_resume_changes, save_minutes)
-    read, modifier = _recipe(recipe, teacher)
+    run = GraceRun(recipe, teacher=teacher, processor=processor, teacher_processor=teacher_processor)
+    modifier, written = run.modifier, run.recipe.yaml()
     arguments = _arguments(folder, resume_from_checkpoint, activation_offloading, given, asked)
     dataset = _check_dataset(dataset, arguments)
-    inputs = _inputs(passed, read, dataset, asked, arguments)
-    store = open_cache(modifier, model, processor)
-    check_models(modifier, model)
-    student = load_student(model, modifier.training.method)
-    collator = _collator(student, (modifier, teacher), (processor, teacher_processor), max_length, max_pixels,
-                         keys=store is not None, packed=packing, special_tokens=special_tokens)  # fmt: skip
-    samples = _samples(dataset, collator, arguments, folder, max_bad_samples, store)
-    steps, content, written = _total_steps(arguments, samples.count), inputs.content, read.yaml()
+    inputs = _inputs(passed, run.recipe, dataset, asked, arguments)
+    student = run.load(model)
+    collator = run.collator(max_length, max_pixels, packed=packing, special_tokens=special_tokens)
+    samples = _samples(dataset, collator, arguments, folder, max_bad_samples, run.store)
+    steps, content = _total_steps(arguments, samples.count), inputs.content
     source = (samples.dataset, content["dataset"]["fingerprint"])
     fingerprint = describe_run(arguments, student, modifier, collator, source, teacher=teacher, total_steps=steps)
-    with grace_session(
-        student, read, total_steps=steps, teacher=teacher, processor=collator.processor,
-        teacher_processor=teacher_processor, probe=probe, output_dir=output_dir, record_paths=record_paths,
-    ) as session:  # fmt: skip
+    with run.session(steps, probe=probe, output_dir=output_dir, record_paths=record_paths) as session:
         resumed = bool(resume_from_checkpoint) and not allow_resume_changes
         content = _keep_run_file(modifier, folder, content, resumed=resumed, record_paths=record_paths)
         trainer = _trainer(

@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from grace_plugin.run import train
 from grace_plugin.run.arguments import ARGUMENTS, DEFAULTS, NEEDS
+from grace_plugin.run.grace_run import run_folder
 from grace_plugin.run.settings import read_arguments
-from grace_plugin.run.train import run_folder
 from tests.pairs import Pair, loaded, recipe_text, run, structure
 from tests.tiny import make_samples
 
