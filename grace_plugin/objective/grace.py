@@ -289,6 +289,11 @@ class GraceObjective:
         warn_renamed("GraceObjective.step", "end_step")
         self.end_step(skipped=skipped)
 
+    def finalize_deferred_grads(self) -> None:
+        """Compute the gradients that were deferred over the window's backward passes; a second call changes nothing."""
+        for attached in self.attached:
+            attached.finalize_deferred_grads()
+
     def logs(self) -> dict[str, float]:
         """Return what a training loop logs: metrics of the latest step, weights, controller, gates, share of clipped weights.
 

@@ -1,36 +1,50 @@
-"""Trainer callback: llm-compressor's training events in their order, skipped steps, the controller's update, the run's log."""
+"""Trainer callback: llm-compressor's training events in their order, skipped steps, the objective's steps, the run's log."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grace_plugin.objective import GraceObjective
 from grace_plugin.run.metrics import MetricsFile
 from grace_plugin.upstream import LifecycleCallbacks, active_session
-
-if TYPE_CHECKING:
-    from grace_plugin.run.trainer import GraceTrainer
 
 __all__ = ["GraceCallback"]
 
 
 class GraceCallback(TrainerCallback):
-    """BATCH_START, LOSS_CALCULATED, OPTIM_PRE_STEP, OPTIM_POST_STEP, BATCH_END, once per optimizer step each."""
+    """Send BATCH_START, LOSS_CALCULATED, OPTIM_PRE_STEP, OPTIM_POST_STEP and BATCH_END once per optimizer step.
 
-    def __init__(self, trainer: GraceTrainer) -> None:
-        self.trainer = trainer
+    Args:
+        objective: of the run.
+        folder: where `metrics.jsonl` is written.
+        gradient_is_finite: whether the norm of the step's gradient is finite.
+        before_last_step_ends: called after the last optimizer step, before its resume state is written.
+    """
+
+    def __init__(
+        self,
+        objective: GraceObjective,
+        folder: Path,
+        *,
+        gradient_is_finite: Callable[[], bool],
+        before_last_step_ends: Callable[[], None],
+    ) -> None:
+        self.objective = objective
+        self.gradient_is_finite, self.before_last_step_ends = gradient_is_finite, before_last_step_ends
         self._skipped = False
-        self._metrics = MetricsFile(Path(trainer.args.output_dir))
+        self._metrics = MetricsFile(folder)
 
     @property
     def _in_session(self) -> bool:
         return bool(active_session().lifecycle.initialized_)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Warm-up, probe and controller follow the length of the run, so it must be the one they were prepared for."""
-        prepared = self.trainer.objective.total_steps
+        """Refuse a run of another length than the objective's, from which its warm-up follows."""
+        prepared = self.objective.total_steps
         if state.max_steps != prepared:
             raise RuntimeError(
                 f"Trainer plans {state.max_steps} optimizer steps, the objective was prepared for {prepared}"
@@ -38,8 +52,7 @@ class GraceCallback(TrainerCallback):
         reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if args.gradient_checkpointing and not reentrant:
             # transformers' hooks, which the reentrant kind alone needs, would send gradients through the frozen vision tower
-            student: Any = self.trainer.objective.student
-            student.disable_input_require_grads()
+            self.objective.student.disable_input_require_grads()
         if state.is_world_process_zero:
             self._metrics.begin(state.log_history)
 
@@ -52,14 +65,15 @@ class GraceCallback(TrainerCallback):
             LifecycleCallbacks.batch_start(global_step=state.global_step)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Reduce the step's values; a non-finite loss or gradient empties the gradients, so that no optimizer moves."""
-        self.trainer.finalize_deferred_grads()
-        record = self.trainer.objective.reduce_metrics()
-        self._skipped = not (record.finite and self.trainer.grad_norm_finite)
+        self.objective.finalize_deferred_grads()
+        record = self.objective.reduce_metrics()
+        self._skipped = not (record.finite and self.gradient_is_finite())
         if self._skipped:
-            for parameter in self.trainer.model.parameters():
+            # Trainer calls optimizer.step() whatever a callback says; parameters without a gradient stay as they are
+            for parameter in model.parameters():
                 parameter.grad = None
         if self._in_session:
             LifecycleCallbacks.loss_calculated(loss=record.ce, global_step=state.global_step)
@@ -72,10 +86,8 @@ class GraceCallback(TrainerCallback):
             LifecycleCallbacks.optim_post_step(global_step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if (
-            state.global_step >= state.max_steps
-        ):  # before the last resume state, from which a run is finished without training
-            self.trainer.use_averaged_weights()
-        self.trainer.objective.end_step(skipped=self._skipped)
+        if state.global_step >= state.max_steps:
+            self.before_last_step_ends()
+        self.objective.end_step(skipped=self._skipped)
         if self._in_session:
             LifecycleCallbacks.batch_end(global_step=state.global_step)

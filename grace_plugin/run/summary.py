@@ -11,15 +11,12 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from grace_plugin.export.ranks import is_writer
 from grace_plugin.run.outputs import kept_streams
-
-if TYPE_CHECKING:
-    from grace_plugin.run.trainer import GraceTrainer
 
 __all__ = ["checkpoint_lines", "count_tokens", "folder_bytes", "header_line", "say", "speed_line", "throughput"]
 
@@ -52,7 +49,7 @@ def say(line: str, arguments: Any = None) -> None:
             print(line, flush=True)
 
 
-def header_line(trainer: GraceTrainer, steps: int) -> str:
+def header_line(trainer: Any, steps: int) -> str:
     """One line: processes, batch, steps, epochs, what trains, and the memory of the weights."""
     asked, student = trainer.args, trainer.objective.student
     parameters = list(student.parameters())
@@ -77,7 +74,7 @@ def header_line(trainer: GraceTrainer, steps: int) -> str:
     )
 
 
-def _teacher(trainer: GraceTrainer) -> str:
+def _teacher(trainer: Any) -> str:
     """The memory of a teacher that is a model in memory."""
     model = getattr(trainer.objective.teacher, "model", None)
     if not isinstance(model, torch.nn.Module):
@@ -85,7 +82,7 @@ def _teacher(trainer: GraceTrainer) -> str:
     return f", teacher {size(sum(p.numel() * p.element_size() for p in model.parameters()))}"
 
 
-def throughput(trainer: GraceTrainer, seconds: float, tokens: int) -> dict[str, float]:
+def throughput(trainer: Any, seconds: float, tokens: int) -> dict[str, float]:
     """Return seconds of training, tokens of all ranks, tokens per second, and this process's peak memory in bytes.
 
     Collective: every rank takes part.
@@ -103,7 +100,7 @@ def throughput(trainer: GraceTrainer, seconds: float, tokens: int) -> dict[str, 
     }  # fmt: skip
 
 
-def speed_line(trainer: GraceTrainer, found: Mapping[str, float]) -> str:
+def speed_line(trainer: Any, found: Mapping[str, float]) -> str:
     """One line of `throughput`."""
     kind = "CUDA" if trainer.args.device.type == "cuda" else "resident"
     steps = counted(trainer.state.global_step, "step")

@@ -105,7 +105,15 @@ class GraceTrainer(Trainer):
         if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
             for attached in objective.attached:
                 attached.defer_grads()
-        self.add_callback(GraceCallback(self))
+        self.add_callback(
+            GraceCallback(
+                objective,
+                Path(self.args.output_dir),
+                gradient_is_finite=lambda: self.grad_norm_finite,
+                # the last resume state is one from which a run is finished without training
+                before_last_step_ends=self.use_averaged_weights,
+            )
+        )
         self.interrupts = ResumeCallback(self, on_signal=save_on_signal, minutes=save_minutes)
         self.add_callback(self.interrupts)
 
@@ -240,14 +248,9 @@ class GraceTrainer(Trainer):
             keep_full_precision_states(self.optimizer, moved)
         return self.optimizer
 
-    def finalize_deferred_grads(self) -> None:
-        """Make deferred gradients of quantized weights what they stand for; again changes nothing."""
-        for attached in self.objective.attached:
-            attached.finalize_deferred_grads()
-
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip weights and scales apart; returns the norm of the weights' gradient before clipping."""
-        self.finalize_deferred_grads()
+        self.objective.finalize_deferred_grads()
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
         norms = [self.accelerator.clip_grad_norm_(group, limit) for group in (others, scales) if group]
@@ -256,7 +259,7 @@ class GraceTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm to log; without clipping it is taken here, and looked at."""
-        self.finalize_deferred_grads()
+        self.objective.finalize_deferred_grads()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is None and norm is not None:
             self.grad_norm_finite = math.isfinite(norm)
