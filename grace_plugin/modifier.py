@@ -251,7 +251,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         check_fused(formats, model)
         for fmt, linears in formats.items():
             check_layers(linears, fmt)
-        check_kernels(formats, self.serving.tensor_parallel_size)
+        check_kernels(formats, self.serving.tensor_parallel_size, family_of(model).row_parallel)
         if self.training.lora is not None:
             self._lora_layers = lora_layers(self.training.lora, matched)
         return formats

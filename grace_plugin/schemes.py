@@ -28,7 +28,7 @@ from grace_plugin.upstream import (
     is_preset_scheme,
     match_named_modules,
 )
-from grace_plugin.vlm import matches
+from grace_plugin.vlm import family_of, matches
 
 __all__ = [
     "check_fused",
@@ -42,7 +42,6 @@ __all__ = [
     "stored_dtype",
 ]
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _HOW_TO_FIX = "use scheme: W4A16, or config_groups with symmetric integer weights per group or channel and nothing else"
 
 _LEARNED_PRESETS = tuple(name for name in (f"W{bits}A16" for bits in range(2, 9)) if is_preset_scheme(name))
@@ -217,23 +216,23 @@ def layers_by_format(
 
 
 def check_fused(formats: Mapping[QuantFormat, Mapping[str, nn.Linear]], model: nn.Module) -> None:
-    """Refuse layers that vLLM fuses (q, k, v and gate, up) but the recipe treats differently.
+    """Refuse linears that vLLM merges into one matrix (`Family.fused`) and the recipe quantizes differently.
 
     Raises:
         ValueError: lists every such set of layers; vLLM could not load the checkpoint.
     """
     chosen = {name: fmt for fmt, linears in formats.items() for name in linears}
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    problems = []
+    problems, fused = [], family_of(model).fused
     for parent in sorted({name.rpartition(".")[0] for name in chosen}):
-        for parts in _FUSED:
+        for parts in fused:
             members = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in names]
             if len({chosen.get(member) for member in members}) > 1:
                 each = (f"{member.rpartition('.')[2]}: {chosen.get(member, 'not quantized')}" for member in members)
                 problems.append(f"{parent} ({', '.join(each)})")
     if problems:
         raise ValueError(
-            f"vLLM runs q, k, v (and gate, up) of a layer as one matrix, so they need one format: {'; '.join(problems)}. "
+            f"vLLM merges these linears of a layer into one matrix, so they need one format: {'; '.join(problems)}. "
             "Target or ignore them together"
         )
 

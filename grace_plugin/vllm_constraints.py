@@ -1,6 +1,6 @@
 """Check the shape constraints of vLLM's INT4 and INT8 kernels before training instead of after it.
 
-Under tensor parallelism vLLM splits o_proj and down_proj along their inputs and every other projection along its outputs. An
+Under tensor parallelism vLLM splits some linears of a family along their inputs and all others along their outputs. An
 input width per rank that the group does not divide has no kernel and is refused. A layer that only vLLM's CPU kernel takes (it
 needs multiples of 32) is a warning, and so are bits other than 4 and 8, which need the package humming-kernels and CUDA.
 """
@@ -8,28 +8,33 @@ needs multiples of 32) is a warning, and so are bits other than 4 and 8, which n
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from grace_plugin.quantizer import QuantFormat
+from grace_plugin.vlm import Family
 
 __all__ = ["check_kernels"]
 
 logger = logging.getLogger(__name__)
 
 SERVED_BITS = (4, 8)  # by kernels that are in vLLM itself; humming-kernels adds 2, 3, 5, 6 and 7
-SPLIT_ALONG_INPUT = ("o_proj", "down_proj")
 #: kernel: (inputs in multiples of, outputs in multiples of)
 GPU_KERNELS = {"Marlin": (128, 64), "Machete": (64, 128)}
 
 
-def check_kernels(formats: Mapping[QuantFormat, Mapping[str, nn.Linear]], tensor_parallel_size: int = 1) -> list[str]:
+def check_kernels(
+    formats: Mapping[QuantFormat, Mapping[str, nn.Linear]],
+    tensor_parallel_size: int = 1,
+    row_parallel: Collection[str] = Family.row_parallel,
+) -> list[str]:
     """Refuse layers that no kernel can take at this tensor parallelism; warn of those that no GPU kernel takes.
 
     Args:
         formats: layers by format.
         tensor_parallel_size: ranks the checkpoint will be served on.
+        row_parallel: names of the linears that vLLM splits along their inputs, of the family.
 
     Returns:
         The warnings, which are also logged.
@@ -42,7 +47,7 @@ def check_kernels(formats: Mapping[QuantFormat, Mapping[str, nn.Linear]], tensor
         if fmt.num_bits not in SERVED_BITS:
             odd.add(fmt.num_bits)
         for name, linear in linears.items():
-            along_input = name.rpartition(".")[2] in SPLIT_ALONG_INPUT
+            along_input = name.rpartition(".")[2] in row_parallel
             split = linear.in_features if along_input else linear.out_features
             width = linear.in_features // tensor_parallel_size if along_input else linear.in_features
             outputs = linear.out_features if along_input else linear.out_features // tensor_parallel_size

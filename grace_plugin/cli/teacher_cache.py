@@ -1,4 +1,4 @@
-"""`grace teacher cache`: say what it will take, run the teacher over a dataset, say what was written."""
+"""`grace teacher cache`: print the predicted size, run the teacher over a dataset, print what was written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def teacher_cache(args: Namespace) -> None:
     """Build the cache of a recipe's teacher.
 
     Raises:
-        ValueError: what `build_cache` refuses.
+        ValueError: as for `build_cache`.
     """
     from grace_plugin.data import load_samples
     from grace_plugin.run.inputs import grace_modifier, read_recipe
@@ -60,18 +60,29 @@ def teacher_cache(args: Namespace) -> None:
             progress.update(tasks[what], completed=done)
 
         plan = build_cache(
-            args.model, teacher=modifier.teacher, dataset=load_samples(args.dataset, args.images), output_dir=args.output_dir,
-            max_length=args.max_length, max_pixels=args.max_pixels, max_bad_samples=args.max_bad_samples,
+            args.model,
+            teacher=modifier.teacher,
+            dataset=load_samples(args.dataset, args.images),
+            output_dir=args.output_dir,
+            max_length=args.max_length,
+            max_pixels=args.max_pixels,
+            max_bad_samples=args.max_bad_samples,
             batch_size=args.batch_size,
-            workers=args.workers, special_tokens=args.special_tokens,
-            visual=modifier.reads_visual_states, shard_bytes=args.shard_bytes, device=args.device, announce=announce,
+            workers=args.workers,
+            special_tokens=args.special_tokens,
+            visual=modifier.reads_visual_states,
+            shard_bytes=args.shard_bytes,
+            device=args.device,
+            announce=announce,
             progress=show,
-        )  # fmt: skip
+        )
     files = sorted(Path(args.output_dir).glob("*.safetensors"))
     written, seconds = sum(file.stat().st_size for file in files), plan.seconds or 0.0
     console.print(
         f"teacher cache: {args.output_dir}, {plan.samples:,} samples in {len(files):,} files of {_bytes(written)}, "
         f"{_time(seconds)}; "
         f"train with teacher: {{kind: cached, cache: {args.output_dir}}}",
-        soft_wrap=True, markup=False, highlight=False,
-    )  # fmt: skip
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )

@@ -1,23 +1,22 @@
-"""Run the teacher once over a dataset and keep what training reads of it.
+"""Run the teacher once over a dataset and write the hidden states that training reads to a cache.
 
-The samples are looked at first, as for training; then it is known how many bytes will be written (exactly, from the counts of
-supervised positions and visual tokens), and the disk is asked whether it has them. Then the longest samples are run first, so
-memory runs out at once or never, and a few timed batches say how long the rest will take.
+Before the teacher is loaded all samples are checked as for training, the number of bytes is computed exactly from the counts of
+supervised positions and visual tokens, and the free space of the disk is compared with it. The longest samples run first, so
+that memory runs out at once or never; a few timed batches predict how long the rest will take.
 
-Samples that the folder holds already are not run again: a stopped build goes on, a longer dataset adds its samples, and a
-file that is not what was written is dropped and its samples are run anew.
-
-For processors that make the same pixels every time. One that draws at random is not noticed: the states would belong to
-other pixels than the student sees.
+Samples that the folder holds are not run again: a stopped build continues, a longer dataset adds its samples, and the samples
+of a damaged file are run again. The processor must be deterministic: random augmentation goes unnoticed, and the states would
+belong to other pixels than the student's.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,84 +38,149 @@ from grace_plugin.data.media import DEFAULT_MAX_PIXELS
 from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, supervised_positions
-from grace_plugin.teacher.cached import teacher_identity
+from grace_plugin.teacher.cached import sample_keys, teacher_identity
 from grace_plugin.teacher.checkpoint import UnloadedCheckpoint, open_checkpoint
 from grace_plugin.teacher.open import check_pair
-from grace_plugin.teacher.plan import CachePlan, check_disk, check_folder, drop_damaged, plan_cache
 from grace_plugin.teacher.resident import ResidentTeacher, load_teacher
 from grace_plugin.teacher.store import (
     ShardWriter,
-    building,
+    StateStore,
+    build_lock,
+    check_folder,
+    drop_damaged,
     holds_states,
+    read_store,
     restore_store,
     write_store,
 )
-from grace_plugin.vlm import check_depth, context_length, family_of
+from grace_plugin.vlm import Family, check_depth, context_length, family_of
 from grace_plugin.vlm.loading import check_checkpoint, check_finite
 
-__all__ = ["build_cache"]
+__all__ = ["CachePlan", "build_cache"]
 
-TIMED = 4  # batches that say how long the rest will take
+TIMED_BATCHES = 4  # the first is a warm-up, the others predict the time of the rest
+_HEADER_BYTES = 1024  # upper bound of what a sample adds to a file in addition to its states
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a build will do, and what it has done.
+
+    samples: distinct samples of the dataset.
+    stored: how many of them are in the folder.
+    total_bytes, bytes: of the states of all samples, and of those still to run.
+    at_most: whether the bytes are an upper bound, because placeholders of the family may not be visual tokens.
+    tokens: to run.
+    dropped: names of damaged files that were removed.
+    seconds: predicted time of what is to run, None until batches were timed.
+    """
+
+    samples: int
+    stored: int
+    total_bytes: int
+    bytes: int
+    at_most: bool
+    tokens: int
+    dropped: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+def plan_cache(
+    samples: Prepared, folder: Path, width: int, visual: bool, family: Family
+) -> tuple[CachePlan, list[int]]:
+    """Return the plan and the numbers of the samples to run, the longest first. `width`: bytes of a token's state."""
+    store = StateStore(folder) if read_store(folder) is not None else ()
+    keys = {
+        key: number
+        for number, key in sample_keys(samples.samples, sorted(set(samples.numbers.tolist())), samples.special_tokens)
+    }
+    entries = samples.entries
+    sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
+    missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)
+    plan = CachePlan(
+        samples=len(keys),
+        stored=len(keys) - len(missing),
+        total_bytes=sum(sizes.values()),
+        bytes=sum(sizes[n] for n in missing),
+        at_most=visual and type(family).true_tokens is not Family.true_tokens,
+        tokens=sum(entries[n].tokens for n in missing),
+    )
+    return plan, missing
+
+
+def check_disk(folder: Path, plan: CachePlan) -> None:
+    """Refuse a build that does not fit on the disk.
+
+    Raises:
+        ValueError: names the bytes needed and the bytes free.
+    """
+    wanted = plan.bytes + _HEADER_BYTES * (plan.samples - plan.stored)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise ValueError(
+            f"the states take {wanted:,} bytes and the disk of {folder} has {free:,} free; give another folder, or "
+            "fewer samples"
+        )
 
 
 @renamed_arguments(max_bad_rows="max_bad_samples")
 def build_cache(
-    model: str | os.PathLike[str], *, teacher: TeacherRecipe, dataset: Any, output_dir: str | os.PathLike[str],
-    processor: Any = None, max_length: int | None = None, max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    max_bad_samples: float = 0.05, special_tokens: Sequence[str] = (), batch_size: int = 8, workers: int = 0,
-    visual: bool = True, shard_bytes: int = 2**29, device: str | torch.device | None = None,
-    announce: Callable[[CachePlan], None] | None = None, progress: Callable[[str, int, int], None] | None = None,
-) -> CachePlan:  # fmt: skip
-    """Write the states of every usable sample of a dataset to `output_dir`, going on with what is there.
+    model: str | os.PathLike[str],
+    *,
+    teacher: TeacherRecipe,
+    dataset: Any,
+    output_dir: str | os.PathLike[str],
+    processor: Any = None,
+    max_length: int | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    max_bad_samples: float = 0.05,
+    special_tokens: Sequence[str] = (),
+    batch_size: int = 8,
+    workers: int = 0,
+    visual: bool = True,
+    shard_bytes: int = 2**29,
+    device: str | torch.device | None = None,
+    announce: Callable[[CachePlan], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CachePlan:
+    """Write the teacher's states of every usable sample of a dataset to `output_dir`; an existing cache is extended.
 
     Args:
-        model: the student's checkpoint, whose processor makes the samples; its weights are not read.
+        model: the student's checkpoint, whose processor makes the batches; its weights are not read.
         teacher: the recipe's block; `model`, `revision` and `dtype` are read.
         dataset: samples as for `grace_plugin.train`, not a stream.
         processor: the student's; read from its checkpoint by default.
         max_length, max_pixels, max_bad_samples, special_tokens: as for `grace_plugin.train`.
-        batch_size: samples the teacher runs at a time. workers: processes that look at samples and decode.
+        batch_size: samples per forward pass of the teacher.
+        workers: processes that check and decode samples.
         visual: keep the states of visual tokens, which the relational term reads.
-        shard_bytes: states in a file; a stopped build loses at most so much.
-        device: where the teacher runs; the first CUDA device, or the CPU.
+        shard_bytes: size of a file; a stopped build loses at most so many bytes of states.
+        device: where the teacher runs; by default the first CUDA device, or the CPU.
         announce: called with the plan before the teacher is loaded, and again once batches were timed.
         progress: called with (what, done, of).
 
     Returns:
-        The plan, with the seconds it took.
+        The plan, with the seconds the build took.
 
     Raises:
-        ValueError: a teacher that does not fit, samples that cannot be used, a folder that holds something else or states of
-            another teacher or processor, or a disk without room; nothing was written.
+        ValueError: a teacher that does not fit, samples that cannot be used, a folder with other content or with states of
+            another teacher or processor, or too little disk space; nothing was written.
     """
     started, folder = time.monotonic(), Path(output_dir)
     if teacher.model is None:
         raise ValueError(MISSING)
     if min(batch_size, shard_bytes) < 1:
         raise ValueError(f"batch_size and shard_bytes are at least 1, got {batch_size} and {shard_bytes}")
-    student = open_checkpoint(os.fspath(model), role="student")
-    source = open_checkpoint(teacher.model, teacher.revision)
-    check_checkpoint(teacher.model, "teacher", revision=teacher.revision)  # all of it runs here, not the head alone
-    if visual:
-        check_depth(source.config, "teacher")
-    contexts = [length for one in (student, source) if (length := context_length(one.config)) is not None]
-    processor = processor or _processor(student)
-    shared = check_pair(student, source, (processor, None), student_rows=student.rows, teacher_rows=source.rows)
-    collator = ConversationCollator(
-        processor, max_length, max_pixels, keys=True, special_tokens=special_tokens, vocabulary=shared,
-        context=min(contexts, default=None),
-    )  # fmt: skip
-    settings = processor_settings(collator.processor)
-    identity: dict[str, Any] = {
-        "teacher": teacher_identity(source, teacher.dtype),
-        "processor": settings,
-        "visual": visual,
-    }
+    student, source = _open_pair(model, teacher, visual)
+    collator = _collator(student, source, processor, max_length, max_pixels, special_tokens)
+    identity: dict[str, Any] = {"teacher": teacher_identity(source, teacher.dtype), "visual": visual}
+    identity["processor"] = processor_settings(collator.processor)
     made_with = {"teacher": teacher.model, "revision": teacher.revision, **_versions()}
     with ExitStack() as held:
         locked = holds_states(folder)
         if locked:
-            held.enter_context(building(folder))
+            held.enter_context(build_lock(folder))
             restore_store(folder)
         identity["visual"] = check_folder(folder, identity)
         samples = _checked(dataset, collator, max_bad_samples, workers, progress)
@@ -132,8 +196,8 @@ def build_cache(
             announce(plan)
         if missing:
             runner = _Runner(student, source, teacher, device)
-            if not locked:  # nothing is written before, and another build may have begun here in the meantime
-                held.enter_context(building(folder))
+            if not locked:  # another build may have started in this folder since it was checked
+                held.enter_context(build_lock(folder))
                 locked = True
                 identity["visual"] = check_folder(folder, identity)
                 missing = planned()[1]
@@ -144,31 +208,78 @@ def build_cache(
     return replace(plan, seconds=time.monotonic() - started)
 
 
+def _open_pair(
+    model: str | os.PathLike[str], teacher: TeacherRecipe, visual: bool
+) -> tuple[UnloadedCheckpoint, UnloadedCheckpoint]:
+    """Read the student's and the teacher's checkpoints without loading them."""
+    student = open_checkpoint(os.fspath(model), role="student")
+    source = open_checkpoint(str(teacher.model), teacher.revision)
+    # `open_checkpoint` checks as for a cached teacher, which needs the head alone; a build needs all weights.
+    check_checkpoint(str(teacher.model), "teacher", revision=teacher.revision)
+    if visual:
+        check_depth(source.config, "teacher")
+    return student, source
+
+
+def _collator(
+    student: UnloadedCheckpoint,
+    source: UnloadedCheckpoint,
+    processor: Any,
+    max_length: int | None,
+    max_pixels: int | None,
+    special_tokens: Sequence[str],
+) -> ConversationCollator:
+    """Make the collator of a training run with keys; refuses a pair with different tokens or pixels."""
+    processor = processor or _processor(student)
+    contexts = [length for one in (student, source) if (length := context_length(one.config)) is not None]
+    return ConversationCollator(
+        processor,
+        max_length,
+        max_pixels,
+        keys=True,
+        special_tokens=special_tokens,
+        vocabulary=check_pair(student, source, (processor, None), student_rows=student.rows, teacher_rows=source.rows),
+        context=min(contexts, default=None),
+    )
+
+
 def _checked(
-    dataset: Any, collator: ConversationCollator, max_bad_samples: float, workers: int,
+    dataset: Any,
+    collator: ConversationCollator,
+    max_bad_samples: float,
+    workers: int,
     progress: Callable[[str, int, int], None] | None,
-) -> Prepared:  # fmt: skip
-    """The dataset's samples, each checked as for training.
+) -> Prepared:
+    """Check the dataset's samples as for training.
 
     Raises:
-        ValueError: a stream, or too many that cannot be used.
+        ValueError: a stream, or too many samples that cannot be used.
     """
     dataset = as_samples(dataset)
     if not is_scannable(dataset):
-        raise ValueError("a cache needs samples that can be looked at first; save these as parquet and give those")
+        raise ValueError("a cache needs samples that can be checked first; save these as parquet and give those")
     return prepare(
-        dataset, collator, max_bad_samples=max_bad_samples, workers=workers,
-        progress=None if progress is None else lambda done, of: progress("looking at every sample", done, of),
-    )  # fmt: skip
+        dataset,
+        collator,
+        max_bad_samples=max_bad_samples,
+        workers=workers,
+        progress=None if progress is None else lambda done, of: progress("checking samples", done, of),
+    )
 
 
 def _run(
-    runner: _Runner, samples: Prepared, batches: list[list[int]], collator: ConversationCollator, workers: int,
-    writer: ShardWriter, plan: CachePlan, announce: Callable[[CachePlan], None] | None,
+    runner: _Runner,
+    samples: Prepared,
+    batches: list[list[int]],
+    collator: ConversationCollator,
+    workers: int,
+    writer: ShardWriter,
+    plan: CachePlan,
+    announce: Callable[[CachePlan], None] | None,
     progress: Callable[[str, int, int], None] | None,
-) -> None:  # fmt: skip
-    """Write the states of the batches, and say how long the rest will take."""
-    given: Any = samples.samples  # a sequence is all that the loader needs
+) -> None:
+    """Write the states of the batches, and announce the predicted time once."""
+    given: Any = samples.samples  # a sequence, which is all that the loader needs
     loader: Any = DataLoader(given, batch_sampler=batches, collate_fn=collator, num_workers=workers)
     clock, finished = _Clock([sum(samples.entries[number].tokens for number in batch) for batch in batches]), 0
     for numbers, batch in zip(batches, loader, strict=True):
@@ -182,28 +293,28 @@ def _run(
 
 
 class _Clock:
-    """Says once how long a build will take: the first batches' time a token (the very first warms up) times the tokens left."""
+    """Predicts how long a build will take: seconds per token of the first batches times the tokens left."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.done, self.seconds = tokens, 0, 0.0
         self._marks = [time.monotonic()]
 
     def tick(self) -> bool:
-        """A batch is done; True when `seconds`, from now to the end, was found just now."""
+        """Count a batch; returns True once, when `seconds` from now to the end is known."""
         self.done += 1
         self._marks.append(time.monotonic())
-        if self.done != TIMED or len(self.tokens) <= TIMED:
+        if self.done != TIMED_BATCHES or len(self.tokens) <= TIMED_BATCHES:
             return False
-        rate = (self._marks[-1] - self._marks[1]) / sum(self.tokens[1:TIMED])
-        self.seconds = rate * sum(self.tokens[TIMED:])
+        rate = (self._marks[-1] - self._marks[1]) / sum(self.tokens[1:TIMED_BATCHES])
+        self.seconds = rate * sum(self.tokens[TIMED_BATCHES:])
         return True
 
 
 class _Runner:
-    """The loaded teacher; turns a batch into the states of its samples.
+    """The loaded teacher; returns the states of a batch by sample.
 
     Raises:
-        ValueError: the head in memory is not the one that training would read.
+        ValueError: the head in memory differs from the one that training would read from the files.
     """
 
     def __init__(
@@ -227,7 +338,7 @@ class _Runner:
         self.teacher.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Key, `final` and `visual` of each sample, in the order of the sequence."""
+        """Yield key, `final` and `visual` of each sample, positions in the order of the sequence."""
         samples, length = batch["labels"].shape
         positions, visual = supervised_positions(batch["labels"]), self.family.visual_tokens(self.config, batch)
         states = self.teacher.states(batch, positions, visual)
@@ -237,13 +348,13 @@ class _Runner:
         ):  # no visual token in the batch, or a decoder of one layer, which has no states of them
             yield from zip(batch[SAMPLE_KEY], finals, [states.visual] * samples, strict=True)
             return
-        order = visual.index.argsort()
+        order = visual.index.argsort()  # a batch lists images before videos, a cached sample has them as they come
         seen = states.visual.index_select(0, order).split(_per_sample(visual.index, samples, length))
         yield from zip(batch[SAMPLE_KEY], finals, seen, strict=True)
 
 
 def _per_sample(index: Tensor, samples: int, length: int) -> list[int]:
-    """How many flat positions of [samples, length] lie in each sample."""
+    """Count the flat positions of [samples, length] by sample."""
     return torch.bincount(index // length, minlength=samples).tolist()
 
 

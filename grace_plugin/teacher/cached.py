@@ -1,10 +1,9 @@
-"""A teacher that was run before: its states are read from a store, and of its weights the head alone is loaded.
+"""A teacher whose hidden states are read from a cache; of its weights the output head alone is loaded.
 
-The states are exact, in the dtype the teacher computed them in. A resident teacher gives the same bits for a batch of the same
-samples padded alike; for a batch cut otherwise it differs by its own rounding, which a store does not.
+States are stored in the dtype in which the teacher computed them. A resident teacher gives the same bits for a batch of the
+same samples with the same padding; for other batches its rounding differs, and that of a cache does not.
 
-Samples are found by what they hold (`grace_plugin.data.sample_key`), so batches need the keys:
-`ConversationCollator(keys=True)`.
+Samples are found by a key of their content (`grace_plugin.data.sample_key`), so batches need `ConversationCollator(keys=True)`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from grace_plugin.data.conversation import sample_name
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher.base import MISSING, Teacher, TeacherStates
 from grace_plugin.teacher.checkpoint import UnloadedCheckpoint, open_checkpoint
-from grace_plugin.teacher.store import REBUILD, StateStore, differing
+from grace_plugin.teacher.store import REBUILD, StateStore, differences
 from grace_plugin.vlm import VisualTokens
 from grace_plugin.vlm.loading import check_finite
 
@@ -31,17 +30,17 @@ __all__ = [
     "CachedTeacher",
     "check_cached_processor",
     "check_cached_samples",
-    "keys_of",
     "open_store",
+    "sample_keys",
     "teacher_identity",
 ]
 
 _CHUNK = 1024
-_WORTH_THREADS = 1 << 20
+_THREADED_BYTES = 1 << 20  # below it, handing the copies to threads takes longer than copying
 
 
 def teacher_identity(checkpoint: UnloadedCheckpoint, dtype: str) -> dict[str, Any]:
-    """What a store is written for: the teacher's revision, dtype, width, and the layer the relational term reads."""
+    """Return what a cache depends on: the teacher's fingerprint, dtype, width, and the layer of the relational term."""
     return {
         **checkpoint.fingerprint(),
         "dtype": str(checkpoint.dtype(dtype)).removeprefix("torch."),
@@ -51,41 +50,41 @@ def teacher_identity(checkpoint: UnloadedCheckpoint, dtype: str) -> dict[str, An
 
 
 def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
-    """Open the store of a recipe and compare it with what the recipe asks for; nothing of the teacher is loaded.
+    """Open the cache of a recipe and check that it fits the recipe; no weight of the teacher is loaded.
 
     Args:
+        asked: the recipe's `teacher` block.
         visual: whether the run reads the states of visual tokens.
 
     Raises:
-        ValueError: no store, a store of another teacher (both are named), one without visual tokens, or a file of it that
-            is not what was written.
+        ValueError: no cache, a cache of another teacher (both are named), one without visual tokens, or a damaged file.
     """
     assert asked.cache is not None
     if asked.model is None:
         raise ValueError(f"{MISSING}; a cached teacher is named as well, its head and tokenizer are read from there")
     store = StateStore(asked.cache)
     identity = teacher_identity(open_checkpoint(asked.model, asked.revision), asked.dtype)
-    told = differing(store.identity["teacher"], identity)
-    if told:
+    different = differences(store.identity["teacher"], identity)
+    if different:
         raise ValueError(
             f"the teacher cache {asked.cache} was written for the teacher {store.made_with['teacher']!r} and this run asks for "
-            f"{asked.model!r}, which is another (cache / run): {told}; name the cache's teacher, or write a cache for this one "
-            f"with {REBUILD.format(folder='ANOTHER_FOLDER')}"
+            f"{asked.model!r}, which is another (cache / run): {different}; name the cache's teacher, or write a cache for "
+            f"this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
         )
     if visual and not store.identity["visual"]:
         raise ValueError(
             f"the teacher cache {asked.cache} holds no states of visual tokens and the recipe's relational term reads them; "
             "write another with this recipe, or set relational: {enabled: false}"
         )
-    if asked.check_cache and os.environ.get("LOCAL_RANK", "0") == "0":  # once a host
+    if asked.check_cache and os.environ.get("LOCAL_RANK", "0") == "0":  # one process per host reads all files
         store.check()
     return store
 
 
-def keys_of(
+def sample_keys(
     samples: Sequence[Any], numbers: Iterable[int], special_tokens: Sequence[str] = ()
 ) -> Iterator[tuple[int, str]]:
-    """(number, key) of the samples with these numbers; media are read and hashed by several threads."""
+    """Yield (number, key) of the samples with these numbers; media are read and hashed by several threads."""
     numbers, key = list(numbers), partial(sample_key, special_tokens=special_tokens)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), _CHUNK):
@@ -94,49 +93,50 @@ def keys_of(
 
 
 def check_cached_processor(store: StateStore, processor: Any) -> None:
-    """Refuse a processor that makes other tokens or pixels than the store's.
+    """Refuse a processor that makes other tokens or pixels than the cache's.
 
     Raises:
         ValueError: names every setting that differs, with both values.
     """
-    told = differing(store.identity["processor"], processor_settings(processor))
-    if told:
+    different = differences(store.identity["processor"], processor_settings(processor))
+    if different:
         raise ValueError(
-            f"the teacher cache {store.folder} was written with another processor (cache / run): {told}; give this run the "
-            f"cache's processor, or write a cache for this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
+            f"the teacher cache {store.folder} was written with another processor (cache / run): {different}; give this run "
+            f"the cache's processor, or write a cache for this one with {REBUILD.format(folder='ANOTHER_FOLDER')}"
         )
 
 
 def check_cached_samples(store: StateStore, dataset: Any) -> None:
-    """Refuse a run that would ask a store for samples that it does not hold; reads every sample's media once.
+    """Refuse a dataset with samples that are not in the cache; reads every sample's media once.
 
     Args:
-        dataset: what the run trains on; a `Prepared` or anything that can be looked at in full.
+        store: the opened cache.
+        dataset: what the run trains on, a `Prepared` or any sequence of samples.
 
     Raises:
-        ValueError: a dataset that is made as it is read, or samples that are not in the store, named.
+        ValueError: a stream, or samples that are not in the cache, by name.
     """
     samples, numbers = (
         (dataset.samples, set(dataset.numbers.tolist())) if isinstance(dataset, Prepared) else (dataset, None)
     )
     if not is_scannable(samples):
         raise ValueError(
-            "a cached teacher needs samples that can be looked at before the run, and these are made as they are read; save "
-            "them as parquet and give those, or use teacher.kind: resident"
+            "a cached teacher needs samples that can be checked before the run, and these are made as they are read; save them "
+            "as parquet and give those, or use teacher.kind: resident"
         )
-    looked = sorted(numbers) if numbers is not None else range(len(samples))
+    checked = sorted(numbers) if numbers is not None else range(len(samples))
     special_tokens = dataset.special_tokens if isinstance(dataset, Prepared) else ()
-    absent = [number for number, key in keys_of(samples, looked, special_tokens) if key not in store]
+    absent = [number for number, key in sample_keys(samples, checked, special_tokens) if key not in store]
     if absent:
         named = ", ".join(sample_name(samples[number], number) for number in absent[:5])
         raise ValueError(
-            f"{len(absent)} of {len(looked)} samples are not in the teacher cache {store.folder}: {named}"
+            f"{len(absent)} of {len(checked)} samples are not in the teacher cache {store.folder}: {named}"
             f"{', ...' if len(absent) > 5 else ''}; write them with {REBUILD.format(folder=store.folder)}"
         )
 
 
 class CachedTeacher(Teacher):
-    """Reads states by key. `head_bytes`: what is held of the teacher's weights."""
+    """Reads states by the keys of a batch's samples."""
 
     def __init__(self, store: StateStore, asked: TeacherRecipe) -> None:
         assert asked.model is not None
@@ -147,7 +147,7 @@ class CachedTeacher(Teacher):
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the teacher's weights that are in memory."""
+        """Return the bytes of the output head, all of the teacher's weights that are in memory."""
         return sum(part.numel() * part.element_size() for part in self._head if part is not None)
 
     def to(self, device: torch.device) -> None:
@@ -156,17 +156,17 @@ class CachedTeacher(Teacher):
         self._head = weight.to(device), None if bias is None else bias.to(device)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V_t, d_t] and bias of the output head."""
+        """Return weight [V_t, d_t] and bias of the output head."""
         return self._head
 
     def states(
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
-        """Read the batch's samples.
+        """Read the states of the batch's samples.
 
         Raises:
-            ValueError: no keys in the batch, a sample that is not in the store, or one with other positions than when it was
-                written.
+            ValueError: no keys in the batch, a sample that is not in the cache, or one whose positions differ from those it
+                was written with.
         """
         if batch.get(SAMPLE_KEY) is None:
             raise ValueError(
@@ -179,19 +179,22 @@ class CachedTeacher(Teacher):
                 f"the sample with key {absent[0]} is not in the teacher cache {self.store.folder}; write it with "
                 f"{REBUILD.format(folder=self.store.folder)}"
             )
-        samples = [self.store.read(key) for key in batch[SAMPLE_KEY]]
-        final, seen = [final for final, _ in samples], [seen for _, seen in samples if seen is not None]
+        read = [self.store.read(key) for key in batch[SAMPLE_KEY]]
+        final, seen = [final for final, _ in read], [seen for _, seen in read if seen is not None]
         for what, here, parts in (
             ("supervised positions", len(positions), final),
             ("visual tokens", len(visual.index), seen),
         ):
             there = sum(map(len, parts))
             if there != here and parts:
-                raise ValueError(_other(what, here, there, self.store))
-        states = _together([final, seen] if seen else [final], positions.device)
+                raise ValueError(
+                    f"the batch has {here} {what} and the teacher cache {self.store.folder} holds {there} for its samples: "
+                    "labels or pixels are made otherwise than when it was written; remove it and write it again"
+                )
+        states = _concatenate([final, seen] if seen else [final], positions.device)
         if not seen:
             return TeacherStates(states[0], states[0][:0])
-        # a batch lists pictures before videos, a sample of the store as they come
+        # A batch lists images before videos, a cached sample has them as they come.
         place = visual.index.argsort().argsort()
         return TeacherStates(states[0], states[1].index_select(0, place))
 
@@ -201,18 +204,19 @@ def _copiers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="grace-states")
 
 
-os.register_at_fork(after_in_child=_copiers.cache_clear)  # a forked process has none of its parent's threads
+# A forked process inherits the pool without its threads, and would wait for them forever.
+os.register_at_fork(after_in_child=_copiers.cache_clear)
 
 
 def _copy(place: Tensor, part: Tensor) -> None:
-    """In this thread alone, without the interpreter's lock; torch's own copy would wake all of its threads."""
+    """Copy bytes on the calling thread alone, without the interpreter's lock; torch's copy would wake all of its threads."""
     place.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
 
 
-def _together(several: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
-    """States of several samples, one after the other, on the device; to a GPU from pinned memory: nothing waits for that copy.
+def _concatenate(several: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """Concatenate states of several samples and copy them to the device; to a GPU from pinned memory, queued.
 
-    Each is copied once on the host, out of its mapped file; from a mebibyte on by a few threads.
+    On the host each is copied once, out of its memory-mapped file.
     """
     whole: list[Tensor] = []
     jobs: list[tuple[Tensor, Tensor]] = []
@@ -220,16 +224,9 @@ def _together(several: Sequence[Sequence[Tensor]], device: torch.device) -> list
         shape = (sum(map(len, parts)), *parts[0].shape[1:])
         whole.append(torch.empty(shape, dtype=parts[0].dtype, pin_memory=device.type == "cuda"))
         jobs += zip(whole[-1].split([len(part) for part in parts]), parts, strict=True)
-    if sum(states.nbytes for states in whole) >= _WORTH_THREADS:
+    if sum(states.nbytes for states in whole) >= _THREADED_BYTES:
         list(_copiers().map(_copy, *zip(*jobs, strict=True)))
     else:
         for place, part in jobs:
             _copy(place, part)
     return [states.to(device, non_blocking=True) for states in whole]
-
-
-def _other(what: str, here: int, there: int, store: StateStore) -> str:
-    return (
-        f"the batch has {here} {what} and the teacher cache {store.folder} holds {there} for its samples: labels or pixels are "
-        "made otherwise than when it was written; remove it and write it anew"
-    )

@@ -1,14 +1,14 @@
-"""A folder of teacher states: safetensors files named by their own SHA-256, and `store.json`, which says what made them.
+"""The files of a teacher cache.
 
-    store.json           teacher, processor and layer (`identity`), and with what it was made
-    <sha256>.safetensors `<key>.final` [n, d_t] and `<key>.visual` [m, d_t] of some hundred samples, unpadded, in the
-                         teacher's dtype; n supervised positions and m visual tokens in the order of the sequence; what
-                         `store.json` says is in its header too
-    .build.lock          held by the one process that writes here, which it names
+    store.json           `identity` (teacher, processor, layer), and the versions it was made with
+    <sha256>.safetensors `<key>.final` [n, d_t] and `<key>.visual` [m, d_t] of some hundred samples, unpadded, in the teacher's
+                         dtype; n supervised positions and m visual tokens in the order of the sequence. The header repeats
+                         the content of `store.json`
+    .build.lock          held by the process that writes here, which it names
 
-A file is written aside, brought to the disk and renamed, so under its name it is complete: a stopped build leaves whole files
-and goes on after them. The name is the checksum, and the file's own header is the index; a `store.json` that was lost or cut is
-restored from the headers. Files are memory-mapped: a sample costs the reading of its own bytes.
+A file is written under a temporary name, synced to disk and renamed, so a file under its own name is complete and a stopped
+build can continue. The name is the checksum and the file's header is the index; a `store.json` that was lost or cut is restored
+from the headers. Files are memory-mapped, so a sample costs the reading of its own bytes.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ __all__ = [
     "REBUILD",
     "ShardWriter",
     "StateStore",
-    "building",
-    "corrupt_shards",
-    "differing",
-    "foreign_files",
+    "build_lock",
+    "check_folder",
+    "differences",
+    "drop_damaged",
     "holds_states",
-    "leftovers",
     "read_store",
     "restore_store",
     "write_store",
@@ -58,24 +57,27 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def differing(written: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Every value that two identities do not share, with both; weights files that only one side has are passed over."""
+def differences(written: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Describe every value in which two identities differ, with both values.
+
+    Weights files that only one side has are ignored: a checkpoint without some of them can still serve a cache.
+    """
     left, right = dict(_flat(written)), dict(_flat(asked))
-    spared = {key for key in left.keys() ^ right.keys() if key.endswith(".safetensors")}
-    keys = [key for key in [*left, *(key for key in right if key not in left)] if key not in spared]
+    ignored = {key for key in left.keys() ^ right.keys() if key.endswith(".safetensors")}
+    keys = [key for key in [*left, *(key for key in right if key not in left)] if key not in ignored]
     return "; ".join(
         f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys if left.get(key) != right.get(key)
     )
 
 
 class StateStore:
-    """A store opened for reading.
+    """A cache opened for reading.
 
     Args:
         folder: written by `build_cache`.
 
     Raises:
-        ValueError: no store there, or a file of it that cannot be read; says how to build it.
+        ValueError: no cache there, or a file of it that cannot be read; says how to build it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -105,10 +107,10 @@ class StateStore:
         return len(self._shards)
 
     def read(self, key: str) -> tuple[Tensor, Tensor | None]:
-        """`final` [n, d_t] and `visual` [m, d_t] of a sample; None for `visual` in a store without.
+        """Read `final` [n, d_t] and `visual` [m, d_t] of a sample; `visual` is None in a cache without them.
 
         Raises:
-            KeyError: the sample is not in the store.
+            KeyError: the sample is not in the cache.
         """
         file = self._open(self._shards[key])
         return file.get_tensor(f"{key}.final"), file.get_tensor(f"{key}.visual") if self.identity["visual"] else None
@@ -117,7 +119,7 @@ class StateStore:
         """Read every file and compare it with its checksum.
 
         Raises:
-            ValueError: names every file that is not what was written, and the way out.
+            ValueError: names every damaged file and how to fix it.
         """
         bad = corrupt_shards(self.folder)
         if bad:
@@ -126,12 +128,12 @@ class StateStore:
     def _corrupt(self, path: Path) -> str:
         return (
             f"{path} is not what was written (its SHA-256 is not its name); run {REBUILD.format(folder=self.folder)} again: "
-            "it drops this file and writes its samples anew"
+            "it drops this file and writes its samples again"
         )
 
 
 def read_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What `store.json` says: the identity, and with what it was made; None where there is no store.
+    """Return the identity and the versions of `store.json`; None if the folder has no cache.
 
     Raises:
         ValueError: unreadable, missing next to states, or of another version of the format.
@@ -163,12 +165,12 @@ def read_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def restore_store(folder: Path) -> bool:
-    """Write a `store.json` that is missing or cut again, from the headers of the states; returns whether that was needed.
+    """Restore a missing or cut `store.json` from the headers of the states; returns whether that was needed.
 
-    Where no states are, a cut one is removed. Call it inside `building`.
+    Without states, a cut one is removed. Call it inside `build_lock`.
 
     Raises:
-        ValueError: the headers do not say one thing, or say nothing.
+        ValueError: the headers contradict each other or hold nothing.
     """
     try:
         if read_store(folder) is not None or not shards_of(folder):
@@ -176,7 +178,7 @@ def restore_store(folder: Path) -> bool:
     except ValueError:
         written = _format(folder / STORE)
         if written is not None and written != FORMAT:
-            raise  # it can be read, and is another version's
+            raise  # readable, but of another version of the format
     headers: list[Any] = []
     for path in sorted(shards_of(folder), key=lambda path: path.stat().st_mtime_ns):
         with suppress(SafetensorError, ValueError), safe_open(path, framework="pt") as file:
@@ -194,7 +196,7 @@ def restore_store(folder: Path) -> bool:
 
 
 def _header(file: Any) -> dict[str, Any] | None:
-    """What an opened file says of its store."""
+    """Return the content of `store.json` that an opened file repeats, or None."""
     said = json.loads((file.metadata() or {}).get(_HEADER, "null"))
     return said if isinstance(said, dict) and {"format", "identity", "made_with"} <= said.keys() else None
 
@@ -211,7 +213,7 @@ def _described(identity: Mapping[str, Any], made_with: Mapping[str, Any]) -> str
 
 
 def write_store(folder: Path, identity: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
-    """Begin a store."""
+    """Write `store.json` of a new cache."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / STORE, _described(identity, made_with))
 
@@ -223,7 +225,8 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Rename a file to its name once its content is on the disk, and see the name there too."""
+    """Rename a file to its final name durably."""
+    # Content first, then the directory entry: after a power failure a file under its final name is complete.
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
@@ -238,27 +241,27 @@ def _sync(path: Path) -> None:
 
 
 def holds_states(folder: Path) -> bool:
-    """Whether a build has written to the folder."""
+    """Return whether a build has written to the folder."""
     return folder.is_dir() and ((folder / STORE).exists() or bool(shards_of(folder)))
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Files that a build was writing when it was stopped."""
+def partial_files(folder: Path) -> list[Path]:
+    """Return files that a build was writing when it was stopped."""
     return sorted(folder.glob(f"*{PARTIAL}"))
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """What is in a folder and no build has put there."""
-    own = {*shards_of(folder), *leftovers(folder), *(folder / name for name in (STORE, _LOCK))}
-    return sorted(path for path in folder.iterdir() if path not in own) if folder.exists() else []
+    """Return the files of a folder that no build has written."""
+    ours = {*shards_of(folder), *partial_files(folder), *(folder / name for name in (STORE, _LOCK))}
+    return sorted(path for path in folder.iterdir() if path not in ours) if folder.exists() else []
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """Inside, this process alone writes to the folder, which is made where it is missing.
+def build_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder for one writing process; the folder is created if it is missing.
 
     Raises:
-        ValueError: another process is writing there; says which, since when, and what to do.
+        ValueError: another process is writing there; names it and says what to do.
     """
     made, lock, ended = not folder.exists(), folder / _LOCK, False
     fresh = not lock.exists()
@@ -274,14 +277,14 @@ def building(folder: Path) -> Iterator[None]:
             yield
             ended = True
         finally:
-            if fresh and not ended:  # nothing may have been written: leave nothing
+            if fresh and not ended:  # a build that was refused leaves the disk as it was
                 lock.unlink(missing_ok=True)
             if made and not any(folder.iterdir()):
                 folder.rmdir()
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The store's complete files, sorted; a file of another kind of name is not the store's."""
+    """Return the complete files of a cache, sorted; their names are 64 hexadecimal digits."""
     return sorted(path for path in folder.glob("*.safetensors") if len(path.stem) == 64)
 
 
@@ -291,16 +294,49 @@ def _sha256(path: Path) -> str:
 
 
 def corrupt_shards(folder: Path) -> list[Path]:
-    """Files whose content is not what their name says."""
+    """Return the files whose content does not have the checksum that is their name."""
     shards = shards_of(folder)
     with ThreadPoolExecutor() as pool:
         return [path for path, found in zip(shards, pool.map(_sha256, shards), strict=True) if found != path.stem]
 
 
-class ShardWriter:
-    """Collects samples and writes a file whenever `shard_bytes` are full; as a context, the rest at a regular end.
+def check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Refuse a folder that is neither new nor empty nor of the same identity; returns whether it keeps visual tokens.
 
-    Its folder holds a `store.json`, which every file repeats in its header. `visual`: whether it keeps visual tokens.
+    Raises:
+        ValueError: names what differs, with both values.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder")
+    written = read_store(folder)
+    if written is None:
+        foreign = foreign_files(folder)
+        if foreign:
+            raise ValueError(
+                f"{folder} holds something else than a teacher cache ({foreign[0].name[:100]}); give a new folder"
+            )
+        return bool(identity["visual"])
+    visual = bool(identity["visual"] or written[0]["visual"])
+    different = differences(written[0], {**identity, "visual": visual})
+    if different:
+        raise ValueError(
+            f"{folder} holds states written otherwise (there / asked for): {different}; give a new folder, or ask for the same"
+        )
+    return visual
+
+
+def drop_damaged(folder: Path) -> tuple[str, ...]:
+    """Remove partial files and damaged files; returns the names of the latter."""
+    damaged = corrupt_shards(folder)
+    for path in (*damaged, *partial_files(folder)):
+        path.unlink(missing_ok=True)
+    return tuple(path.name for path in damaged)
+
+
+class ShardWriter:
+    """Collects states of samples and writes a file whenever they reach `shard_bytes`; as a context, the rest at its end.
+
+    The folder must hold a `store.json`, which every file repeats in its header. `visual`: whether visual tokens are kept.
     """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
@@ -308,7 +344,7 @@ class ShardWriter:
         header = (folder / STORE).read_text(encoding="utf-8")
         self.visual = bool(json.loads(header)["identity"]["visual"])
         self._header = {_HEADER: header}
-        self._samples: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self._bytes = 0
 
     def __enter__(self) -> ShardWriter:
@@ -319,25 +355,25 @@ class ShardWriter:
             self.flush()
 
     def add(self, key: str, final: Tensor, visual: Tensor | None) -> None:
-        """Take a sample: `final` [n, d_t], `visual` [m, d_t] or None."""
+        """Add a sample: `final` [n, d_t], `visual` [m, d_t] or None."""
         for name, states in (("final", final), ("visual", visual)):
             if states is not None:
-                self._samples[f"{key}.{name}"] = states.detach().cpu().clone(memory_format=torch.contiguous_format)
+                self._states[f"{key}.{name}"] = states.detach().cpu().clone(memory_format=torch.contiguous_format)
                 self._bytes += states.numel() * states.element_size()
         if self._bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was taken, if anything.
+        """Write the collected states, if any.
 
         Raises:
-            RuntimeError: it cannot be written; what was written before stays.
+            RuntimeError: they cannot be written; files written before stay.
         """
-        if not self._samples:
+        if not self._states:
             return
         partial = self.folder / f"writing-{os.getpid()}{PARTIAL}"
         try:
-            save_file(self._samples, partial, self._header)
+            save_file(self._states, partial, self._header)
             _publish(partial, self.folder / f"{_sha256(partial)}.safetensors")
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -346,4 +382,4 @@ class ShardWriter:
                 f"the states cannot be written to {self.folder} ({error}); those written before stay: free some space, and run "
                 "the command again to go on after them"
             ) from error
-        self._samples, self._bytes = {}, 0
+        self._states, self._bytes = {}, 0

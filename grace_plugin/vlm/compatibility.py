@@ -102,11 +102,10 @@ def check_pixels(student: Family, student_config: Any, teacher: Family, teacher_
 
 #: settings of an image or video processor that change the pixels or the number of visual tokens
 _RESOLUTION = (
-    "size", "resample", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size",
-    "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop", "do_normalize", "do_pad",
-    "image_grid_pinpoints", "max_image_size", "do_image_splitting", "crop_to_patches", "min_patches", "max_patches",
-    "do_pan_and_scan",
-)  # fmt: skip
+    "size resample crop_size min_pixels max_pixels patch_size merge_size temporal_patch_size image_mean image_std "
+    "rescale_factor do_resize do_center_crop do_normalize do_pad image_grid_pinpoints max_image_size do_image_splitting "
+    "crop_to_patches min_patches max_patches do_pan_and_scan"
+).split()
 
 
 def load_image_processor(model: Any, kind: str = "image") -> Any:

@@ -33,12 +33,7 @@ from grace_plugin.vlm.registry import family_of
 
 __all__ = ["check_checkpoint", "check_finite", "check_model", "check_weights", "load_model"]
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_PLAIN = ("F64", "F32", "F16", "BF16")
+_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Written by older versions of transformers and torch: recomputed, or not read by a model in evaluation mode.
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|inv_freq|position_ids|num_batches_tracked|masked_bias)$")
 _PACKED = re.compile(r".*\.(qweight|qzeros|scales|weight_packed|weight_scale\w*|absmax|quant_state\S*|SCB)$")
@@ -123,15 +118,20 @@ def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tu
     if known is None:
         return
     state = {
-        name: torch.empty(shape, dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+        name: torch.empty(shape, dtype=_PLAIN.get(dtype, torch.uint8), device="meta")
         for name, (shape, dtype) in tensors.items()
     }
     try:
         with _quietly(), torch.random.fork_rng(devices=[]):
             _, info = known.from_pretrained(
-                None, config=config, state_dict=state, device_map={"": "meta"}, dtype="auto",
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                None,
+                config=config,
+                state_dict=state,
+                device_map={"": "meta"},
+                dtype="auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception:  # a class that cannot be built on the meta device is checked when its weights are loaded
         return
     _check_loading(info, source, role)
@@ -218,9 +218,14 @@ def load_model(
         with _quietly():
             # "auto" for weights that are dequantized: the method computes in the stored dtype, and the cast comes after it
             model, info = AutoModelForImageTextToText.from_pretrained(
-                source, revision=revision, dtype="auto" if dense else dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=False, **options,
-            )  # fmt: skip
+                source,
+                revision=revision,
+                dtype="auto" if dense else dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers and its quantizers raise errors of any type

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from grace_plugin.recipe import TeacherRecipe
 from grace_plugin.teacher import CachedTeacher, CachePlan, StateStore, build_cache, open_store
-from grace_plugin.teacher.plan import check_disk
+from grace_plugin.teacher.build import check_disk
 from tests.pairs import Pair, mixed_samples, pair
 from tests.teacher.caches import asked, build, everything
 from tests.tiny import make_samples
@@ -140,7 +140,7 @@ def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pai
     refused(r"cannot read the teacher '/no/where'", teacher=TeacherRecipe(model="/no/where"))
     refused("at least 1, got 0 and", batch_size=0)
     refused("the dataset has no samples", dataset=[])
-    refused("looked at first", dataset=IterableDataset.from_generator(lambda: iter(dataset)))
+    refused("can be checked first", dataset=IterableDataset.from_generator(lambda: iter(dataset)))
     refused(r"1 of 2 samples cannot be used", dataset=[*make_samples(1), {"messages": []}])
     (tmp_path / "notes").write_text("mine")
     refused("holds something else than a teacher cache", folder=tmp_path)

@@ -290,13 +290,13 @@ def test_a_loaded_teacher_is_not_read_from_a_cache(llava: Pair, cache_of: Any, t
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return reading._together([parts], torch.device("cpu"))[0]
+    return reading._concatenate([parts], torch.device("cpu"))[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_states_are_copied_by_threads_and_in_a_forked_process_by_its_own() -> None:
     parts = [torch.randn(samples, 1024).bfloat16() for samples in (700, 0, 1, 300)]
-    assert sum(part.nbytes for part in parts) > reading._WORTH_THREADS
+    assert sum(part.nbytes for part in parts) > reading._THREADED_BYTES
     assert torch.equal(_joined(parts), torch.cat(parts))
     child = multiprocessing.get_context("fork").Process(target=_joined, args=(parts,))
     child.start()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from grace_plugin.teacher.checkpoint import open_checkpoint
-from grace_plugin.teacher.store import differing
+from grace_plugin.teacher.store import differences
 from tests.pairs import Pair
 from tests.tiny import EVERY, build
 
@@ -65,7 +65,7 @@ def test_a_folder_is_known_by_its_content_and_a_snapshot_by_its_commit(llava: Pa
     content[-1] ^= 1
     (moved / "model.safetensors").write_bytes(content)
     changed = open_checkpoint(str(moved)).fingerprint()
-    assert differing(first, changed).startswith("model.safetensors: ")
+    assert differences(first, changed).startswith("model.safetensors: ")
     (moved / "model.safetensors").write_bytes(content + b" ")
     with pytest.raises(
         ValueError, match=r"cannot read .*model\.safetensors of the teacher: .*; fetch or save it again"

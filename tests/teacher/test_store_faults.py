@@ -21,7 +21,7 @@ import grace_plugin
 from grace_plugin.teacher import StateStore, open_store
 from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.teacher.digest import file_digests
-from grace_plugin.teacher.store import ShardWriter, building, write_store
+from grace_plugin.teacher.store import ShardWriter, build_lock, write_store
 from tests.pairs import Pair, mixed_samples
 from tests.teacher.caches import asked, build, everything
 from tests.tiny import make_samples
@@ -174,7 +174,7 @@ def test_two_builds_at_once_write_one_whole_cache(llava: Pair, tmp_path: Path) -
 
 def test_a_folder_is_left_as_it_was_when_nothing_was_written(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
-        with building(folder):
+        with build_lock(folder):
             raise KeyError(str((folder / ".build.lock").exists()))
 
     (tmp_path / "there").mkdir()
