@@ -45,10 +45,16 @@ def edit_all(folder: Path, *, byte_count: int, field_count: int, threads: int) -
     finally:
         torch.set_num_threads(before)
     return {
-        "threads": threads, "bytes": byte_count, "bytes_found": found["bytes"], "fields": field_count,
-        "fields_found": found["fields"], "passed": passed, "longest_sentence": longest,
-        "untouched_verifies": untouched["verified"], "seconds": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
+        "threads": threads,
+        "bytes": byte_count,
+        "bytes_found": found["bytes"],
+        "fields": field_count,
+        "fields_found": found["fields"],
+        "passed": passed,
+        "longest_sentence": longest,
+        "untouched_verifies": untouched["verified"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def main() -> None:

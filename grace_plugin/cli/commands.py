@@ -1,4 +1,4 @@
-"""What the commands do once they run; arguments are declared in `register_grace.py`, which stays import-light."""
+"""What the commands do. Their arguments are declared in `register_grace.py`, which imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,66 +8,67 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run"]
+__all__ = ["command_of", "run"]
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _LONGEST = 4000  # characters of a message
 
 
 def run(name: str, args: Namespace) -> int:
-    """Exit status of a command: 0, 2 for input that cannot be used, 1 for a run that failed, 130 for one that was interrupted.
+    """Run a command; an expected error is one sentence, an unexpected one keeps its traceback.
 
-    What is expected to go wrong is said in a sentence. Anything else is a fault of this package and keeps its traceback.
+    Returns:
+        The exit status: 0, 2 for input that cannot be used, 1 for a run that failed, 130 for one that was interrupted.
     """
     from grace_plugin.run.outputs import kept_streams
 
     with kept_streams():
         try:
-            COMMANDS[name](args)
+            command_of(name)(args)
         except KeyboardInterrupt as error:
-            if not str(error):  # a run has said in a line what is kept and how to go on
+            if not str(error):  # with a message the run has already printed what is kept and how to go on
                 print(f"grace {name}: interrupted", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
-            return _told(name, error)
+            return _report_error(name, error)
         return 0
 
 
-def _told(name: str, error: Exception) -> int:
-    """Say what ended a command; returns its exit status."""
+def command_of(name: str) -> Callable[[Namespace], None]:
+    """Return the function of a command: `_train` of this module for "train", `data_check` of its own for "data check"."""
+    function = name.replace(" ", "_")
+    return globals().get(f"_{function}") or getattr(import_module(f"grace_plugin.cli.{function}"), function)
+
+
+def _report_error(name: str, error: Exception) -> int:
+    """Print what ended a command; returns its exit status."""
     from safetensors import SafetensorError
 
     from grace_plugin import VerificationError
 
     unusable = (ValueError, FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    status, said = FAILED, _sentence(error)
-    if isinstance(error, (*unusable, SafetensorError)):
-        status = BAD_INPUT
-    elif isinstance(
-        error, NotImplementedError | RecursionError
-    ):  # kinds of RuntimeError that nobody raises on purpose here
-        status = 0
-    elif not isinstance(error, (VerificationError, FloatingPointError, RuntimeError, OSError, MemoryError)):
-        status = 0
-    if not status:
+    failed = (VerificationError, FloatingPointError, RuntimeError, OSError, MemoryError)
+    bugs = (NotImplementedError, RecursionError)  # kinds of RuntimeError that nothing here raises on purpose
+    bad_input = isinstance(error, (*unusable, SafetensorError))
+    if not bad_input and (isinstance(error, bugs) or not isinstance(error, failed)):
         traceback.print_exception(error)
         print(
-            f"grace {name}: {type(error).__name__} is not expected here and a fault of grace_plugin; please report it with the "
+            f"grace {name}: {type(error).__name__} is not expected here and a bug of grace_plugin; please report it with the "
             "lines above and the command",
             file=sys.stderr,
         )
         return FAILED
-    failed = "" if status == BAD_INPUT else " failed"
-    print(f"grace {name}{failed}: {said}", file=sys.stderr)
-    return status
+    print(f"grace {name}{'' if bad_input else ' failed'}: {_sentence(error)}", file=sys.stderr)
+    return BAD_INPUT if bad_input else FAILED
 
 
 def _sentence(error: Exception) -> str:
-    """An error's message: the system's words and the file for its own; cut where it is endless."""
+    """Return an error's message; for an error of the system its words and the file. Cut at 4,000 characters."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
         files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
@@ -82,12 +83,12 @@ def _sentence(error: Exception) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
-#: arguments of train() that a command has no option for
+# arguments of train() that the command has no option for
 _SWITCHES = ("activation_offloading", "record_paths")
 
 
 def _pairs(pairs: list[str]) -> dict[str, str]:
-    """NAME=VALUE pairs as a mapping.
+    """Return NAME=VALUE pairs as a mapping.
 
     Raises:
         ValueError: an entry without "=", or a name given twice.
@@ -104,7 +105,7 @@ def _pairs(pairs: list[str]) -> dict[str, str]:
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments of --set or of a file, their values left to their fields of TrainingArguments.
+    """Check the names of training arguments of --set or of a file; their values are left to `read_arguments`.
 
     Raises:
         ValueError: a name that has an option of its own, or a switch that is neither true nor false.
@@ -131,7 +132,7 @@ def _show(verification: Mapping[str, Any]) -> None:
 
 
 def _show_result(result: Any) -> None:
-    """The proofs and the place of a checkpoint, on the first of several processes."""
+    """Print the proofs and the folder of a checkpoint, in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         _show(result.verification)
         print(f"verified checkpoint: {result.checkpoint}")
@@ -146,8 +147,11 @@ def _train(args: Namespace) -> None:
 
     run_folder(args.output_dir)
     if args.run_file is None:
-        missing = [name for name, value in (("a recipe", args.recipe), ("--model", args.model), ("--dataset", args.dataset))
-                   if value is None]  # fmt: skip
+        missing = [
+            name
+            for name, value in (("a recipe", args.recipe), ("--model", args.model), ("--dataset", args.dataset))
+            if value is None
+        ]
         if missing:
             raise ValueError(f"give {' and '.join(missing)}, or --from run.yaml")
     elif args.dataset is None and (args.images or args.streaming):
@@ -158,9 +162,17 @@ def _train(args: Namespace) -> None:
     given = _settings(from_file) | _settings(_pairs(args.settings))
     read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
     names = (
-        "model", "teacher", "max_length", "max_pixels", "max_bad_samples", "packing", "resume_from_checkpoint",
-        "allow_resume_changes", "save_minutes", "save_on_signal",
-    )  # fmt: skip
+        "model",
+        "teacher",
+        "max_length",
+        "max_pixels",
+        "max_bad_samples",
+        "packing",
+        "resume_from_checkpoint",
+        "allow_resume_changes",
+        "save_minutes",
+        "save_on_signal",
+    )
     given |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.special_tokens:
         given["special_tokens"] = args.special_tokens
@@ -180,11 +192,18 @@ def _oneshot(args: Namespace) -> None:
     from grace_plugin.data import load_samples
 
     result = grace_plugin.oneshot(
-        args.model, recipe=Path(args.recipe), dataset=load_samples(args.dataset, args.images), output_dir=args.output_dir,
-        teacher=args.teacher, num_calibration_samples=args.num_calibration_samples, batch_size=args.batch_size,
-        max_length=args.max_length, max_pixels=args.max_pixels, max_bad_samples=args.max_bad_samples,
+        args.model,
+        recipe=Path(args.recipe),
+        dataset=load_samples(args.dataset, args.images),
+        output_dir=args.output_dir,
+        teacher=args.teacher,
+        num_calibration_samples=args.num_calibration_samples,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        max_pixels=args.max_pixels,
+        max_bad_samples=args.max_bad_samples,
         special_tokens=args.special_tokens,
-    )  # fmt: skip
+    )
     _show_result(result)
 
 
@@ -202,12 +221,6 @@ def _verify(args: Namespace) -> None:
     _show(grace_plugin.verify(args.checkpoint, source=args.source))
 
 
-def _report(args: Namespace) -> None:
-    from grace_plugin.cli.report import report
-
-    report(args)
-
-
 def _demo(args: Namespace) -> None:
     import grace_plugin
 
@@ -223,21 +236,3 @@ def _demo(args: Namespace) -> None:
     from examples.bundled_demo.run import demo
 
     demo(Path(args.output_dir), serve_python=args.serve_python, questions=args.questions, low_bits=args.low_bits)
-
-
-def _data_check(args: Namespace) -> None:
-    from grace_plugin.cli.data_check import data_check
-
-    data_check(args)
-
-
-def _teacher_cache(args: Namespace) -> None:
-    from grace_plugin.cli.teacher_cache import teacher_cache
-
-    teacher_cache(args)
-
-
-COMMANDS = {
-    "train": _train, "oneshot": _oneshot, "export": _export, "verify": _verify, "report": _report, "demo": _demo,
-    "data check": _data_check, "teacher cache": _teacher_cache,
-}  # fmt: skip

@@ -1,17 +1,18 @@
 """The `grace` commands, for `optimum-cli grace ...` and for the alias `grace ...`.
 
-This file is installed a second time as `optimum/commands/register/register_grace.py`, where optimum finds it. optimum imports
-every file of that namespace at start, so nothing heavy is imported here: a command loads grace_plugin only when it runs.
-Names are those of the Python API and of the recipe.
+This file is installed a second time as `optimum/commands/register/register_grace.py`, where optimum finds it. Options have the
+names of the Python API and of the recipe.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
+# nothing heavy: optimum imports every file of that namespace at every start
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 DATASET = (
@@ -29,6 +30,11 @@ def _max_pixels(
     )
 
 
+def _option(parser: ArgumentParser, name: str, **settings: Any) -> None:
+    """Add an option that may be spelt with underscores, as in Python, or with hyphens."""
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
+
+
 def _train(parser: ArgumentParser) -> None:
     # no defaults here: with --from, an option that is given replaces what is recorded, also by the default of train()
     parser.add_argument("recipe", nargs="?", help="YAML recipe with a GraceModifier")
@@ -36,37 +42,36 @@ def _train(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", help=DATASET)
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", required=True, help="where the checkpoint appears once verified; must be empty")
-    parser.add_argument("--from", dest="run_file", metavar="RUN_YAML",
-                        help="run.yaml of an earlier run, or its folder: the same run, but for what is given here")  # fmt: skip
+    run_file = "run.yaml of an earlier run, or its folder: the same run, but for what is given here"
+    parser.add_argument("--from", dest="run_file", metavar="RUN_YAML", help=run_file)
     parser.add_argument("--config", help="YAML file of training arguments, named as for --set, which wins")
     parser.add_argument("--teacher", help="replaces teacher.model of the recipe")
     parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
     _max_pixels(parser, default=None)
     _max_bad_samples(parser, "share of unusable samples above which the run refuses to start (default 0.05)")
     _special_tokens(parser)
-    parser.add_argument(
-        "--packing",
-        action="store_true",
-        default=None,
-        help="samples of a micro-batch in one sequence without padding, where the family allows it",
-    )
-    parser.add_argument(
-        "--streaming", action="store_true", help="read the samples as they come; needs --set max_steps=N"
-    )
-    parser.add_argument("--resume_from_checkpoint", action="store_true", default=None,
-                        help="go on from the newest whole resume state in <output_dir>.run")  # fmt: skip
-    parser.add_argument("--allow_resume_changes", "--allow-resume-changes", dest="allow_resume_changes", nargs="+",
-                        metavar="KEY", help="keys in which a resumed run may differ, as its refusal names them")  # fmt: skip
-    parser.add_argument("--save_minutes", "--save-minutes", dest="save_minutes", type=float,
-                        help="minutes between two resume states without save_strategy; 0: every step (default 10)")  # fmt: skip
-    parser.add_argument("--no_save_on_signal", "--no-save-on-signal", dest="save_on_signal", action="store_false", default=None,
-                        help="let Ctrl-C and SIGTERM end the run without a resume state")  # fmt: skip
-    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[],
-                        help="a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5")  # fmt: skip
+    packing = "samples of a micro-batch in one sequence without padding, where the family allows it"
+    parser.add_argument("--packing", action="store_true", default=None, help=packing)
+    streaming = "read the samples as they come; needs --set max_steps=N"
+    parser.add_argument("--streaming", action="store_true", help=streaming)
+    _resume_options(parser)
+    field = "a field of transformers.TrainingArguments, for instance --set learning_rate=2e-5"
+    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[], help=field)
+
+
+def _resume_options(parser: ArgumentParser) -> None:
+    resume = "go on from the newest complete resume state in <output_dir>.run"
+    parser.add_argument("--resume_from_checkpoint", action="store_true", default=None, help=resume)
+    changes = "keys in which a resumed run may differ, as its refusal names them"
+    _option(parser, "allow_resume_changes", nargs="+", metavar="KEY", help=changes)
+    minutes = "minutes between two resume states without save_strategy; 0: every step (default 10)"
+    _option(parser, "save_minutes", type=float, help=minutes)
+    on_signal = "let Ctrl-C and SIGTERM end the run without a resume state"
+    _option(parser, "no_save_on_signal", dest="save_on_signal", action="store_false", default=None, help=on_signal)
 
 
 class _OldName(Action):
-    """Store the value of an option given under its old name, and say the new one."""
+    """Store the value of an option that is given under its old name, and print the new one."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
@@ -77,18 +82,18 @@ class _OldName(Action):
         setattr(namespace, self.dest, values)
 
 
-def _max_bad_samples(parser: ArgumentParser, told: str, default: float | None = None) -> None:
-    parser.add_argument("--max_bad_samples", type=float, default=default, help=told)
+def _max_bad_samples(parser: ArgumentParser, help_line: str, default: float | None = None) -> None:
+    parser.add_argument("--max_bad_samples", type=float, default=default, help=help_line)
     parser.add_argument(
         "--max_bad_rows", dest="max_bad_samples", type=float, action=_OldName, default=SUPPRESS, help=SUPPRESS
     )
 
 
 def _special_tokens(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--special_tokens", nargs="+", default=[], metavar="TOKEN",
-        help="special tokens that samples may write, for instance the marks of boxes; others that a sample spells stay text",
-    )  # fmt: skip
+    help_line = (
+        "special tokens that samples may write, such as the marks of boxes; others that a sample spells stay text"
+    )
+    parser.add_argument("--special_tokens", nargs="+", default=[], metavar="TOKEN", help=help_line)
 
 
 def _oneshot(parser: ArgumentParser) -> None:
@@ -166,8 +171,12 @@ def _verify(parser: ArgumentParser) -> None:
 
 def _report(parser: ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="output_dir of a training, finished or running, for its curves")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                        help="instead: where checkpoint B (INT4) differs from A (BF16); folders or hub ids")  # fmt: skip
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: where checkpoint B (INT4) differs from A (BF16); folders or hub ids",
+    )
     parser.add_argument("--dataset", help=f"samples to compare on: {DATASET}")
     parser.add_argument("--images", help=IMAGES)
     parser.add_argument("--output_dir", default="report", help="where page.html and report.json go (default report)")
@@ -176,57 +185,73 @@ def _report(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--max_length", type=int, help="longest sample in tokens; longer ones are not used, never cut")
     parser.add_argument("--batch_size", type=int, default=8, help="samples run at a time (default 8)")
-    parser.add_argument("--worst", type=int, default=12, help="samples shown with their pictures (default 12)")
+    parser.add_argument("--worst", type=int, default=12, help="samples shown with their images (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples (default 0)")
     parser.add_argument("--device", help="where the models run (default: cuda if there is one, else cpu)")
 
 
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="build/demo", help="where everything goes (default build/demo)")
-    parser.add_argument(
-        "--serve_python",
-        "--serve-python",
-        dest="serve_python",
-        help="interpreter of the serving environment (with vLLM)",
-    )
+    _option(parser, "serve_python", help="interpreter of the serving environment (with vLLM)")
     parser.add_argument("--questions", type=int, default=None, help="held-out questions to score (default: all)")
-    told = "widths to make beside 4 bits, by GRACE and by rounding (default 2; none: the option alone)"
-    parser.add_argument(
-        "--low_bits",
-        "--low-bits",
-        dest="low_bits",
-        type=int,
-        nargs="*",
-        choices=(2, 3, 5, 6, 7),
-        default=[2],
-        help=told,
-    )
+    widths = "widths to make in addition to 4 bits, by GRACE and by rounding (default 2; none: the option alone)"
+    _option(parser, "low_bits", type=int, nargs="*", choices=(2, 3, 5, 6, 7), default=[2], help=widths)
 
 
-#: name, one line of help, arguments
+# name, one line of help, arguments
 COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("train", "train a student to INT4 with GRACE and write a verified checkpoint", _train),
     ("oneshot", "the same objective over a calibration set, through llm-compressor's oneshot", _oneshot),
     ("export", "finish a run that has trained to its end: write and verify its checkpoint, without training", _export),
     ("verify", "prove that a checkpoint is bit for bit what was trained", _verify),
-    ("report", "where an INT4 checkpoint differs from its BF16 one, or how a training went, as one page", _report),
+    ("report", "compare an INT4 checkpoint with its BF16 one, or show how a training went, as one page", _report),
     ("demo", "train, verify, serve and score the bundled pair (in a clone of the repository)", _demo),
 )
 
 
-#: of the group `grace data`
+# of the group `grace data`
 DATA_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
-    ("check", "say what of a dataset can be used, how long its samples are, and show some of them", _data_check),
+    ("check", "check which samples of a dataset can be used and how long they are, and show some of them", _data_check),
 )
 
-#: of the group `grace teacher`
+# of the group `grace teacher`
 TEACHER_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
     ("cache", "run the teacher once over a dataset and keep the hidden states that training reads", _teacher_cache),
 )
 
 
+def _missing_path(args: Namespace) -> str | None:
+    """Return a sentence about the first path that does not exist.
+
+    Only what is sure to be a path: importing torch to find out the same takes several seconds.
+    """
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    given |= dict(zip(("A", "B"), getattr(args, "compare", None) or (), strict=False))
+    paths = ("recipe", "checkpoint", "run_folder", "config", "source")
+    sentences = {
+        "recipe": "no recipe at {}",
+        "checkpoint": "{} is not a folder; give the folder of a checkpoint that GRACE wrote",
+        "source": "there is no source folder {}; give the folder of the BF16 student or leave it out",
+        "run_folder": "{} holds no resume state, because there is no such folder",
+        "dataset": "no dataset file at {}",
+        "config": "no file of training arguments at {}",
+        "A": "cannot read checkpoint A at {!r}: there is no such folder",
+        "B": "cannot read checkpoint B at {!r}: there is no such folder",
+    }
+    for name, value in given.items():
+        is_path = name in paths or (name in ("model", "teacher", "A", "B") and value.startswith(("/", "./", "../")))
+        is_path |= name == "dataset" and value.endswith((".json", ".jsonl", ".parquet", ".yaml"))
+        if is_path and not os.path.exists(value):
+            return sentences.get(name, f"there is no folder {{!r}} for {name}").format(value)
+    return None
+
+
 def call(name: str, args: Namespace) -> None:
-    """Run a command; its errors end the process with one sentence and a non-zero exit status."""
+    """Run a command and end the process with its exit status."""
+    missing = _missing_path(args)
+    if missing:
+        print(f"grace {name}: {missing}", file=sys.stderr)
+        sys.exit(2)
     from grace_plugin.cli import commands
 
     sys.exit(commands.run(name, args))
@@ -249,11 +274,11 @@ def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser],
 class DataCommand(BaseOptimumCLICommand):
     """The `grace data` group."""
 
-    COMMAND = CommandInfo(name="data", help="look at a dataset before a run")
+    COMMAND = CommandInfo(name="data", help="inspect a dataset before a run")
     SUBCOMMANDS = tuple(_subcommand(*command, group="data ") for command in DATA_COMMANDS)
 
     def run(self) -> None:
-        """Without a command: say which there are."""
+        """Print the commands where none is given."""
         self.parser.print_help()
         sys.exit(2)
 
@@ -261,7 +286,7 @@ class DataCommand(BaseOptimumCLICommand):
 class TeacherCommand(DataCommand):
     """The `grace teacher` group."""
 
-    COMMAND = CommandInfo(name="teacher", help="run a teacher ahead of training")
+    COMMAND = CommandInfo(name="teacher", help="run a teacher before training")
     SUBCOMMANDS = tuple(_subcommand(*command, group="teacher ") for command in TEACHER_COMMANDS)
 
 
@@ -276,7 +301,7 @@ class GraceCommand(BaseOptimumCLICommand):
     )
 
     def run(self) -> None:
-        """Without a command: say which there are."""
+        """Print the commands where none is given."""
         self.parser.print_help()
         sys.exit(2)
 

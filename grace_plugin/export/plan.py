@@ -1,4 +1,4 @@
-"""What a save will need, prepared and tried before the first step: a run must not train to its end and then fail to save."""
+"""What a save needs, prepared and tried before the first step, so that no run trains to its end and then fails to save."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ExportPlan:
 
 
 class RunToExport(Protocol):
-    """What a save reads of a run; `GraceModifier` has it. It is a protocol because `modifier` imports this package."""
+    """What a save reads of a run; a `GraceModifier` has it, which this package does not import: it is called by it."""
 
     teacher: Any
     export_plan: Any
@@ -64,7 +64,7 @@ class RunToExport(Protocol):
 
 def rehearse_save(
     model: Any,
-    modifier: RunToExport,
+    run: RunToExport,
     *,
     processor: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -72,11 +72,11 @@ def rehearse_save(
     probe: Any = None,
     record_paths: bool = False,
 ) -> ExportPlan:
-    """Try everything that a save needs, leave nothing behind, and keep the plan on the modifier until the save.
+    """Try everything that a save needs, leave nothing behind, and keep the plan until the save.
 
     Args:
         model: the student, with a real `name_or_path`.
-        modifier: of the run.
+        run: the GraceModifier of the run, which keeps the plan.
         processor: what the run trains with, and so what is saved; the student's own by default.
         output_dir: where the checkpoint will go, if that is known: stage, rename and free space are tried there.
         run_folder: where the run's own files will go.
@@ -99,19 +99,19 @@ def rehearse_save(
         processor=given,
         generation=_generation(model, source),
         student=provenance(name, paths=record_paths),
-        teacher=provenance(modifier.teacher.model, paths=record_paths),
+        teacher=provenance(run.teacher.model, paths=record_paths),
         record_paths=record_paths,
     )
     others = left_out(source)
     if others:
         more = f" and {len(others) - 20} more" if len(others) > 20 else ""
         logger.warning("not copied from the student's folder into the checkpoint: %s%s", ", ".join(others[:20]), more)
-    modifier.export_plan = plan
+    run.export_plan = plan
     return plan
 
 
 def _processor_of(model: Any) -> Any:
-    """The processor in the student's folder; None, and a line in the log, where there is none."""
+    """Load the processor of the student's folder; None, with a warning, where there is none."""
     from transformers import AutoProcessor
 
     source = getattr(model, "name_or_path", "")
@@ -128,7 +128,7 @@ def _processor_of(model: Any) -> Any:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of the weights in the checkpoint: packed codes and 16-bit scales, 16 bits for all others.
+    """Return the bytes of the weights in the checkpoint: packed codes and 16-bit scales, 16 bits for all others.
 
     A model whose layers have no scheme yet is counted with 4 bits a weight, the least that it may need.
     """
@@ -151,10 +151,10 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def _try_config(model: Any) -> None:
-    """Save a copy of the model's config, which refuses what transformers does not write.
+    """Save a copy of the model's config to a temporary folder.
 
     Raises:
-        ValueError: transformers' own sentence.
+        ValueError: transformers refuses to write it; its own words.
     """
     with tempfile.TemporaryDirectory(prefix="grace-config-") as folder:
         try:
@@ -164,9 +164,7 @@ def _try_config(model: Any) -> None:
 
 
 def _generation(model: Any, source: Path) -> bytes | None:
-    """generation_config.json of the checkpoint: the student's file byte for byte, unless the loaded model has another one.
-
-    Models are shipped with files that transformers reads and refuses to write, so an unchanged one is copied, not saved.
+    """Return generation_config.json of the checkpoint; None for a model without one.
 
     Raises:
         ValueError: the file cannot be read, or the model's own settings cannot be saved.
@@ -180,6 +178,7 @@ def _generation(model: Any, source: Path) -> bytes | None:
         try:
             stored = GenerationConfig.from_pretrained(source).to_dict()
             if own is None or stored == own.to_dict():
+                # Copied, not saved: models are shipped with settings that transformers reads and refuses to write.
                 return file.read_bytes()
         except Exception as error:
             raise ValueError(f"{file} cannot be read: {_first_line(error)}; repair or remove it") from error

@@ -1,7 +1,7 @@
 """The batch that a finished checkpoint is verified on, and a model's logits on it.
 
-The batch is published with the checkpoint, so it holds nothing of the training data: by default it is made of seeded noise,
-put through the run's own processor and chat template with a fixed text. A caller may give samples or a batch of their own.
+The batch is published with the checkpoint, so it holds nothing of the training data: by default it is an image of seeded noise
+with a fixed text, through the run's own processor. A caller may give samples or a batch instead.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 POSITIONS = 16
-"""Supervised positions whose logits are compared."""
-_SQUARES, _SIDE = (12, 16), 16  # of noise, each 16 pixels wide, because finer noise would be averaged away by resizing
+"""Number of supervised positions whose logits are compared."""
+_SQUARES, _SIDE = (12, 16), 16  # squares of noise, 16 pixels wide: processors would average finer noise away
 _QUESTION = "What does this image show?"
 _ANSWER = (
     "It shows seeded noise. This text is the same for every checkpoint and comes from no data set, "
@@ -66,7 +66,7 @@ def make_probe(model: Any, processor: Any = None, given: Any = None) -> Probe:
         return Probe("synthetic text", _token_ids(model))
     try:
         return Probe("synthetic image", _tensors(ConversationCollator(processor)([_noise_sample()])))
-    except Exception as error:  # processors are foreign code, and a loop of one's own may never need a chat template
+    except Exception as error:  # processors raise anything, and a custom loop may do without a chat template
         logger.warning(
             "the processor cannot make a batch of an image and a text (%.200s); the checkpoint is verified on seeded token "
             "ids without an image, pass probe= for samples of your own",
@@ -94,7 +94,7 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _noise_sample() -> dict[str, Any]:
-    """One sample with an image of seeded noise; the global random state is left as it was."""
+    """Return one sample with an image of seeded noise; the global random state is left as it was."""
     from PIL import Image
 
     noise = torch.randint(0, 256, (*_SQUARES, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def _noise_sample() -> dict[str, Any]:
 
 
 def _token_ids(model: Any) -> dict[str, Tensor]:
-    """Seeded token ids [1, 32] that stand for no image or video."""
+    """Return seeded token ids [1, 32], none of them a placeholder of an image or video."""
     placeholders = set(family_of(model).token_ids(model.config).values())
     rows = model.get_input_embeddings().weight.shape[0]
     allowed = torch.tensor([i for i in range(rows) if i not in placeholders])
@@ -119,7 +119,7 @@ def _token_ids(model: Any) -> dict[str, Tensor]:
 
 
 def attention_of(model: Any) -> dict[str, str]:
-    """Implementations of attention by name of the sub-config, "" for the model's own; `set_attn_implementation` takes them."""
+    """Return the attention implementation of each sub-config, "" for the model's own; for `set_attn_implementation`."""
     config = model.config
     parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
     return {name: part._attn_implementation for name, part in parts.items() if part is not None}
@@ -145,7 +145,7 @@ def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
 
 
 def check_finite(logits: Tensor, model: nn.Module, kind: str) -> str | None:
-    """Say what is wrong with logits that are not finite, and which weights are not; None where all are finite."""
+    """Return a sentence about logits that are not finite and the weights that cause it; None where all are finite."""
     if bool(logits.isfinite().all()):
         return None
     named = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]

@@ -1,8 +1,7 @@
 """Tokenizer, processor and template files of a checkpoint: those of the processor that the run trained with.
 
-Where that processor is the student's own, the files of the student's folder are copied byte for byte. Another one (a changed
-chat template or image size, added tokens) is saved as it was before the first step, because a checkpoint that is served with
-other prompts than it was trained on is another model.
+Where that is the student's own, its files are copied byte for byte. Another one (a changed chat template or image size, added
+tokens) is saved as it was before the first step: a model must be served with the prompts that it was trained on.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from typing import Any, NamedTuple
 __all__ = ["ProcessorFiles", "is_processor_file", "left_out", "plan_processor", "processor_files", "source_folder"]
 
 _TEMPLATES = "additional_chat_templates"
-#: what tokenizers, processors and chat templates are read from, by transformers and vLLM
+# what transformers and vLLM read tokenizers, processors and chat templates from
 _KNOWN = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|tekken\.json"
     r"|vocab\.(json|txt)|merges\.txt|[^/]*\.(model|tiktoken)"
     r"|chat_template\.(jinja|json)|" + _TEMPLATES + r"/[^/]*\.jinja"
     r"|(pre|image_pre|video_pre|audio_pre)?processor_config\.json"
 )
-#: files that every save writes, or that describe a repository and not a model
+# files that every save writes, or that describe a repository and not a model
 _EXPECTED = re.compile(
     r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|index\.json|md|png|jpg|jpeg|gif|svg|py)|(generation_)?config\.json"
     r"|\..*|LICENSE.*|NOTICE.*"
 )
-#: where a tokenizer came from and what follows from its special tokens says nothing about what it does
+# fields that depend on where a tokenizer was loaded from, not on what it does
 _ORIGIN = ("is_local", "local_files_only", "name_or_path", "model_specific_special_tokens")
-_SETTINGS = ("truncation", "padding")
+_SETTINGS = ("truncation", "padding")  # in tokenizer.json, set by every use of a fast tokenizer
 
 
 class ProcessorFiles(NamedTuple):
@@ -41,7 +40,7 @@ class ProcessorFiles(NamedTuple):
 
 
 def source_folder(source: str | Path) -> Path:
-    """Local folder of a source checkpoint; a hub id resolves to its cached snapshot.
+    """Return the local folder of a source checkpoint; for a hub id that of its snapshot, without weights.
 
     Raises:
         ValueError: no source at all, or neither a folder nor a model of the hub cache.
@@ -62,18 +61,18 @@ def source_folder(source: str | Path) -> Path:
 
 
 def is_processor_file(name: str) -> bool:
-    """Whether a file of that name, relative to the checkpoint, belongs to the tokenizer or the processor."""
+    """Whether a file of that name, relative to the checkpoint, is of the tokenizer or the processor."""
     return _KNOWN.fullmatch(name) is not None
 
 
 def processor_files(folder: Path) -> list[Path]:
-    """Tokenizer, processor and template files of a folder, from the list of known names."""
+    """Return the tokenizer, processor and template files of a folder, by their names."""
     found = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
     return sorted(p for p in found if p.is_file() and is_processor_file(p.relative_to(folder).as_posix()))
 
 
 def left_out(folder: Path) -> list[str]:
-    """Names of a student's files that no checkpoint gets: logs, adapters, settings of other tools."""
+    """Return the names of a student's files that are not copied: logs, adapters, settings of other tools."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return sorted(name for name in names if not (is_processor_file(name) or _EXPECTED.fullmatch(name)))
 
@@ -84,7 +83,7 @@ def plan_processor(source: Path, processor: Any, rows: int) -> ProcessorFiles:
     Args:
         source: the student's folder.
         processor: what the run trains with, a processor or a tokenizer; None for the student's own.
-        rows: of the student's embedding.
+        rows: number of rows of the student's embedding.
 
     Raises:
         ValueError: files that cannot be read or saved, or tokens that the embedding has no row for.
@@ -108,7 +107,7 @@ def plan_processor(source: Path, processor: Any, rows: int) -> ProcessorFiles:
 
 
 def _loaded(source: Path, processor: Any) -> Any:
-    """The student's own processor or tokenizer, whichever was given; None where there is none."""
+    """Load the student's own processor, or tokenizer where one was given; None where there is none."""
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
@@ -130,7 +129,7 @@ def _saved(processor: Any) -> dict[str, bytes]:
 
 
 def _comparable(files: dict[str, bytes]) -> dict[str, Any]:
-    """Contents without what use or loading leaves in them."""
+    """Return the contents without fields that use or loading changes."""
     found: dict[str, Any] = {}
     for name, content in files.items():
         if not name.endswith(".json"):
@@ -143,7 +142,8 @@ def _comparable(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _with_settings(files: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, bytes]:
-    """Files without the truncation and padding that training has set on a tokenizer: cut image prompts break when served."""
+    """Return the files with truncation and padding as they were before the run."""
+    # A truncation length in tokenizer.json cuts image tokens off a prompt when the checkpoint is served.
     tokenizer = json.loads(files["tokenizer.json"]) if "tokenizer.json" in files else {}
     before = json.loads(expected["tokenizer.json"]) if "tokenizer.json" in expected else {}
     if tokenizer and any(tokenizer.get(key) != before.get(key) for key in _SETTINGS):
@@ -156,7 +156,7 @@ def _with_settings(files: dict[str, bytes], expected: dict[str, bytes]) -> dict[
 
 
 def _check_rows(processor: Any, loaded: Any, rows: int) -> None:
-    """Refuse tokens that only the given tokenizer has and that the embedding has no row for."""
+    """Refuse tokens of the given tokenizer that the embedding has no row for; those of the student's own are let through."""
     known = _vocabulary(loaded) if loaded is not None else {}
     beyond = [(i, token) for token, i in _vocabulary(processor).items() if i >= rows and known.get(token) != i]
     if beyond:

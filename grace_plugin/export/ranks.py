@@ -1,7 +1,4 @@
-"""One writer, and no rank left waiting: what several processes do together when a checkpoint is written.
-
-compressed-tensors saves and loads with collectives, so every rank takes part in both; global rank 0 alone writes.
-"""
+"""Several processes that write one checkpoint: compressed-tensors saves and loads by collectives, so every rank takes part."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ T = TypeVar("T")
 
 
 def is_writer() -> bool:
-    """Whether this process writes: global rank 0, one writer however many nodes."""
+    """Whether this process writes."""
+    # the global rank: with `local_rank == 0` every node would write the same files
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def run_on_all_ranks(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
-    """Run `work` on every rank and wait for all; when it fails on one, it fails on all.
+    """Run `work` on every rank and wait for all; when it fails on one, it fails on all, so that no rank waits for ever.
 
     Raises:
         RuntimeError: it failed on another rank; an error of this rank is raised as it is.
@@ -35,7 +33,7 @@ def run_on_all_ranks(work: Callable[[], T], device: torch.device | str = "cpu") 
         error = caught
     several = dist.is_available() and dist.is_initialized()
     if several and dist.get_backend() == "nccl":
-        device = "cuda"  # the model may have been moved to host memory by an earlier save
+        device = "cuda"  # NCCL reduces nothing in host memory, to which a save may have moved the model
     failures = torch.tensor(float(error is not None), device=device)
     if several:
         dist.all_reduce(failures)

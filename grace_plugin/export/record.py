@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint, and the small files GRACE adds to it.
+"""The record of a run in its checkpoint, and the comparison of a checkpoint's files with it.
 
 config.json, model*.safetensors    pack-quantized compressed-tensors, written by llm-compressor
 tokenizer and processor files      those of the processor that the run trained with (the source's byte for byte, if it is that)
@@ -8,6 +8,9 @@ run.yaml                           what `train` was given (`grace_plugin.run.man
 grace/record.json                  hashes of the final codes and scales, of all other weights, of every file; environment
 grace/probe.safetensors            a batch of seeded noise, or one that the user gave, and the trained model's logits on it
 verification.json                  what `verify` found
+
+The two JSON files hold the SHA-256 of their own content and must be, byte for byte, the text that this module writes. That
+finds edits, not forgers: who edits can compute a new hash as well.
 """
 
 from __future__ import annotations
@@ -55,28 +58,28 @@ RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "v
 RECIPE, GENERATION, CONFIG, RUN_FILE = "recipe.yaml", "generation_config.json", "config.json", "run.yaml"
 
 _SEAL = "sha256"
-_LARGEST = 2**28
-#: by their whole names: servers read every *.safetensors of a folder, so LICENSE.safetensors would be weights
+_LARGEST = 2**28  # bytes of a record
+# whole names: vLLM reads every *.safetensors of a folder, so that LICENSE.safetensors would be weights
 _DESCRIPTION = re.compile(r"\.gitattributes|\.gitignore|README\.md|(LICENSE|NOTICE)[\w -]*(\.(txt|md|rst|html|pdf))?")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _ABSENT = object()
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 over shape, dtype and bytes of a tensor."""
+    """Return the SHA-256 over dtype, shape and bytes of a tensor."""
     flat = tensor.detach().cpu().contiguous()
     head = f"{flat.dtype} {tuple(flat.shape)} ".encode()
     return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
-    """Hashes by name of every parameter that is no code and no scale: tower, projector, embeddings, norms, biases, head."""
+    """Return hashes by name of all parameters but codes and scales: tower, projector, embeddings, norms, biases, head."""
     packed = {"weight", "weight_packed", "weight_scale", "weight_shape"}
     found = {}
     for name, parameter in model.named_parameters():
@@ -87,7 +90,7 @@ def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and device that decide whether two runs can give the same bits."""
+    """Return the versions and the device on which it depends whether two runs give the same bits."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     packages = ("torch", "transformers", "compressed-tensors", "llmcompressor")
     return {
@@ -100,12 +103,12 @@ def environment() -> dict[str, str]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a path on this machine and no hub id."""
+    """Whether a model's name is a path on this machine rather than a hub id."""
     return name.startswith((".", "~", os.sep)) or os.path.isabs(name) or Path(name).exists()
 
 
 def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
-    """What a record says of a model: hub id or folder name, and the fingerprint of its files (None where there are none).
+    """Return what a record says of a model: hub id or folder name, and the fingerprint of its files (None without files).
 
     Args:
         name: hub id or path; None for a model that was passed loaded and has no name.
@@ -119,7 +122,7 @@ def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
 
 
 def fingerprint(source: str | Path) -> dict[str, str] | None:
-    """Commit of a hub snapshot, or digests of the config and the weights files of a folder; None where it has neither."""
+    """Return the commit of a hub snapshot or the digests of a folder's config and weights; None where it has neither."""
     try:
         return open_checkpoint(str(source)).fingerprint()
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
@@ -127,33 +130,32 @@ def fingerprint(source: str | Path) -> dict[str, str] | None:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """Text of a sealed JSON file: the content with its own hash."""
+    """Return the text of a JSON file that holds the hash of its content."""
     plain = {key: value for key, value in content.items() if key != _SEAL}
-    text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=True)
-    return (
-        json.dumps(
-            plain | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True, ensure_ascii=True
-        )
-        + "\n"
-    )
+    own_hash = hashlib.sha256(_text(plain).encode()).hexdigest()
+    return _text(plain | {_SEAL: own_hash}) + "\n"
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True)
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a sealed JSON file."""
+    """Write a JSON file that holds the hash of its content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(seal(content).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read a sealed JSON file.
+    """Read what `write_sealed` wrote.
 
     Raises:
-        ValueError: unreadable, no JSON, without a seal or edited; the message names the file in one sentence.
+        ValueError: unreadable, no JSON, without its hash, or edited.
     """
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.name} is larger than any record ({path.stat().st_size} bytes)")
-        text = path.read_bytes().decode()  # `read_text` takes another line ending for the same text
+        text = path.read_bytes().decode()  # not `read_text`, for which another line ending is the same text
         content = json.loads(text)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
@@ -169,9 +171,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def files_below(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint by relative name, but the record, the verdict and descriptions of a repository.
+    """Return the SHA-256 of each file of a checkpoint, by relative name; "" where one cannot be read.
 
-    Files that cannot be read have an empty hash.
+    Record, verification and descriptions of a repository are left out.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
@@ -186,18 +188,17 @@ def files_below(folder: Path) -> dict[str, str]:
 
 
 def is_description(name: str) -> bool:
-    """Whether a file only describes the repository: a model card, a license, what git and the hub's client keep."""
+    """Whether a file only describes the repository: model card, license, files of git and of the hub's client."""
     first = name.split("/", 1)[0]
     return first in (".git", ".cache") or _DESCRIPTION.fullmatch(name) is not None
 
 
 def compare_files(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Compare names and hashes of all files, and config.json field by field.
-
-    Processor files that a user has saved after `model.save_pretrained` are not proven: they are named and do not fail.
+    """Compare names and hashes of all files with those of the record, and config.json field by field.
 
     Returns:
-        The result so far, with the names of failed proofs under `failed`, and a sentence for each failure.
+        The result so far, with the names of failed proofs under `failed`, and a sentence for each failure. Processor files that
+        a user has saved after `model.save_pretrained` are under `files_not_proven` and fail nothing.
     """
     known, unproven = dict(record["files"]), dict(record["unproven"])
     own_processor = bool(unproven)
@@ -207,15 +208,13 @@ def compare_files(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any],
     unknown = sorted(found.keys() - known.keys() - unproven.keys())
     not_proven = sorted(name for name in found if own_processor and name not in known and is_processor_file(name))
     unknown = [name for name in unknown if name not in not_proven]
+    edited = "changed after the run: {}"
+    others = [n for n in changed if not _is_weights(n) and not is_processor_file(n)]
     told: list[tuple[str, list[str], str]] = [
-        ("processor_files_changed", _processor(changed), "changed after the run: {}"),
+        ("processor_files_changed", _processor(changed), edited),
         ("processor_files_changed", _processor(missing), "missing: {}"),
-        ("weights_changed", [n for n in changed if _is_weights(n)], "changed after the run: {}"),
-        (
-            "files_changed",
-            [n for n in changed if not _is_weights(n) and not is_processor_file(n)],
-            "changed after the run: {}",
-        ),
+        ("weights_changed", [n for n in changed if _is_weights(n)], edited),
+        ("files_changed", others, edited),
         ("files_missing", [n for n in missing if not is_processor_file(n)], "missing: {}"),
         ("files_unknown", unknown, "not written by the run: {}"),
     ]
@@ -247,14 +246,14 @@ def _is_weights(name: str) -> bool:
 
 
 def _config(folder: Path, recorded: dict[str, Any]) -> str:
-    """What differs between config.json and the recorded one."""
+    """Return a sentence on what differs between config.json and the recorded one."""
     try:
         found = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError, RecursionError) as error:
         return f"{CONFIG} cannot be read: {str(error)[:200]}"
     differing = list(_fields(recorded, found, ""))
     if not differing:
-        return f"{CONFIG} says the same in other words"
+        return f"{CONFIG} holds the same values in other text"
     return f"{CONFIG} differs in {', '.join(differing[:5])}" + (
         f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     )

@@ -1,9 +1,8 @@
-"""Where a checkpoint goes: checked and rehearsed before the first step, so that a bad destination costs no training.
+"""The folder that a checkpoint goes to, and the temporary one in which it is written; both are tried before the first step.
 
-A checkpoint is written to a temporary folder and appears whole. Where the destination does not exist, the temporary folder is
-next to it and renamed. Where it is an empty folder (made by the user, behind a symbolic link, or a mount point, which no rename
-can replace), the temporary folder is inside it and the files are moved up, the folder with the record last: a destination
-without `grace/record.json` holds no finished checkpoint.
+Where the destination does not exist, the temporary folder is next to it and renamed. Where it is an empty folder, the temporary
+one is inside it and the files are moved up, the folder with the record last: a destination without `grace/record.json` holds
+no finished checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from grace_plugin.export.ranks import is_writer
 __all__ = ["Destination", "check_destination", "check_space", "locate", "rehearse", "sync"]
 
 _INSIDE = ".grace-partial"
-_RESERVE = 16 * 2**20  # of free disk, for the small files and the file system's own needs
+_RESERVE = 16 * 2**20  # bytes of free disk for the small files
 GIB = 2**30
 
 
 class Destination(NamedTuple):
-    """path: as given. folder: with links resolved. stage: temporary folder. inside: whether `stage` is in `folder`."""
+    """path: as given. folder: with links resolved. stage: the temporary folder. inside: whether `stage` is in `folder`."""
 
     path: Path
     folder: Path
@@ -34,15 +33,16 @@ class Destination(NamedTuple):
     inside: bool
 
     def clear(self) -> None:
-        """Remove the temporary folder, of this run or of one that was killed."""
+        """Remove the temporary folder, of this run or of an earlier one that was killed."""
         shutil.rmtree(self.stage, ignore_errors=True)
 
     def publish(self) -> None:
-        """Make the staged checkpoint appear: by one rename, or moved in with the record last."""
+        """Make the staged checkpoint appear at the destination."""
         sync(self.stage)
         if not self.inside:
             self.stage.rename(self.folder)
             return
+        # a mount point, or a folder behind a symbolic link, cannot be replaced by a rename
         names = sorted(path.name for path in self.stage.iterdir())
         moved: list[Path] = []
         try:
@@ -57,7 +57,7 @@ class Destination(NamedTuple):
 
 
 def check_destination(output_dir: str | os.PathLike[str]) -> Path:
-    """Return a destination that does not exist or is an empty folder.
+    """Check that a destination does not exist or is an empty folder; returns it.
 
     Raises:
         FileExistsError: something is there; nothing is touched.
@@ -94,7 +94,7 @@ def _check_names(path: Path, name: str | None = None) -> None:
 
 
 def locate(output_dir: str | os.PathLike[str]) -> Destination:
-    """Check a destination and say where its checkpoint is staged; the same on every rank, nothing is touched.
+    """Check a destination and return where its checkpoint is staged; the same on every rank, nothing is touched.
 
     Raises:
         FileExistsError, ValueError: as `check_destination`.
@@ -110,19 +110,21 @@ def locate(output_dir: str | os.PathLike[str]) -> Destination:
 
 
 def rehearse(output_dir: str | os.PathLike[str], run_folder: str | os.PathLike[str] | None = None) -> Destination:
-    """Try the stage, the rename and the run folder, and leave nothing behind; one process of a run tries, all check.
+    """Try the temporary folder, the rename and the run folder, and leave nothing behind; every rank checks, one tries.
 
     Raises:
         FileExistsError: something is at the destination.
-        ValueError: no checkpoint can be written there; says why.
+        ValueError: no checkpoint can be written there.
     """
     found = locate(output_dir)
     if run_folder is not None:
         _check_names(Path(run_folder), Path(run_folder).name)
-    if not is_writer() or os.environ.get("RANK", "0") != "0":
+    if not is_writer() or os.environ.get("RANK", "0") != "0":  # torchrun sets RANK before the process group exists
         return found
     if found.stage.is_symlink() or (found.stage.exists() and not found.stage.is_dir()):
-        raise ValueError(f"{found.stage} is in the place of the temporary folder of {found.path}; move it away")
+        raise ValueError(
+            f"{found.stage} has the name of the temporary folder of {found.path} and is none; move it away"
+        )
     try:
         _try_stage(found)
         if run_folder is not None:
@@ -136,7 +138,7 @@ def rehearse(output_dir: str | os.PathLike[str], run_folder: str | os.PathLike[s
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create a folder and what it needs; returns what was created, the innermost first."""
+    """Create a folder with its parents; returns what was created, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -170,16 +172,17 @@ def _try_folder(folder: Path) -> None:
 
 
 def _remove(created: list[Path]) -> None:
-    """Remove folders that a rehearsal has made, but those that another rank uses by now."""
+    """Remove folders that a rehearsal has made."""
     for folder in created:
-        with suppress(OSError):
+        with suppress(OSError):  # another rank uses it by now
             folder.rmdir()
 
 
 def check_space(found: Destination, needed: int) -> None:
     """Refuse a destination whose file system has less free space than the checkpoint needs.
 
-    needed: bytes.
+    Args:
+        needed: bytes.
 
     Raises:
         ValueError: names the folder and both sizes.

@@ -58,11 +58,11 @@ float16). A doubled rope_theta differs by 0.43 and more.
 
 
 class VerificationError(RuntimeError):
-    """A checkpoint is not what was trained; the message says which proofs failed."""
+    """A checkpoint is not what was trained; the message names the proofs that failed."""
 
 
 def load(folder: Path) -> Any:
-    """Load the checkpoint as transformers does: quantized layers still packed, dtype as stored."""
+    """Load a checkpoint as transformers does: quantized layers still packed, dtype as stored."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with family_of(AutoConfig.from_pretrained(folder)).loading_context():
@@ -70,7 +70,7 @@ def load(folder: Path) -> Any:
 
 
 def each_packed_layer(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, codes (int8 [out, in]) and scales [out, groups] of every layer loaded in packed form, one after the other."""
+    """Yield name, codes (int8 [out, in]) and scales [out, groups] of every layer that is loaded in packed form."""
     for name, module in model.named_modules():
         if getattr(module, "weight_packed", None) is None:
             continue
@@ -80,7 +80,7 @@ def each_packed_layer(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Copies of codes and scales of every layer loaded in packed form, by module name."""
+    """Return copies of codes and scales of every layer that is loaded in packed form, by module name."""
     return {name: (codes.clone(), scales.clone()) for name, codes, scales in each_packed_layer(model)}
 
 
@@ -116,17 +116,17 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
 
     Args:
         checkpoint: folder written by `train` or `oneshot`.
-        source: folder of the BF16 student: its weights must be those that the run trained from, and processor files that the
-            run took from it must be its own.
+        source: folder of the BF16 student. Its weights must be those that the run trained from, and processor files that the
+            run took from it must be the same.
 
     Raises:
         FileNotFoundError: no such folder, no GRACE record in it, or no folder at `source`.
         ValueError: `source` is another student than the run's.
-        VerificationError: says in a sentence each which proofs failed.
+        VerificationError: one sentence for each proof that failed.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the folder of a checkpoint that GRACE wrote")
+        raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint that GRACE wrote")
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"{folder} holds no {RECORD}: it was not written by GRACE, or the run did not end")
     if source is not None and not Path(source).is_dir():
@@ -153,7 +153,7 @@ def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[s
     try:
         model = load(folder)
         stored = packed_layers(model)
-    except Exception as error:  # whatever reads damaged weights: safetensors, transformers, compressed-tensors
+    except Exception as error:  # safetensors, transformers and compressed-tensors raise anything for damaged weights
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         result["failed"].append("load")
         return _conclude(folder, result, [*sentences, f"the weights cannot be loaded: {text}"])
@@ -199,7 +199,7 @@ def _compare_source(folder: Path, record: dict[str, Any], source: Path, result: 
             f"{', '.join(names[:5]) or 'it holds no checkpoint'} differ{'' if len(names) > 1 else 's'}"
         )
     if record["processor"] != "source":
-        result["source_note"] = "the run was given a processor of its own, so processor files are not the source's"
+        result["source_note"] = "the run used another processor, so processor files are not the source's"
         return []
     names = [file.relative_to(source).as_posix() for file in processor_files(source)]
     changed = [n for n in names if not (folder / n).is_file() or (folder / n).read_bytes() != (source / n).read_bytes()]
@@ -219,7 +219,7 @@ def _prove_model(
     *,
     recorded_here: bool,
 ) -> None:
-    """Compare codes, scales, dense weights, logits and the weights that are computed with; failures go into `result`."""
+    """Compare codes, scales, dense weights, logits and the weights of a forward pass; failures are added to `result`."""
     counts = ("codes_differing", "scales_differing", "layers_with_other_codes", "layers_with_other_scales")
     failed = result["failed"]
     failed += [key for key in counts if result.get(key)]
@@ -237,7 +237,7 @@ def _prove_model(
         result["logits_note"] = f"the model cannot run on the probe: {str(error)[:200]}"
         failed.append("logits_compared")
         return
-    modules = dict(model.named_modules())  # dense by now
+    modules = dict(model.named_modules())  # dense since the forward pass on the probe
     dense = ((modules[name].weight, dequantize(codes, scales)) for name, (codes, scales) in stored.items())
     result["weights_differing"] = sum(_differing(expected, found.detach()) for found, expected in dense)
     failed += ["weights_differing"] if result["weights_differing"] else []
@@ -246,13 +246,11 @@ def _prove_model(
 def _compare_logits(
     folder: Path, record: dict[str, Any], model: Any, result: dict[str, Any], *, recorded_here: bool
 ) -> list[str]:
-    """Run the model on the probe; the name of the proof if it failed. The first forward turns packed layers into dense ones.
-
-    Another implementation of attention would round otherwise, so the recorded one runs, where it is sure to be there.
-    """
+    """Run the model on the probe; returns the name of the proof if it failed."""
+    # Another implementation of attention rounds differently. The recorded one is sure to exist in this environment only.
     if recorded_here:
         model.set_attn_implementation(record["attention"])
-    if torch.cuda.is_available():  # kernels of another device would round otherwise
+    if torch.cuda.is_available():  # kernels of another device round differently
         model.to(record["logits_device"])
     probe, expected = read_probe(folder / PROBE)
     logits = probe_logits(model, probe)
@@ -281,9 +279,9 @@ def _compare_logits(
 
 
 def _conclude(folder: Path, result: dict[str, Any], sentences: list[str]) -> dict[str, Any]:
-    """Write the verdict where that is possible, and raise it where it is no.
+    """Write `verification.json` where that is possible, and raise if a proof failed.
 
-    A verdict that was edited since it was written fails this verification and is replaced.
+    An earlier one that was edited fails this verification and is replaced.
     """
     failed = result["failed"]
     if (folder / VERIFICATION).is_file():

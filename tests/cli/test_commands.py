@@ -1,4 +1,4 @@
-"""The commands as a user runs them: light help, one sentence and a status for bad input, train and verify end to end."""
+"""The commands as a user runs them: help, one sentence and a status for bad input, train and verify end to end."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ from tests.pairs import Pair, recipe_text
 from tests.tiny import make_samples
 
 BIN = Path(sys.executable).parent
+FILE = Path(__file__).parents[2] / "grace_plugin" / "cli" / "register_grace.py"
 ENTRIES = ([str(BIN / "grace")], [str(BIN / "optimum-cli"), "grace"])
 
 
 def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-    )  # fmt: skip
+    )
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -51,7 +56,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=["grace", "optimum-cli"])
 @pytest.mark.parametrize("command", [None, "train", "oneshot", "verify", "report", "demo"])
-def test_help_is_light_and_names_what_it_takes(entry: list[str], command: str | None) -> None:
+def test_help__every_command__light_and_names_what_it_takes(entry: list[str], command: str | None) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = call(*entry, *([command] if command else []), "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -66,35 +71,35 @@ def test_help_is_light_and_names_what_it_takes(entry: list[str], command: str | 
 
 
 @pytest.mark.parametrize("module", ["optimum.commands.register.register_grace", "optimum.commands.optimum_cli"])
-def test_registering_imports_nothing_heavy(module: str) -> None:
+def test_register__imported_by_optimum__nothing_heavy(module: str) -> None:
     heavy = ("torch", "transformers", "llmcompressor", "grace_plugin")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     assert call(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
-def test_the_group_and_the_alias_share_their_commands() -> None:
+def test_commands__group_and_alias__the_same() -> None:
     assert REGISTER_COMMANDS == [GraceCommand]
     names = [name for name, _, _ in COMMANDS]
     assert [c.name for c in GraceCommand.SUBCOMMANDS] == [*names, "data", "teacher"]
     assert [c.name for c in DataCommand.SUBCOMMANDS] == [name for name, _, _ in DATA_COMMANDS] == ["check"]
     assert [c.name for c in TeacherCommand.SUBCOMMANDS] == [name for name, _, _ in TEACHER_COMMANDS] == ["cache"]
     within = [f"data {name}" for name, _, _ in DATA_COMMANDS] + [f"teacher {name}" for name, _, _ in TEACHER_COMMANDS]
-    assert list(commands.COMMANDS) == [*names, *within]
+    assert all(callable(commands.command_of(name)) for name in (*names, *within))
 
 
-def test_the_group_alone_prints_its_commands() -> None:
+def test_group__no_command__prints_them_and_status_2() -> None:
     done = call(*ENTRIES[1])
     assert done.returncode == 2
     assert "train" in done.stdout and "verify" in done.stdout
 
 
-def test_verify_passes_with_status_0(finished: Finished, tmp_path: Path) -> None:
+def test_verify__untouched__status_0(finished: Finished, tmp_path: Path) -> None:
     done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
     assert '"layers_with_other_codes": 0' in done.stdout
 
 
-def test_verify_of_a_changed_checkpoint_ends_with_status_1_and_a_sentence(finished: Finished, tmp_path: Path) -> None:
+def test_verify__changed_checkpoint__one_sentence_and_status_1(finished: Finished, tmp_path: Path) -> None:
     changed = shutil.copytree(finished.folder, tmp_path / "changed")
     (changed / "tokenizer_config.json").write_text("{}")
     done = call(str(BIN / "optimum-cli"), "grace", "verify", str(changed))
@@ -103,7 +108,7 @@ def test_verify_of_a_changed_checkpoint_ends_with_status_1_and_a_sentence(finish
     assert "Traceback" not in done.stderr
 
 
-def test_verify_of_another_folder_ends_with_status_2(
+def test_verify__other_folder__status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert in_process(monkeypatch, "verify", str(tmp_path)) == 2
@@ -111,7 +116,7 @@ def test_verify_of_another_folder_ends_with_status_2(
 
 
 def written(pair: Pair, folder: Path) -> tuple[Path, Path]:
-    """A recipe file and a JSONL dataset with pictures beside it."""
+    """A recipe file and a JSONL dataset with its images next to it."""
     recipe, data = folder / "recipe.yaml", folder / "samples.jsonl"
     recipe.write_text(recipe_text(pair.teacher, oneshot={"epochs": 1.0, "learning_rate": 1e-3}))
     lines = []
@@ -123,7 +128,7 @@ def written(pair: Pair, folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["train", "oneshot"])
-def test_a_run_through_the_command(
+def test_train_and_oneshot__dataset_file__verified_checkpoint(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     recipe, data = written(llava, tmp_path)
@@ -131,9 +136,17 @@ def test_a_run_through_the_command(
     options += ["--set", "disable_tqdm=true", "--set", "use_cpu=true"] if name == "train" else []
     options = options if name == "train" else ["--batch_size", "2", "--num_calibration_samples", "4"]
     status = in_process(
-        monkeypatch, name, str(recipe), "--model", str(llava.student), "--dataset", str(data), "--output_dir",
-        str(tmp_path / "out"), *options,
-    )  # fmt: skip
+        monkeypatch,
+        name,
+        str(recipe),
+        "--model",
+        str(llava.student),
+        "--dataset",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *options,
+    )
     printed = capsys.readouterr().out
     assert status == 0
     assert f"verified checkpoint: {tmp_path / 'out'}" in printed
@@ -141,7 +154,7 @@ def test_a_run_through_the_command(
     assert in_process(monkeypatch, "verify", str(tmp_path / "out"), "--source", str(llava.student)) == 0
 
 
-def test_a_stream_through_the_command(
+def test_train__streaming__needs_max_steps(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, data = written(llava, tmp_path)
@@ -157,11 +170,15 @@ def test_a_stream_through_the_command(
 
 @pytest.mark.parametrize("limits", [("--max_pixels", "99"), ("--max_pixels", "99", "--max_bad_samples", "1.0")])
 @pytest.mark.parametrize("name", ["train", "oneshot", "teacher cache", "data check"])
-def test_limits_of_samples_are_taken_from_the_command(
-    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str,
+def test_limits__max_pixels_and_max_bad_samples__taken_from_the_command(
+    llava: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
     limits: tuple[str, ...],
-) -> None:  # fmt: skip
-    """No picture has so few pixels: every sample is too large, and with every sample allowed to be, none is left."""
+) -> None:
+    """No image has so few pixels: every sample is too large, and with every sample allowed to be, none is left."""
     monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "index"))
     recipe, data = written(llava, tmp_path)
     given = [str(data)] if name == "data check" else [str(recipe), "--dataset", str(data)]
@@ -182,9 +199,9 @@ def test_limits_of_samples_are_taken_from_the_command(
     ("change", "sentence"),
     [
         ({"--dataset": "none.jsonl"}, "no dataset file at none.jsonl"),
-        ({"--model": "/no/where"}, "cannot load the student '/no/where'"),
+        ({"--model": "/no/where"}, "there is no folder '/no/where' for model"),
         ({"recipe": "none.yaml"}, "no recipe at none.yaml"),
-        ({"--teacher": "/no/teacher"}, "cannot load the teacher '/no/teacher'"),
+        ({"--teacher": "/no/teacher"}, "there is no folder '/no/teacher' for teacher"),
         ({"--set": "learning_rate"}, "--set takes NAME=VALUE, got 'learning_rate'"),
         ({"--set": "learning_rte=1"}, "did you mean learning_rate?"),
         ({"--set": "learning_rate=abc"}, "learning_rate takes a number, got 'abc'"),
@@ -209,10 +226,14 @@ def test_limits_of_samples_are_taken_from_the_command(
         ),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
-    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    change: dict[str, str], sentence: str,
-) -> None:  # fmt: skip
+def test_train__bad_input__one_sentence_and_status_2(
+    llava: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    sentence: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe, data = written(llava, tmp_path)
     (tmp_path / "full").mkdir()
@@ -234,7 +255,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_settings_stay_text_for_their_fields_and_switches_of_train_are_read() -> None:
+def test_settings__of_fields_and_of_switches__text_and_booleans() -> None:
     given = ["learning_rate=2e-5", "run_name=a=b", "activation_offloading=false"]
     assert commands._settings(commands._pairs(given)) == {
         "learning_rate": "2e-5",
@@ -243,7 +264,7 @@ def test_settings_stay_text_for_their_fields_and_switches_of_train_are_read() ->
     }
 
 
-def test_a_file_of_training_arguments_is_taken_and_set_wins(
+def test_train__config_and_set__set_wins(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, data = written(llava, tmp_path)
@@ -259,7 +280,7 @@ def test_a_file_of_training_arguments_is_taken_and_set_wins(
     assert "learning_rate takes a number, got [1]" in capsys.readouterr().err
 
 
-def test_a_training_without_its_arguments_says_which_are_missing(
+def test_train__missing_arguments__named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert in_process(monkeypatch, "train", "--output_dir", str(tmp_path / "out"), "--model", "m") == 2
@@ -271,14 +292,14 @@ def test_a_training_without_its_arguments_says_which_are_missing(
 
 
 @pytest.mark.parametrize("spelling", ["--serve_python", "--serve-python"])
-def test_the_demos_interpreter_is_named_like_every_option(spelling: str) -> None:
+def test_demo__serve_python__both_spellings(spelling: str) -> None:
     parser = ArgumentParser()
     (arguments,) = [add for name, _, add in COMMANDS if name == "demo"]
     arguments(parser)
     assert parser.parse_args([spelling, "python"]).serve_python == "python"
 
 
-def test_an_unknown_command_is_refused() -> None:
+def test_grace__unknown_command__refused() -> None:
     done = call(str(BIN / "grace"), "quantise")
     assert done.returncode == 2
     assert "invalid choice: 'quantise'" in done.stderr
@@ -289,3 +310,32 @@ def test_export__nothing_to_finish__one_sentence_and_status_2(
 ) -> None:
     assert in_process(monkeypatch, "export", str(tmp_path / "none.run")) == 2
     assert "grace export: " in (said := capsys.readouterr().err) and "none.run holds no resume state" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["verify", "none"], "grace verify: none is not a folder; give the folder of a checkpoint that GRACE wrote"),
+        (["export", "none.run"], "grace export: none.run holds no resume state, because there is no such folder"),
+        (
+            ["report", "--compare", "/no/a", "b"],
+            "grace report: cannot read checkpoint A at '/no/a': there is no such folder",
+        ),
+        (["data", "check", "none.jsonl", "--model", "m"], "grace data check: no dataset file at none.jsonl"),
+    ],
+)
+def test_grace__path_that_does_not_exist__refused_without_loading_torch(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    # by its file, as optimum imports it: importing it from the package would load torch with the package
+    code = f"""
+import runpy, sys
+main = runpy.run_path({str(FILE)!r})["main"]
+sys.argv = ["grace", *{arguments!r}]
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "False\n", f"{sentence}\n")

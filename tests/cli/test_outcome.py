@@ -1,4 +1,4 @@
-"""How a command ends: a sentence and a status for what is expected to go wrong, the traceback for a fault of ours."""
+"""How a command ends: one sentence and a status for expected errors, the traceback for a bug."""
 
 from __future__ import annotations
 
@@ -36,12 +36,28 @@ def ended(error: BaseException) -> int:
         (ValueError("no such thing"), 2, "grace verify: no such thing"),
         (ValueError(), 2, "grace verify: ValueError"),
         (FileExistsError("out exists"), 2, "grace verify: out exists"),
-        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a.json"), 2, "grace verify: No such file or directory: a"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a.json"), 2, "grace verify: Permission denied: a.json"),
+        (
+            FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a.json"),
+            2,
+            "grace verify: No such file or directory: a",
+        ),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a.json"),
+            2,
+            "grace verify: Permission denied: a.json",
+        ),
         (IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "a"), 2, "grace verify: Is a directory: a"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "grace verify: 'utf-8' codec can't"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), 1, "grace verify failed: No space left on device: x; free"),
-        (OSError(errno.EIO, os.strerror(errno.EIO), "a", None, "b"), 1, "grace verify failed: Input/output error: a: b"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"),
+            1,
+            "grace verify failed: No space left on device: x; free",
+        ),
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO), "a", None, "b"),
+            1,
+            "grace verify failed: Input/output error: a: b",
+        ),
         (BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), 1, "grace verify failed: Broken pipe"),
         (SafetensorError("header too short"), 2, "grace verify: a weights file cannot be read (header too"),
         (VerificationError("codes differ"), 1, "grace verify failed: codes differ"),
@@ -53,8 +69,8 @@ def ended(error: BaseException) -> int:
         (KeyboardInterrupt(), 130, "grace verify: interrupted"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)  # fmt: skip
-def test_what_is_expected_to_go_wrong_is_a_sentence(
+)
+def test_run__expected_error__one_sentence_and_status(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int, said: str
 ) -> None:
     assert ended(error) == status
@@ -66,14 +82,14 @@ def test_what_is_expected_to_go_wrong_is_a_sentence(
 @pytest.mark.parametrize(
     "error", [KeyError("x"), TypeError("no"), AttributeError("x"), RecursionError(), NotImplementedError()]
 )
-def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(
+def test_run__unexpected_error__traceback_and_how_to_report(
     capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     assert ended(error) == 1
     printed = capsys.readouterr().err
     assert "Traceback (most recent call last)" in printed and "in __fspath__" in printed
     assert printed.endswith(
-        f"grace verify: {type(error).__name__} is not expected here and a fault of grace_plugin; please report it with the "
+        f"grace verify: {type(error).__name__} is not expected here and a bug of grace_plugin; please report it with the "
         "lines above and the command\n"
     )
 
@@ -92,7 +108,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(
     ],
     ids=["empty", "broken", "binary", "without", "value", "pattern", "missing"],
 )
-def test_a_recipe_that_cannot_be_used_ends_with_status_2(
+def test_run__unusable_recipe__one_sentence_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: bytes | None, said: str
 ) -> None:
     recipe, data = tmp_path / "[x].yaml", tmp_path / "samples.jsonl"

@@ -52,15 +52,20 @@ def test_report__finished_training__page_once(
     ],
 )
 def test_report__bad_input__one_sentence_and_status_2(
-    llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: list[str], sentence: str,
-) -> None:  # fmt: skip
+    llava: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
     bare = {}
     for role in ("student", "teacher"):  # without weights: reading them would fail
         source = getattr(llava, role)
         shutil.copytree(source, tmp_path / role, ignore=shutil.ignore_patterns("*.safetensors"))
         bare[role] = str(tmp_path / role)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("{}\n")
     assert in_process(monkeypatch, "report", *(one.format(**bare) for one in arguments)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grace report:")]
     assert len(error) == 1 and sentence in error[0]

@@ -15,7 +15,7 @@ def options(pair: Pair, data: Path, out: Path, **other: str) -> list[str]:
     return [part for name, value in given.items() for part in (name, value)]
 
 
-def test_it_predicts_writes_and_goes_on(
+def test_teacher_cache__damaged_file__dropped_and_completed(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, data = written(llava, tmp_path)
@@ -40,13 +40,13 @@ def test_it_predicts_writes_and_goes_on(
     ("change", "sentence"),
     [
         ({"--dataset": "none.jsonl"}, "no dataset file at none.jsonl"),
-        ({"--model": "/no/where"}, "cannot read the student '/no/where'"),
-        ({"--teacher": "/no/teacher"}, "cannot read the teacher '/no/teacher'"),
+        ({"--model": "/no/where"}, "there is no folder '/no/where' for model"),
+        ({"--teacher": "/no/teacher"}, "there is no folder '/no/teacher' for teacher"),
         ({"--batch_size": "0"}, "batch_size and shard_bytes are at least 1, got 0"),
         ({"--max_length": "12"}, "max_length is 12"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_teacher_cache__bad_input__one_sentence_and_status_2(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     change: dict[str, str], sentence: str,
 ) -> None:  # fmt: skip

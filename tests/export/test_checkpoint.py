@@ -1,4 +1,4 @@
-"""A checkpoint proves itself: every kind of change is found, and a failed proof leaves nothing behind."""
+"""Verification: every kind of change is found, and a failed proof leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def failed(folder: Path) -> list[str]:
     return verdict["failed"]
 
 
-def test_an_untouched_checkpoint_verifies(copy: Path) -> None:
+def test_verify__untouched_checkpoint__all_proofs(copy: Path) -> None:
     found = grace_plugin.verify(copy)
     assert found["verified"] and found["failed"] == []
     assert (found["layers"], found["layers_stored"]) == (21, 21)
@@ -81,12 +81,12 @@ def flip_last_bit(tensor: torch.Tensor) -> None:
         ("lm_head.weight", "dense_differing"),
     ],
 )
-def test_one_changed_bit_is_found(copy: Path, ending: str, expected: str) -> None:
+def test_verify__one_changed_bit__found(copy: Path, ending: str, expected: str) -> None:
     change(copy, ending, flip_last_bit)
     assert expected in failed(copy)
 
 
-def test_the_changed_layer_is_named(copy: Path) -> None:
+def test_verify__one_changed_layer__named(copy: Path) -> None:
     change(copy, "layers.1.self_attn.q_proj.weight_packed", flip_last_bit)
     failed(copy)
     found = json.loads((copy / VERIFICATION).read_text())
@@ -94,7 +94,7 @@ def test_the_changed_layer_is_named(copy: Path) -> None:
     assert (found["layers_with_other_codes"], found["layers_with_other_scales"]) == (1, 0)
 
 
-def test_a_missing_probe_is_named(copy: Path) -> None:
+def test_verify__missing_probe__named(copy: Path) -> None:
     (copy / PROBE).unlink()
     assert failed(copy) == ["files_missing"]
     with pytest.raises(VerificationError, match=r"is not what was trained: missing: grace/probe\.safetensors$"):
@@ -102,7 +102,7 @@ def test_a_missing_probe_is_named(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_changed_or_missing_processor_file_is_found(copy: Path, gone: bool) -> None:
+def test_verify__processor_file_changed_or_missing__found(copy: Path, gone: bool) -> None:
     file = copy / "tokenizer_config.json"
     if gone:
         file.unlink()
@@ -113,7 +113,7 @@ def test_a_changed_or_missing_processor_file_is_found(copy: Path, gone: bool) ->
     assert json.loads((copy / VERIFICATION).read_text())["processor_files_changed"] == names
 
 
-def test_a_source_that_differs_from_the_checkpoint_is_found(finished: Finished, copy: Path, tmp_path: Path) -> None:
+def test_verify__source_with_other_processor_files__found(finished: Finished, copy: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(finished.pair.student, tmp_path / "source"))
     assert grace_plugin.verify(copy, source=source)["processor_files"] == 4
     (source / "chat_template.jinja").write_text("other")
@@ -121,7 +121,7 @@ def test_a_source_that_differs_from_the_checkpoint_is_found(finished: Finished, 
         grace_plugin.verify(copy, source=source)
 
 
-def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
+def test_verify__changed_logits_same_environment__found(copy: Path) -> None:
     tensors = load_file(copy / PROBE)
     tensors["logits"].view(-1)[0] += 1.0
     save_file(tensors, copy / PROBE)
@@ -131,7 +131,7 @@ def test_changed_logits_are_found_where_they_were_recorded(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_of_text_alone_is_verified_on_an_image_too(family: str, pair_of: Any, tmp_path: Path) -> None:
+def test_verify__run_of_text_alone__verified_on_an_image_too(family: str, pair_of: Any, tmp_path: Path) -> None:
     result = run(pair_of(family), tmp_path / "out", make_samples(4, images=0), max_steps=1)
     for found in (result.verification, grace_plugin.verify(result.checkpoint)):
         assert (found["verified"], found["logits_equal"], found["weights_differing"]) == (True, True, 0)
@@ -146,7 +146,7 @@ def test_a_run_of_text_alone_is_verified_on_an_image_too(family: str, pair_of: A
 
 
 @pytest.mark.parametrize("attention", ["eager", {"text_config": "eager", "vision_config": "sdpa"}])
-def test_logits_are_compared_under_the_attention_that_the_run_had(llava: Pair, tmp_path: Path, attention: Any) -> None:
+def test_verify__attention_of_the_run__used_for_the_logits(llava: Pair, tmp_path: Path, attention: Any) -> None:
     student = loaded(llava)
     student.set_attn_implementation(attention)
     result = run(llava, tmp_path / "out", model=student)
@@ -154,12 +154,15 @@ def test_logits_are_compared_under_the_attention_that_the_run_had(llava: Pair, t
     found = grace_plugin.verify(result.checkpoint)
     assert found["logits_equal"]
     recorded = json.loads((result.checkpoint / RECORD).read_text())["attention"]
-    assert recorded == {"": "eager" if attention == "eager" else "sdpa", "text_config": "eager",
-                        "vision_config": "eager" if attention == "eager" else "sdpa"}  # fmt: skip
+    assert recorded == {
+        "": "eager" if attention == "eager" else "sdpa",
+        "text_config": "eager",
+        "vision_config": "eager" if attention == "eager" else "sdpa",
+    }
 
 
 @pytest.mark.parametrize(("added", "verified"), [(0.002, True), (1.0, False)])
-def test_in_another_environment_logits_are_compared_within_the_bound(copy: Path, added: float, verified: bool) -> None:
+def test_verify__another_environment__logits_within_the_bound(copy: Path, added: float, verified: bool) -> None:
     tensors = load_file(copy / PROBE)
     largest = tensors["logits"].abs().max().item()
     tensors["logits"] += added * largest
@@ -176,7 +179,7 @@ def test_in_another_environment_logits_are_compared_within_the_bound(copy: Path,
     assert "another environment" in found["logits_note"]
 
 
-def test_a_layer_the_record_does_not_know_is_found(copy: Path) -> None:
+def test_verify__layer_not_in_the_record__found(copy: Path) -> None:
     record = json.loads((copy / RECORD).read_text())
     record["layers"]["model.no_such_layer"] = record["layers"].pop(LAYER)
     (copy / RECORD).write_text(json.dumps(record))
@@ -185,20 +188,20 @@ def test_a_layer_the_record_does_not_know_is_found(copy: Path) -> None:
     assert {"layers_with_other_codes", "layers_with_other_scales"} <= set(failed(copy))
 
 
-def test_a_folder_without_a_record_is_named(copy: Path) -> None:
+def test_verify__no_record__refused(copy: Path) -> None:
     (copy / RECORD).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{copy} holds no grace/record\.json: it was not written by GRACE"):
         grace_plugin.verify(copy)
 
 
-def test_processor_files_are_the_sources_byte_for_byte(finished: Finished) -> None:
+def test_checkpoint__processor_files__byte_for_byte_the_sources(finished: Finished) -> None:
     names = {path.name for path in processor_files(finished.pair.student)}
     assert names == {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
     for name in names:
         assert (finished.folder / name).read_bytes() == (finished.pair.student / name).read_bytes()
 
 
-def test_the_probes_logits_are_the_reloaded_models_at_supervised_positions(finished: Finished) -> None:
+def test_probe__logits__those_of_the_reloaded_model_at_supervised_positions(finished: Finished) -> None:
     probe, expected = read_probe(finished.folder / PROBE)
     model = AutoModelForImageTextToText.from_pretrained(finished.folder, dtype="auto").eval()
     with torch.no_grad():
@@ -208,7 +211,7 @@ def test_the_probes_logits_are_the_reloaded_models_at_supervised_positions(finis
     assert "pixel_values" in probe
 
 
-def test_a_probe_without_labels_is_read_at_its_last_positions() -> None:
+def test_probe_logits__no_labels__last_positions() -> None:
     model, processor = build("llava")
     batch = ConversationCollator(processor)(make_samples(1))
     del batch["labels"]
@@ -219,12 +222,18 @@ def test_a_probe_without_labels_is_read_at_its_last_positions() -> None:
         assert torch.equal(found, model.eval()(**batch).logits[0, -POSITIONS:])
 
 
-def test_two_runs_write_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+def test_run__twice__same_bytes(finished: Finished, tmp_path: Path) -> None:
     """Also: a saved recipe run again, with the teacher's path that it does not publish, gives the same run."""
     again = run(
-        finished.pair, tmp_path / "out", finished.dataset, recipe=finished.folder / "recipe.yaml", max_steps=8,
-        gradient_accumulation_steps=2, logging_steps=1, teacher=finished.pair.teacher,
-    )  # fmt: skip
+        finished.pair,
+        tmp_path / "out",
+        finished.dataset,
+        recipe=finished.folder / "recipe.yaml",
+        max_steps=8,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        teacher=finished.pair.teacher,
+    )
     records = [json.loads((folder / RECORD).read_text()) for folder in (finished.folder, again.checkpoint)]
     for record in records:  # run.yaml says that the second was given a recipe and a teacher in another way
         del record["files"]["run.yaml"], record["sha256"]
@@ -236,7 +245,7 @@ def test_two_runs_write_the_same_bytes(finished: Finished, tmp_path: Path) -> No
         assert ours == theirs, name
 
 
-def test_the_codes_on_disk_are_not_those_of_rounding(finished: Finished) -> None:
+def test_checkpoint__codes__differ_from_rounding_to_nearest(finished: Finished) -> None:
     """Training moved them: the checkpoint is not round-to-nearest of the source."""
     scale = load_file(finished.folder / "model.safetensors")[
         stored_name(finished.folder, "layers.0.mlp.up_proj.weight_scale")
@@ -251,7 +260,7 @@ def test_the_codes_on_disk_are_not_those_of_rounding(finished: Finished) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_the_checkpoint_without_missing_or_unexpected_keys(
+def test_checkpoint__loaded_by_transformers__no_missing_or_unexpected_keys(
     family: str, pair_of: Any, tmp_path: Path
 ) -> None:
     """The rewritten ignore list maps back; the stock one crashes here for LLaVA and Qwen2-VL."""
@@ -268,7 +277,7 @@ def test_transformers_loads_the_checkpoint_without_missing_or_unexpected_keys(
     AutoProcessor.from_pretrained(result.checkpoint)
 
 
-def test_a_proof_that_fails_at_the_end_of_a_run_leaves_nothing(finished: Finished, tmp_path: Path) -> None:
+def test_save__proof_fails__nothing_is_left(finished: Finished, tmp_path: Path) -> None:
     """A student whose save path is broken: one packed code of the file is changed before it is verified."""
     student = AutoModelForImageTextToText.from_pretrained(finished.pair.student, dtype=torch.float32)
 
@@ -284,7 +293,7 @@ def test_a_proof_that_fails_at_the_end_of_a_run_leaves_nothing(finished: Finishe
     assert {path.name for path in (tmp_path / "o").iterdir()} <= {"out.run"}
 
 
-def test_digest_depends_on_bytes_shape_and_dtype() -> None:
+def test_digest__other_bytes_shape_or_dtype__differs() -> None:
     tensor = torch.arange(6, dtype=torch.int8)
     others = [tensor.view(2, 3), tensor.view(torch.uint8), tensor.flip(0)]
     assert digest(tensor) == digest(tensor.clone())
@@ -292,12 +301,12 @@ def test_digest_depends_on_bytes_shape_and_dtype() -> None:
     assert digest(torch.arange(12).view(3, 4).T) == digest(torch.arange(12).view(3, 4).T.contiguous())
 
 
-def test_a_source_that_is_nowhere_is_named() -> None:
+def test_source_folder__no_such_model__named() -> None:
     with pytest.raises(ValueError, match="cannot find the processor files of 'no/such-model'"):
         source_folder("no/such-model")
 
 
-def test_the_recipe_beside_the_checkpoint_holds_inferred_values(finished: Finished) -> None:
+def test_checkpoint__recipe__holds_inferred_values_and_no_paths(finished: Finished) -> None:
     text = (finished.folder / "recipe.yaml").read_text()
     assert r"re:(.*\.)?vision_tower\..*" in text
     assert "model: teacher\n" in text and str(finished.pair.teacher) not in text

@@ -28,7 +28,9 @@ def copy(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("threads_of", ["same", "other"])
-def test_every_edited_byte_and_field_is_found(copy: Path, threads_of: str, request: pytest.FixtureRequest) -> None:
+def test_verify__edited_bytes_and_fields__all_found(
+    copy: Path, threads_of: str, request: pytest.FixtureRequest
+) -> None:
     if threads_of == "other":
         request.getfixturevalue("threads")
     names = files_of(copy)
@@ -46,7 +48,7 @@ def test_every_edited_byte_and_field_is_found(copy: Path, threads_of: str, reque
     assert grace_plugin.verify(copy)["verified"]
 
 
-def test_no_byte_of_a_sealed_file_can_be_another(tmp_path: Path) -> None:
+def test_read_sealed__any_byte_changed__refused(tmp_path: Path) -> None:
     """Every byte with every bit turned over, and line ends made other line ends."""
     file = tmp_path / "record.json"
     write_sealed(file, {"a": [2.5, None], "n": float("nan")})
@@ -81,24 +83,33 @@ def set_field(content: bytes, path: str, value: Any) -> bytes:
         ("extra", 1, r"extra \(recorded nothing, found 1\)"),
     ],
 )
-def test_a_changed_field_of_the_config_is_named_with_both_values(copy: Path, field: str, value: Any, told: str) -> None:
+def test_verify__config_field_changed__named_with_both_values(copy: Path, field: str, value: Any, told: str) -> None:
     edit = Edit(CONFIG, field, lambda content: set_field(content, field, value))
     with edited(copy, edit), pytest.raises(VerificationError, match=f"config.json differs in .*{told}"):
         grace_plugin.verify(copy)
 
 
-def test_a_config_in_other_words_is_named_too(copy: Path) -> None:
+def test_verify__config_reformatted__named(copy: Path) -> None:
     edit = Edit(CONFIG, "spaces", lambda content: json.dumps(json.loads(content)).encode())
-    assert "config.json says the same in other words" in str(verdict(copy, edit))
+    assert "config.json holds the same values in other text" in str(verdict(copy, edit))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["chat_template.json", "additional_chat_templates/tools.jinja", "added_tokens.json", "special_tokens_map.json",
-     "adapter_config.json", "model-2.safetensors", "modeling_own.py", "grace/other",
-     "LICENSE.safetensors", "NOTICE_of.py"],
-)  # fmt: skip
-def test_an_added_file_is_named(copy: Path, name: str) -> None:
+    [
+        "chat_template.json",
+        "additional_chat_templates/tools.jinja",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "adapter_config.json",
+        "model-2.safetensors",
+        "modeling_own.py",
+        "grace/other",
+        "LICENSE.safetensors",
+        "NOTICE_of.py",
+    ],
+)
+def test_verify__added_file__named(copy: Path, name: str) -> None:
     file = copy / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
@@ -112,7 +123,7 @@ def test_an_added_file_is_named(copy: Path, name: str) -> None:
     assert grace_plugin.verify(copy)["verified"]
 
 
-def test_descriptions_of_the_repository_are_no_part_of_the_proof(copy: Path) -> None:
+def test_verify__repository_descriptions__ignored(copy: Path) -> None:
     (copy / ".git").mkdir()
     for name in ("README.md", "LICENSE", ".gitattributes", ".git/config"):
         (copy / name).write_text("x")
@@ -133,19 +144,19 @@ def test_descriptions_of_the_repository_are_no_part_of_the_proof(copy: Path) -> 
         (VERIFICATION, b"{}", r"verification\.json holds no hash of itself"),
     ],
 )
-def test_damaged_files_are_told_in_one_sentence(copy: Path, file: str, content: bytes, told: str) -> None:
+def test_verify__damaged_file__one_sentence(copy: Path, file: str, content: bytes, told: str) -> None:
     with edited(copy, Edit(file, "damaged", lambda _: content)), pytest.raises(VerificationError, match=told) as caught:
         grace_plugin.verify(copy)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("cut", [8, 100, 10_000])
-def test_cut_weights_are_told(copy: Path, cut: int) -> None:
+def test_verify__truncated_weights__named(copy: Path, cut: int) -> None:
     told = str(verdict(copy, Edit("model.safetensors", "cut", lambda content: content[:-cut])))
     assert "changed after the run: model.safetensors; the weights cannot be loaded: " in told
 
 
-def test_missing_weights_are_told(copy: Path) -> None:
+def test_verify__missing_weights__named(copy: Path) -> None:
     away = copy.parent / "away"
     (copy / "model.safetensors").rename(away)
     try:
@@ -156,7 +167,7 @@ def test_missing_weights_are_told(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("layers", []), ("files", None), ("student", None), ("attention", 3)])
-def test_a_record_of_wrong_types_is_told(copy: Path, finished: Finished, key: str, value: Any) -> None:
+def test_verify__record_of_wrong_types__named(copy: Path, finished: Finished, key: str, value: Any) -> None:
     kept = (copy / RECORD).read_bytes()
     write_sealed(copy / RECORD, read_sealed(copy / RECORD) | {key: value})
     try:
@@ -175,9 +186,7 @@ def reseal(folder: Path) -> None:
     write_sealed(folder / RECORD, record)
 
 
-def test_the_bound_on_logits_lets_other_kernels_pass_and_finds_another_rope_theta(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_logit_bound__other_kernels_and_another_rope_theta__told_apart(finished: Finished, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
     reseal(folder)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -193,9 +202,7 @@ def test_the_bound_on_logits_lets_other_kernels_pass_and_finds_another_rope_thet
     assert found["logits_largest_difference"] > 2 * found["logits_bound"]
 
 
-def test_a_source_that_is_missing_or_another_student_is_an_error(
-    copy: Path, finished: Finished, tmp_path: Path
-) -> None:
+def test_verify__source_missing_or_another_student__error(copy: Path, finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"there is no source folder .*nowhere; give the folder of the BF16 student"
     ):
@@ -206,11 +213,11 @@ def test_a_source_that_is_missing_or_another_student_is_an_error(
         grace_plugin.verify(copy, source=finished.pair.teacher)
     with pytest.raises(ValueError, match=r"is not the student that the run trained from \(student\): config\.json"):
         grace_plugin.verify(copy, source=tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder; give the folder of a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the folder of a checkpoint"):
         grace_plugin.verify(tmp_path / "nowhere")
 
 
-def test_a_folder_that_cannot_be_written_gets_a_verdict(finished: Finished, tmp_path: Path) -> None:
+def test_verify__read_only_folder__verified_without_a_file(finished: Finished, tmp_path: Path) -> None:
     place = tmp_path / "mounted"
     place.mkdir()
     for command in (["mount", "--bind", finished.folder, place], ["mount", "-o", "remount,bind,ro", place]):
@@ -225,7 +232,7 @@ def test_a_folder_that_cannot_be_written_gets_a_verdict(finished: Finished, tmp_
         subprocess.run(["umount", "-l", str(place)], check=True)  # weights may still be mapped
 
 
-def test_a_processor_saved_afterwards_is_named_as_not_proven(llava: Pair, tmp_path: Path) -> None:
+def test_verify__processor_saved_afterwards__named_as_not_proven(llava: Pair, tmp_path: Path) -> None:
     """Somebody who calls the model's own `save_pretrained` may save a processor of their own into the folder."""
     student, out = loaded(llava), tmp_path / "out"
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
@@ -240,6 +247,10 @@ def test_a_processor_saved_afterwards_is_named_as_not_proven(llava: Pair, tmp_pa
     found = grace_plugin.verify(out)
     assert found["verified"] and "chat_template.jinja" in found["processor_files_changed"]
     assert found["files_not_proven"] == [
-        "chat_template.jinja", "processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert grace_plugin.verify(tmp_path / "proven")["files_not_proven"] == []

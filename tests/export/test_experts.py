@@ -8,7 +8,7 @@ import grace_plugin
 from tests.pairs import pair, run
 
 
-def test_experts_are_stored_one_by_one_and_verify(tmp_path: Path) -> None:
+def test_run__mixture_of_experts__stored_one_by_one_and_verified(tmp_path: Path) -> None:
     done = run(pair("qwen3_vl_moe", tmp_path), tmp_path / "out")
     found = grace_plugin.verify(done.checkpoint)
     assert found["verified"] and found["logits_equal"]

@@ -1,4 +1,4 @@
-"""The end of a run's quantizer: what is saved is what a forward pass multiplies by, layer by layer, in the run's dtype."""
+"""Freezing: saved codes and scales are those that a forward pass multiplies by, in the run's dtype."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layers(lora: bool) -> tuple[dict[str, nn.Linear], object]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_forward_pass_multiplies_by_what_is_saved(lora: bool, autocast: bool) -> None:
+def test_freeze_layers__final_weights__forward_multiplies_by_code_times_scale(lora: bool, autocast: bool) -> None:
     linears, attached = layers(lora)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
         seen = {name: linear(torch.eye(128)) for name, linear in linears.items()}
@@ -42,7 +42,7 @@ def test_the_forward_pass_multiplies_by_what_is_saved(lora: bool, autocast: bool
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_difference_is_counted_by_layer_and_nothing_is_changed(lora: bool, autocast: bool) -> None:
+def test_freeze_layers__weight_written_through_data__counted_by_layer_and_unchanged(lora: bool, autocast: bool) -> None:
     linears, attached = layers(lora)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), torch.no_grad():
         for linear in linears.values():

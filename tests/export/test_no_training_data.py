@@ -64,7 +64,7 @@ def kinds_found(folder: Path, wanted: dict[str, set[bytes]]) -> set[str]:
     return {kind for kind, some in wanted.items() if any(piece in content for piece in some for content in contents)}
 
 
-def test_no_file_of_a_checkpoint_holds_training_data(finished: Finished, tmp_path: Path) -> None:
+def test_checkpoint__every_file__holds_no_training_data(finished: Finished, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(finished.folder)
     wanted = traces(finished.dataset, processor)
     assert all(len(some) > 2 for some in wanted.values())
@@ -80,7 +80,7 @@ def test_no_file_of_a_checkpoint_holds_training_data(finished: Finished, tmp_pat
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_the_synthetic_probe_is_the_same_each_time_and_gives_finite_logits(family: str) -> None:
+def test_make_probe__synthetic__same_each_time_and_finite(family: str) -> None:
     model, processor = build(family)
     before = torch.random.get_rng_state()
     made, again = make_probe(model, processor), make_probe(model, processor)
@@ -94,7 +94,7 @@ def test_the_synthetic_probe_is_the_same_each_time_and_gives_finite_logits(famil
     assert probe_logits(model, text.batch).isfinite().all()
 
 
-def test_samples_given_as_probe_are_the_ones_verified_on(llava: Pair, tmp_path: Path) -> None:
+def test_make_probe__given_samples__verified_on(llava: Pair, tmp_path: Path) -> None:
     own = make_samples(1, seed=77)
     result = run(llava, tmp_path / "out", probe=own, max_steps=1)
     kept, _ = read_probe(result.checkpoint / PROBE)
@@ -112,7 +112,7 @@ def test_samples_given_as_probe_are_the_ones_verified_on(llava: Pair, tmp_path: 
         ([{"messages": []}], "messages"),
     ],
 )
-def test_a_probe_that_cannot_be_used_is_refused_before_the_first_step(
+def test_make_probe__unusable__refused_before_the_first_step(
     llava: Pair, tmp_path: Path, probe: Any, message: str
 ) -> None:
     student = loaded(llava)
@@ -121,7 +121,7 @@ def test_a_probe_that_cannot_be_used_is_refused_before_the_first_step(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_student_without_a_processor_is_verified_on_token_ids_and_the_log_says_so(
+def test_make_probe__no_processor__token_ids_and_a_warning(
     llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student = loaded(llava)
@@ -131,7 +131,7 @@ def test_a_student_without_a_processor_is_verified_on_token_ids_and_the_log_says
     assert "verified on seeded token ids without an image, pass processor=" in caplog.text
 
 
-def test_a_first_batch_of_nan_does_not_lose_the_run(llava: Pair, tmp_path: Path) -> None:
+def test_session__first_batch_of_nan__saved_and_verified(llava: Pair, tmp_path: Path) -> None:
     """The step is skipped, and the probe is no training batch, so the final check has finite logits."""
     processor = AutoProcessor.from_pretrained(llava.student)
     batches = [ConversationCollator(processor)(make_samples(2, seed=seed)) for seed in (1, 2)]
@@ -156,7 +156,7 @@ def test_a_first_batch_of_nan_does_not_lose_the_run(llava: Pair, tmp_path: Path)
     assert all(value.float().isfinite().all() for value in kept.values())
 
 
-def test_weights_that_give_no_finite_logits_are_named_and_nothing_is_written(llava: Pair, tmp_path: Path) -> None:
+def test_save__weights_not_finite__named_and_nothing_written(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava).train()
     batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(make_samples(1))
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:

@@ -42,8 +42,9 @@ def student(llava: Pair, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llava.student, tmp_path / "student"))
 
 
-def test_a_student_as_it_is_shipped_trains_and_saves(llava: Pair, student: Path, tmp_path: Path, umask: int,
-                                                     caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_run__student_with_foreign_files__known_files_saved(
+    llava: Pair, student: Path, tmp_path: Path, umask: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """A generation config that transformers reads and refuses to write, files of other tools, a umask of its own."""
     (student / "generation_config.json").write_bytes(GREEDY)
     for name in JUNK:
@@ -54,10 +55,20 @@ def test_a_student_as_it_is_shipped_trains_and_saves(llava: Pair, student: Path,
     assert (out / "generation_config.json").read_bytes() == GREEDY
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
-        "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json", "generation_config.json",
-        "grace/probe.safetensors", RECORD, "model.safetensors", "processor_config.json", "recipe.yaml", "run.yaml",
-        "tokenizer.json", "tokenizer_config.json", "verification.json",
-    }  # fmt: skip
+        "additional_chat_templates/tools.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "grace/probe.safetensors",
+        RECORD,
+        "model.safetensors",
+        "processor_config.json",
+        "recipe.yaml",
+        "run.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "verification.json",
+    }
     assert caplog.text.count("not copied from the student's folder") == 1
     assert all(name in caplog.text for name in JUNK)
     assert {oct(path.stat().st_mode & 0o777) for path in out.rglob("*")} == {"0o640", "0o750"}
@@ -73,7 +84,7 @@ def test_a_student_as_it_is_shipped_trains_and_saves(llava: Pair, student: Path,
     assert grace_plugin.verify(out, source=student)["verified"]
 
 
-def test_local_paths_are_kept_where_that_is_asked_for(llava: Pair, tmp_path: Path) -> None:
+def test_run__record_paths__local_paths_kept(llava: Pair, tmp_path: Path) -> None:
     out = run(llava, tmp_path / "out", max_steps=1, record_paths=True).checkpoint
     record = json.loads((out / RECORD).read_text())
     assert record["student"]["path"] == str(llava.student) and record["teacher"]["path"] == str(llava.teacher)
@@ -89,7 +100,7 @@ def changed_processor(pair: Pair, *, side: int = 56) -> Any:
     return processor
 
 
-def test_the_processor_that_was_trained_with_is_saved_and_proven(llava: Pair, tmp_path: Path) -> None:
+def test_run__given_processor__saved_and_proven(llava: Pair, tmp_path: Path) -> None:
     processor = changed_processor(llava, side=64)
     assert processor.chat_template != AutoProcessor.from_pretrained(llava.student).chat_template
     out = run(llava, tmp_path / "out", processor=processor, teacher_processor=processor, max_steps=1).checkpoint
@@ -110,7 +121,7 @@ def test_the_processor_that_was_trained_with_is_saved_and_proven(llava: Pair, tm
 
 
 @pytest.mark.parametrize("entry", ["upstream", "ours", "session"])
-def test_every_entry_saves_the_processor_it_was_given(llava: Pair, tmp_path: Path, entry: str) -> None:
+def test_entry_points__given_processor__saved(llava: Pair, tmp_path: Path, entry: str) -> None:
     processor, out = changed_processor(llava), tmp_path / "out"
     recipe = recipe_text(llava.teacher, oneshot=ONESHOT)
     if entry == "upstream":
@@ -145,8 +156,8 @@ def test_every_entry_saves_the_processor_it_was_given(llava: Pair, tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_students_own_processor_is_copied_byte_for_byte(family: str, pair_of: Any) -> None:
-    """Also after it was used with padding and truncation, and loaded anew."""
+def test_plan_processor__students_own_after_use__copied_byte_for_byte(family: str, pair_of: Any) -> None:
+    """Also after it was used with padding and truncation, and loaded again."""
     source = pair_of(family).student
     processor = AutoProcessor.from_pretrained(source)
     processor.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
@@ -157,7 +168,7 @@ def test_the_students_own_processor_is_copied_byte_for_byte(family: str, pair_of
         assert planned.files == {p.name: p.read_bytes() for p in processor_files(source)}
 
 
-def test_a_tokenizer_alone_that_was_changed_keeps_the_image_processor(llava: Pair) -> None:
+def test_plan_processor__changed_tokenizer_alone__image_processor_kept(llava: Pair) -> None:
     tokenizer = AutoProcessor.from_pretrained(llava.student).tokenizer
     tokenizer.add_tokens(["<box>"])
     planned = plan_processor(llava.student, tokenizer, 10**6)
@@ -165,7 +176,7 @@ def test_a_tokenizer_alone_that_was_changed_keeps_the_image_processor(llava: Pai
     assert planned.files["processor_config.json"] == (llava.student / "processor_config.json").read_bytes()
 
 
-def test_tokens_beyond_the_embedding_are_refused_by_name(llava: Pair, tmp_path: Path) -> None:
+def test_plan_processor__tokens_beyond_the_embedding__refused_by_name(llava: Pair, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.tokenizer.add_tokens(["<box>", "</box>"])
     with pytest.raises(
@@ -191,7 +202,7 @@ def broken_config(student: Any) -> None:
         (broken_config, "the student's config cannot be saved: .*"),
     ],
 )
-def test_what_transformers_would_not_save_is_refused_before_the_first_step(
+def test_rehearse_save__config_not_writable__refused_before_the_first_step(
     llava: Pair, tmp_path: Path, break_it: Any, message: str
 ) -> None:
     student = loaded(llava)
@@ -201,7 +212,7 @@ def test_what_transformers_would_not_save_is_refused_before_the_first_step(
     assert len(str(caught.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_a_processor_that_cannot_be_saved_is_refused(llava: Pair) -> None:
+def test_plan_processor__not_savable__refused(llava: Pair) -> None:
     class Broken:
         tokenizer = None
 
@@ -212,7 +223,7 @@ def test_a_processor_that_cannot_be_saved_is_refused(llava: Pair) -> None:
         plan_processor(llava.student, Broken(), 10)
 
 
-def test_a_generation_config_that_is_no_json_is_refused(llava: Pair, student: Path) -> None:
+def test_rehearse_save__broken_generation_config__refused(llava: Pair, student: Path) -> None:
     (student / "generation_config.json").write_text("{")
     model = loaded(llava)
     model.config._name_or_path = model.name_or_path = str(student)
@@ -220,18 +231,33 @@ def test_a_generation_config_that_is_no_json_is_refused(llava: Pair, student: Pa
         rehearse_save(model, modifier_of(recipe_text(llava.teacher)))
 
 
-@pytest.mark.parametrize("name", [
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "qwen.tiktoken", "tekken.json", "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/tools.jinja", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
-])  # fmt: skip
-def test_files_that_a_processor_is_read_from_are_known(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "qwen.tiktoken",
+        "tekken.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ],
+)
+def test_is_processor_file__known_names__true(name: str) -> None:
     assert is_processor_file(name)
 
 
-def test_files_of_other_tools_are_left_out_and_weights_are_not_named(tmp_path: Path) -> None:
+def test_left_out__files_of_other_tools__named(tmp_path: Path) -> None:
     names = ("adapter_config.json", "hf_quant_config.json", *JUNK)
     for name in (
         *names,
@@ -255,7 +281,7 @@ def test_files_of_other_tools_are_left_out_and_weights_are_not_named(tmp_path: P
         ("a: {b: {teacher: {model: ~/big}}}", "a: {b: {teacher: {model: big}}}"),
     ],
 )
-def test_local_paths_are_taken_out_of_recipes_and_hub_ids_stay(tmp_path: Path, text: str, expected: str) -> None:
+def test_strip_paths__local_paths__removed_and_hub_ids_kept(tmp_path: Path, text: str, expected: str) -> None:
     import yaml
 
     (tmp_path / "recipe.yaml").write_text(text)
@@ -264,7 +290,7 @@ def test_local_paths_are_taken_out_of_recipes_and_hub_ids_stay(tmp_path: Path, t
     assert not is_local("org/big") and is_local(str(tmp_path))
 
 
-def test_bytes_of_a_checkpoint_are_foreseen(llava: Pair, finished: Any) -> None:
+def test_checkpoint_bytes__llava__within_5_percent(llava: Pair, finished: Any) -> None:
     weights = (finished.folder / "model.safetensors").stat().st_size
     with grace_plugin.grace_session(loaded(llava), recipe_text(llava.teacher), total_steps=1) as grace:
         assert checkpoint_bytes(grace.student) == pytest.approx(weights, rel=0.05)

@@ -89,10 +89,21 @@ def test_write_report__template_or_json_fails__nothing_is_left(tmp_path: Path) -
         write_report(tmp_path / "r", "training.html.j2", {}, title="t", charts=[])
     with pytest.raises(TypeError):
         write_report(
-            tmp_path / "r", "training.html.j2",
-            {"steps": 1, "epoch": None, "finished": False, "log": "l", "entries": [], "warnings": [], "values": [], "x": set()},
-            title="t", charts=[],
-        )  # fmt: skip
+            tmp_path / "r",
+            "training.html.j2",
+            {
+                "steps": 1,
+                "epoch": None,
+                "finished": False,
+                "log": "l",
+                "entries": [],
+                "warnings": [],
+                "values": [],
+                "x": set(),
+            },
+            title="t",
+            charts=[],
+        )
     assert list(tmp_path.iterdir()) == []
 
 

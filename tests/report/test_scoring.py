@@ -39,8 +39,15 @@ def test_paired_difference__five_samples__mean_and_1_96_standard_errors_by_hand(
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [(["a", " b "], ["a", "b"]), ("cat ", ["cat"]), (None, []), ([], []), ([1, "x", None], ["x"]), (("u", "v"), ["u", "v"])],
-)  # fmt: skip
+    [
+        (["a", " b "], ["a", "b"]),
+        ("cat ", ["cat"]),
+        (None, []),
+        ([], []),
+        ([1, "x", None], ["x"]),
+        (("u", "v"), ["u", "v"]),
+    ],
+)
 def test_accepted__what_a_sample_says__strings_without_white_space_around(given: Any, wanted: list[str]) -> None:
     assert accepted({"accept": given}) == wanted
 
@@ -84,9 +91,13 @@ def record(number: int, right: list[bool], **more: Any) -> SampleComparison:
 def test_overall__samples_with_and_without_accepted_answers__accuracy_of_those_that_have_them() -> None:
     """Of five samples with accepted answers A has four right and B two: three lost, one gained, one right in both."""
     records = [
-        record(0, [True, False], kl=3.0, agree=4), record(1, [True, True], tokens=2), record(2, [False, True]),
-        record(3, [True, False], nll_b=1.0), record(4, []), record(5, [True, False]),
-    ]  # fmt: skip
+        record(0, [True, False], kl=3.0, agree=4),
+        record(1, [True, True], tokens=2),
+        record(2, [False, True]),
+        record(3, [True, False], nll_b=1.0),
+        record(4, []),
+        record(5, [True, False]),
+    ]
     found = overall(records)
     assert (found["samples"], found["tokens"], found["questions"]) == (6, 22, 5)
     assert found["kl"] == pytest.approx(8 / 22) and found["agreement"] == pytest.approx(14 / 22)
@@ -106,9 +117,11 @@ def test_overall__samples_with_and_without_accepted_answers__accuracy_of_those_t
 
 def test_by_modality__samples_compared_without_their_images__kl_per_token_of_both() -> None:
     records = [
-        record(0, [], kl=4.0, kl_text_only=1.0), record(1, [], kl=1.0, kl_text_only=2.0, tokens=2), record(2, []),
+        record(0, [], kl=4.0, kl_text_only=1.0),
+        record(1, [], kl=1.0, kl_text_only=2.0, tokens=2),
+        record(2, []),
         record(3, [], has_images=False),
-    ]  # fmt: skip
+    ]
     found = by_modality(records)
     assert (found["image"]["samples"], found["text"]["samples"], found["compared_samples"]) == (3, 1, 2)
     assert (found["kl_image_conditioned"], found["kl_text_only"]) == pytest.approx((5 / 6, 3 / 6))
@@ -120,9 +133,11 @@ def test_by_modality__samples_compared_without_their_images__kl_per_token_of_bot
 
 def test_by_type__groups__largest_divergence_first_then_by_name() -> None:
     records = [
-        record(0, [True, True], group="b"), record(1, [False, True], group="a"), record(2, [], group="c", kl=9.0),
+        record(0, [True, True], group="b"),
+        record(1, [False, True], group="a"),
+        record(2, [], group="c", kl=9.0),
         record(3, [True, False], group="a", kl=1.0),
-    ]  # fmt: skip
+    ]
     found = by_type(records)
     assert [(one["type"], one["samples"]) for one in found] == [("c", 1), ("a", 2), ("b", 1)]
     assert (found[1]["accuracy_a"], found[1]["accuracy_b"], found[2]["accuracy_b"]) == (0.5, 0.5, 1.0)

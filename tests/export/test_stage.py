@@ -55,7 +55,7 @@ CHECKPOINT = ["config.json", "grace", "grace/record.json", "weights"]
 
 
 @pytest.mark.parametrize("kind", ["new", "nested", "empty", "link", "link chain", "long", "relative"])
-def test_a_usable_destination_is_rehearsed_without_a_trace_and_then_filled(
+def test_rehearse__usable_destination__no_trace_and_then_filled(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aim = {"nested": tmp_path / "a/b/c", "long": tmp_path / LONG, "relative": Path("out")}.get(kind, tmp_path / "out")
@@ -76,7 +76,7 @@ def test_a_usable_destination_is_rehearsed_without_a_trace_and_then_filled(
     assert aim.is_symlink() == kind.startswith("link")
 
 
-def test_a_mount_point_is_filled_in_place(mounted: Callable[..., Path], tmp_path: Path) -> None:
+def test_publish__mount_point__filled_in_place(mounted: Callable[..., Path], tmp_path: Path) -> None:
     """No rename can replace it; the files are moved in, the record last."""
     aim = mounted("out")
     with pytest.raises(OSError, match="busy"):
@@ -86,7 +86,7 @@ def test_a_mount_point_is_filled_in_place(mounted: Callable[..., Path], tmp_path
     assert publish(aim) == CHECKPOINT
 
 
-def test_files_moved_in_end_with_the_record_and_a_failure_takes_them_out_again(tmp_path: Path) -> None:
+def test_publish__move_fails__record_last_and_files_taken_back(tmp_path: Path) -> None:
     found = locate(tmp_path)
     (found.stage / "grace").mkdir(parents=True)
     (found.stage / "grace/record.json").write_text("{}")
@@ -98,7 +98,7 @@ def test_files_moved_in_end_with_the_record_and_a_failure_takes_them_out_again(t
     assert not (tmp_path / "weights").exists() and (tmp_path / "grace/mine").read_text() == "in the way"
 
 
-def test_a_run_killed_while_it_staged_is_no_obstacle(tmp_path: Path) -> None:
+def test_publish__stage_of_a_killed_run__replaced(tmp_path: Path) -> None:
     for aim in (tmp_path / "new", tmp_path / "empty"):
         if aim.name == "empty":
             aim.mkdir()
@@ -141,7 +141,12 @@ def file_at_run(path: Path) -> None:
         ("out", lambda path: path.write_text("x"), FileExistsError, "out exists and is not empty"),
         ("out", dangling, ValueError, "out is a symbolic link to .*nowhere, which does not exist; create that folder"),
         ("out", loop, ValueError, "out is a symbolic link to .*out, which does not exist"),
-        ("out", file_at_stage, ValueError, r"\.out\.partial is in the place of the temporary folder of .*; move it away"),
+        (
+            "out",
+            file_at_stage,
+            ValueError,
+            r"\.out\.partial is in the place of the temporary folder of .*; move it away",
+        ),
         ("out", link_at_stage, ValueError, r"\.out\.partial is in the place of the temporary folder"),
         ("out", file_at_run, ValueError, r"no checkpoint can be written to .*out: File exists"),
         ("parent/out", lambda path: path.parent.write_text("x"), ValueError, "Not a directory|File exists"),
@@ -149,8 +154,8 @@ def file_at_run(path: Path) -> None:
         ("n" * 253, lambda path: None, ValueError, "has 257 bytes, more than a file system takes"),
         ("ä" * 128, lambda path: None, ValueError, "has 256 bytes"),
     ],
-)  # fmt: skip
-def test_a_destination_that_cannot_be_used_is_refused_and_left_alone(
+)
+def test_rehearse__unusable_destination__refused_and_untouched(
     tmp_path: Path, name: str, prepare: Callable[[Path], object], error: type[Exception], message: str
 ) -> None:
     aim = tmp_path / name
@@ -162,18 +167,18 @@ def test_a_destination_that_cannot_be_used_is_refused_and_left_alone(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_empty_name_is_refused() -> None:
+def test_rehearse__empty_name__refused() -> None:
     with pytest.raises(ValueError, match="output_dir is empty"):
         rehearse("")
 
 
-def test_a_parent_that_cannot_be_written_is_refused(mounted: Callable[..., Path]) -> None:
+def test_rehearse__read_only_parent__refused(mounted: Callable[..., Path]) -> None:
     parent = mounted("parent", "ro,size=1m")
     with pytest.raises(ValueError, match=r"no checkpoint can be written to .*parent/out: Read-only file system"):
         rehearse(parent / "out")
 
 
-def test_a_disk_that_is_too_small_is_refused_with_both_sizes(mounted: Callable[..., Path]) -> None:
+def test_check_space__small_disk__refused_with_both_sizes(mounted: Callable[..., Path]) -> None:
     found = locate(mounted("disk", "size=32m") / "out")
     check_space(found, 2**20)
     with pytest.raises(
@@ -182,7 +187,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_sizes(mounted: Callable[.
         check_space(found, 2**30)
 
 
-def test_one_process_of_several_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehearse__several_ranks__one_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others check names alone: two that try at once would be in each other's way."""
     (tmp_path / ".out.partial").write_text("mine")
     monkeypatch.setenv("RANK", "1")
