@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.losses import distillation_head, relational_loss
-from grace_plugin.losses.head import teacher_sums
+from grace_plugin.losses import distillation_head, relational_loss, teacher_sums
 from grace_plugin.quantizer import QuantFormat, attach
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
@@ -21,7 +20,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def heads(student: str, teacher: str, known: bool) -> tuple[Tensor, ...]:
+def heads(student: str, teacher: str, sliced: bool) -> tuple[Tensor, ...]:
     """Loss and gradients of the two heads, each on its device, on the host in float32."""
     states, weight = drawn(TOKENS, 64, seed=0).to(student), (drawn(IDS, 64, seed=1) / 4).to(student)
     states_t, weight_t = drawn(TOKENS, 96, seed=2).to(teacher), (drawn(IDS, 96, seed=3) / 4).to(teacher)
@@ -29,8 +28,8 @@ def heads(student: str, teacher: str, known: bool) -> tuple[Tensor, ...]:
     gate, _, sums = teacher_sums(states_t, weight_t, None, targets.to(teacher), vocabulary=IDS)
     leaves = [states.requires_grad_(), weight.requires_grad_()]
     out = distillation_head(
-        states, weight, None, states_t, weight_t, None, targets, gate.to(student), vocabulary=IDS, ce_scale=1 / TOKENS,
-        kd_scale=1 / TOKENS, known=sums if known else None,
+        states, weight, None, states_t, weight_t, None, targets, gate.to(student), vocabulary=IDS, ce_weight=1 / TOKENS,
+        kd_weight=1 / TOKENS, teacher_logsumexp=sums if sliced else None,
     )  # fmt: skip
     out.loss.backward()
     return tuple(
@@ -38,10 +37,10 @@ def heads(student: str, teacher: str, known: bool) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("sliced", [True, False])
 @pytest.mark.parametrize("devices", [("cuda:1", "cuda:1"), ("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")])
-def test_heads_on_any_devices_give_the_numbers_of_one(devices: tuple[str, str], known: bool) -> None:
-    want, found = heads("cuda:0", "cuda:0", known), heads(*devices, known)
+def test_heads_on_any_devices_give_the_numbers_of_one(devices: tuple[str, str], sliced: bool) -> None:
+    want, found = heads("cuda:0", "cuda:0", sliced), heads(*devices, sliced)
     assert torch.cuda.current_device() == 0
     assert len(found) == 3
     for mine, theirs in zip(found, want, strict=True):

@@ -20,7 +20,7 @@ from benchmarks.accuracy.data import Text, batch_of
 from benchmarks.accuracy.pair import IMAGE, PAD
 from benchmarks.accuracy.scenes import Album, Samples
 from grace_plugin.data import SAMPLE_KEY
-from grace_plugin.losses.relational import relational_loss
+from grace_plugin.losses import relational_loss
 from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.terms import VisualRelationTerm
 from grace_plugin.objective.window import AccumulationWindow, MicroBatch

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.losses.head import distillation_head
+from grace_plugin.losses import distillation_head
 from grace_plugin.objective import GraceObjective
 from grace_plugin.teacher import model_inputs
 from grace_plugin.vlm import capture
@@ -170,7 +170,8 @@ class RuleObjective(GraceObjective):
             out = distillation_head(
                 hidden, head.weight.detach().to(hidden.dtype), None, item.teacher.final, weight, bias, item.targets,
                 item.prepared["distill"][0],
-                vocabulary=self.context.vocabulary, ce_scale=ce / window.counts["tokens"], kd_scale=kd / window.counts["gates"],
+                vocabulary=self.context.vocabulary,
+                ce_weight=ce / window.counts["tokens"], kd_weight=kd / window.counts["gates"],
                 temperature=self.distill.temperature, alpha=self.distill.alpha, beta_dkd=self.distill.beta,
             )  # fmt: skip
             out.loss.backward()

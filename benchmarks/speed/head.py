@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.speed.timing import extra_gib, graphed, median_ms, paired_ms
-from grace_plugin.losses import chunks, decoupled_kd, distillation_head
-from grace_plugin.losses.head import teacher_sums
+from grace_plugin.losses import decoupled_kd, distillation_head, teacher_sums
+from grace_plugin.losses import fused_head_chunks as chunks
 
 __all__ = ["chunks_by_turns", "head"]
 
@@ -31,14 +31,14 @@ class _Case:
         self.hidden_t = draw(tokens, teacher)
         self.weight_t = draw(vocabulary, teacher, scale=2 / teacher**0.5)
         self.targets = torch.randint(vocabulary, (tokens,), device=device)
-        self.gate, _, self.known = self.gates()
-        self.scales = {"ce_scale": 1.0 / tokens, "kd_scale": 0.5 / self.gate.sum()}
+        self.gate, _, self.teacher_logsumexp = self.gates()
+        self.scales = {"ce_weight": 1.0 / tokens, "kd_weight": 0.5 / self.gate.sum()}
 
     def gates(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return teacher_sums(self.hidden_t, self.weight_t, None, self.targets, vocabulary=self.vocabulary)
 
     def ours(self, **options: Any) -> tuple[Tensor, ...]:
-        options = {"known": self.known, **options}
+        options = {"teacher_logsumexp": self.teacher_logsumexp, **options}
         out = distillation_head(
             self.hidden_s, self.weight_s, None, self.hidden_t, self.weight_t, None, self.targets, self.gate,
             vocabulary=self.vocabulary, **self.scales, **options,
@@ -56,7 +56,7 @@ class _Case:
     def torch_alone(self) -> tuple[Tensor, ...]:
         """Logits of all positions at once, the losses in float32, autograd."""
         student, teacher = (self.hidden_s @ self.weight_s.T).float(), (self.hidden_t @ self.weight_t.T).float()
-        ce = functional.cross_entropy(student, self.targets, reduction="sum") * self.scales["ce_scale"]
+        ce = functional.cross_entropy(student, self.targets, reduction="sum") * self.scales["ce_weight"]
         column, off = self.targets[:, None], torch.zeros_like(student, dtype=torch.bool)
         off.scatter_(1, column, True)
 
@@ -70,7 +70,7 @@ class _Case:
         hit_t, miss_t, others_t = split(teacher)
         tckd = hit_t.exp() * (hit_t - hit_s) + miss_t.exp() * (miss_t - miss_s)
         nckd = (others_t.exp() * (others_t - others_s)).sum(1)
-        loss = ce + self.scales["kd_scale"] * (self.gate * 4 * (tckd + 4 * nckd)).sum()
+        loss = ce + self.scales["kd_weight"] * (self.gate * 4 * (tckd + 4 * nckd)).sum()
         return loss.detach(), *torch.autograd.grad(loss, [self.hidden_s, self.weight_s])
 
     def liger(self) -> Any:
@@ -94,7 +94,8 @@ class _Case:
             _, _, dkd = decoupled_kd(student, self.hidden_t[rows].double() @ weight_t.T, self.targets[rows])
             ce = functional.cross_entropy(student, self.targets[rows], reduction="sum")
             loss = (
-                self.scales["ce_scale"] * ce + self.scales["kd_scale"].double() * (self.gate[rows].double() * dkd).sum()
+                self.scales["ce_weight"] * ce
+                + self.scales["kd_weight"].double() * (self.gate[rows].double() * dkd).sum()
             )
             (grad,) = torch.autograd.grad(loss, student)
             total += loss.detach()
@@ -127,7 +128,7 @@ def head(sizes: dict[str, int], device: str, dtype: torch.dtype, *, rivals: bool
         "ours_gib": extra_gib(lambda: case.ours(**low)),
         "ours_float32_sum_ms": median_ms(case.ours),
         "ours_float32_sum_gib": extra_gib(case.ours),
-        "ours_without_sums_ms": median_ms(lambda: case.ours(known=None, **low)),
+        "ours_without_sums_ms": median_ms(lambda: case.ours(teacher_logsumexp=None, **low)),
         "gates_ms": median_ms(case.gates),
         "gates_product_ms": median_ms(lambda: case.hidden_t @ case.weight_t.T),
     }

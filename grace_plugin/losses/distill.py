@@ -1,26 +1,23 @@
 """Gated decoupled knowledge distillation from logits (arXiv 2601.22709, section on GDKD).
 
-What it does. At a supervised position with correct token y, the Kullback-Leibler divergence from teacher to student
-splits into two questions: *is it y?* (TCKD, a divergence between two coins) and *if it is not y, what else?* (NCKD, a
-divergence between the two distributions over the other tokens). Plain distillation weighs the second one by
-``1 - P_T(y)``, so exactly where the teacher is sure its knowledge of the alternatives is lost; decoupling gives both
-a weight of their own, and a gate turns positions down at which the teacher itself does not know.
+At a supervised position with correct token y, the Kullback-Leibler divergence from teacher to student splits into two
+questions: *is it y?* (TCKD, a divergence between two Bernoulli distributions) and *if it is not y, what else?* (NCKD, a
+divergence between the two distributions over the other tokens). Plain distillation weighs the second one by ``1 - P_T(y)``, so
+where the teacher is sure its knowledge of the alternatives is lost. Decoupling gives both a weight of their own, and a gate
+reduces positions at which the teacher is not sure.
 
     KL(P_T || P_S) = TCKD + (1 - P_T(y)) * NCKD                     (equal temperatures)
     DKD            = (alpha * TCKD + beta * NCKD) * T^2
     gate           = exp(-k * H(P_T at T = 1) / log V)
 
-What it refuses. A temperature that is not positive; logits that are not two matrices of one shape. Ids a vocabulary
-lacks are either cut from both sides or set to ``-inf`` on both sides: the results are the same. A student ``-inf``
-where the teacher has mass is an infinite divergence, and is returned as such.
-
-What it costs. The gradient is written by hand and needs one [N, V] matrix; nothing else of that size outlives the call.
-``log(1 - p)`` is taken from the log-odds of y against the logsumexp of the other tokens, never as ``1 - exp(log p)``,
-which cancels to 0 for a confident teacher and kills the gradient.
+Ids a vocabulary lacks are either cut from both sides or set to ``-inf`` on both sides: the results are the same. A student
+``-inf`` where the teacher has mass is an infinite divergence, and is returned as such. The gradient is written by hand and
+needs one [N, V] matrix.
 
 Legend: N supervised positions, V common vocabulary. All values are in nats, float32 (float64 for float64 inputs).
 """
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -29,7 +26,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from grace_plugin.losses.precision import loss_dtype
+
+def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype a loss is computed in: float64 when any given tensor is float64, else float32.
+
+    bfloat16 has 8 significant bits, too few for a logarithm of probabilities or a difference of two of them.
+    """
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context that switches autocast off on the device of ``tensor``, which must not change a loss."""
+    device = tensor.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 class Directions(NamedTuple):
@@ -47,7 +60,7 @@ class Directions(NamedTuple):
 def decoupled_terms(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Directions]:
-    """TCKD [N], NCKD [N] and the parts of their gradients. Builds no autograd graph of its own.
+    """Return TCKD [N], NCKD [N] and the parts of their gradients, without an autograd graph.
 
     Args:
         student_logits: [N, V], any floating type.
@@ -57,6 +70,7 @@ def decoupled_terms(
     """
     dtype = loss_dtype(student_logits, teacher_logits)
     with torch.no_grad():
+        # log(1 - p) comes from the log-odds of y against the others: 1 - exp(log p) is 0 for a confident teacher
         odds_s, log_others_s = _split(student_logits.to(dtype), targets, temperature)
         odds_t, log_others_t = _split(teacher_logits.to(dtype), targets, temperature)
         tckd = _weighted_gap(logsigmoid(odds_t), logsigmoid(odds_s))
@@ -139,7 +153,7 @@ def _combine(tckd: Tensor, nckd: Tensor, temperature: float, alpha: float, beta:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that no softmax can be taken at."""
+    """Raise ValueError for a temperature that is not positive and finite."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; the default is 2.0")
 
@@ -153,7 +167,7 @@ def decoupled_kd(
     alpha: float = 1.0,
     beta: float = 4.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decoupled distillation of every position: ``(TCKD [N], NCKD [N], DKD [N])`` in nats, ungated, not reduced.
+    """Return the decoupled distillation of every position: ``(TCKD [N], NCKD [N], DKD [N])`` in nats, not gated, not reduced.
 
     Differentiable (once) by ``student_logits`` only; the teacher is a constant.
 
@@ -184,14 +198,14 @@ def decoupled_kd(
 
 @torch.no_grad()
 def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
-    """How much each position counts: ``(gate [N] in [exp(-k), 1], entropy [N] in nats)``, without gradient.
+    """Return how much each position counts: ``(gate [N] in [exp(-k), 1], entropy [N] in nats)``, without gradient.
 
     ``gate = exp(-k * H / log V)`` with H the entropy of the teacher's distribution at temperature 1 and V the number
     of ids that are not cut (``-inf``) in that row; with k = 1 this is the published gate, about 0.92 at 1 nat.
 
     Args:
         teacher_logits: [N, V], any floating type.
-        sharpness: k >= 0; 0 opens every gate fully.
+        sharpness: k >= 0; with 0 every gate is 1.
     """
     logits = teacher_logits.to(loss_dtype(teacher_logits))
     log_p = torch.log_softmax(logits, dim=1)
@@ -201,7 +215,7 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
 
 
 def gate_of_entropy(entropy: Tensor, ids: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
-    """``(exp(-k * H / log V), H)`` of entropies H [n] in nats over V = ids [n] tokens; an open gate where V is 1."""
+    """Return ``(exp(-k * H / log V), H)`` of entropies H [n] in nats over V = ids [n] tokens; the gate is 1 where V is 1."""
     log_ids = ids.log()
     share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
     return torch.exp(-sharpness * share), entropy

@@ -1,14 +1,16 @@
-"""Entropies of the teacher's positions in Triton: logits are read once, block by block of a row.
+"""StreamingEntropy of the teacher's positions in Triton: logits are read once, block by block of a row.
 
-Legend: n positions of a chunk, N of all, V vocabulary. What it refuses and when it runs: as `losses.head_triton`.
+It runs where `losses.fused_head_triton` does. Legend: n positions of a chunk, N of all, V vocabulary.
 """
+
+# mypy: allow-untyped-defs
 
 import torch
 from torch import Tensor
 
 from grace_plugin.losses.math_triton import blocks, triton
 
-__all__ = ["Entropies"]
+__all__ = ["StreamingEntropy"]
 
 if triton is not None:
     import triton.language as tl
@@ -16,10 +18,21 @@ if triton is not None:
     from grace_plugin.losses.math_triton import capped, finite_or_zero, load_logits
 
     @triton.jit
-    def _entropy_parts(  # type: ignore[no-untyped-def]
-        logits, targets, at_target, parts, N, stride, per_t, cap,
-        V: tl.constexpr, MASSES: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
-    ):  # fmt: skip
+    def _entropy_parts(
+        logits,
+        targets,
+        at_target,
+        parts,
+        N,
+        stride,
+        per_t,
+        cap,
+        V: tl.constexpr,
+        MASSES: tl.constexpr,
+        CAPPED: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SLICES: tl.constexpr,
+    ):
         """Of one block of a row: its largest z, and the sums of e = exp(z - top), of e (z - top), of z that are not cut, and,
         over v != y, of exp((z - top) / T)."""
         row = tl.program_id(0).to(tl.int64)
@@ -42,11 +55,16 @@ if triton is not None:
                 tl.store(at_target + row, capped(tl.load(logits + row * stride + y).to(tl.float32), cap, CAPPED))
 
 
-class Entropies:
-    """Sums of rows of logits whose blocks are read chunk by chunk and added up once for all; 20 bytes a block until then.
+class StreamingEntropy:
+    """Entropies of rows of logits that come chunk by chunk; keeps 20 bytes for each block of a row until `finalize`.
 
-    positions: N. targets: [N] int64; None leaves the last of `sums` out. cap: c of capped logits. temperature: of what is left
-    of the target.
+    Args:
+        positions: N.
+        vocabulary: V.
+        device: of the logits.
+        cap: c of capped logits, or None.
+        targets: [N] int64; None leaves the log-sum-exp out.
+        temperature: of the log-sum-exp.
     """
 
     def __init__(
@@ -60,23 +78,22 @@ class Entropies:
     ) -> None:
         self._shape, self._cap, self._targets, self._temperature = blocks(vocabulary), cap, targets, temperature
         self._parts = torch.empty(5, positions, self._shape["SLICES"], dtype=torch.float32, device=device)
-        self._known = torch.empty(2, positions, dtype=torch.float32, device=device)
+        self._logsumexp = torch.empty(2, positions, dtype=torch.float32, device=device)
 
-    def read(self, logits: Tensor, start: int) -> None:
-        """Take the logits [n, V] of the positions from `start` on."""
+    def update(self, logits: Tensor, start: int) -> None:
+        """Read the logits [n, V] of the positions from `start` on."""
         n = logits.shape[0]
         if not n:
             return
         targets = logits if self._targets is None else self._targets[start:]
         with torch.cuda.device_of(logits):  # Triton starts kernels on the current device
-            _entropy_parts[(n, self._shape["SLICES"])](
-                logits, targets, self._known[1, start:], self._parts[0, start:], self._parts.shape[1], logits.stride(0),
-                1.0 / self._temperature, self._cap or 1.0, MASSES=self._targets is not None, CAPPED=self._cap is not None,
-                **self._shape,
-            )  # fmt: skip
+            outputs = self._logsumexp[1, start:], self._parts[0, start:]
+            numbers = self._parts.shape[1], logits.stride(0), 1.0 / self._temperature, self._cap or 1.0
+            flags = {"MASSES": self._targets is not None, "CAPPED": self._cap is not None}
+            _entropy_parts[(n, self._shape["SLICES"])](logits, targets, *outputs, *numbers, **flags, **self._shape)
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Entropy at temperature 1 in nats [N] and number of ids that are not cut [N], float32.
+    def finalize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return entropy at temperature 1 in nats [N] and number of ids that are not cut [N], float32.
 
         With targets also [2, N]: the log of the sum of exp(z / temperature) over v != y, and the capped logit of y.
         """
@@ -89,7 +106,7 @@ class Entropies:
         entropy, count = mass.log() - moment / mass, ids.sum(dim=1)
         if self._targets is None:
             return entropy, count, None
-        self._known[0] = (
+        self._logsumexp[0] = (
             top.squeeze(1) / self._temperature + (others * (below / self._temperature).exp()).sum(dim=1).log()
         )
-        return entropy, count, self._known
+        return entropy, count, self._logsumexp

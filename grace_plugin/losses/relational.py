@@ -1,19 +1,17 @@
 """Relational alignment of visual tokens by centred kernel alignment (arXiv 2601.22709, section on RCKA).
 
-What it does. The tokens of one picture stand in some geometry to each other: which patches look alike. Student and
-teacher have different widths, so their states cannot be compared, but their *similarities between tokens* can. With
-rows l2-normalised, K = V V^T and K~ = H K H (H = I - 11^T / n takes the mean token out),
+The tokens of one image resemble each other in some way: which patches look alike. Student and teacher have different widths, so
+their states cannot be compared, but their *similarities between tokens* can. With l2-normalised rows, K = V V^T and K~ = H K H
+(H = I - 11^T / n takes the mean token out),
 
     CKA = <K~_T, K~_S> / (|K~_T| |K~_S|),        loss of an image = 1 - CKA   in [0, 1].
 
-What it refuses. Sizes that do not add up to the rows, or rows that differ between the sides. An image with fewer than
-4 visual tokens, or whose centred norm is degenerate (all tokens alike) on either side, is skipped and counted; a
-non-finite hidden state is *not* skipped: it makes the loss NaN, where the training loop sees it.
+An image with fewer than 4 visual tokens, or whose centred norm is degenerate (all tokens alike) on either side, is skipped and
+counted; a non-finite hidden state is *not* skipped: it makes the loss NaN, which the training loop sees.
 
-What it costs. Images of one size are one batch of matrix products, with autocast off. bfloat16 states on CUDA are multiplied as
-they are (`losses.relational_triton`) where the n x n form is the cheaper one.
-Elsewhere rows are normalised and centred in float32, and the n x n form or the d x d form |V_T~^T V_S~|^2, which is the same
-number, is taken, whichever needs fewer operations. No host synchronisation: sizes are host integers, counts stay on the device.
+Images of one size are one batch of matrix products, with autocast off. bfloat16 states on CUDA are multiplied as they are
+(`losses.relational_triton`) where the n x n form is the cheaper one. Elsewhere rows are normalised and centred in float32,
+and the n x n form or the d x d form |V_T~^T V_S~|^2, which is the same number, is taken, whichever needs fewer operations.
 
 Legend: M visual tokens of I images one after the other, n tokens of one image, b images of one size, d_s, d_t widths.
 """
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grace_plugin.losses import relational_triton
-from grace_plugin.losses.precision import full_precision, loss_dtype
+from grace_plugin.losses.distill import full_precision, loss_dtype
 
 MIN_TOKENS = 4
 """Images with fewer visual tokens are skipped: the centred kernel of 3 tokens has 2 degrees of freedom."""
@@ -89,7 +87,7 @@ def _alignment(centred_t: Tensor, centred_s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_cka(features_t: Tensor, features_s: Tensor) -> Tensor:
-    """Linear centred kernel alignment of two views of the same n items, in [0, 1]; 0 when one of them is degenerate.
+    """Return the linear centred kernel alignment of two views of the same n items, in [0, 1]; 0 when one of them is degenerate.
 
     Rows are taken as they are (not normalised). Differentiable by both.
 
@@ -139,7 +137,7 @@ def _batch(hidden: Tensor, sizes: Sequence[int], members: list[int]) -> Tensor:
 
 @torch.no_grad()
 def countable_images(hidden_t: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Which images can count [I] bool, from the teacher's side and the sizes alone, before the student has run.
+    """Return which images can count [I] bool, from the teacher's side and the sizes alone, before the student has run.
 
     Their number over the whole window (all micro-batches and ranks) is the divisor of the relational loss.
 
@@ -166,10 +164,10 @@ def countable_images(hidden_t: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def relational_loss(hidden_s: Tensor, hidden_t: Tensor, sizes: Sequence[int]) -> RelationalOutput:
-    """Sum over images of 1 - CKA between the sides' visual tokens, with the number of images it was taken over.
+    """Return the sum over images of 1 - CKA between the sides' visual tokens, with the number of images it was taken over.
 
     Args:
-        hidden_s: [M, d_s], the student's penultimate-layer states at the visual tokens, image after image.
+        hidden_s: [M, d_s], the student's penultimate-layer states at the visual tokens, image by image.
         hidden_t: [M, d_t], the teacher's; a constant.
         sizes: visual tokens of each image, host integers that add up to M. Empty (M == 0) gives an exact zero that
             stays differentiable.

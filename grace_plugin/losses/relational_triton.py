@@ -1,17 +1,16 @@
 """Relational loss of bfloat16 states in Triton: two Gram matrices in, the loss and the matrix of its gradient out.
 
-What it does. Products of bfloat16 numbers are exact in float32, so kernels are taken from the states as they are (tensor cores)
-and everything after them is float32 on n x n. With r_i = 1 / |x_i|, K_ij = r_i r_j G_ij and A, B the centred kernels of teacher
-and student, c = <A, B> / (|A| |B|), the loss 1 - c has d(1 - c)/dB = (c B / |B| - A / |A|) / |B| =: D, which is centred as A
-and B are. Through the unit rows this is M x with the symmetric M_ij = 2 r_i r_j D_ij, less 2 r_i^2 (D K)_ii on the diagonal:
-one matrix product, taken with M split into two bfloat16 matrices (16 of float32's 24 bits).
-
-What it refuses. Nothing: `usable` says when it can run and is the cheaper form.
-
-What it costs. Two float32 and two bfloat16 matrices [b, n, n]; five launches beside the products; no host synchronisation.
+Products of bfloat16 numbers are exact in float32, so kernels are taken from the states as they are (tensor cores) and
+everything after them is float32 on n x n. With r_i = 1 / |x_i|, K_ij = r_i r_j G_ij and A, B the centred kernels of teacher
+and student, c = <A, B> / (|A| |B|), the loss 1 - c has d(1 - c)/dB = (c B / |B| - A / |A|) / |B| =: D, which is centred as
+A and B are. Through the unit rows this is M x with the symmetric M_ij = 2 r_i r_j D_ij, less 2 r_i^2 (D K)_ii on the
+diagonal: one matrix product, taken with M split into two bfloat16 matrices (16 of float32's 24 bits). Memory is two float32
+and two bfloat16 matrices [b, n, n].
 
 Legend: b images of n tokens each; widths d_s, d_t.
 """
+
+# mypy: allow-untyped-defs
 
 import os
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ __all__ = ["KERNEL_DEGENERATE", "countable", "relation", "usable"]
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
-else:  # torch for CPUs comes without
+else:  # torch for CPUs comes without it
     triton = None
 
 KERNEL_DEGENERATE = 1e-6
@@ -35,7 +34,7 @@ that differ at all differ by more."""
 
 
 def usable(*features: Tensor) -> bool:
-    """Whether features [b, n, d] are bfloat16 on CUDA (or under Triton's interpreter) and n x n is no larger than n x d."""
+    """Return whether features [b, n, d] are bfloat16 on CUDA (or interpreted) and n x n is no larger than n x d."""
     placed = all(part.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" for part in features)
     fits = all(part.dtype == torch.bfloat16 and part.shape[1] <= part.shape[2] for part in features)
     return triton is not None and placed and fits
@@ -44,7 +43,7 @@ def usable(*features: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _lengths(gram, inverse, means, n: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _lengths(gram, inverse, means, n: tl.constexpr, BLOCK: tl.constexpr):
         """1 / |x_i| and the mean of row i of K."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
         gram += image * n * n
@@ -61,7 +60,7 @@ if triton is not None:
         tl.store(means + image * n + row, tl.sum(total, 0) * mine / n)
 
     @triton.jit
-    def _centred(gram, inverse, means, mine, mean, middle, row, column, inside, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _centred(gram, inverse, means, mine, mean, middle, row, column, inside, n: tl.constexpr):
         """Entries of K and of K~ in one row."""
         kernel = tl.load(gram + row * n + column, mask=inside, other=0.0)
         kernel *= mine * tl.load(inverse + column, mask=inside, other=0.0)
@@ -69,7 +68,7 @@ if triton is not None:
         return kernel, tl.where(inside, centred, 0.0)
 
     @triton.jit
-    def _total(numbers, n: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _total(numbers, n: tl.constexpr, BLOCK: tl.constexpr):
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, BLOCK):
             place = start + tl.arange(0, BLOCK)
@@ -77,13 +76,11 @@ if triton is not None:
         return tl.sum(total, 0)
 
     @triton.jit
-    def _products(  # type: ignore[no-untyped-def]
-        gram, inverse, means, sums, images, apart, n: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """Of row i: <A, A>, <B, B> and <A, B>; the student's numbers lie `apart` images behind the teacher's."""
+    def _products(gram, inverse, means, sums, images, offset, n: tl.constexpr, BLOCK: tl.constexpr):
+        """Of row i: <A, A>, <B, B> and <A, B>; the student's numbers lie `offset` images after the teacher's."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
         gram_t, inverse_t, means_t = gram + image * n * n, inverse + image * n, means + image * n
-        gram_s, inverse_s, means_s = gram_t + apart * n * n, inverse_t + apart * n, means_t + apart * n
+        gram_s, inverse_s, means_s = gram_t + offset * n * n, inverse_t + offset * n, means_t + offset * n
         mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
         mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
         middle_t, middle_s = _total(means_t, n, BLOCK) / n, _total(means_s, n, BLOCK) / n
@@ -104,10 +101,22 @@ if triton is not None:
         tl.store(place + 2 * images * n, tl.sum(ab, 0))
 
     @triton.jit
-    def _direction(  # type: ignore[no-untyped-def]
-        gram, inverse, means, sums, high, low, losses, counts, images, apart, least, n: tl.constexpr,
-        GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    def _direction(
+        gram,
+        inverse,
+        means,
+        sums,
+        high,
+        low,
+        losses,
+        counts,
+        images,
+        offset,
+        least,
+        n: tl.constexpr,
+        GRADIENT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Row i of M as two bfloat16 parts; the first row also writes the image's loss, 0 where it does not count."""
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
         sums += image * n
@@ -123,7 +132,7 @@ if triton is not None:
             by_t = tl.where(skip, 0.0, 1.0 / (norm_t * norm_s))
             by_s = tl.where(skip, 0.0, cka / (norm_s * norm_s))
             gram_t, inverse_t, means_t = gram + image * n * n, inverse + image * n, means + image * n
-            gram_s, inverse_s, means_s = gram_t + apart * n * n, inverse_t + apart * n, means_t + apart * n
+            gram_s, inverse_s, means_s = gram_t + offset * n * n, inverse_t + offset * n, means_t + offset * n
             high, low = high + image * n * n + row * n, low + image * n * n + row * n
             mine_t, mine_s = tl.load(inverse_t + row), tl.load(inverse_s + row)
             mean_t, mean_s = tl.load(means_t + row), tl.load(means_s + row)
@@ -163,7 +172,7 @@ def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Te
     """1 - CKA [b] float32, whether each image counts [b] bool, M as two bfloat16 parts [b, n, n] (empty without gradient)."""
     images, tokens, _ = features_s.shape
     sides = [features_t] if features_s is features_t else [features_t, features_s]
-    apart, device = images * (len(sides) - 1), features_s.device
+    offset, device = images * (len(sides) - 1), features_s.device
     gram = torch.empty(len(sides) * images, tokens, tokens, dtype=torch.float32, device=device)
     for features, part in zip(sides, gram.split(images), strict=True):
         _bmm(features, features.mT, part)
@@ -171,14 +180,14 @@ def _aligned(features_t: Tensor, features_s: Tensor, gradient: bool) -> tuple[Te
     sums = torch.empty(3, images, tokens, dtype=torch.float32, device=device)
     shape: dict[str, Any] = {"n": tokens, "BLOCK": _block(tokens), "num_warps": 4}
     _lengths[(tokens, len(gram))](gram, inverse, means, **shape)
-    _products[(tokens, images)](gram, inverse, means, sums, images, apart, **shape)
+    _products[(tokens, images)](gram, inverse, means, sums, images, offset, **shape)
     losses = torch.empty(images, dtype=torch.float32, device=device)
     counts = torch.empty(images, dtype=torch.bool, device=device)
     high, low = features_s.new_empty(2, images, tokens, tokens if gradient else 0)
     least = (KERNEL_DEGENERATE * tokens) ** 2
     rows = tokens if gradient else 1
     _direction[(rows, images)](
-        gram, inverse, means, sums, high, low, losses, counts, images, apart, least, GRADIENT=gradient, **shape
+        gram, inverse, means, sums, high, low, losses, counts, images, offset, least, GRADIENT=gradient, **shape
     )
     return losses, counts, high, low
 
@@ -206,7 +215,9 @@ class _Relation(torch.autograd.Function):
 
 
 def relation(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of 1 - CKA over the images that count, float32, differentiable by ``features_s``; and how many they are, int64.
+    """Return the sum of 1 - CKA over the images that count (float32) and their number (int64).
+
+    Differentiable by ``features_s``.
 
     Args:
         features_t: [b, n, d_t] bfloat16.
@@ -218,6 +229,6 @@ def relation(features_t: Tensor, features_s: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def countable(features: Tensor) -> Tensor:
-    """Which images' centred kernels can be measured [b] bool, by the rule of :func:`relation`."""
+    """Return which images' centred kernels can be measured [b] bool, by the rule of :func:`relation`."""
     with torch.cuda.device_of(features):
         return _aligned(features, features, False)[1]

@@ -8,6 +8,8 @@ weight forward and 10 backward for a float32 weight with a bfloat16 result, 4 an
 Legend: weight [out, in] of out * in / size groups of ``size`` neighbours; code range [smallest, largest].
 """
 
+# mypy: allow-untyped-defs
+
 import os
 from functools import lru_cache
 from importlib.util import find_spec
@@ -102,7 +104,7 @@ class Kernel:
 if triton is not None:
 
     @triton.jit
-    def _quotient(weight, scale, per_scale, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _quotient(weight, scale, per_scale, EXACT: tl.constexpr):
         """w / s rounded to nearest, half to even: Markstein's correction of w * RN(1 / s), 3 operations instead of a division.
 
         It is exact where multiply-add is fused and the divisor's significand is not all ones, as none of 11 bits is.
@@ -115,18 +117,18 @@ if triton is not None:
         return tl.where(tl.abs(guess) < 1e6, better, guess)  # overflow: clipped either way
 
     @triton.jit
-    def _nearest(x):  # type: ignore[no-untyped-def]
+    def _nearest(x):
         """Nearest integer, half to even, of |x| < 2^22: adding 1.5 * 2^23 leaves no bits behind the point."""
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit
-    def _to_bfloat16(x):  # type: ignore[no-untyped-def]
+    def _to_bfloat16(x):
         """The nearest bfloat16 (half to even) of finite float32, still as float32: Triton's interpreter would truncate."""
         bits = x.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _stored(log_scale, scale, group, groups, tiny, huge, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _stored(log_scale, scale, group, groups, tiny, huge, STORED: tl.constexpr):
         """Writes the stored scales of the groups numbered `group`, and gives them back in float32."""
         theta = tl.load(log_scale + group, mask=group < groups, other=0.0).to(tl.float64)
         s = tl.minimum(tl.maximum(tl.exp(theta), tiny), huge).to(tl.float32)
@@ -135,12 +137,12 @@ if triton is not None:
         return s
 
     @triton.jit
-    def _scales(log_scale, scale, groups, tiny, huge, STORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _scales(log_scale, scale, groups, tiny, huge, STORED: tl.constexpr, BLOCK: tl.constexpr):
         group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         _stored(log_scale, scale, group, groups, tiny, huge, STORED)
 
     @triton.jit
-    def forward_tile(  # type: ignore[no-untyped-def]
+    def forward_tile(
         weight, s, out, group, groups, smallest, largest,
         size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
@@ -157,16 +159,28 @@ if triton is not None:
             tl.store(out + place, value, mask=inside)
 
     @triton.jit
-    def _forward(  # type: ignore[no-untyped-def]
-        weight, log_scale, scale, out, groups, smallest, largest, tiny, huge,
-        size: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def _forward(
+        weight,
+        log_scale,
+        scale,
+        out,
+        groups,
+        smallest,
+        largest,
+        tiny,
+        huge,
+        size: tl.constexpr,
+        STORED: tl.constexpr,
+        EXACT: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
         group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         s = _stored(log_scale, scale, group, groups, tiny, huge, STORED)
         forward_tile(weight, s, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
 
     @triton.jit
-    def backward_tile(  # type: ignore[no-untyped-def]
+    def backward_tile(
         weight, scale, grad, grad_weight, grad_log_scale, group, groups, smallest, largest,
         size: tl.constexpr, EXACT: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
         ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -193,16 +207,40 @@ if triton is not None:
             tl.store(grad_log_scale + group, total * s, mask=group < groups)
 
     @triton.jit
-    def _backward(  # type: ignore[no-untyped-def]
-        weight, scale, grad, grad_weight, grad_log_scale, groups, smallest, largest,
-        size: tl.constexpr, EXACT: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
-        ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def _backward(
+        weight,
+        scale,
+        grad,
+        grad_weight,
+        grad_log_scale,
+        groups,
+        smallest,
+        largest,
+        size: tl.constexpr,
+        EXACT: tl.constexpr,
+        WEIGHT: tl.constexpr,
+        SCALE: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
         group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         backward_tile(
-            weight, scale, grad, grad_weight, grad_log_scale, group, groups, smallest, largest,
-            size, EXACT, WEIGHT, SCALE, ROWS, WIDTH,
-        )  # fmt: skip
+            weight,
+            scale,
+            grad,
+            grad_weight,
+            grad_log_scale,
+            group,
+            groups,
+            smallest,
+            largest,
+            size,
+            EXACT,
+            WEIGHT,
+            SCALE,
+            ROWS,
+            WIDTH,
+        )
 
     _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
 

@@ -7,6 +7,8 @@ and is copied to the device in the order of the stream.
 Legend: layers of one device, dtype and group size; weight [out, in]; a tile is some groups of one layer.
 """
 
+# mypy: allow-untyped-defs
+
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -28,7 +30,7 @@ if alone.triton is not None:
     from grace_plugin.quantizer.fake_quant_triton import backward_tile, forward_tile
 
     @triton.jit
-    def _place(table, layers, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _place(table, layers, ROWS: tl.constexpr):
         """Of this program's tile: its layer's row of the table, its groups in the layer, how many that has, and its first."""
         tile = tl.program_id(0)
         low, high = 0, layers
@@ -42,7 +44,7 @@ if alone.triton is not None:
         return row, (tile - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS), tl.load(row + 7) - first, first
 
     @triton.jit
-    def _forward(  # type: ignore[no-untyped-def]
+    def _forward(
         table, layers, scale, smallest, largest, WEIGHT: tl.constexpr, OUT: tl.constexpr, STORED: tl.constexpr,
         EXACT: tl.constexpr, size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
@@ -53,17 +55,39 @@ if alone.triton is not None:
         forward_tile(weight, s, out, group, groups, smallest, largest, size, STORED, EXACT, ROWS, WIDTH)
 
     @triton.jit
-    def _backward(  # type: ignore[no-untyped-def]
-        table, layers, scale, grad_log_scale, smallest, largest, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
-        size: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def _backward(
+        table,
+        layers,
+        scale,
+        grad_log_scale,
+        smallest,
+        largest,
+        WEIGHT: tl.constexpr,
+        EXACT: tl.constexpr,
+        size: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
         row, group, groups, first = _place(table, layers, ROWS)
         weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
         grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
         backward_tile(
-            weight, scale + first, grad, grad, grad_log_scale + first, group, groups, smallest, largest,
-            size, EXACT, True, True, ROWS, WIDTH,
-        )  # fmt: skip
+            weight,
+            scale + first,
+            grad,
+            grad,
+            grad_log_scale + first,
+            group,
+            groups,
+            smallest,
+            largest,
+            size,
+            EXACT,
+            True,
+            True,
+            ROWS,
+            WIDTH,
+        )
 
 
 def _table(weights: Sequence[Tensor], others: Sequence[Tensor], counts: list[int], rows: int) -> tuple[Tensor, int]:

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grace_plugin.losses.chunks import positions_per_chunk
-from grace_plugin.losses.precision import full_precision
-from grace_plugin.losses.projection import Head, cut
+from grace_plugin.losses.distill import full_precision
+from grace_plugin.losses.fused_head_chunks import Head, cut, positions_per_chunk
 
 __all__ = ["TokenComparison", "compare_tokens", "head_of"]
 

@@ -20,17 +20,17 @@ def draw(n=7, d_s=5, d_t=6, v=9, pad_s=2, pad_t=3, seed=0, dtype=torch.float64, 
     return dict(zip(NAMES, tensors, strict=True)), torch.randint(0, v, (n,), generator=g)
 
 
-def run(sides, targets, v=9, chunk=3, ce_scale=0.3, kd_scale=0.7, sharpness=1.0, **kwargs) -> HeadOutput:
+def run(sides, targets, v=9, chunk=3, ce_weight=0.3, kd_weight=0.7, sharpness=1.0, **kwargs) -> HeadOutput:
     gate, _ = teacher_gates(
         sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=v, sharpness=sharpness, chunk=chunk
     )
-    scales = {"ce_scale": ce_scale, "kd_scale": kd_scale}
+    scales = {"ce_weight": ce_weight, "kd_weight": kd_weight}
     return distillation_head(
         *(sides[name] for name in NAMES), targets, gate, vocabulary=v, chunk=chunk, **scales, **kwargs
     )
 
 
-def full(sides, targets, v=9, ce_scale=0.3, kd_scale=0.7, temperature=2.0, alpha=1.0, beta_dkd=4.0):
+def full(sides, targets, v=9, ce_weight=0.3, kd_weight=0.7, temperature=2.0, alpha=1.0, beta_dkd=4.0):
     """The same loss with ordinary tensors and torch's own autograd."""
     z_s = (sides["hidden_s"] @ sides["weight_s"].T + sides["bias_s"])[:, :v]
     z_t = (sides["hidden_t"] @ sides["weight_t"].T + sides["bias_t"])[:, :v]
@@ -45,7 +45,7 @@ def full(sides, targets, v=9, ce_scale=0.3, kd_scale=0.7, temperature=2.0, alpha
     p = torch.softmax(z_t, -1)
     gate = torch.exp((p * p.log()).sum(-1) / math.log(v))
     ce = torch.nn.functional.cross_entropy(z_s, targets, reduction="sum")
-    return ce_scale * ce + kd_scale * (gate * (alpha * tckd + beta_dkd * nckd)).sum() * temperature**2
+    return ce_weight * ce + kd_weight * (gate * (alpha * tckd + beta_dkd * nckd)).sum() * temperature**2
 
 
 def grads(sides):

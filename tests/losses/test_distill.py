@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.losses import confidence_gate, decoupled_kd
-from grace_plugin.losses.precision import loss_dtype
+from grace_plugin.losses.distill import loss_dtype
 from tests.reference import distill as oracle
 
 INF = math.inf

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from grace_plugin.losses import distillation_head, teacher_gates
-from grace_plugin.losses.chunks import positions_per_chunk
+from grace_plugin.losses.fused_head_chunks import positions_per_chunk
 from tests.losses.sides import NAMES, draw, full, grads, run
 from tests.reference import distill as oracle
 from tests.reference.footprint import Footprint
@@ -93,7 +93,7 @@ def test_gradcheck_of_cross_entropy_alone():
 
     def loss(hidden, weight, bias):
         return distillation_head(
-            hidden, weight, bias, None, None, None, targets, None, vocabulary=9, ce_scale=0.5, chunk=3
+            hidden, weight, bias, None, None, None, targets, None, vocabulary=9, ce_weight=0.5, chunk=3
         ).loss
 
     assert gradcheck(loss, tuple(sides[name] for name in NAMES[:3]))
@@ -102,7 +102,17 @@ def test_gradcheck_of_cross_entropy_alone():
 def test_cross_entropy_alone_is_torch_s_over_the_common_vocabulary():
     sides, targets = draw()
     out = distillation_head(
-        sides["hidden_s"], sides["weight_s"], None, None, None, None, targets, None, vocabulary=9, ce_scale=2.0, chunk=2
+        sides["hidden_s"],
+        sides["weight_s"],
+        None,
+        None,
+        None,
+        None,
+        targets,
+        None,
+        vocabulary=9,
+        ce_weight=2.0,
+        chunk=2,
     )
     logits = (sides["hidden_s"] @ sides["weight_s"].T)[:, :9]
     want = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -125,8 +135,8 @@ def test_a_gate_without_a_teacher_is_not_used():
         targets,
         gate,
         vocabulary=9,
-        ce_scale=1.0,
-        kd_scale=3.0,
+        ce_weight=1.0,
+        kd_weight=3.0,
     )
     torch.testing.assert_close(out.loss, out.ce_sum)
     assert out.gate_sum.item() == 0
@@ -148,25 +158,25 @@ def test_padded_rows_have_no_mass_and_no_gradient():
 
 def test_scales_may_be_numbers_or_tensors_and_are_constants():
     sides, targets = draw()
-    number = run(sides, targets, ce_scale=0.25, kd_scale=0.5)
-    ce_scale = torch.tensor(0.25, requires_grad=True)
-    tensor = run(sides, targets, ce_scale=ce_scale, kd_scale=torch.tensor(0.5, dtype=torch.float64))
+    number = run(sides, targets, ce_weight=0.25, kd_weight=0.5)
+    ce_weight = torch.tensor(0.25, requires_grad=True)
+    tensor = run(sides, targets, ce_weight=ce_weight, kd_weight=torch.tensor(0.5, dtype=torch.float64))
     assert torch.equal(number.loss, tensor.loss)
     assert tensor.loss.dtype == torch.float64
     tensor.loss.backward()
-    assert ce_scale.grad is None
+    assert ce_weight.grad is None
     single, y = draw(dtype=torch.float32)
     out = run(
-        single, y, ce_scale=torch.tensor(0.25, dtype=torch.float64), kd_scale=torch.tensor(0.5, dtype=torch.float64)
+        single, y, ce_weight=torch.tensor(0.25, dtype=torch.float64), kd_weight=torch.tensor(0.5, dtype=torch.float64)
     )
     assert out.loss.dtype == torch.float32
 
 
 def test_a_scale_of_zero_switches_its_term_off():
     sides, targets = draw()
-    out = run(sides, targets, ce_scale=0.0, kd_scale=1.0)
+    out = run(sides, targets, ce_weight=0.0, kd_weight=1.0)
     torch.testing.assert_close(out.loss, out.gated_dkd_sum)
-    out = run(sides, targets, ce_scale=1.0, kd_scale=0.0)
+    out = run(sides, targets, ce_weight=1.0, kd_weight=0.0)
     torch.testing.assert_close(out.loss, out.ce_sum)
     out.loss.backward()
     again, _ = draw()
@@ -238,13 +248,15 @@ def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise()
     assert positions_per_chunk(45_659, 2) == 1584 < (210 << 20) // (3 * 45_659)  # 209 MiB hold 1,599 rows
     assert positions_per_chunk(151_936, 4) == 240
     assert positions_per_chunk(3, 4) == 4096
-    assert positions_per_chunk(151_936, 2, known_of=4096) == 512  # 209 MiB hold 613 rows, four tiles and a half
+    assert positions_per_chunk(151_936, 2, positions=4096) == 512  # 209 MiB hold 613 rows, four tiles and a half
     assert (
-        positions_per_chunk(151_936, 2, known_of=4000) == 512 and positions_per_chunk(151_936, 2, known_of=600) == 304
+        positions_per_chunk(151_936, 2, positions=4000) == 512 and positions_per_chunk(151_936, 2, positions=600) == 304
     )
-    assert positions_per_chunk(800_000, 2, known_of=4096) == 128 and positions_per_chunk(10**6, 2, known_of=4096) == 96
-    assert positions_per_chunk(151_936, 2, known_of=5) == 16
-    assert type(positions_per_chunk(151_936, 2, known_of=4096)) is int
+    assert (
+        positions_per_chunk(800_000, 2, positions=4096) == 128 and positions_per_chunk(10**6, 2, positions=4096) == 96
+    )
+    assert positions_per_chunk(151_936, 2, positions=5) == 16
+    assert type(positions_per_chunk(151_936, 2, positions=4096)) is int
     assert positions_per_chunk(10**8, 2) == 16
     assert positions_per_chunk(17_835, 2) == 4096  # 26,752 columns of 2 bytes: 209 MiB to the byte
     hidden, weight = torch.randn(4200, 2), torch.randn(3, 2)
@@ -253,14 +265,14 @@ def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise()
         gate, _ = teacher_gates(hidden, weight, None, vocabulary=3)
     assert gates.largest == 4096 * 3
     with Footprint() as head:
-        distillation_head(hidden, weight, None, hidden, weight, None, targets, gate, vocabulary=3, ce_scale=1.0)
+        distillation_head(hidden, weight, None, hidden, weight, None, targets, gate, vocabulary=3, ce_weight=1.0)
     assert head.largest == 4096 * 3
 
 
 def test_distillation_is_off_until_it_is_given_a_weight():
     sides, targets = draw()
     gate = torch.ones(7, dtype=torch.float64)
-    out = distillation_head(*(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_scale=2.0)
+    out = distillation_head(*(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_weight=2.0)
     torch.testing.assert_close(out.loss, 2.0 * out.ce_sum)
     assert out.gated_dkd_sum.item() > 0
 

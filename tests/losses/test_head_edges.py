@@ -35,8 +35,8 @@ def head_of(sides, **changed):
     given = {**sides, **changed}
     arguments = {
         "vocabulary": 9,
-        "ce_scale": 1.0,
-        "kd_scale": 1.0,
+        "ce_weight": 1.0,
+        "kd_weight": 1.0,
         **{k: v for k, v in changed.items() if k == "vocabulary"},
     }
     arguments["chunk"] = changed.get("chunk", 3)

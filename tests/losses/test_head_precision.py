@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
-from grace_plugin.losses.projection import Gradients, Head, _add_product, add_own, targets_apart
+from grace_plugin.losses.fused_head_chunks import Gradients, Head, _add_product, add_target_rows, defers_target_rows
 from tests.losses.sides import NAMES, draw, grads, run, two_unrounded
 from tests.reference.footprint import Footprint
 
@@ -23,11 +23,11 @@ def test_every_matrix_product_runs_in_the_dtype_of_the_hidden_states(dtype):
 def test_a_float64_side_decides_the_precision(double):
     sides, targets = draw(dtype=torch.float32)
     raised = {k: v.detach().double() if k.endswith(f"_{double}") else v.detach() for k, v in sides.items()}
-    out = run(raised, targets, ce_scale=torch.tensor(0.3), kd_scale=0.7)
+    out = run(raised, targets, ce_weight=torch.tensor(0.3), kd_weight=0.7)
     parts = [out.loss, out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum, out.gate_sum]
     assert {part.dtype for part in parts} == {torch.float64}
     everything = {k: v.detach().double() for k, v in sides.items()}
-    want = run(everything, targets, ce_scale=torch.tensor(0.3, dtype=torch.float32), kd_scale=0.7)
+    want = run(everything, targets, ce_weight=torch.tensor(0.3, dtype=torch.float32), kd_weight=0.7)
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0)
 
 
@@ -72,7 +72,7 @@ def test_low_precision_is_as_exact_as_torch_s_own_products(dtype):
     sides, targets = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
     torch_own, _ = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in sides.items()}
-    scales = {"ce_scale": 1 / 64, "kd_scale": 0.5 / 64}
+    scales = {"ce_weight": 1 / 64, "kd_weight": 0.5 / 64}
     out = run(sides, targets, v=50, chunk=16, **scales)
     want = run(exact, targets, v=50, chunk=64, **scales)
     z_s = torch.nn.functional.linear(torch_own["hidden_s"], torch_own["weight_s"], torch_own["bias_s"])[:, :50].float()
@@ -96,14 +96,14 @@ def test_float16_gradients_of_a_long_window_do_not_underflow():
     sides, targets = draw(n=32, dtype=torch.float16)
     exact, _ = draw(n=32, dtype=torch.float16)
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in exact.items()}
-    run(sides, targets, ce_scale=2e-6, kd_scale=0.0).loss.backward()
-    run(exact, targets, ce_scale=2e-6, kd_scale=0.0).loss.backward()
+    run(sides, targets, ce_weight=2e-6, kd_weight=0.0).loss.backward()
+    run(exact, targets, ce_weight=2e-6, kd_weight=0.0).loss.backward()
     error = (sides["weight_s"].grad.double() - exact["weight_s"].grad).abs().max()
     assert exact["weight_s"].grad.abs().max() > 5e-6
     assert error < 1e-7
     sides["hidden_s"].grad = exact["hidden_s"].grad = None
-    (4096 * run(sides, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
-    (4096 * run(exact, targets, ce_scale=2e-6, kd_scale=0.0).loss).backward()
+    (4096 * run(sides, targets, ce_weight=2e-6, kd_weight=0.0).loss).backward()
+    (4096 * run(exact, targets, ce_weight=2e-6, kd_weight=0.0).loss).backward()
     error = (sides["hidden_s"].grad.double() - exact["hidden_s"].grad).norm()
     assert error < 2e-3 * exact["hidden_s"].grad.norm()
 
@@ -129,7 +129,7 @@ def test_weight_gradients_of_many_chunks_are_added_in_float32():
     weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
-    out = distillation_head(hidden, weight, bias, None, None, None, targets, None, vocabulary=8, ce_scale=1.0, chunk=1)
+    out = distillation_head(hidden, weight, bias, None, None, None, targets, None, vocabulary=8, ce_weight=1.0, chunk=1)
     out.loss.backward()
     assert (weight.grad.dtype, bias.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     assert bias.grad.tolist() == pytest.approx([-n * 7 / 8, *[n / 8] * 7], rel=4e-3)
@@ -143,7 +143,7 @@ def test_weight_gradients_are_added_in_the_type_asked_for():
     hidden = torch.ones(n, 4, dtype=torch.bfloat16)
     weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
-    options = {"vocabulary": 8, "ce_scale": 1.0, "chunk": 1, "weight_grad_dtype": torch.bfloat16}
+    options = {"vocabulary": 8, "ce_weight": 1.0, "chunk": 1, "weight_grad_dtype": torch.bfloat16}
     distillation_head(hidden, weight, None, None, None, None, targets, None, **options).loss.backward()
     assert weight.grad[1, 0].item() == 32.0
 
@@ -161,7 +161,7 @@ def test_what_targets_add_to_their_own_rows_is_rounded_once_where_they_are_few()
         for given, options in ((exact, {"chunk": 96}), (sides, {"chunk": chunk, "weight_grad_dtype": torch.bfloat16})):
             given["weight_s"].grad = None
             many = {k: v.detach().repeat(rows, 1) if k.startswith("hidden") else v for k, v in given.items()}
-            run(many, targets.repeat(rows), v=300, kd_scale=0.0, **options).loss.backward()
+            run(many, targets.repeat(rows), v=300, kd_weight=0.0, **options).loss.backward()
             grads.append(given["weight_s"].grad.double())
         want, found = grads
         assert not found[300:].any()
@@ -222,7 +222,7 @@ def test_what_comes_last_is_the_same_however_many_products_exist_at_one_time(num
     torch.use_deterministic_algorithms(deterministic)
     try:
         with torch.device("meta"):  # nothing is made on a default device
-            add_own(weight, states, targets, own, numbers)
+            add_target_rows(weight, states, targets, own, numbers)
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(weight, want.bfloat16())
@@ -241,7 +241,7 @@ def test_a_target_s_own_gradient_is_not_rounded(given):
 
 def test_no_positions_have_nothing_that_comes_last():
     weight, none = torch.ones(3, 2), torch.zeros(0)
-    add_own(weight, torch.zeros(0, 2), none.long(), none)
+    add_target_rows(weight, torch.zeros(0, 2), none.long(), none)
     assert torch.equal(weight, torch.ones(3, 2))
 
 
@@ -252,7 +252,7 @@ def test_no_positions_have_nothing_that_comes_last():
 )  # fmt: skip
 def test_targets_come_last_in_a_low_sum_that_is_wanted_of_few(positions, dtype, trains, apart):
     hidden, weight = torch.zeros(positions, 16, dtype=torch.bfloat16), torch.zeros(302, 16, requires_grad=trains)
-    assert targets_apart(hidden, weight, 300, dtype) is apart
+    assert defers_target_rows(hidden, weight, 300, dtype) is apart
 
 
 def test_a_low_sum_in_chunks_of_the_default_size_is_that_of_one_chunk():
@@ -306,7 +306,9 @@ def test_products_of_one_dtype_are_written_and_added_in_place():
 def test_no_positions_and_a_frozen_head():
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(8, 4)
     targets = torch.zeros(0, dtype=torch.int64)
-    distillation_head(hidden, weight, None, None, None, None, targets, None, vocabulary=8, ce_scale=1.0).loss.backward()
+    distillation_head(
+        hidden, weight, None, None, None, None, targets, None, vocabulary=8, ce_weight=1.0
+    ).loss.backward()
     assert hidden.grad.shape == (0, 4)
 
 
@@ -332,7 +334,7 @@ def test_cross_entropy_of_bfloat16_is_not_off_by_its_targets_logits():
         exact = torch.nn.functional.linear(*(part.double() for part in parts))
         want = torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
         plain = torch.nn.functional.linear(*parts).double()
-        ours = distillation_head(*parts, None, None, None, targets, None, vocabulary=400, ce_scale=1.0)
+        ours = distillation_head(*parts, None, None, None, targets, None, vocabulary=400, ce_weight=1.0)
         apart["ours"] += (ours.ce_sum.double() - want).square().item()
         apart["plain"] += (torch.nn.functional.cross_entropy(plain, targets, reduction="sum") - want).square().item()
     assert apart["ours"] < 0.1 * apart["plain"]

@@ -7,12 +7,12 @@ from grace_plugin.losses import (
     confidence_gate,
     countable_images,
     distillation_head,
-    head_triton,
+    fused_head_triton,
     relational_loss,
     relational_triton,
     teacher_gates,
+    teacher_sums,
 )
-from grace_plugin.losses.head import teacher_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH_S, WIDTH_T = 24, 40
@@ -58,14 +58,14 @@ def relative(found, exact):
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_and_gates_equal_float64(vocabulary, temperature, scale, bias):
     sides, targets = draw(7, vocabulary, scale, bias=bias)
-    assert head_triton.usable(sides["hidden_s"].new_empty(0, vocabulary))
+    assert fused_head_triton.usable(sides["hidden_s"].new_empty(0, vocabulary))
     gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=vocabulary)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
     logits_t = torch.nn.functional.linear(exact["hidden_t"], exact["weight_t"], exact["bias_t"])[:, :vocabulary]
     gate64, entropy64 = confidence_gate(logits_t)
     assert (entropy - entropy64).abs().max() < 3e-6
     assert (gate - gate64).abs().max() < 3e-6
-    options = {"ce_scale": 0.3, "kd_scale": torch.tensor(0.7, device=DEVICE), "temperature": temperature}
+    options = {"ce_weight": 0.3, "kd_weight": torch.tensor(0.7, device=DEVICE), "temperature": temperature}
     found, grads = losses(sides, targets, gate, vocabulary, chunk=4, **options)
     want, grads64 = losses(exact, targets, gate64, vocabulary, **options)
     for part in ("loss", "ce_sum", "gated_dkd_sum", "gated_tckd_sum", "gated_nckd_sum", "gate_sum"):
@@ -78,9 +78,9 @@ def test_head_and_gates_equal_float64(vocabulary, temperature, scale, bias):
 
 
 @pytest.mark.parametrize("caps", [(None, None), (1.5, 0.7), (2.0, None), (None, 3.0)])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize(("vocabulary", "temperature"), [(37, 2.0), (5000, 3.0)])
-def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, temperature, known, caps):
+def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, temperature, sliced, caps):
     sides, targets = draw(3, vocabulary, 4.0)
     teacher = [sides[f"{name}_t"] for name in ("hidden", "weight", "bias")]
     how = {"vocabulary": vocabulary, "temperature": temperature, "softcap": caps[1]}
@@ -89,12 +89,12 @@ def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, tempera
     gate64, _, none = teacher_sums(*(v if v is None else v.double() for v in teacher), targets, **how)
     assert none is None
     assert (gate - gate64).abs().max() < 3e-6
-    options = {"ce_scale": 0.3, "kd_scale": 0.7, "temperature": temperature, "softcaps": caps, "chunk": 2}
-    found, grads = losses(sides, targets, gate, vocabulary, known=sums if known else None, **options)
+    options = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": temperature, "softcaps": caps, "chunk": 2}
+    found, grads = losses(sides, targets, gate, vocabulary, teacher_logsumexp=sums if sliced else None, **options)
     want, grads64 = losses(exact, targets, gate64, vocabulary, **options)
     for part in ("loss", "ce_sum", "gated_dkd_sum", "gated_tckd_sum", "gated_nckd_sum"):
         torch.testing.assert_close(  # the teacher's mass is rounded once more: 4.4e-6
-            getattr(found, part).double(), getattr(want, part), rtol=6e-6 if known else 4e-6, atol=4e-6
+            getattr(found, part).double(), getattr(want, part), rtol=6e-6 if sliced else 4e-6, atol=4e-6
         )
     for name, grad in grads.items():
         assert relative(grad, grads64[name]) < 4e-6, name
@@ -103,9 +103,9 @@ def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, tempera
 def test_cross_entropy_alone_needs_no_teacher():
     sides, targets = draw(5, 300)
     alone = sides | {"hidden_t": None, "weight_t": None, "bias_t": None}
-    found, grads = losses(alone, targets, None, 300, ce_scale=0.2, chunk=2)
+    found, grads = losses(alone, targets, None, 300, ce_weight=0.2, chunk=2)
     exact = {k: v if v is None else v.double() for k, v in alone.items()}
-    want, grads64 = losses(exact, targets, None, 300, ce_scale=0.2)
+    want, grads64 = losses(exact, targets, None, 300, ce_weight=0.2)
     assert found.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
     assert relative(grads["hidden_s"], grads64["hidden_s"]) < 1e-6
     assert relative(grads["weight_s"], grads64["weight_s"]) < 1e-6
@@ -116,7 +116,7 @@ def test_what_is_not_finite_is_seen(bad):
     sides, targets = draw(4, 50)
     sides["hidden_s"][2, 3] = bad
     gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=50)
-    found, _ = losses(sides, targets, gate, 50, ce_scale=1.0, kd_scale=1.0)
+    found, _ = losses(sides, targets, gate, 50, ce_weight=1.0, kd_weight=1.0)
     assert not found.loss.isfinite()
 
 
@@ -124,11 +124,11 @@ def test_logits_cut_with_minus_infinity_carry_no_mass():
     logits = torch.randn(3, 5000, device=DEVICE)
     logits[:, 17:4200] = -torch.inf
     _, entropy = confidence_gate(logits.double())
-    from grace_plugin.losses.entropy_triton import Entropies
+    from grace_plugin.losses.entropy_triton import StreamingEntropy
 
-    rows = Entropies(3, 5000, logits.device)
-    rows.read(logits, 0)
-    found, ids, _ = rows.sums()
+    rows = StreamingEntropy(3, 5000, logits.device)
+    rows.update(logits, 0)
+    found, ids, _ = rows.finalize()
     assert (found - entropy).abs().max() < 2e-6
     assert ids.tolist() == [5000 - 4183] * 3
 
@@ -142,7 +142,8 @@ def test_the_incoming_gradient_multiplies(factor):
         hidden = sides["hidden_s"].clone().requires_grad_()
         given = sides | {"hidden_s": hidden}
         (
-            distillation_head(**given, targets=targets, gate=gate, vocabulary=64, ce_scale=1.0, kd_scale=1.0).loss * by
+            distillation_head(**given, targets=targets, gate=gate, vocabulary=64, ce_weight=1.0, kd_weight=1.0).loss
+            * by
         ).backward()
         return hidden.grad
 
@@ -153,7 +154,7 @@ def test_gradients_are_handed_out_once():
     sides, targets = draw(5, 64)
     hidden = sides["hidden_s"].clone().requires_grad_()
     alone = {"weight_s": sides["weight_s"], "bias_s": None, "hidden_t": None, "weight_t": None, "bias_t": None}
-    out = distillation_head(hidden_s=hidden, **alone, targets=targets, gate=None, vocabulary=64, ce_scale=1.0)
+    out = distillation_head(hidden_s=hidden, **alone, targets=targets, gate=None, vocabulary=64, ce_weight=1.0)
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="compute the loss again"):
         out.loss.backward()
@@ -163,7 +164,7 @@ def test_a_head_summed_in_its_own_type_is_rounded_once_per_chunk():
     sides, targets = draw(64, 100, dtype=torch.bfloat16)
     gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=100)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
-    options = {"ce_scale": 1.0, "kd_scale": 1.0, "chunk": 8}
+    options = {"ce_weight": 1.0, "kd_weight": 1.0, "chunk": 8}
     _, grads64 = losses(exact, targets, gate.double(), 100, **options)
     _, low = losses(sides, targets, gate, 100, weight_grad_dtype=torch.bfloat16, **options)
     assert low["weight_s"].dtype == torch.bfloat16

@@ -46,13 +46,13 @@ def test_head_with_and_without_a_teacher():
     assert on_meta(gate, entropy)
     assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)
     out = distillation_head(
-        hidden, weight, bias, empty(5, 6), empty(11, 6), empty(11), targets(5), gate, vocabulary=9, ce_scale=0.1,
-        kd_scale=empty((), dtype=torch.float32), chunk=2,
+        hidden, weight, bias, empty(5, 6), empty(11, 6), empty(11), targets(5), gate, vocabulary=9, ce_weight=0.1,
+        kd_weight=empty((), dtype=torch.float32), chunk=2,
     )  # fmt: skip
     out.loss.backward()
     parts = [out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum, out.gate_sum]
     assert on_meta(out.loss, hidden.grad, weight.grad, bias.grad, *parts)
-    plain = distillation_head(hidden, weight, None, None, None, None, targets(5), None, vocabulary=9, ce_scale=0.1)
+    plain = distillation_head(hidden, weight, None, None, None, None, targets(5), None, vocabulary=9, ce_weight=0.1)
     plain.loss.backward()
     assert on_meta(plain.loss, plain.gate_sum)
 
@@ -68,21 +68,29 @@ def test_a_teacher_on_another_device_is_brought_to_the_student():
         targets(5),
         torch.ones(5),
         vocabulary=9,
-        ce_scale=0.1,
-        kd_scale=torch.tensor(0.7),
+        ce_weight=0.1,
+        kd_weight=torch.tensor(0.7),
     )
     out.loss.backward()
     assert on_meta(out.loss, out.gated_dkd_sum, out.gate_sum, hidden.grad, weight.grad)
 
 
-@pytest.mark.parametrize(("known", "teacher", "chunk"), [(True, True, 512), (False, True, 480), (True, False, 480)])
-def test_where_the_sums_are_known_more_positions_fit_and_are_cut_into_whole_tiles(known, teacher, chunk):
+@pytest.mark.parametrize(("sliced", "teacher", "chunk"), [(True, True, 512), (False, True, 480), (True, False, 480)])
+def test_where_the_logsumexp_is_given_more_positions_fit_and_are_cut_into_whole_tiles(sliced, teacher, chunk):
     n, ids = 4096, 151_936
     side = (empty(n, 6), empty(ids, 6), None) if teacher else (None, None, None)
-    sums = empty(2, n, dtype=torch.float32) if known else None
+    sums = empty(2, n, dtype=torch.float32) if sliced else None
     with Footprint() as seen:
         distillation_head(
-            empty(n, 4), empty(ids, 4), None, *side, targets(n), empty(n), vocabulary=ids, ce_scale=0.1, known=sums
+            empty(n, 4),
+            empty(ids, 4),
+            None,
+            *side,
+            targets(n),
+            empty(n),
+            vocabulary=ids,
+            ce_weight=0.1,
+            teacher_logsumexp=sums,
         )
     assert seen.largest == chunk * ids
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.losses.projection import Head
+from grace_plugin.losses.fused_head_chunks import Head
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
-from grace_plugin.losses.head import teacher_sums
+from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates, teacher_sums
 from tests.losses.sides import NAMES, draw, two_unrounded
 from tests.reference import distill as oracle
 
@@ -15,7 +14,7 @@ def loss(sides, targets, caps, **options):
     teacher = [sides[name] for name in NAMES[3:]]
     gate, _ = teacher_gates(*teacher, vocabulary=9, softcap=caps[1])
     return distillation_head(
-        *(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_scale=0.3, kd_scale=0.7, chunk=3,
+        *(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_weight=0.3, kd_weight=0.7, chunk=3,
         softcaps=caps, **options,
     )  # fmt: skip
 
@@ -65,14 +64,14 @@ def test_a_cap_that_is_none(cap):
         teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=cap)
     head = sides["hidden_s"], sides["weight_s"], None, *(sides[name] for name in NAMES[3:])
     with pytest.raises(ValueError, match=r"teacher: logits are capped"):
-        distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_scale=1.0, softcaps=(None, cap))
+        distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_weight=1.0, softcaps=(None, cap))
 
 
-def test_sums_of_a_teacher_default_to_the_published_gate_without_known_ones_in_torch():
+def test_sums_of_a_teacher_default_to_the_published_gate_without_logsumexp_in_torch():
     sides, targets = draw(grad=False)
     teacher = [sides[name] for name in NAMES[3:]]
-    gate, entropy, known = teacher_sums(*teacher, targets, vocabulary=9)
+    gate, entropy, sliced = teacher_sums(*teacher, targets, vocabulary=9)
     want = teacher_sums(*teacher, targets, vocabulary=9, sharpness=1.0, chunk=2)
     torch.testing.assert_close(gate, want[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(entropy, want[1], rtol=1e-12, atol=0)
-    assert known is None and want[2] is None
+    assert sliced is None and want[2] is None

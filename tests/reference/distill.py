@@ -57,8 +57,8 @@ def head(
     bias_t,
     targets,
     vocabulary,
-    ce_scale,
-    kd_scale,
+    ce_weight,
+    kd_weight,
     temperature,
     alpha,
     beta,
@@ -85,6 +85,6 @@ def head(
         nckd_sum += g * nckd
         dkd += g * (alpha * tckd + beta * nckd) * temperature**2
     return {
-        "loss": ce_scale * ce + kd_scale * dkd, "ce_sum": ce, "gated_dkd_sum": dkd, "gated_tckd_sum": tckd_sum,
+        "loss": ce_weight * ce + kd_weight * dkd, "ce_sum": ce, "gated_dkd_sum": dkd, "gated_tckd_sum": tckd_sum,
         "gated_nckd_sum": nckd_sum, "gate_sum": gates,
     }  # fmt: skip

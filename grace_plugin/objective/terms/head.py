@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.losses.head import distillation_head, teacher_sums
+from grace_plugin.losses import distillation_head, teacher_sums
 from grace_plugin.objective.terms.base import Chart, LossTerm
 from grace_plugin.objective.window import AccumulationWindow, MicroBatch, NamedSums
 from grace_plugin.recipe import DistillRecipe
@@ -106,9 +106,9 @@ class HeadTerm(LossTerm):
             getattr(head, "bias", None),
             targets=micro_batch.targets,
             vocabulary=self.context.vocabulary,
-            ce_scale=1.0 / window.counts["tokens"].clamp(min=1.0),
+            ce_weight=1.0 / window.counts["tokens"].clamp(min=1.0),
             # a window without a gate has no position either, so its sum is an exact 0 whatever it is divided by
-            kd_scale=weight / window.counts["gates"].clamp(min=torch.finfo(torch.float32).tiny),
+            kd_weight=weight / window.counts["gates"].clamp(min=torch.finfo(torch.float32).tiny),
             temperature=self.config.temperature,
             alpha=self.config.alpha,
             beta_dkd=self.config.beta,
@@ -136,7 +136,7 @@ class HeadTerm(LossTerm):
             "weight_t": weight,
             "bias_t": bias,
             "gate": gate,
-            "known": logsumexp,
+            "teacher_logsumexp": logsumexp,
             "softcaps": (softcap, teacher.softcap),
         }
 

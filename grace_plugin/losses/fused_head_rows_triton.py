@@ -1,14 +1,15 @@
-"""What the blocks of a row of logits add up to, with two of its logits read unrounded: the target's, and the largest.
+"""The sums of a row of logits from its blocks, with two of its logits unrounded: the target's and the largest.
 
-What it does. From the sums of `head_triton` over blocks: a row's losses, the gradient of its target, and the numbers that its
+From the sums of `fused_head_triton` over blocks come a row's losses, the gradient of its target, and the numbers that its
 other gradients are made of. bfloat16 keeps 8 bits: a logit between 16 and 32 is off by up to 1/16. Cross-entropy reads the
-target's as it is, and the largest holds most of what a confident row gives its gradient. Both are multiplied once more, in
-float32; the other logits, and all of the teacher's, stay as they were written.
-
-What it costs. A block of the row and two rows of the head read again for each position.
+target's as it is, and the largest holds most of what a confident row gives its gradient, so both are multiplied once more,
+in float32, for the price of a block of the row and two rows of the head read again for each position. The other logits, and
+all of the teacher's, are taken as they were written.
 
 Legend: n positions of a chunk, N of all, V vocabulary, d hidden width, y the target of a position.
 """
+
+# mypy: allow-untyped-defs
 
 from typing import NamedTuple
 
@@ -33,17 +34,27 @@ if triton is not None:
     from grace_plugin.losses.math_triton import capped, coin_gap, weighted
 
     @triton.jit
-    def _largest(logits, block, V: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _largest(logits, block, V: tl.constexpr, BLOCK: tl.constexpr):
         """Id of the largest logit of a block of a row; the first of several."""
         column = block * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
         return block * BLOCK + tl.argmax(z, 0)
 
     @triton.jit
-    def _unrounded(  # type: ignore[no-untyped-def]
-        hidden, head, bias, id, step_h, stride_w, step_w, cap, WIDTH: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    def _unrounded(
+        hidden,
+        head,
+        bias,
+        id,
+        step_h,
+        stride_w,
+        step_w,
+        cap,
+        WIDTH: tl.constexpr,
+        BIAS: tl.constexpr,
+        CAPPED: tl.constexpr,
         BLOCK: tl.constexpr = 512,
-    ):  # fmt: skip
+    ):
         """A row of hidden states times a row of the head, in float32."""
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, WIDTH, BLOCK):
@@ -57,10 +68,23 @@ if triton is not None:
         return capped(z, cap, CAPPED)
 
     @triton.jit
-    def _both(  # type: ignore[no-untyped-def]
-        logits, hidden, head, bias, block, y, step_h, stride_w, step_w, cap, V: tl.constexpr, WIDTH: tl.constexpr,
-        BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    def _both(
+        logits,
+        hidden,
+        head,
+        bias,
+        block,
+        y,
+        step_h,
+        stride_w,
+        step_w,
+        cap,
+        V: tl.constexpr,
+        WIDTH: tl.constexpr,
+        BIAS: tl.constexpr,
+        CAPPED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Unrounded logits of id y and of the largest of a block, and that one's id."""
         best = _largest(logits, block, V, BLOCK)
         z_y = _unrounded(hidden, head, bias, y, step_h, stride_w, step_w, cap, WIDTH, BIAS, CAPPED)
@@ -68,48 +92,59 @@ if triton is not None:
         return z_y, z_best, best
 
     @triton.jit
-    def _of_teacher(  # type: ignore[no-untyped-def]
-        logits, place, size, known, best, lift, per_t, cap, WIDTH: tl.constexpr, CAPPED: tl.constexpr
-    ):
+    def _of_teacher(logits, place, size, valid, best, lift, per_t, cap, WIDTH: tl.constexpr, CAPPED: tl.constexpr):
         """The teacher's largest logit, and relative to it the sums over v != y of exp(t / T) and exp(t / T) (t - z)."""
-        tops = tl.load(place + 3 * size, mask=known, other=float("-inf"))
+        tops = tl.load(place + 3 * size, mask=valid, other=float("-inf"))
         top = tl.max(tops, 0)
-        rest = tl.sum(weighted(place + 4 * size, known, tops - top, per_t), 0)
-        gap = tl.sum(weighted(place + 5 * size, known, tops - top, per_t), 0)
+        rest = tl.sum(weighted(place + 4 * size, valid, tops - top, per_t), 0)
+        gap = tl.sum(weighted(place + 5 * size, valid, tops - top, per_t), 0)
         if WIDTH > 0:
             t = capped(tl.load(logits + best).to(tl.float32), cap, CAPPED)
             gap -= tl.exp((t - top) * per_t) * lift
         return top, rest, gap
 
     @triton.jit
-    def _tckd(odds_t, odds_s):  # type: ignore[no-untyped-def]
+    def _tckd(odds_t, odds_s):
         """TCKD of two log-odds of the target, and its derivative by the student's."""
-        side = tl.where(odds_t > 0.0, -1.0, 1.0)  # the smaller probabilities differ more exactly
+        side = tl.where(odds_t > 0.0, -1.0, 1.0)  # of p and 1 - p the smaller ones: their difference does not cancel
         pull = side * (tl.sigmoid(side * odds_s) - tl.sigmoid(side * odds_t))
         return coin_gap(odds_t, odds_s) + coin_gap(-odds_t, -odds_s), pull
 
     @triton.jit
-    def row_sums(  # type: ignore[no-untyped-def]
-        student, teacher, targets, gates, scales, parts, losses, row_values, masses_t, at_y_t, hidden, head, bias, n, N,
+    def row_sums(
+        student, teacher, targets, gates, loss_weights, parts, losses, row_values, masses_t, at_y_t, hidden, head, bias, n, N,
         stride_s, stride_t, stride_h, step_h, stride_w, step_w, per_t, alpha, beta_dkd, cap_s, cap_t, V: tl.constexpr,
         TEACHER: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
         PADDED: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
     ):  # fmt: skip
         """Adds the blocks of a row up: its losses, dL/dlogit of its target, and the numbers its gradient is made of. Where the
-        hidden states have a WIDTH, its largest logit and its target's are multiplied anew."""
+        hidden states have a WIDTH, its largest logit and its target's are multiplied again."""
         row = tl.program_id(0).to(tl.int64)
         slot, size = tl.arange(0, PADDED), n * SLICES
-        place, known = parts + row * SLICES + slot, slot < SLICES
+        place, valid = parts + row * SLICES + slot, slot < SLICES
         z_y = tl.load(losses + 3 * N + row)
-        tops = tl.load(place, mask=known, other=float("-inf"))
+        tops = tl.load(place, mask=valid, other=float("-inf"))
         top = tl.max(tops, 0)
-        total, best, lift = tl.sum(tl.load(place + size, mask=known, other=0.0) * tl.exp(tops - top), 0), 0, 0.0
+        total, best, lift = tl.sum(tl.load(place + size, mask=valid, other=0.0) * tl.exp(tops - top), 0), 0, 0.0
         if WIDTH > 0:
             y, as_written = tl.load(targets + row), z_y
             z_y, z_best, best = _both(
-                student + row * stride_s, hidden + row * stride_h, head, bias, tl.argmax(tops, 0), y, step_h, stride_w, step_w,
-                cap_s, V, WIDTH, BIAS, CAPPED_S, BLOCK,
-            )  # fmt: skip
+                student + row * stride_s,
+                hidden + row * stride_h,
+                head,
+                bias,
+                tl.argmax(tops, 0),
+                y,
+                step_h,
+                stride_w,
+                step_w,
+                cap_s,
+                V,
+                WIDTH,
+                BIAS,
+                CAPPED_S,
+                BLOCK,
+            )
             lift = tl.where(best == y, 0.0, z_best - top)  # of what is not the target
             total += (tl.exp(z_y - top) - tl.exp(as_written - top)) + (tl.exp(lift) - 1.0)
             tl.store(row_values + 6 * n + row, z_best)
@@ -118,26 +153,29 @@ if triton is not None:
         normaliser = top + tl.log(total)
         tl.store(losses + row, normaliser - z_y)
         tl.store(row_values + row, normaliser)
-        own = tl.load(scales) * (tl.exp(z_y - normaliser) - 1.0)
+        target_grad = tl.load(loss_weights) * (tl.exp(z_y - normaliser) - 1.0)
         if TEACHER > 0:
-            rest_s = tl.sum(weighted(place + 2 * size, known, tops - top, per_t), 0)
+            rest_s = tl.sum(weighted(place + 2 * size, valid, tops - top, per_t), 0)
             rest_s += (tl.exp(lift * per_t) - 1.0) if WIDTH > 0 else 0.0
             mass_s = top * per_t + tl.log(rest_s)
             if TEACHER == 1:
                 at_t = teacher + row * stride_t
-                top_t, rest_t, gap = _of_teacher(at_t, place, size, known, best, lift, per_t, cap_t, WIDTH, CAPPED_T)
+                top_t, rest_t, gap = _of_teacher(at_t, place, size, valid, best, lift, per_t, cap_t, WIDTH, CAPPED_T)
                 mass_t = top_t * per_t + tl.log(rest_t)
                 tl.store(masses_t + row, mass_t)
-                apart = (top - top_t) * per_t + tl.log(rest_s / rest_t)  # of masses that may be large and alike
-                tl.store(losses + 2 * N + row, gap / rest_t * per_t + apart)
+                # not mass_s - mass_t, which cancels where both are large and alike
+                shift = (top - top_t) * per_t + tl.log(rest_s / rest_t)
+                tl.store(losses + 2 * N + row, gap / rest_t * per_t + shift)
             else:
                 mass_t = tl.load(masses_t + row)
             tckd, pull = _tckd(tl.load(at_y_t + row) * per_t - mass_t, z_y * per_t - mass_s)
             tl.store(losses + N + row, tckd)
-            weight = tl.load(scales + 1) * tl.load(gates + row) / per_t  # T^2 of the loss, 1/T of the inner derivative
-            own += alpha * weight * pull
+            weight = (
+                tl.load(loss_weights + 1) * tl.load(gates + row) / per_t
+            )  # T^2 of the loss times 1/T of the derivative
+            target_grad += alpha * weight * pull
             tl.store(row_values + n + row, mass_s)
             tl.store(row_values + 3 * n + row, (beta_dkd - alpha * pull) * weight)
             tl.store(row_values + 4 * n + row, beta_dkd * weight)
             tl.store(row_values + 5 * n + row, tl.exp(2.0 * mass_s - normaliser))
-        tl.store(losses + 3 * N + row, own * (1.0 - (z_y / cap_s) * (z_y / cap_s)) if CAPPED_S else own)
+        tl.store(losses + 3 * N + row, target_grad * (1.0 - (z_y / cap_s) * (z_y / cap_s)) if CAPPED_S else target_grad)

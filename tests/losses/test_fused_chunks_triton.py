@@ -1,15 +1,15 @@
 """Chunks in place against torch in float64, in Triton's interpreter or on CUDA; run with TRITON_INTERPRET=1.
 
-Small on purpose: the mutation run tries every changed operator of `losses.chunks.fused` against this file. Besides values it
-looks at what is allocated, how often, and where: a buffer twice too large computes the same.
+Small on purpose: the mutation run tries every changed operator of `fused_chunks` against this file. In addition to
+values it checks what is allocated, how often, and where: a buffer twice too large computes the same.
 """
 
 import pytest
 import torch
 
-from grace_plugin.losses import chunks, decoupled_kd, distillation_head, head_triton, teacher_gates
-from grace_plugin.losses.head import teacher_sums
-from grace_plugin.losses.projection import Gradients, Head
+from grace_plugin.losses import decoupled_kd, distillation_head, fused_head_triton, teacher_gates, teacher_sums
+from grace_plugin.losses import fused_head_chunks as chunks
+from grace_plugin.losses.fused_head_chunks import Gradients, Head
 from tests.losses.sides import two_unrounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,37 +57,39 @@ def double(made):
 
 
 def settings(chunk, dtype=torch.float32, columns=None):
-    return chunks.Settings(TEMPERATURE, ALPHA, BETA, chunk, True, dtype, None, columns)
+    return chunks.HeadSettings(TEMPERATURE, ALPHA, BETA, chunk, True, dtype, None, columns)
 
 
 def gradients(hidden, student, dtype=torch.float32):
     return Gradients(hidden, student.weight, student.bias, [True, True, True], dtype)
 
 
-def known_of(hidden_t, head_t, targets):
+def logsumexp_of(hidden_t, head_t, targets):
     """The teacher's sums, taken in float64."""
     logits = chunks.capped(double(head_t).logits(hidden_t.double()), head_t.cap)
     others = logits.scatter(1, targets[:, None], -torch.inf)
     return torch.stack([(others / TEMPERATURE).logsumexp(1), logits.gather(1, targets[:, None])[:, 0]]).float()
 
 
-def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS, columns=None):
+def both(n, chunk, sliced, caps=(None, None), with_teacher=True, ids=IDS, columns=None):
     """Sums and gradients in place, and of torch in float64."""
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n, ids, caps)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    sums_t = known_of(hidden_t, head_t, targets) if known else None
-    teacher = chunks.Teacher(hidden_t, head_t, gate, sums_t) if with_teacher else None
+    sums_t = logsumexp_of(hidden_t, head_t, targets) if sliced else None
+    teacher = chunks.TeacherSide(hidden_t, head_t, gate, sums_t) if with_teacher else None
     got = gradients(hidden_s, head_s)
-    found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(chunk, columns=columns), got)
-    exact = chunks.Teacher(hidden_t.double(), double(head_t), gate.double()) if with_teacher else None
+    found = chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(chunk, columns=columns), got)
+    exact = chunks.TeacherSide(hidden_t.double(), double(head_t), gate.double()) if with_teacher else None
     hidden_s, head_s = hidden_s.double(), double(head_s)
     grads = gradients(hidden_s, head_s, torch.float64)
-    want = chunks.eager(hidden_s, head_s, exact, targets, scales.double(), settings(n or 1, torch.float64), grads)
+    want = chunks.eager_chunks(
+        hidden_s, head_s, exact, targets, scales.double(), settings(n or 1, torch.float64), grads
+    )
     return found, got, want, grads
 
 
 @pytest.mark.parametrize(
-    ("n", "chunk", "caps", "known", "ids", "columns"),
+    ("n", "chunk", "caps", "sliced", "ids", "columns"),
     [
         (4, 3, (1.5, 0.7), False, IDS, None), (4, 3, (1.5, 0.7), True, IDS, None),
         (2, 8, (None, None), False, IDS, None), (2, 8, (None, None), True, IDS, None),
@@ -96,8 +98,8 @@ def both(n, chunk, known, caps=(None, None), with_teacher=True, ids=IDS, columns
         (2, 8, (None, None), False, 5000, 2100),  # teacher's logits whole: a buffer of more than one slice
     ],
 )  # fmt: skip
-def test_sums_and_gradients_equal_torch(n, chunk, caps, known, ids, columns):
-    found, got, want, grads = both(n, chunk, known, caps, ids=ids, columns=columns)
+def test_sums_and_gradients_equal_torch(n, chunk, caps, sliced, ids, columns):
+    found, got, want, grads = both(n, chunk, sliced, caps, ids=ids, columns=columns)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
     for one, other in zip(got.all(), grads.all(), strict=True):
@@ -117,13 +119,13 @@ def test_no_positions_and_no_teacher(n, with_teacher):
 def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    teacher = chunks.Teacher(hidden_t, head_t, gate)
-    want = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+    teacher = chunks.TeacherSide(hidden_t, head_t, gate)
+    want = chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(2), None)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2), None)
+            found = chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(2), None)
             gates = teacher_sums(hidden_t, head_t.weight, head_t.bias, targets, vocabulary=IDS)
     finally:
         torch.set_default_dtype(before)
@@ -133,14 +135,14 @@ def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
     assert [part.dtype for part in gates[:2]] == [torch.float32] * 2
 
 
-@pytest.mark.parametrize(("known", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * IDS)])
-def test_one_buffer_of_each_side_is_written_over_and_over(known, rows_t, space):
+@pytest.mark.parametrize(("sliced", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * IDS)])
+def test_one_buffer_of_each_side_is_written_over_and_over(sliced, rows_t, space):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
     head_s, head_t = seen(head_s), seen(head_t)
-    sums = known_of(hidden_t, Head(*head_t), targets) if known else None
-    teacher = chunks.Teacher(hidden_t, head_t, gate, sums)
+    sums = logsumexp_of(hidden_t, Head(*head_t), targets) if sliced else None
+    teacher = chunks.TeacherSide(hidden_t, head_t, gate, sums)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(3), None)
+    chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(3), None)
     assert [call[:2] for call in head_s.log] == [((rows, 6), (3, IDS)) for rows in (3, 2)]
     assert {call[2] for call in head_s.log} == {(head_s.log[0][2][0], 3 * IDS)}
     ends = [(0, IDS)]
@@ -157,7 +159,9 @@ def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, c
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n)
     head_s, head_t = seen(head_s), seen(head_t)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    chunks.fused(hidden_s, head_s, chunks.Teacher(hidden_t, head_t, gate), targets, scales, settings(chunk), None)
+    chunks.fused_chunks(
+        hidden_s, head_s, chunks.TeacherSide(hidden_t, head_t, gate), targets, scales, settings(chunk), None
+    )
     written = [call for call in head_t.log if len(call) == 3]
     assert [call[0][0] for call in written] == rows_t
     assert (head_s.log[0][2][1], written[0][2][1]) == (buffers[0] * IDS, buffers[1] * IDS)
@@ -172,9 +176,9 @@ def test_a_vocabulary_of_one_slice_is_not_cut(ids, columns, ends):
     assert chunks.SLICE == 50688
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
     head_t = seen(head_t)
-    teacher = chunks.Teacher(hidden_t, head_t, gate, known_of(hidden_t, Head(*head_t), targets))
+    teacher = chunks.TeacherSide(hidden_t, head_t, gate, logsumexp_of(hidden_t, Head(*head_t), targets))
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    chunks.fused(hidden_s, head_s, teacher, targets, scales, settings(2, columns=columns), None)
+    chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(2, columns=columns), None)
     assert [call for call in head_t.log if len(call) == 2] == ends
     space = {call[2][1] for call in head_t.log if len(call) == 3}
     assert space == {min(ids, chunks.SLICE if columns is None else columns)}
@@ -186,21 +190,21 @@ def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
     _, (hidden_t, head_t, _), targets = draw(3, caps=(None, cap))
     hidden_t, head_t = hidden_t.to(dtype), Head(head_t.weight.to(dtype), None, cap)
     how = {"vocabulary": IDS, "softcap": cap, "sharpness": 1.5, "chunk": 2}
-    gate, entropy, known = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=TEMPERATURE, **how)
+    gate, entropy, sliced = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=TEMPERATURE, **how)
     exact = head_t.logits(hidden_t).double()
     exact = exact if cap is None else cap * torch.tanh(exact / cap)
     log_p = exact.log_softmax(1)
     nats = -(log_p.exp() * log_p).sum(1)
     others = exact.scatter(1, targets[:, None], -torch.inf)
     want = torch.stack([(others / TEMPERATURE).logsumexp(1), exact.gather(1, targets[:, None])[:, 0]])
-    assert {part.dtype for part in (gate, entropy, known)} == {torch.float32}
+    assert {part.dtype for part in (gate, entropy, sliced)} == {torch.float32}
     torch.testing.assert_close(entropy.double(), nats, rtol=0, atol=3e-6)
     normalised = 1.5 * nats / torch.tensor(float(IDS), dtype=torch.float64).log()
     torch.testing.assert_close(gate.double(), (-normalised).exp(), rtol=0, atol=3e-6)
-    torch.testing.assert_close(known.double(), want, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(sliced.double(), want, rtol=2e-6, atol=2e-6)
     usual = teacher_sums(hidden_t, head_t.weight, None, targets, **how)[2]
     at_two = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=2.0, **how)[2]
-    assert torch.equal(usual, at_two) and not torch.equal(usual, known)
+    assert torch.equal(usual, at_two) and not torch.equal(usual, sliced)
     plain = teacher_sums(hidden_t, head_t.weight, None, None, **how)
     assert plain[2] is None and torch.equal(plain[0], gate)
     assert torch.equal(teacher_gates(hidden_t, head_t.weight, None, **how)[0], gate)
@@ -208,22 +212,22 @@ def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
     assert raised[2] is None and raised[0].dtype == torch.float64
 
 
-def test_known_sums_are_what_is_read():
+def test_teacher_logsumexp__given__is_what_is_read():
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(2)
     student, teacher = (hidden_s, head_s.weight, head_s.bias), (hidden_t, head_t.weight, head_t.bias)
-    known = known_of(hidden_t, head_t, targets)
-    how = {"vocabulary": IDS, "ce_scale": 0.3, "kd_scale": 0.8, "temperature": TEMPERATURE}
+    sliced = logsumexp_of(hidden_t, head_t, targets)
+    how = {"vocabulary": IDS, "ce_weight": 0.3, "kd_weight": 0.8, "temperature": TEMPERATURE}
     without = distillation_head(*student, *teacher, targets, gate, **how)
-    with_sums = distillation_head(*student, *teacher, targets, gate, known=known, **how)
+    with_sums = distillation_head(*student, *teacher, targets, gate, teacher_logsumexp=sliced, **how)
     torch.testing.assert_close(with_sums.loss, without.loss, rtol=6e-6, atol=0)
-    others = distillation_head(*student, *teacher, targets, gate, known=known + 0.5, **how)
+    others = distillation_head(*student, *teacher, targets, gate, teacher_logsumexp=sliced + 0.5, **how)
     assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)
 
 
 def test_a_gradient_in_place_is_multiplied_and_given_out_once():
     (hidden_s, head_s), _, targets = draw(2)
     hidden, bias = hidden_s.requires_grad_(), head_s.bias.requires_grad_()
-    how = {"vocabulary": IDS, "ce_scale": 0.3, "chunk": 2}
+    how = {"vocabulary": IDS, "ce_weight": 0.3, "chunk": 2}
     none = (None, None, None)
     out = distillation_head(hidden, head_s.weight, bias, *none, targets, None, **how)
     (out.loss * 2.5).backward(retain_graph=True)
@@ -256,9 +260,9 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
         loss += 0.8 * TEMPERATURE**2 * (gate.double() * (ALPHA * tckd + BETA * nckd)).sum()
     want = torch.autograd.grad(loss, exact)[0].gather(1, targets[:, None])[:, 0]
     losses, scales = torch.zeros(5, 3, device=DEVICE), torch.tensor([0.3, 0.8], device=DEVICE)
-    how = head_triton.Factors(TEMPERATURE, ALPHA, BETA, cap, None)
+    how = fused_head_triton.Factors(TEMPERATURE, ALPHA, BETA, cap, None)
     teacher = logits_t if with_teacher else None
-    head_triton.losses_in_place(logits_s, teacher, targets, gate if with_teacher else None, scales, losses, how)
+    fused_head_triton.losses_in_place(logits_s, teacher, targets, gate if with_teacher else None, scales, losses, how)
     torch.testing.assert_close(losses[3].double(), want, rtol=4e-6, atol=1e-6)
     stands = logits_s.gather(1, targets[:, None])[:, 0].float()
     cut_off = 2**-7 if dtype == torch.bfloat16 else 0  # the interpreter does not round
@@ -269,8 +273,8 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
 @pytest.mark.parametrize(
     ("ids", "columns", "caps"), [(IDS, None, (None, None)), (5000, 2100, (None, None)), (5000, 2100, (20.0, 1.0))]
 )
-@pytest.mark.parametrize(("known", "with_teacher"), [(True, True), (False, True), (False, False)])
-def test_a_target_s_logit_and_the_largest_are_read_unrounded(ids, columns, caps, known, with_teacher, temperature):
+@pytest.mark.parametrize(("sliced", "with_teacher"), [(True, True), (False, True), (False, False)])
+def test_a_target_s_logit_and_the_largest_are_read_unrounded(ids, columns, caps, sliced, with_teacher, temperature):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(6, ids, caps)
     hidden_s, head_s = hidden_s.bfloat16(), Head(head_s.weight.bfloat16(), head_s.bias.bfloat16(), head_s.cap)
     targets[0] = head_s.logits(hidden_s)[0].argmax()
@@ -285,16 +289,16 @@ def test_a_target_s_logit_and_the_largest_are_read_unrounded(ids, columns, caps,
         want = want * (1 - (exact.detach() / head_s.cap) ** 2)
     others = logits_t.scatter(1, targets[:, None], -torch.inf)
     sums = torch.stack([(others / temperature).logsumexp(1), logits_t.gather(1, targets[:, None])[:, 0]]).float()
-    teacher = chunks.Teacher(hidden_t, head_t, gate, sums if known else None) if with_teacher else None
+    teacher = chunks.TeacherSide(hidden_t, head_t, gate, sums if sliced else None) if with_teacher else None
     how = settings(8, columns=columns)._replace(temperature=temperature)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
-    for run in (chunks.fused, chunks.eager):
+    for run in (chunks.fused_chunks, chunks.eager_chunks):
         got = Gradients(hidden_s, head_s.weight, None, [True, True, False], torch.float32, torch.bfloat16, targets)
         found = run(hidden_s, head_s, teacher, targets, scales, how, got)
         torch.testing.assert_close(found[0].double(), ce.sum(), rtol=4e-6, atol=1e-6)
         if with_teacher:
             torch.testing.assert_close(found[1].double(), kd.sum(), rtol=2e-5, atol=1e-6)
-        own = want.gather(1, targets[:, None])[:, 0]
-        torch.testing.assert_close(got._apart[1].double(), own, rtol=1e-5, atol=1e-6)
+        target_grads = want.gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(got._target_rows[1].double(), target_grads, rtol=1e-5, atol=1e-6)
         grad_h = want @ head_s.weight.double()
         assert (got.hidden.double() - grad_h).norm() < 2**-7 * grad_h.norm()
