@@ -7,7 +7,7 @@ changing what it computes: ``@torch.no_grad()`` becomes a ``with`` block, ``@onc
 ``@property`` becomes an assignment. Texts of error messages are not mutated (lines that start with a string).
 
 Two passes. The first runs the tests in torch. What they leave alive meets the kernels' tests of small shapes in Triton's
-interpreter, which alone reach `losses.chunks.fused` and the branches that start kernels. The kernels themselves
+interpreter, which alone reach `losses.fused_head_chunks.fused_chunks` and the branches that start kernels. The kernels themselves
 (``*_triton.py``) are not mutated: they run compiled or interpreted, where mutmut does not reach; tests of their own compare
 them with torch and float64.
 
@@ -38,7 +38,7 @@ from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier,
 
 WORK, INTERPRETED = ROOT / "build" / "mutation", ROOT / "build" / "mutation_interpreted"
 SMALL = (  # kernels' tests that take little time in the interpreter
-    "test_chunks_triton or test_grouped_triton or small or needed"
+    "test_fused_chunks_triton or test_grouped_triton or small or needed"
 )
 CONFIGURATION = """
 [tool.mutmut]

@@ -55,7 +55,7 @@ def revision() -> str | None:
 
 
 def texts(parent: str, names: list[str], since: str | None = None) -> dict[str, str]:
-    """Text of every function, "losses.head _chunk" -> its lines: as they lie here, or at a revision."""
+    """Text of every function, "losses.fused_head_chunks _chunk" -> its lines: as they lie here, or at a revision."""
     listed = git("ls-tree", "-r", "--name-only", since, "--", parent).split() if since else []
     here = [path.relative_to(ROOT).as_posix() for path in (ROOT / parent).rglob("*.py")]
     found = {}
@@ -85,7 +85,7 @@ def mangled(where: str) -> str:
 
 
 def place(mutant: str) -> str:
-    """ "losses.head _chunk" of mutmut's name for a mutant."""
+    """ "losses.fused_head_chunks _chunk" of mutmut's name for a mutant."""
     module, _, function = mutant.removeprefix("grace_plugin.").rpartition(".")
     function = function.rpartition("__mutmut_")[0]
     return f"{module} {function.removeprefix('x_').replace('xǁ', '').replace('ǁ', '.').replace('._get_', '.')}"
