@@ -7,9 +7,9 @@ changing what it computes: ``@torch.no_grad()`` becomes a ``with`` block, ``@onc
 ``@property`` becomes an assignment. Texts of error messages are not mutated (lines that start with a string).
 
 Two passes. The first runs the tests in torch. What they leave alive meets the kernels' tests of small shapes in Triton's
-interpreter, which alone reach `losses.fused_head_chunks.fused_chunks` and the branches that start kernels. The kernels themselves
-(``*_triton.py``) are not mutated: they run compiled or interpreted, where mutmut does not reach; tests of their own compare
-them with torch and float64.
+interpreter, which alone reach `losses.fused_head_chunks.fused_chunks` and the branches that start kernels. The kernels
+themselves (``*_triton.py``) are not mutated: they run compiled or interpreted, where mutmut does not reach; tests of their own
+compare them with torch and float64.
 
     pip install mutmut==3.8.1            into an environment that has the package's own dependencies
     python benchmarks/mutation.py        more than an hour and a half on one core; --children 2 for two
