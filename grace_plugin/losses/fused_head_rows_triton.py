@@ -129,22 +129,9 @@ if triton is not None:
         if WIDTH > 0:
             y, as_written = tl.load(targets + row), z_y
             z_y, z_best, best = _both(
-                student + row * stride_s,
-                hidden + row * stride_h,
-                head,
-                bias,
-                tl.argmax(tops, 0),
-                y,
-                step_h,
-                stride_w,
-                step_w,
-                cap_s,
-                V,
-                WIDTH,
-                BIAS,
-                CAPPED_S,
-                BLOCK,
-            )
+                student + row * stride_s, hidden + row * stride_h, head, bias, tl.argmax(tops, 0), y, step_h, stride_w,
+                step_w, cap_s, V, WIDTH, BIAS, CAPPED_S, BLOCK
+            )  # fmt: skip
             lift = tl.where(best == y, 0.0, z_best - top)  # of what is not the target
             total += (tl.exp(z_y - top) - tl.exp(as_written - top)) + (tl.exp(lift) - 1.0)
             tl.store(row_values + 6 * n + row, z_best)
