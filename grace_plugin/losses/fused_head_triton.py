@@ -119,10 +119,10 @@ if triton is not None:
         z,
         u,
         u_t,
-        scale_ce,
-        normaliser,
+        weight_ce,
+        lse,
         squared,
-        weight_others,
+        weight_s,
         weight_n,
         cap_s,
         TEACHER: tl.constexpr,
@@ -131,11 +131,11 @@ if triton is not None:
     ):
         """dL/dlogit of any id but the target's; u and u_t are what both sides give it among those, at T."""
         if TEACHER == 0:
-            grad = scale_ce * tl.exp2((z - normaliser) * LOG2_E)
+            grad = weight_ce * tl.exp2((z - lse) * LOG2_E)
         elif SQUARES:
-            grad = u * (u * (scale_ce * squared) + weight_others) - weight_n * u_t
+            grad = u * (u * (weight_ce * squared) + weight_s) - weight_n * u_t
         else:
-            grad = scale_ce * tl.exp2((z - normaliser) * LOG2_E) + weight_others * u - weight_n * u_t
+            grad = weight_ce * tl.exp2((z - lse) * LOG2_E) + weight_s * u - weight_n * u_t
         return grad * (1.0 - (z / cap_s) * (z / cap_s)) if CAPPED_S else grad
 
     @triton.jit(do_not_specialize=["done"])
@@ -146,22 +146,20 @@ if triton is not None:
     ):  # fmt: skip
         """Writes dL/dlogits over one block of V columns from `first` on, whose logits of the teacher begin at its own column 0;
         adds NCKD up where the teacher's log-sum-exp was given (TEACHER is 2)."""
-        row = tl.program_id(0).to(tl.int64)
-        local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row, local = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = (local < V) | (V % BLOCK == 0)
         at, at_t = student + row * stride_s + first, teacher + row * stride_t
         z = load_logits(at + local, inside, cap_s, CAPPED_S)
         y = (tl.load(targets + row) - first).to(tl.int32) - tl.program_id(1) * BLOCK
-        # V, not BLOCK: the next slice begins there, and other programs write its columns
-        ids = tl.minimum(BLOCK, V - tl.program_id(1) * BLOCK)
+        ids = tl.minimum(BLOCK, V - tl.program_id(1) * BLOCK)  # at V begins the next slice, which others write
         holds_y = (y >= 0) & (y < ids)
         if UNROUNDED:
             best = tl.load(row_values + 7 * n + row).to(tl.int32) - first - tl.program_id(1) * BLOCK
-        scale_ce, normaliser, u, u_t = tl.load(loss_weights), tl.load(row_values + row), z, z
-        squared, weight_others, weight_n, mass_s, mass_t = 0.0, 0.0, 0.0, 0.0, 0.0
+        weight_ce, lse, u, u_t = tl.load(loss_weights), tl.load(row_values + row), z, z
+        squared, weight_s, weight_n, mass_s, mass_t = 0.0, 0.0, 0.0, 0.0, 0.0
         if TEACHER > 0:
             mass_s, mass_t = tl.load(row_values + n + row), tl.load(masses_t + row)
-            weight_others, weight_n = tl.load(row_values + 3 * n + row), tl.load(row_values + 4 * n + row)
+            weight_s, weight_n = tl.load(row_values + 3 * n + row), tl.load(row_values + 4 * n + row)
             squared = tl.load(row_values + 5 * n + row)
             t = load_logits(at_t + local, inside, cap_t, CAPPED_T)
             u = tl.exp2(z * (per_t * LOG2_E) - mass_s * LOG2_E)
@@ -169,9 +167,7 @@ if triton is not None:
             if holds_y:  # these are over v != y; the target has a gradient of its own
                 at_y = tl.arange(0, BLOCK) == y
                 u, u_t = tl.where(at_y, 0.0, u), tl.where(at_y, 0.0, u_t)
-        grad = _pull(
-            z, u, u_t, scale_ce, normaliser, squared, weight_others, weight_n, cap_s, TEACHER, SQUARES, CAPPED_S
-        )
+        grad = _pull(z, u, u_t, weight_ce, lse, squared, weight_s, weight_n, cap_s, TEACHER, SQUARES, CAPPED_S)
         tl.store(at + local, grad, mask=inside)
         if TEACHER == 2:
             gap = tl.sum(u_t * tl.where(u_t > 0.0, (t - z) * per_t + (mass_s - mass_t), 0.0), 0)
@@ -192,10 +188,10 @@ if triton is not None:
                     z_best,
                     u_best,
                     u_t_best,
-                    scale_ce,
-                    normaliser,
+                    weight_ce,
+                    lse,
                     squared,
-                    weight_others,
+                    weight_s,
                     weight_n,
                     cap_s,
                     TEACHER,
