@@ -17,17 +17,17 @@ GOOD = {"prompts_differing": 0, "tokens": 100, "mean": 0.001, "most": 0.01, "gre
     [({"tokens_differing": 0}, "tokens equal"), ({"tokens_differing": 2, "margin": 0.01}, "2 near-ties"),
      ({"tokens_differing": 3, "margin": 0.01}, "failed"), ({"tokens_differing": 1, "margin": 0.2}, "failed")],
 )  # fmt: skip
-def test_tokens_are_called_equal_only_where_none_differs(change: dict[str, float], said: str) -> None:
+def test_served__tokens_differing__not_called_equal(change: dict[str, float], said: str) -> None:
     assert served(Row("llava", **(GOOD | change))) == said
 
 
-def test_the_table_says_what_a_family_was_judged_against() -> None:
+def test_show__judged_with_causal_mask__said_in_the_table() -> None:
     head, row = show([Row("gemma3", against="causal picture tokens (two-way: mean 0.03)")]).splitlines()
     assert "against" in head and "causal picture tokens (two-way: mean 0.03)" in row
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_asked_was_taught(name: str) -> None:
+def test_questions__by_family__those_trained_on(name: str) -> None:
     """Answers that were learned have margins; families that are not asked about pairs are trained on them all the same."""
     given, asked, trained = lessons(name), questions(name), taught(name)
     assert all(row["messages"][-1]["role"] == "assistant" for row in given)
@@ -51,7 +51,7 @@ def found(serve_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", EVERY)
-def test_a_family_passes(found: dict[str, Row], name: str) -> None:
+def test_family__train_verify_serve__passes(found: dict[str, Row], name: str) -> None:
     row = found[name]
     assert row.passed, row
     assert (row.against == "the model") == (row.two_way is None)

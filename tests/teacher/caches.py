@@ -35,7 +35,7 @@ def build(pair: Pair, folder: Path, dataset: Any, **options: Any) -> CachePlan:
 
 
 def video_sample(frames: list[Any], image: Any) -> dict[str, Any]:
-    """A sample with a video before a picture."""
+    """A sample with a video before an image."""
     content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "what is the shape?"}]
     said = [{"type": "text", "text": "a red square"}]
     return {

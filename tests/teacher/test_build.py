@@ -1,4 +1,4 @@
-"""Building a cache: predicted exactly, resumed behind whole files, damaged files found and written anew, bad input refused."""
+"""Build a teacher cache: exact prediction, continuation after a stop, damaged files, bad input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stop_after(count: int) -> Any:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("visual", [True, False])
-def test_the_size_is_predicted_to_the_byte(pair_of: Any, tmp_path: Path, family: str, visual: bool) -> None:
+def test_build_cache__predicted_size__exact(pair_of: Any, tmp_path: Path, family: str, visual: bool) -> None:
     folder, dataset = tmp_path / "cache", mixed_samples(8)
     plans: list[tuple[CachePlan, bool]] = []
     done = build(
@@ -55,19 +55,19 @@ def test_the_size_is_predicted_to_the_byte(pair_of: Any, tmp_path: Path, family:
     assert done.bytes < on_disk <= done.bytes + 1024 * 8
 
 
-def test_line_ends_of_tiles_make_the_prediction_an_upper_bound(pair_of: Any, tmp_path: Path) -> None:
+def test_build_cache__learned_newlines__size_is_upper_bound(pair_of: Any, tmp_path: Path) -> None:
     done = build(pair_of("llava_next"), tmp_path / "cache", make_samples(2))
     assert done.at_most
     assert done.bytes > sum(s.numel() * s.element_size() for s in everything(tmp_path / "cache").values())
 
 
-def test_equal_samples_are_run_once_and_ids_do_not_count(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__equal_samples__run_once(llava: Pair, tmp_path: Path) -> None:
     one, two = make_samples(2)
     dataset = [{**one, "id": "a"}, {**two, "id": "b"}, {**one, "id": "c"}]
     assert build(llava, tmp_path / "cache", dataset).samples == 2
 
 
-def test_a_stopped_build_goes_on_where_it_stopped(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__stopped__continues(llava: Pair, tmp_path: Path) -> None:
     dataset, folder = mixed_samples(8), tmp_path / "cache"
     with pytest.raises(StopError):
         build(llava, folder, dataset, **SMALL, progress=stop_after(5))
@@ -89,7 +89,7 @@ def test_a_stopped_build_goes_on_where_it_stopped(llava: Pair, tmp_path: Path) -
     assert (nothing.bytes, nothing.tokens, nothing.stored) == (0, 0, 8)
 
 
-def test_a_longer_dataset_adds_its_samples(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__longer_dataset__samples_added(llava: Pair, tmp_path: Path) -> None:
     build(llava, tmp_path / "cache", make_samples(2))
     more = build(llava, tmp_path / "cache", make_samples(4), visual=False)
     assert (more.samples, more.stored, len(StateStore(tmp_path / "cache"))) == (4, 2, 4)
@@ -108,7 +108,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut])
-def test_a_damaged_file_is_named_and_written_anew(llava: Pair, tmp_path: Path, damage: Any) -> None:
+def test_build_cache__damaged_file__named_and_written_again(llava: Pair, tmp_path: Path, damage: Any) -> None:
     dataset, folder = mixed_samples(6), tmp_path / "cache"
     build(llava, folder, dataset, **SMALL)
     before = everything(folder)
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_and_written_anew(llava: Pair, tmp_path: Path, d
     open_store(asked(llava, folder), visual=True)
 
 
-def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__bad_input__refused_before_loading(llava: Pair, tmp_path: Path) -> None:
     folder, dataset = tmp_path / "cache", make_samples(2)
 
     def refused(match: str, **options: Any) -> None:
@@ -148,7 +148,7 @@ def test_what_cannot_be_built_is_refused_before_the_teacher_is_loaded(llava: Pai
         check_disk(folder, CachePlan(1, 0, 2**70, 2**70, False, 1))
 
 
-def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__folder_of_other_states__left_alone(llava: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     build(llava, folder, make_samples(1), visual=False)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".build.lock"}
@@ -173,14 +173,14 @@ def test_a_folder_of_other_states_is_left_alone(llava: Pair, tmp_path: Path) -> 
         StateStore(folder)
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_build_cache__other_tokenizer__refused(tmp_path: Path) -> None:
     other = pair("llava", tmp_path, teacher={"words": "other"})
     with pytest.raises(ValueError, match="tokenizers differ"):
         build(other, tmp_path / "cache", make_samples(1))
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_teacher_without_its_head_is_refused(tmp_path: Path) -> None:
+def test_build_cache__teacher_without_head__refused(tmp_path: Path) -> None:
     """transformers would draw one, and the embedding is not tied to it."""
     made = pair("llava", tmp_path)
     weights = load_file(made.teacher / "model.safetensors")
@@ -194,7 +194,7 @@ def test_a_teacher_without_its_head_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_samples_in_a_dataset_and_by_worker_processes(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__dataset_and_workers__all_samples(llava: Pair, tmp_path: Path) -> None:
     pictures = []
     for number, sample in enumerate(make_samples(3)):
         sample["images"][0].save(tmp_path / f"{number}.png")

@@ -71,7 +71,7 @@ def apart(resident: ResidentTeacher, batch: dict[str, Any], left: Any, right: An
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_answers_as_the_resident_teacher(pair_of: Any, cache_of: Any, family: str) -> None:
+def test_cached_teacher__states__those_of_the_resident_teacher(pair_of: Any, cache_of: Any, family: str) -> None:
     """A sample run alone: the same bits. Samples padded together: the resident teacher's own float32 rounding lies between."""
     resident, cached = both(pair_of(family), cache_of(family))
     collate = collator_of(pair_of(family))
@@ -85,7 +85,7 @@ def test_it_answers_as_the_resident_teacher(pair_of: Any, cache_of: Any, family:
     cached.to(torch.device("cpu"))
 
 
-def test_a_batch_that_was_run_together_is_given_back_bit_for_bit(llava: Pair, tmp_path: Path) -> None:
+def test_cached_teacher__same_batch__same_bits(llava: Pair, tmp_path: Path) -> None:
     """Build and batch put the longest sample first, so both pad and order alike."""
     dataset = sorted(mixed_samples(4), key=lambda sample: -len(collator_of(llava)([sample])["input_ids"][0]))
     build(llava, tmp_path / "cache", dataset, batch_size=4)
@@ -96,8 +96,8 @@ def test_a_batch_that_was_run_together_is_given_back_bit_for_bit(llava: Pair, tm
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
-def test_pictures_and_videos_find_their_places(pair_of: Any, tmp_path: Path, family: str) -> None:
-    """A batch lists its pictures before its videos, whatever their order in the samples."""
+def test_cached_teacher__images_and_videos__in_the_batch_order(pair_of: Any, tmp_path: Path, family: str) -> None:
+    """A batch lists its images before its videos, whatever their order in the samples."""
     pictures = [sample["images"][0].resize((96, 64)) for sample in make_samples(6, seed=9)]
     dataset = [
         video_sample(pictures[:4], pictures[4]),
@@ -115,7 +115,7 @@ def test_pictures_and_videos_find_their_places(pair_of: Any, tmp_path: Path, fam
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_loss_and_gradients_are_the_resident_teachers_bit_for_bit(pair_of: Any, cache_of: Any, family: str) -> None:
+def test_cached_teacher__loss_and_gradients__same_bits_as_resident(pair_of: Any, cache_of: Any, family: str) -> None:
     resident, cached = both(pair_of(family), cache_of(family))
     collate = collator_of(pair_of(family))
     batches = [collate([sample]) for sample in ROWS[:3]]
@@ -135,9 +135,7 @@ def test_loss_and_gradients_are_the_resident_teachers_bit_for_bit(pair_of: Any, 
     assert found[0][2].gdkd > 0 and found[0][2].rcka > 0
 
 
-def test_a_run_from_the_cache_writes_the_bytes_of_a_run_with_the_teacher(
-    llava: Pair, cache_of: Any, tmp_path: Path
-) -> None:
+def test_train__cached_teacher__same_bytes_as_resident(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
     resident = run(llava, tmp_path / "a", ROWS, **options)
     cached = run(llava, tmp_path / "b", ROWS, recipe=cached_recipe(llava, cache_of("llava")), **options)
@@ -146,7 +144,7 @@ def test_a_run_from_the_cache_writes_the_bytes_of_a_run_with_the_teacher(
     assert "kind: cached" in (cached.checkpoint / "recipe.yaml").read_text()
 
 
-def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_oneshot_and_session__cached_teacher__same_result(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = cache_of("llava")
     done = grace_plugin.oneshot(
         str(llava.student), recipe=cached_recipe(llava, folder), dataset=ROWS, output_dir=tmp_path / "out", batch_size=3
@@ -164,7 +162,7 @@ def test_oneshot_and_a_loop_of_ones_own_read_it_too(llava: Pair, cache_of: Any, 
         assert grace.objective.reduce_metrics().gdkd > 0
 
 
-def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_evaluation__batches_with_keys__accepted(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     student = AutoModelForImageTextToText.from_pretrained(llava.student)
     arguments = TrainingArguments(
         str(tmp_path / "run"), remove_unused_columns=False, label_names=["labels"], use_cpu=True, report_to="none",
@@ -186,7 +184,7 @@ def test_evaluation_takes_batches_with_keys(llava: Pair, cache_of: Any, tmp_path
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_training_reads_the_head_and_nothing_else_of_the_teacher(tmp_path: Path, family: str) -> None:
+def test_train__cached_teacher__only_the_head_file_read(tmp_path: Path, family: str) -> None:
     """One tensor a file, and every file but the head's is gone; Qwen2.5-VL's head is its embedding."""
     made = pair(family, tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(made.teacher)
@@ -214,7 +212,7 @@ def test_training_reads_the_head_and_nothing_else_of_the_teacher(tmp_path: Path,
 def refused(
     pair: Pair, folder: Path, match: str, dataset: Any = None, *, student: str = "/no/student", **options: Any
 ) -> None:
-    """Refused before any model is loaded: the student named is not there, unless the samples have to be looked at."""
+    """Refused before any model is loaded: the student named is not there, unless the samples have to be checked."""
     options = {"processor": AutoProcessor.from_pretrained(pair.student)} | options
     blocks = {key: options.pop(key) for key in ("teacher", "relational") if key in options}
     recipe = cached_recipe(pair, folder) if "teacher" not in blocks else recipe_text(None, **blocks)
@@ -223,9 +221,7 @@ def refused(
     assert not (folder.parent / "out").exists() and not (folder.parent / "out.run").exists()
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_a_model_is_loaded(
-    llava: Pair, cache_of: Any, tmp_path: Path
-) -> None:
+def test_train__cache_that_does_not_fit__refused_before_loading(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
     refused(llava, tmp_path / "none", r"no teacher cache at .*none; write it with `grace teacher cache RECIPE --model")
     other = tmp_path / "other"
@@ -251,7 +247,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_a_model_is_loaded(
     run(llava, tmp_path / "fine", ROWS, recipe=cached_recipe(llava, tmp_path / "text", relational={"enabled": False}))
 
 
-def test_a_sample_that_is_not_in_the_cache_is_named_before_training(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_check_cached_samples__missing_sample__named(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
     new = {**make_samples(1, seed=50)[0], "id": "new-one"}
     student = str(llava.student)
@@ -266,7 +262,7 @@ def test_a_sample_that_is_not_in_the_cache_is_named_before_training(llava: Pair,
     refused(llava, folder, "made as they are read", drawn, student=student)
 
 
-def test_what_a_batch_lacks_is_said(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_cached_teacher__batch_without_keys_or_states__refused(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     teacher = both(llava, cache_of("llava"))[1]
     batch = collator_of(llava)(ROWS[:2])
     with pytest.raises(ValueError, match=r"no sample_key; collate it with .*keys=True"):
@@ -283,7 +279,7 @@ def test_what_a_batch_lacks_is_said(llava: Pair, cache_of: Any, tmp_path: Path) 
         teacher.states(batch, positions, VisualTokens(found.index[1:], found.sizes))
 
 
-def test_a_loaded_teacher_is_not_read_from_a_cache(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
+def test_open_teacher__cached_with_a_loaded_teacher__refused(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     loaded = load_teacher(str(llava.teacher), dtype="float32")
     with pytest.raises(ValueError, match="cached does not use the teacher that was passed"):
         run(llava, tmp_path / "out", ROWS, recipe=cached_recipe(llava, cache_of("llava")), teacher=loaded)
@@ -294,7 +290,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_states_are_copied_by_threads_and_in_a_forked_process_by_its_own() -> None:
+def test_concatenate__forked_process__own_threads() -> None:
     parts = [torch.randn(samples, 1024).bfloat16() for samples in (700, 0, 1, 300)]
     assert sum(part.nbytes for part in parts) > reading._THREADED_BYTES
     assert torch.equal(_joined(parts), torch.cat(parts))

@@ -1,4 +1,4 @@
-"""Real pairs, opened as a run opens them: settings beside both checkpoints, and a teacher of another generation."""
+"""Open pairs as a run does: settings of both checkpoints, custom teachers, and teachers of another generation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BIGGER: dict[str, Any] = {"seed": 1, "hidden": 512, "layers": 4, "vocab_rows": 4
 
 
 def opened(student: Path, teacher: Path) -> None:
-    """A session of the two, which looks at the pair and is left."""
+    """Open and close a session of the two, which checks the pair."""
     model = AutoModelForImageTextToText.from_pretrained(student)
     with grace_plugin.grace_session(model, recipe_text(teacher), total_steps=1):
         pass
@@ -32,7 +32,7 @@ def opened(student: Path, teacher: Path) -> None:
         ("qwen2_vl", "video", {"shortest_edge": 3136, "longest_edge": 50176}, r"video settings .*12544.* / .*50176"),
     ],
 )  # fmt: skip
-def test_a_teacher_beside_other_settings_is_refused(
+def test_session__teacher_with_other_settings__refused(
     pair_of: Callable[[str], Pair], tmp_path: Path, family: str, part: str, size: dict[str, int], shown: str
 ) -> None:
     made = pair_of(family)
@@ -54,7 +54,7 @@ class Own(ResidentTeacher):
         return super().states(*args, **options)
 
 
-def test_a_teacher_of_ones_own_is_used_as_it_is(llava: Pair, tmp_path: Path) -> None:
+def test_session_and_oneshot__custom_teacher__used(llava: Pair, tmp_path: Path) -> None:
     """By a session and by `oneshot`; what `train` makes of one is the demo's test."""
     recipe = recipe_text(None, oneshot={"epochs": 1.0, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 2})
     own = Own(AutoModelForImageTextToText.from_pretrained(llava.teacher))
@@ -68,9 +68,7 @@ def test_a_teacher_of_ones_own_is_used_as_it_is(llava: Pair, tmp_path: Path) -> 
     assert own.asked == 4 and done.verification["verified"]
 
 
-def test_a_teacher_of_another_generation_trains_a_student_when_tokenizers_agree(
-    pair_of: Callable[[str], Pair], tmp_path: Path
-) -> None:
+def test_train__other_generation_same_tokenizer__trained(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     student = pair_of("qwen2_vl").student
     save(*build("qwen2_5_vl", **BIGGER), tmp_path / "teacher")
     made = Pair("qwen2_vl", student, tmp_path / "teacher")
@@ -80,9 +78,7 @@ def test_a_teacher_of_another_generation_trains_a_student_when_tokenizers_agree(
     assert len(logs) == 2 and all(log["loss_gdkd"] > 0 and log["loss_rcka"] > 0 for log in logs)
 
 
-def test_a_teacher_of_another_generation_with_another_tokenizer_is_refused(
-    pair_of: Callable[[str], Pair], tmp_path: Path
-) -> None:
+def test_train__other_generation_other_tokenizer__refused(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     save(*build("qwen2_5_vl", words="other", **BIGGER), tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"tokenizers differ on \d+ of .*same tokenizer generation"):
         run(Pair("qwen2_vl", pair_of("qwen2_vl").student, tmp_path / "teacher"), tmp_path / "out", make_samples(4))

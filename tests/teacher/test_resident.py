@@ -13,7 +13,7 @@ from tests.tiny import FAMILIES, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_are_the_samples_of_a_full_forward(family: str) -> None:
+def test_resident_teacher__states__positions_of_a_full_forward(family: str) -> None:
     model, processor = build(family, hidden=512, layers=4)
     batch = ConversationCollator(processor)(mixed_samples(4))
     labels = batch.pop("labels")
@@ -36,7 +36,7 @@ def test_states_are_the_samples_of_a_full_forward(family: str) -> None:
     torch.testing.assert_close(found.final @ weight.T, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_frozen_and_in_evaluation_mode() -> None:
+def test_resident_teacher__after_loading__frozen_in_evaluation_mode() -> None:
     model, _ = build("llava")
     model.train()
     teacher = ResidentTeacher(model)
@@ -45,13 +45,13 @@ def test_it_is_frozen_and_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_load_keeps_or_takes_a_dtype(llava: Pair, dtype: str, expected: torch.dtype) -> None:
+def test_load_teacher__dtype__kept_or_cast(llava: Pair, dtype: str, expected: torch.dtype) -> None:
     model = load_teacher(str(llava.teacher), dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {expected}
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_path_that_holds_no_teacher_is_named(tmp_path) -> None:
+def test_load_teacher__no_checkpoint__path_named(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=rf"cannot load the teacher '{tmp_path}/none'.*Set teacher\.model in the recipe"
     ):
@@ -61,7 +61,7 @@ def test_a_path_that_holds_no_teacher_is_named(tmp_path) -> None:
         load_teacher(str(tmp_path))
 
 
-def test_a_device_without_a_number_is_the_one_its_weights_lie_on() -> None:
+def test_resident_teacher__device_without_index__that_of_the_weights() -> None:
     """Batches name theirs with one; unequal names would have them moved, and their grids read from the device."""
     model, _ = build("llava")
     teacher = ResidentTeacher(model)

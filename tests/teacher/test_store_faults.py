@@ -52,9 +52,7 @@ def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "digests" / "sha256"
 
 
-def test_weights_of_another_sign_between_any_samples_are_another_teacher(
-    llava: Pair, tmp_path: Path, remembered: Path
-) -> None:
+def test_fingerprint__one_weight_negated__other_teacher(llava: Pair, tmp_path: Path, remembered: Path) -> None:
     """Sixteen pieces of 64 KiB were read before: here each of 1.85 million weights outside of them has another sign."""
     folder = tmp_path / "teacher"
     folder.mkdir()
@@ -74,7 +72,7 @@ def test_weights_of_another_sign_between_any_samples_are_another_teacher(
     assert before["model.safetensors"] != after["model.safetensors"]
 
 
-def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, remembered: Path) -> None:
+def test_file_digests__file_changed__computed_again(tmp_path: Path, remembered: Path) -> None:
     file = tmp_path / "a.bin"
     file.write_bytes(b"1" * 1000)
     first = file_digests({"a": file})
@@ -98,7 +96,7 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, remembere
     assert file_digests({"a": file}) != first, "content with its old size and time"
 
 
-def test_digests_without_a_folder_to_remember_them_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_digests__no_writable_cache__computed_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"x")
     monkeypatch.setenv("GRACE_CACHE", str(tmp_path / "file"))
     assert file_digests({"f": tmp_path / "file"}) == {
@@ -106,7 +104,7 @@ def test_digests_without_a_folder_to_remember_them_in(tmp_path: Path, monkeypatc
     }
 
 
-def test_a_cache_of_the_earlier_format_says_what_to_do(llava: Pair, store: Path) -> None:
+def test_read_store__earlier_format__refused(llava: Pair, store: Path) -> None:
     written = json.loads((store / "store.json").read_text())
     (store / "store.json").write_text(json.dumps(written | {"format": 1}))
     said = (
@@ -129,7 +127,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return other
 
 
-def test_a_folder_that_another_process_writes_to_is_refused_by_its_name(llava: Pair, store: Path) -> None:
+def test_build_lock__other_process__named(llava: Pair, store: Path) -> None:
     other, before = hold(store), everything(store)
     try:
         said = rf"cache is being written by process {other.pid} on .* since .*; wait until it has ended, or end it"
@@ -144,7 +142,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_by_its_name(llava: P
     assert (more.samples, len(StateStore(store))) == (6, 6)
 
 
-def test_two_builds_at_once_write_one_whole_cache(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__two_processes__one_whole_cache(llava: Pair, tmp_path: Path) -> None:
     """In two processes: transformers' loading is not safe for two threads, and leaves the second a model without weights."""
     folder = tmp_path / "cache"
 
@@ -172,7 +170,7 @@ def test_two_builds_at_once_write_one_whole_cache(llava: Pair, tmp_path: Path) -
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_folder_is_left_as_it_was_when_nothing_was_written(tmp_path: Path) -> None:
+def test_build_lock__exception_before_writing__folder_unchanged(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         with build_lock(folder):
             raise KeyError(str((folder / ".build.lock").exists()))
@@ -188,7 +186,7 @@ def test_a_folder_is_left_as_it_was_when_nothing_was_written(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "damage", ["", "{", "[]", '{"format": 2}', '{"format": 2, "identity": 1, "made_with": {}}', None]
 )
-def test_a_store_file_that_is_cut_or_lost_is_restored(llava: Pair, store: Path, damage: str | None) -> None:
+def test_restore_store__cut_or_lost__restored_from_headers(llava: Pair, store: Path, damage: str | None) -> None:
     file, before, states = store / "store.json", (store / "store.json").read_text(), everything(store)
     if damage is None:
         file.unlink()
@@ -206,7 +204,7 @@ def test_a_store_file_that_is_cut_or_lost_is_restored(llava: Pair, store: Path, 
     assert everything(store).keys() == states.keys()
 
 
-def test_what_a_stopped_build_leaves_is_no_hindrance(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__leftover_files__removed(llava: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
     for name in ("store.json.partial", "writing-17.partial", ".build.lock"):
@@ -216,7 +214,7 @@ def test_what_a_stopped_build_leaves_is_no_hindrance(llava: Pair, tmp_path: Path
     assert len(open_store(asked(llava, folder), visual=True)) == 1
 
 
-def test_a_store_file_of_another_program_is_left_alone(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__store_file_of_another_program__left_alone(llava: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "store.json").write_text("not ours")
@@ -226,7 +224,7 @@ def test_a_store_file_of_another_program_is_left_alone(llava: Pair, tmp_path: Pa
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"store.json": "not ours", "notes": "mine"}
 
 
-def test_states_of_another_teacher_that_were_copied_in_are_named(llava: Pair, store: Path, tmp_path: Path) -> None:
+def test_state_store__foreign_shard__named(llava: Pair, store: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_store(other, {"teacher": {"commit": "x"}, "processor": {}, "visual": True}, {"teacher": "t"})
     with ShardWriter(other, 1) as writer:
@@ -240,7 +238,7 @@ def test_states_of_another_teacher_that_were_copied_in_are_named(llava: Pair, st
         build(llava, store, mixed_samples(4))
 
 
-def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(llava: Pair, tmp_path: Path) -> None:
+def test_shard_writer__full_disk__written_files_kept(llava: Pair, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
@@ -268,13 +266,13 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(llava: Pair, t
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_file_as_folder_is_refused(llava: Pair, tmp_path: Path) -> None:
+def test_build_cache__file_as_folder__refused(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
     with pytest.raises(ValueError, match=r"cache is a file; give a new folder"):
         build(llava, tmp_path / "cache", make_samples(1))
 
 
-def test_headers_say_what_made_them(store: Path) -> None:
+def test_shard_writer__headers__repeat_store_json(store: Path) -> None:
     from safetensors import safe_open
 
     for path in store.glob("*.safetensors"):

@@ -70,7 +70,7 @@ def takes_video(model: Any) -> bool:
 
 
 STACKED = ("llava_onevision", "internvl")
-"""Families whose processor takes videos of one length in a batch; `training_rows` refuses others."""
+"""Families whose processor takes videos of one length in a batch; `prepare` refuses others."""
 
 
 def relation(model: Any, teacher: Any, batch: dict[str, Tensor]) -> Any:
@@ -133,7 +133,7 @@ class FamilyContract:
         ]
         if family.served_images is None:
             assert list(sizes) == alone
-        else:  # laid out anew beside another: each has its base view
+        else:  # several images of a sample have their base views alone
             assert len(set(sizes)) == 1
             assert sizes[0] < min(alone)
 
@@ -161,7 +161,7 @@ class FamilyContract:
         assert len(expected) > 4
 
     def test_videos__several_in_a_batch__as_each_alone(self, built: Built) -> None:
-        """Two videos of different length, a image between them and one beside the second; two of one length where stacked."""
+        """Two videos of different length, an image between them and one with the second; one length where stacked."""
         model, processor = built
         if not takes_video(model):
             return

@@ -16,7 +16,7 @@ from tests.tiny import build
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3"])
-def test_states_and_head_are_the_resident_teachers(family: str) -> None:
+def test_offloaded_teacher__states_and_head__those_of_the_resident_teacher(family: str) -> None:
     model, processor = build(family, seed=1, hidden=512, layers=4)
     batch = ConversationCollator(processor)(mixed_samples(4))
     resident = ResidentTeacher(model)
@@ -31,7 +31,7 @@ def test_states_and_head_are_the_resident_teachers(family: str) -> None:
         offloaded.to(torch.device("meta"))
 
 
-def test_a_run_writes_the_bytes_of_a_run_with_the_teacher_resident(llava: Pair, tmp_path: Path) -> None:
+def test_train__offloaded_teacher__same_bytes_as_resident(llava: Pair, tmp_path: Path) -> None:
     block: dict[str, Any] = {"model": str(llava.teacher), "dtype": "float32"}
     left = run(llava, tmp_path / "a", recipe=recipe_text(None, teacher=block))
     right = run(llava, tmp_path / "b", recipe=recipe_text(None, teacher=block | {"kind": "offload"}))

@@ -27,7 +27,7 @@ def folder_with(path: Path, tensors: dict[str, torch.Tensor], **config: object) 
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3", "qwen3_vl_moe"])
-def test_the_head_is_the_loaded_models(family: str, tmp_path: Path) -> None:
+def test_head__by_family__that_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     assert family in EVERY
     model, _ = build(family)
     model.save_pretrained(tmp_path)
@@ -35,7 +35,7 @@ def test_the_head_is_the_loaded_models(family: str, tmp_path: Path) -> None:
     assert torch.equal(weight, model.get_output_embeddings().weight) and bias is None
 
 
-def test_a_head_with_a_bias_in_the_dtype_asked_for(tmp_path: Path) -> None:
+def test_head__with_bias__in_the_given_dtype(tmp_path: Path) -> None:
     weight, bias = torch.randn(8, 4), torch.randn(8)
     tensors = {"language_model.lm_head.weight": weight, "language_model.lm_head.bias": bias, "a.weight": torch.zeros(2)}
     source = open_checkpoint(folder_with(tmp_path / "t", tensors, dtype=None))
@@ -45,7 +45,7 @@ def test_a_head_with_a_bias_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert half[1] is not None and {half[0].dtype, half[1].dtype} == {torch.bfloat16}
 
 
-def test_a_head_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+def test_head__none_or_two__refused(tmp_path: Path) -> None:
     two = {"a.lm_head.weight": torch.zeros(2, 2), "b.lm_head.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match="2 tensors that could be its head"):
         open_checkpoint(folder_with(tmp_path / "two", two)).head("auto")
@@ -56,7 +56,7 @@ def test_a_head_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "none")).head("auto")
 
 
-def test_a_folder_is_known_by_its_content_and_a_snapshot_by_its_commit(llava: Pair, tmp_path: Path) -> None:
+def test_fingerprint__folder_and_snapshot__content_and_commit(llava: Pair, tmp_path: Path) -> None:
     first = open_checkpoint(str(llava.teacher)).fingerprint()
     assert sorted(first) == ["config.json", "model.safetensors"]
     moved = shutil.copytree(llava.teacher, tmp_path / "moved")

@@ -38,7 +38,7 @@ def taught(family: str, freeze: tuple[str, ...]) -> tuple[Any, SelfTeacher, Grac
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("freeze", [SCALES_ALONE, SCALES_AND_NORMS], ids=["scales", "scales_and_norms"])
-def test_it_stays_the_unquantized_student_of_the_start(family: str, freeze: tuple[str, ...]) -> None:
+def test_self_teacher__student_trains__states_of_the_start(family: str, freeze: tuple[str, ...]) -> None:
     student, teacher, grace, batch = taught(family, freeze)
     original = ResidentTeacher(build(family)[0])
     wanted = ask(original, batch)
@@ -64,7 +64,7 @@ def test_it_stays_the_unquantized_student_of_the_start(family: str, freeze: tupl
     assert teacher.copied == norms and (norms == 0) == (freeze is SCALES_ALONE)
 
 
-def test_a_pass_leaves_the_student_as_it_was_even_when_it_fails() -> None:
+def test_self_teacher__failing_pass__student_restored() -> None:
     student, teacher, _, batch = taught("llava", SCALES_ALONE)
     layer = student.get_submodule("model.language_model.layers.0.self_attn.q_proj")
     student.get_submodule("model.vision_tower").eval()
@@ -78,7 +78,7 @@ def test_a_pass_leaves_the_student_as_it_was_even_when_it_fails() -> None:
     assert torch.equal(student(**{k: v for k, v in batch.items() if k != "labels"}).logits, wanted)
 
 
-def test_weights_that_train_are_refused_and_named(llava: Pair, tmp_path: Path) -> None:
+def test_self_teacher__trainable_weights__refused_by_name(llava: Pair, tmp_path: Path) -> None:
     recipe = recipe_text(None, teacher={"kind": "self"})
     with pytest.raises(ValueError, match=r"21 of 21 quantized layers train theirs \(model\.language_model\..*Freeze"):
         run(llava, tmp_path / "out", recipe=recipe)
@@ -92,7 +92,7 @@ def test_weights_that_train_are_refused_and_named(llava: Pair, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_a_scale_only_run_from_its_own_weights(pair_of: Any, tmp_path: Path, family: str) -> None:
+def test_train__self_teacher__scales_alone_change(pair_of: Any, tmp_path: Path, family: str) -> None:
     class Moved(TrainerCallback):
         moved: set[str]
 

@@ -23,7 +23,7 @@ from tests.tiny import FAMILIES, build, make_tokenizer
 @pytest.mark.parametrize(
     ("student_rows", "teacher_rows", "expected"), [(0, 0, 0), (128, 64, 0), (0, 192, 0), (-3, 0, -3), (0, -5, -5)]
 )
-def test_padded_heads_of_any_size_share_the_tokenizers_ids(
+def test_shared_vocabulary__padded_heads__ids_of_the_tokenizers(
     family: str, student_rows: int, teacher_rows: int, expected: int
 ) -> None:
     """Rows and result relative to the tokenizer's length."""
@@ -35,13 +35,13 @@ def test_padded_heads_of_any_size_share_the_tokenizers_ids(
     assert found == size + expected
 
 
-def test_processors_are_taken_for_their_tokenizers() -> None:
+def test_shared_vocabulary__processors__their_tokenizers_used() -> None:
     (_, a), (_, b) = build("llava"), build("llava")
     assert shared_vocabulary(a, b, student_rows=999, teacher_rows=999) == len(a.tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_another_tokenizer_is_refused_with_examples(family: str) -> None:
+def test_shared_vocabulary__other_tokenizer__refused_with_examples(family: str) -> None:
     ours, theirs = make_tokenizer(family), make_tokenizer(family, "other")
     size = min(len(ours), len(theirs))
     differing = [i for i in range(size) if ours.convert_ids_to_tokens(i) != theirs.convert_ids_to_tokens(i)]
@@ -52,26 +52,26 @@ def test_another_tokenizer_is_refused_with_examples(family: str) -> None:
     assert "choose a teacher of the same tokenizer generation" in str(caught.value)
 
 
-def test_a_teacher_with_further_tokens_behind_is_taken() -> None:
+def test_shared_vocabulary__teacher_with_more_tokens__accepted() -> None:
     ours, theirs = make_tokenizer("llava"), make_tokenizer("llava")
     theirs.add_tokens(["<extra>"])
     assert shared_vocabulary(ours, theirs, student_rows=999, teacher_rows=999) == len(ours)
 
 
-def test_the_same_ids_cut_differently_are_refused() -> None:
+def test_shared_vocabulary__same_ids_other_segmentation__refused() -> None:
     ours, theirs = make_tokenizer("llava"), make_tokenizer("llava")
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ValueError, match=r"share their ids but cut the same text differently"):
         shared_vocabulary(ours, theirs, student_rows=999, teacher_rows=999)
 
 
-def test_the_tokenizer_beside_a_checkpoint(llava: Pair) -> None:
+def test_load_tokenizer__checkpoint__its_vocabulary(llava: Pair) -> None:
     model = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.bfloat16)
     assert load_tokenizer(model, "student").get_vocab() == make_tokenizer("llava").get_vocab()
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_model_without_a_readable_folder_is_named(role: str, tmp_path) -> None:
+def test_load_tokenizer__no_readable_folder__role_named(role: str, tmp_path) -> None:
     model, _ = build("llava")
     with pytest.raises(ValueError, match=rf"the {role} has no name_or_path.*pass {role}_processor="):
         load_tokenizer(model, role)
@@ -98,7 +98,7 @@ def test_a_model_without_a_readable_folder_is_named(role: str, tmp_path) -> None
         ("qwen2_vl", "resample", 2, "resample: 3 / 2"),
     ],
 )
-def test_other_image_settings_are_refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
+def test_image_settings__different__refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
     (_, ours), (_, theirs) = build(name), build(name)
     check_image_processors(ours, theirs)
     setattr(theirs.image_processor, field, value)
@@ -115,7 +115,7 @@ def test_other_image_settings_are_refused_with_both_values(name: str, field: str
         ("llava_onevision", "do_normalize", False, "do_normalize: True / False"),
     ],
 )
-def test_other_video_settings_are_refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
+def test_video_settings__different__refused_with_both_values(name: str, field: str, value: object, shown: str) -> None:
     (_, ours), (_, theirs) = build(name), build(name)
     theirs.video_processor.max_frames = 5  # how many frames there are does not depend on it
     check_image_processors(ours, theirs, "video")
@@ -125,7 +125,7 @@ def test_other_video_settings_are_refused_with_both_values(name: str, field: str
         check_image_processors(ours, theirs, "video")
 
 
-def test_settings_that_are_nowhere_are_not_compared(tmp_path) -> None:
+def test_check_image_processors__no_processor__not_compared(tmp_path) -> None:
     model, processor = build("llava")
     assert load_image_processor(model) is None
     model.name_or_path = str(tmp_path)
@@ -134,7 +134,7 @@ def test_settings_that_are_nowhere_are_not_compared(tmp_path) -> None:
     check_image_processors(processor.tokenizer, processor)
 
 
-def test_settings_beside_a_checkpoint(llava: Pair) -> None:
+def test_load_image_processor__checkpoint__its_settings(llava: Pair) -> None:
     model = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.bfloat16)
     _, processor = build("llava")
     found = load_image_processor(model)
@@ -147,7 +147,7 @@ def test_settings_beside_a_checkpoint(llava: Pair) -> None:
 @pytest.mark.parametrize(
     ("student", "teacher"), [("qwen2_vl", "qwen2_5_vl"), ("qwen3_vl", "qwen3_vl_moe"), ("smolvlm", "idefics3")]
 )
-def test_a_teacher_of_another_family_that_sees_alike_is_taken(student: str, teacher: str) -> None:
+def test_check_pixels__other_family_same_layout__accepted(student: str, teacher: str) -> None:
     (ours, own), (theirs, other) = build(student), build(teacher)
     check_pixels(family_of(ours), ours.config, family_of(theirs), theirs.config)
     assert shared_vocabulary(own, other, student_rows=999, teacher_rows=999) == len(own.tokenizer)
@@ -162,13 +162,13 @@ def test_a_teacher_of_another_family_that_sees_alike_is_taken(student: str, teac
         ("pixtral", "mistral3", "spatial_merge_size: None / 2"),
     ],
 )
-def test_a_teacher_of_another_family_that_sees_otherwise_is_refused(student: str, teacher: str, shown: str) -> None:
+def test_check_pixels__other_family_other_layout__refused(student: str, teacher: str, shown: str) -> None:
     (ours, _), (theirs, _) = build(student), build(teacher)
     with pytest.raises(ValueError, match=rf"the student is of family .* and the teacher of .*{shown}"):
         check_pixels(family_of(ours), ours.config, family_of(theirs), theirs.config)
 
 
-def test_a_teacher_that_marks_images_with_another_token_is_refused() -> None:
+def test_check_pixels__other_image_token__refused() -> None:
     (ours, _), (theirs, _) = build("qwen2_vl"), build("qwen2_5_vl")
     theirs.config.image_token_id += 1
     with pytest.raises(ValueError, match=r"image token id: (\d+) / \d+"):
