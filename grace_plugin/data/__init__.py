@@ -7,7 +7,7 @@ from grace_plugin.data.conversation import Sample, check_sample, check_samples, 
 from grace_plugin.data.errors import REASONS, SampleError
 from grace_plugin.data.key import SAMPLE_KEY, processor_settings, sample_key
 from grace_plugin.data.mix import draw_samples
-from grace_plugin.data.order import EpochSampler, epoch_order, rank_batches
+from grace_plugin.data.order import EpochSampler, epoch_order
 from grace_plugin.data.prepare import BadSamplesError, Prepared, is_scannable, prepare
 from grace_plugin.data.sources import as_samples, load_samples, stream_samples
 from grace_plugin.data.stream import StreamedSamples
@@ -32,7 +32,6 @@ __all__ = [
     "load_samples",
     "prepare",
     "processor_settings",
-    "rank_batches",
     "read_sample",
     "sample_key",
     "stream_samples",

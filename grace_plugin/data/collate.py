@@ -88,7 +88,7 @@ class ConversationCollator:
         self._pad = {"input_ids": pad if known else 0, "labels": IGNORE_INDEX}
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """[samples] -> input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
+        """Return input_ids, attention_mask, labels (int64 [B, S]), the family's pixel entries, and keys if asked for.
 
         Packed: input_ids, position_ids, labels, int64 [1, sum of the samples' lengths].
 
@@ -178,7 +178,7 @@ class ConversationCollator:
             )
 
     def _bounded(self, sample: Sample) -> Sample:
-        """The sample with those images resized whose parts ask for a size of their own."""
+        """Return the sample with those images resized whose parts ask for a size of their own."""
         bounds = sample.bounds if sample.images else []
         if not any(bounds):
             return sample
@@ -202,7 +202,7 @@ class ConversationCollator:
             raise SampleError("unknown_field", f"{name} gives {', '.join(asked)} for an image: {error}") from error
 
     def count_tokens(self, pieces: Sequence[Piece], written: Sequence[Sequence[str]]) -> list[int]:
-        """Tokens of each piece, with `written` in the places of its images."""
+        """Return the number of tokens of each piece, with `written` in place of its images."""
         mark = self.segmenter.placeholders["image"]
         for piece, images in zip(pieces, written, strict=True):
             if images:
@@ -221,9 +221,10 @@ class ConversationCollator:
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=self._pad.get(key, 0))
 
     def _pixels(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The processor's arguments for the pieces' images and videos; frames are taken as they are, not sampled again."""
+        """Return the processor's arguments for the pieces' images and videos; frames are not sampled again."""
         videos = [video for piece in pieces for video in piece.videos]
-        images: list[Any] = [piece.images for piece in pieces]  # which text an image belongs to is part of some formats
+        # which text an image belongs to is part of some formats
+        images: list[Any] = [piece.images for piece in pieces]
         if videos:
             images = [image for own in images for image in own]
         given: dict[str, Any] = {"images": images} if any(piece.images for piece in pieces) else {}
@@ -252,7 +253,7 @@ class ConversationCollator:
         return list(self.processor.tokenizer("")["input_ids"])
 
     def pieces(self, number: int, sample: Sample) -> list[Piece]:
-        """The pieces of a sample; the first gets the tokens that the tokenizer puts before a text, unless the template has."""
+        """Return the pieces of a sample; the first gets the tokens that the tokenizer puts before a text, if any."""
         images, videos = list(sample.images), list(sample.videos)
         pieces: list[Piece] = []
         before = ""
@@ -284,7 +285,7 @@ def highest_id(ids: Tensor) -> int:
 
 
 def _token_list(given: Sequence[str]) -> tuple[str, ...]:
-    """`special_tokens` as a tuple; one string is taken for one token."""
+    """Return `special_tokens` as a tuple; one string is taken for one token."""
     listed = isinstance(given, (list, tuple, set, frozenset))
     tokens = (given,) if isinstance(given, str) else tuple(sorted(given, key=str)) if listed else ()
     if not (listed or isinstance(given, str)) or not all(isinstance(token, str) for token in tokens):

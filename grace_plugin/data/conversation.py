@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_plugin.data.errors import SampleError, raise_unreadable
+from grace_plugin.data.errors import SampleError, malformed, raise_unreadable
 from grace_plugin.data.formats import to_messages
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image
 from grace_plugin.data.parts import BOUNDS, media_value
@@ -77,7 +77,7 @@ class Sample:
 
 
 def sample_name(sample: Any, number: int | None = None) -> str:
-    """How messages speak of a sample: by its id or name, its number, or its beginning."""
+    """Return how messages speak of a sample: by its id or name, its number, or its beginning."""
     sample = sample if isinstance(sample, Mapping) else {"messages": sample}
     for key in ("id", "name"):
         if sample.get(key) is not None:
@@ -86,15 +86,16 @@ def sample_name(sample: Any, number: int | None = None) -> str:
 
 
 def _listed(sample: Mapping[str, Any], kind: str, name: str) -> list[Any] | None:
-    """The sample's own list of images or videos; None when it has no such field."""
+    """Return the sample's own list of images or videos; None when it has no such field."""
     many, one = sample.get(f"{kind}s"), sample.get(kind)
     if isinstance(one, str) and not one:
         one = None
     if many is not None and (isinstance(many, (str, bytes, Mapping)) or not hasattr(many, "__iter__")):
-        raise SampleError("malformed", f"{name}: {kind}s is a {type(many).__name__}; give a list")
+        raise malformed(f"{name}: {kind}s is a {type(many).__name__}; give a list")
     if one is not None and not is_empty(many):
-        raise SampleError("malformed", f"{name} has {kind} and {kind}s; give one of them")
-    if one is None:  # a column that is there and empty makes tags placeholders as well, so that a lost image is found
+        raise malformed(f"{name} has {kind} and {kind}s; give one of them")
+    # a column that is there and empty makes tags placeholders as well, so that a lost image is found
+    if one is None:
         if many is None:
             return [] if kind in sample or f"{kind}s" in sample else None
         return [media_value(value) for value in many if value is not None]
@@ -103,7 +104,7 @@ def _listed(sample: Mapping[str, Any], kind: str, name: str) -> list[Any] | None
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values are one image or video: the same path, bytes, pixels or frames."""
+    """Return whether two values are one image or video: the same path, bytes, pixels or frames."""
     if one is other:
         return True
     equal = one == other  # of PIL images: their pixels
@@ -111,7 +112,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _attached(kind: str, listed: list[Any] | None, inline: list[Any], name: str) -> tuple[Any, ...]:
-    """The sample's images or videos, one for each placeholder; `inline` has None for a part that holds none itself."""
+    """Return the sample's images or videos, one for each placeholder; `inline` has None for a part that holds none itself."""
     given, bare = listed or [], sum(value is None for value in inline)
     if given and inline and not bare:
         if len(given) == len(inline) and all(map(_is_same, given, inline)):
@@ -131,22 +132,22 @@ def _attached(kind: str, listed: list[Any] | None, inline: list[Any], name: str)
 
 
 def _fps(value: Any, name: str) -> float:
-    """Frames a second, 2 where the sample says nothing."""
+    """Return frames a second, 2 where the sample says nothing."""
     try:
         fps = 2.0 if value is None else float(value)
     except (TypeError, ValueError):
         fps = math.nan
     if not (math.isfinite(fps) and fps > 0):
-        raise SampleError("malformed", f"{name}: fps is {shown(value)}; give frames a second above 0, or leave it out")
+        raise malformed(f"{name}: fps is {shown(value)}; give frames a second above 0, or leave it out")
     return fps
 
 
 def _rate(sample: Mapping[str, Any], media: list[tuple[str, Any, Any]], name: str) -> float:
-    """The sample's frames a second: its own field, or what the parts of its videos say alike."""
+    """Return the sample's frames a second: its own field, or what the parts of its videos say alike."""
     videos = [fps for kind, _, fps in media if kind == "video"]
     told = {_fps(fps, name) for fps in [sample.get("fps"), *videos] if fps is not None}
     if len(told) > 1 or (sample.get("fps") is None and told and None in videos):
-        raise SampleError("malformed", f"{name} asks for several values of fps; give one for all of its videos")
+        raise malformed(f"{name} asks for several values of fps; give one for all of its videos")
     return told.pop() if told else 2.0
 
 
@@ -188,7 +189,7 @@ def check_sample(sample: Mapping[str, Any], number: int | None = None) -> Sample
     """
     name = sample_name(sample, number)
     if not isinstance(sample, Mapping):
-        raise SampleError("malformed", f"{name} is a {type(sample).__name__}, not an object")
+        raise malformed(f"{name} is a {type(sample).__name__}, not an object")
     raise_unreadable(sample)
     made, unused = to_messages(sample, name)
     listed = {kind: _listed(made, kind, name) for kind in KINDS}
@@ -215,7 +216,7 @@ def check_sample(sample: Mapping[str, Any], number: int | None = None) -> Sample
 def read_sample(
     sample: Mapping[str, Any], number: int | None = None, *, max_pixels: int | None = DEFAULT_MAX_PIXELS
 ) -> Sample:
-    """`check_sample`, with every image decoded to RGB and every video to frames.
+    """Check a sample as `check_sample` does, with every image decoded to RGB and every video to frames.
 
     Args:
         max_pixels: largest image in pixels, None for no limit; inspected before an image is decoded.

@@ -11,7 +11,7 @@ from typing import Any
 
 from grace_plugin.data.shown import MESSAGE, shortened
 
-__all__ = ["REASONS", "SampleError", "raise_unreadable", "unreadable"]
+__all__ = ["REASONS", "SampleError", "malformed", "raise_unreadable", "unreadable"]
 
 #: reason -> what it says
 REASONS: dict[str, str] = {
@@ -54,6 +54,11 @@ class SampleError(ValueError):
     # an exception is pickled as its class called with `args`, which lack the reason; workers of a loader pickle it
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self))
+
+
+def malformed(message: str) -> SampleError:
+    """Return the error of a field of another type or name than its format's."""
+    return SampleError("malformed", message)
 
 
 def unreadable(reason: str, message: str) -> dict[str, Any]:

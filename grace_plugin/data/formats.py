@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from grace_plugin.data.errors import SampleError
+from grace_plugin.data.errors import SampleError, malformed
 from grace_plugin.data.schema import check_turn_fields, is_empty, unused_fields
 from grace_plugin.data.shown import shortened, shown
 
@@ -41,9 +41,10 @@ _KEPT = ("train", "weight", "loss", "tool_calls", "reasoning_content", "tool_cal
 
 
 def _media_list(sample: Mapping[str, Any], kind: str) -> list[Any] | None:
-    """The sample's images or videos as a list; None when it has no such field."""
+    """Return the sample's images or videos as a list; None when it has no such field."""
     value = sample.get(kind) if sample.get(kind) is not None else sample.get(f"{kind}s")
-    if value is None or value == "":  # a tag without its image is found where the column is there
+    # a tag without its image is found where the column is there
+    if value is None or value == "":
         return [] if kind in sample or f"{kind}s" in sample else None
     if kind == "video":
         frames = isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple))
@@ -53,7 +54,7 @@ def _media_list(sample: Mapping[str, Any], kind: str) -> list[Any] | None:
 
 
 def _tagged_parts(text: str, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A human turn as parts."""
+    """Return a human turn as parts."""
     if not kinds:
         return [{"type": "text", "text": text}]
     parts: list[dict[str, Any]] = []
@@ -66,9 +67,9 @@ def _tagged_parts(text: str, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _turns(turns: Any, field: str, name: str) -> Iterator[Mapping[str, Any]]:
-    """The turns, each with `from` and `value`."""
+    """Return the turns, each with `from` and `value`."""
     if isinstance(turns, (str, Mapping)) or not hasattr(turns, "__iter__"):
-        raise SampleError("malformed", f"{name}: {field} is a {type(turns).__name__}; give a list of turns")
+        raise malformed(f"{name}: {field} is a {type(turns).__name__}; give a list of turns")
     for turn in turns:
         if isinstance(turn, Mapping) and {"human", "assistant"} <= set(turn):
             yield {"from": "human", "value": turn["human"]}
@@ -84,11 +85,11 @@ def _turns(turns: Any, field: str, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _tool_calls(value: str, name: str) -> list[Any]:
-    """The tool calls that a turn holds as JSON text."""
+    """Return the tool calls that a turn holds as JSON text."""
     try:
         found = json.loads(value)
     except (ValueError, RecursionError) as error:  # ValueError also of an integer of more digits than Python converts
-        raise SampleError("malformed", f"{name}: a function_call turn is no JSON object: {shortened(error)}") from error
+        raise malformed(f"{name}: a function_call turn is no JSON object: {shortened(error)}") from error
     return found if isinstance(found, list) else [found]
 
 
@@ -108,9 +109,6 @@ def from_llava(sample: Mapping[str, Any], field: str, name: str) -> dict[str, An
 
     Args:
         field: which of the sample's fields holds the turns.
-
-    Raises:
-        SampleError: turns that are no objects with `from` and `value`, or a `from` that is not known.
     """
     attached = {kind: _media_list(sample, kind) for kind in ("image", "video")}
     kinds = tuple(kind for kind, value in attached.items() if value is not None)
@@ -119,7 +117,7 @@ def from_llava(sample: Mapping[str, Any], field: str, name: str) -> dict[str, An
         value = turn.get("value") if isinstance(turn, Mapping) else None
         listed = isinstance(value, (list, tuple))
         if not isinstance(turn, Mapping) or not (isinstance(value, str) or listed or turn.get("tool_calls")):
-            raise SampleError("malformed", f"{name}: a turn of {field} is no object with from and a text value")
+            raise malformed(f"{name}: a turn of {field} is no object with from and a text value")
         said = turn.get("from")
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
@@ -153,19 +151,19 @@ class _Format(NamedTuple):
 def _text(sample: Mapping[str, Any], field: str, name: str) -> str:
     value = sample.get(field)
     if not isinstance(value, str):
-        raise SampleError("malformed", f"{name}: {field} is a {type(value).__name__}; give text")
+        raise malformed(f"{name}: {field} is a {type(value).__name__}; give text")
     return value
 
 
 def _history(sample: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Earlier rounds, [[question, answer], ...]."""
+    """Return earlier rounds, [[question, answer], ...]."""
     given = sample.get("history") if sample.get("history") is not None else []
     rounds = given if isinstance(given, (list, tuple)) else None
     if rounds is None or not all(
         isinstance(one, (list, tuple)) and len(one) == 2 and all(isinstance(text, str) for text in one)
         for one in rounds
     ):
-        raise SampleError("malformed", f"{name}: history is {shown(given)}; give a list of [question, answer]")
+        raise malformed(f"{name}: history is {shown(given)}; give a list of [question, answer]")
     return [
         {"role": role, "content": text} for one in rounds for role, text in zip(("user", "assistant"), one, strict=True)
     ]
@@ -188,15 +186,13 @@ def _query(sample: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _completion(sample: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What is prompt is not supervised, answers in it neither."""
+    """Return the messages; the prompt is not supervised, nor are answers in it."""
     sides = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
         given = sample.get(field)
         turns = [{"role": role, "content": given}] if isinstance(given, str) else given
         if isinstance(turns, (str, Mapping)) or not isinstance(turns, (list, tuple)):
-            raise SampleError(
-                "malformed", f"{name}: {field} is a {type(turns).__name__}; give text or a list of messages"
-            )
+            raise malformed(f"{name}: {field} is a {type(turns).__name__}; give text or a list of messages")
         sides.append(list(turns))
     prompt = [
         {**turn, "train": False} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
@@ -216,7 +212,7 @@ FORMATS = (
 
 
 def _format_of(sample: Mapping[str, Any]) -> _Format | None:
-    """The first format whose fields the sample fills; else the first whose fields it has, empty ones included."""
+    """Return the first format whose fields the sample fills; else the first whose fields it has, empty ones included."""
     for lacks in (is_empty, lambda value: value is None):
         for one in FORMATS:
             if not any(lacks(sample.get(field)) for field in one.needs):
@@ -225,33 +221,29 @@ def _format_of(sample: Mapping[str, Any]) -> _Format | None:
 
 
 def _system(sample: Mapping[str, Any], name: str) -> Any:
-    """The sample's system text, by either of its names."""
+    """Return the sample's system text, by either of its names."""
     given = [sample[field] for field in ("system", "system_prompt") if not is_empty(sample.get(field))]
     if len(given) == 2 and given[0] != given[1]:
-        raise SampleError("malformed", f"{name} has a system and another system_prompt; give one of them")
+        raise malformed(f"{name} has a system and another system_prompt; give one of them")
     return given[0] if given else None
 
 
 def _with_system(messages: list[Any], system: Any, name: str) -> list[Any]:
-    """The messages after the sample's system text."""
+    """Return the messages after the sample's system text."""
     if is_empty(system):
         return messages
     if not isinstance(system, str):
-        raise SampleError("malformed", f"{name}: system is a {type(system).__name__}; give text")
+        raise malformed(f"{name}: system is a {type(system).__name__}; give text")
     first = messages[0] if isinstance(messages[0], Mapping) else {}
     if first.get("role") not in ("system", "developer"):
         return [{"role": "system", "content": system}, *messages]
     if first.get("content") not in (system, [{"type": "text", "text": system}]):
-        raise SampleError("malformed", f"{name} has a system field and another system turn; give one of them")
+        raise malformed(f"{name} has a system field and another system turn; give one of them")
     return messages
 
 
 def to_messages(sample: Mapping[str, Any], name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a sample in the messages format and the names of its fields that nothing reads.
-
-    Raises:
-        SampleError: no format that is read, or a field that is refused.
-    """
+    """Return a sample in the messages format and the names of its fields that nothing reads."""
     found = _format_of(sample)
     unused = unused_fields(sample, found.reads if found is not None else (), name)
     if found is None:
@@ -261,7 +253,7 @@ def to_messages(sample: Mapping[str, Any], name: str) -> tuple[dict[str, Any], t
     made = {**sample, **found.messages(sample, name)}
     messages = made["messages"]
     if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__len__"):
-        raise SampleError("malformed", f"{name}: messages is a {type(messages).__name__}; give a list of turns")
+        raise malformed(f"{name}: messages is a {type(messages).__name__}; give a list of turns")
     messages = list(messages)
     if not messages:
         raise SampleError(

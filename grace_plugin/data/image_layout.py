@@ -28,9 +28,12 @@ from grace_plugin.data.shown import shortened
 
 __all__ = ["Layout", "ProcessedSizes", "Written"]
 
-_BETWEEN = "\ufdd3"  # a noncharacter that no processor writes
-_SHOWN = (448, 448)  # an image that every processor takes
-_BELIEVED = 3  # sizes on which a processor's own arithmetic must agree before it is believed
+# a noncharacter that no processor writes
+_BETWEEN = "\ufdd3"
+# an image that every processor takes
+_SHOWN = (448, 448)
+# sizes on which a processor's own arithmetic must agree before it is believed
+_BELIEVED = 3
 
 
 class Written(NamedTuple):
@@ -69,7 +72,7 @@ class Layout:
         self._doubted = False
 
     def visual_ids(self) -> set[int]:
-        """Ids that stand for visual tokens: the one a processor repeats for an image, and its video token."""
+        """Return ids that stand for visual tokens: the one a processor repeats for an image, and its video token."""
         return {i for i in (self._image_id, self.video_id) if i is not None}
 
     @property
@@ -86,11 +89,7 @@ class Layout:
         return Counter(ids).most_common(1)[0][0]
 
     def written(self, size: tuple[int, int], alone: bool, name: str) -> Written:
-        """What stands for an image of `size` (height, width).
-
-        Raises:
-            SampleError: the processor refuses such an image; `name` says whose.
-        """
+        """Return what the processor writes for an image of `size` (height, width)."""
         alone = alone or not self._beside_others
         if (size, alone) not in self._known:
             try:
@@ -108,7 +107,7 @@ class Layout:
         return self._expanded(_SHOWN, True) != self._expanded(_SHOWN, False)
 
     def _expanded(self, size: tuple[int, int], alone: bool) -> str:
-        """The text that stands for the first of one or two images of a size."""
+        """Return the text that the processor writes for the first of one or two images of a size."""
         noting, processor = _Noting(self.processor.tokenizer), copy.copy(self.processor)
         processor.tokenizer = noting
         blank, count = Image.new("RGB", (size[1], size[0])), 1 if alone else 2
@@ -127,12 +126,12 @@ class Layout:
         return found
 
     def _states(self, size: tuple[int, int]) -> int | None:
-        """Visual tokens of an image by the processor's own arithmetic, where it has one."""
+        """Return the number of visual tokens of an image by the processor's own arithmetic, where it has one."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         return None if count is None else int(count(image_sizes=[list(size)])["num_image_tokens"][0])
 
     def _stated(self, size: tuple[int, int]) -> Written | None:
-        """The layout by arithmetic, once it was right for the first sizes and the text around the tokens was the same."""
+        """Return the layout by the processor's arithmetic, once it was right for the first sizes; None before."""
         stated = None if self._doubted or len(self._alike) < _BELIEVED else self._states(size)
         if stated is None:
             return None
@@ -142,7 +141,8 @@ class Layout:
 
 # images at most 8 times as long as wide are not tried: no processor makes them much larger than its own size
 _COMMON = 8
-_LONGEST = 200  # times the short side, for processors that cannot be run on the meta device
+# times the short side, for processors that cannot be run on the meta device
+_LONGEST = 200
 
 
 class _Largest(TorchDispatchMode):
@@ -172,11 +172,7 @@ class ProcessedSizes:
         self._known: dict[tuple[int, int], int | str | None] = {}
 
     def check(self, size: tuple[int, int], name: str) -> None:
-        """Refuse an image of `size` (height, width) of which too many pixels would be made.
-
-        Raises:
-            SampleError: names the sample, both sizes and how to fix it.
-        """
+        """Refuse an image of `size` (height, width) of which too many pixels would be made."""
         short, long = sorted(size)
         if self.limit is None or self.image_processor is None or long <= _COMMON * short:
             return
@@ -201,7 +197,7 @@ class ProcessedSizes:
             )
 
     def _made(self, size: tuple[int, int]) -> int | str | None:
-        """Pixels of the largest image on the way; why the size is refused; None where the processor needs more than shapes."""
+        """Return the pixels of the largest tensor, or why the size is refused, or None if the processor needs values."""
         blank = torch.empty(3, *size, dtype=torch.uint8, device="meta")
         largest = _Largest()
         try:

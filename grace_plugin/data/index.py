@@ -40,18 +40,19 @@ __all__ = ["IndexFile", "cache_folder", "index_file", "number_of", "sample_hash"
 # `datasets.Dataset.map(num_proc=...)` also maps in processes and caches, but not per sample: a stopped map loses its unfinished
 # shards, and one changed image file changes the fingerprint, so that every sample is inspected again
 _CHUNK = 64
-_VERSION = 8  # of the entries, their messages included
+# of the entries, their messages included
+_VERSION = 8
 
 
 def cache_folder() -> Path:
-    """Where indexes lie: `$GRACE_CACHE`, or `grace_plugin/index` in the user's cache."""
+    """Return where indexes lie: `$GRACE_CACHE`, or `grace_plugin/index` in the user's cache."""
     if os.environ.get("GRACE_CACHE"):
         return Path(os.environ["GRACE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grace_plugin" / "index"
 
 
 def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, folder: Path | None = None) -> Path:
-    """The index of a dataset for a processor."""
+    """Return the index of a dataset for a processor."""
     settings = processor_settings(collator.processor)
     segmenter = collator.segmenter
     parts: list[Any] = [_VERSION, fingerprint, decode, collator.max_pixels, segmenter.template, settings]
@@ -61,7 +62,7 @@ def index_file(fingerprint: str, collator: ConversationCollator, decode: bool, f
 
 
 def _files(value: Any) -> Iterator[str]:
-    """Paths of files in an image or video field, at any depth; what is no path is left for `check_sample` to refuse."""
+    """Return paths of files in an image or video field, at any depth; what is no path is left for `check_sample` to refuse."""
     if isinstance(value, (str, os.PathLike)):
         yield os.fspath(value)
     elif isinstance(value, Mapping):
@@ -74,7 +75,7 @@ def _files(value: Any) -> Iterator[str]:
 
 
 def stamp(sample: Any) -> str:
-    """Digest of size and modification time of the files a sample names; "" when it names none."""
+    """Return a digest of size and modification time of the files a sample names; "" when it names none."""
     marks = []
     named = [sample.get(key) for key in ("image", "images", "video", "videos")] if isinstance(sample, Mapping) else []
     named += [part[key] for part, key in inline_media(sample)] if isinstance(sample, Mapping) else []
@@ -107,7 +108,7 @@ class _Chunks(Dataset[list[Entry]]):
         return [self.entry(i) for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.samples)))]
 
     def entry(self, i: int) -> Entry:
-        """The entry of sample i."""
+        """Return the entry of sample i."""
         if not self.hashed:
             return self.measure(self.samples[i], number_of(self.samples, i))
         known, content = self.known[i] if i < len(self.known) else None, sample_hash(self.samples, i)
@@ -132,18 +133,19 @@ _ENCODER = json.JSONEncoder(default=_bytes_of)
 
 
 def sample_hash(samples: Sequence[Any], index: int) -> str:
-    """24 hexadecimal digits of a sample's content as it is stored; of a line of a file without parsing it."""
+    """Return a hash of a sample's content as it is stored, 24 hexadecimal digits; a line is not parsed for it."""
     stored = samples.stored(index) if isinstance(samples, Samples) else samples[index]
     if not isinstance(stored, bytes):
         try:
             stored = _ENCODER.encode(stored).encode()
         except (TypeError, ValueError, RecursionError):
-            return ""  # keys of odd types, loops: such a sample is inspected every time
+            # keys of odd types, loops: such a sample is inspected every time
+            return ""
     return hashlib.blake2b(stored, digest_size=12).hexdigest()
 
 
 def number_of(samples: Sequence[Any], index: int) -> int:
-    """The number by which reports and messages speak of a sample."""
+    """Return the number by which reports and messages speak of a sample."""
     return samples.number(index) if isinstance(samples, Samples) else index
 
 
@@ -154,7 +156,8 @@ def _quiet_worker(_worker: int) -> None:
 
 
 def _as_they_are(entries: list[Entry]) -> list[Entry]:
-    return entries  # the default walks through every field of them
+    # the default walks through every field of them
+    return entries
 
 
 def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
@@ -241,7 +244,8 @@ class IndexFile:
                     holder,
                 )
             except NotImplementedError:
-                pass  # a file system without locks: lines that two processes mix are recognized by their content hash
+                # a file system without locks: lines that two processes mix are recognized by their content hash
+                pass
             except OSError as error:
                 self._give_up(error)
         self._read()

@@ -21,7 +21,8 @@ from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["JsonLines", "check_regular", "json_list", "read_json"]
 
-_BOM = b"\xef\xbb\xbf"  # which editors on Windows put before the first line
+# which editors on Windows put before the first line
+_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -46,7 +47,8 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_fields, parse_int=_integer)
-_LENIENT = json.JSONDecoder(parse_int=lambda _text: 0)  # finds the end of what the other one refused
+# finds the end of what the other one refused
+_LENIENT = json.JSONDecoder(parse_int=lambda _text: 0)
 
 
 def check_regular(path: Path) -> None:
@@ -92,8 +94,9 @@ class JsonLines(Sequence[dict[str, Any]]):
         return _line(self.stored(index), f"{self.path}, line {self.numbers[index]}")
 
     def stored(self, index: int) -> bytes:
-        """The bytes of the index-th sample's line."""
-        if self._last[0] != index:  # a sample is hashed and then parsed
+        """Return the bytes of the index-th sample's line."""
+        # a sample is hashed and then parsed
+        if self._last[0] != index:
             handle = os.open(self.path, os.O_RDONLY)
             try:
                 self._last = index, os.pread(handle, int(self.lengths[index]), int(self.offsets[index]))
@@ -103,7 +106,7 @@ class JsonLines(Sequence[dict[str, Any]]):
 
 
 def _line(line: bytes, where: str) -> dict[str, Any]:
-    """The sample of a JSONL line, or an error in its place."""
+    """Return the sample of a JSONL line, or an error in its place."""
     try:
         return _object(_STRICT.decode(line.removeprefix(_BOM).decode("utf-8")), where)
     except UnicodeDecodeError as error:
@@ -123,7 +126,8 @@ def _object(sample: Any, where: str) -> dict[str, Any]:
 
 
 def json_list(path: Path) -> list[dict[str, Any]]:
-    """Samples of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_sample` to find in their sample.
+    """Return samples of a JSON list; bytes that are not UTF-8 are kept as lone surrogates, for `check_sample` to find in
+    their sample.
 
     Raises:
         ValueError: no list, or not JSON, with line, column and the number of the sample.
@@ -156,7 +160,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def _item(text: str, place: int, where: str) -> tuple[dict[str, Any], int]:
-    """An item of a list, or an error in its place, and where it ends."""
+    """Return an item of a list, or an error in its place, and where it ends."""
     try:
         found, end = _STRICT.raw_decode(text, place)
         return _object(found, where), end
@@ -165,7 +169,7 @@ def _item(text: str, place: int, where: str) -> tuple[dict[str, Any], int]:
 
 
 def _no_list(text: str) -> str:
-    """What is wrong with a file that does not begin as a list."""
+    """Return what is wrong with a file that does not begin as a list."""
     try:
         found, end = _LENIENT.raw_decode(text, _after_space(text, 0))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -175,7 +179,7 @@ def _no_list(text: str) -> str:
 
 
 def read_json(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of JSON and JSONL files, each file opened when it is reached."""
+    """Return the samples of JSON and JSONL files, each file opened when it is reached."""
     for file in files:
         check_regular(file)
         if file.suffix == ".json":

@@ -25,7 +25,8 @@ from grace_plugin.data.video import Video
 
 __all__ = ["SAMPLE_KEY", "processor_settings", "sample_key"]
 
-SAMPLE_KEY = "sample_key"  # the batch entry that holds one key per sample
+# the batch entry that holds one key per sample
+SAMPLE_KEY = "sample_key"
 
 
 def _digest(content: bytes) -> str:
@@ -79,9 +80,10 @@ def sample_key(sample: Mapping[str, Any], number: int | None = None, special_tok
 
 
 def processor_settings(processor: Any) -> dict[str, Any]:
-    """Everything of a processor that decides tokens, labels and pixels; plain values, the tokenizer and template as hashes."""
+    """Return all settings of a processor that decide tokens, labels and pixels; tokenizer and template as hashes."""
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # padding and truncation are settings of the last call, not of the tokenizer
+    # padding and truncation are settings of the last call, not of the tokenizer
+    if backend is not None:
         tokenizer = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
     else:
         tokenizer = processor.tokenizer.get_vocab()

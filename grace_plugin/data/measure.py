@@ -91,7 +91,8 @@ class Measure:
             if sample.get("id") is not None:
                 mark = _digest(sample["id"])
             found = self._run(sample, number) if checked.videos else self._count(checked)
-            digest = _digest(dict(sample)) if mark else ""  # of images that are decoded by now
+            # of images that are decoded by now
+            digest = _digest(dict(sample)) if mark else ""
             spelled = [part.text for part in self.collator.segments(checked) if part.literal]
             return found._replace(
                 mark=mark,
@@ -137,7 +138,7 @@ class Measure:
         return Entry(sum(counts), visual, supervised, len(sizes), highest=highest)
 
     def _run(self, given: Mapping[str, Any], number: int) -> Entry:
-        """A sample through the collator itself."""
+        """Run a sample through the collator."""
         collator = self.collator
         sample = read_sample(given, number, max_pixels=collator.max_pixels)
         if sample.videos and getattr(collator.processor, "video_processor", None) is None:

@@ -34,7 +34,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from grace_plugin.data.errors import SampleError
+from grace_plugin.data.errors import SampleError, malformed
 from grace_plugin.data.shown import shortened, shown
 
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image", "image_size", "is_path", "media_source", "shown_source"]
@@ -43,17 +43,22 @@ DEFAULT_MAX_PIXELS = 64_000_000  # 192 MB once decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 PUT_IT = "put the file there, or pass images= (--images) with the folder that paths are relative to"
 WAY_OUT = "scale it down, or raise max_pixels (--max_pixels)"
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# EXIF orientations that swap width and height
+_TRANSPOSED = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
-_LAZY = ("PNG", "JPEG", "TIFF", "BMP", "PPM")  # formats of which opening decodes nothing
-_SINGLE = ("PNG", "JPEG")  # formats whose file is closed once it is decoded, unless it is animated
-_LIMIT = threading.RLock()  # Pillow's limit is one for the process
+# formats of which opening decodes nothing
+_LAZY = ("PNG", "JPEG", "TIFF", "BMP", "PPM")
+# formats whose file is closed once it is decoded, unless it is animated
+_SINGLE = ("PNG", "JPEG")
+# Pillow's limit is one for the process
+_LIMIT = threading.RLock()
 _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
-_PATH_SHOWN = 160  # characters of a path in a message
+# characters of a path in a message
+_PATH_SHOWN = 160
 
 
 def is_path(value: str) -> bool:
-    """Whether a string in an image or video field is a path, and no data URI or URL."""
+    """Return whether a string in an image or video field is a path, and no data URI or URL."""
     return _URL.match(value) is None
 
 
@@ -67,14 +72,12 @@ def shown_source(given: Any) -> str:
 
 
 def _from_url(url: str, kind: str, name: str) -> str | bytes:
-    """The file or the bytes that a data URI or a `file://` URL means."""
+    """Return the file or the bytes that a data URI or a `file://` URL means."""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
         header, _, content = url.partition(",")
         if not header.lower().endswith(";base64"):
-            raise SampleError(
-                "malformed", f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it"
-            )
+            raise malformed(f"{name}: {kind} {shown_source(url)} is a data URI without ;base64; give one with it")
         try:
             return base64.b64decode("".join(content.split()), validate=True)
         except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
@@ -98,9 +101,6 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
         given: a path, a `file://` URL, a data URI, bytes, or {"bytes", "path"}.
         kind: "image" or "video"; decides the reason that an error is counted by.
         name: how errors speak of the sample.
-
-    Raises:
-        SampleError: another type, a file that is missing or not regular, a damaged data URI, a web address.
     """
     if (
         not isinstance(given, str)
@@ -112,18 +112,15 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
         return bytes(given)
     if not isinstance(given, str) and not isinstance(given, os.PathLike):
         article, objects = ("an", "a PIL image") if kind == "image" else ("a", "a list of frames")
-        raise SampleError(
-            "malformed",
-            f"{name}: {article} {kind} is of type {type(given).__name__}; give a path, bytes, a data URI or {objects}",
+        raise malformed(
+            f"{name}: {article} {kind} is of type {type(given).__name__}; give a path, bytes, a data URI or {objects}"
         )
     try:
         path = _from_url(given, kind, name) if isinstance(given, str) and not is_path(given) else os.fspath(given)
     except SampleError:
         raise
     except ValueError as error:  # urlsplit's, of brackets that do not match
-        raise SampleError(
-            "malformed", f"{name}: {kind} {shown_source(given)} is no address: {shortened(error)}"
-        ) from error
+        raise malformed(f"{name}: {kind} {shown_source(given)} is no address: {shortened(error)}") from error
     if isinstance(path, bytes):
         return path
     try:
@@ -143,7 +140,7 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
 
 @contextmanager
 def _pillow_limit(max_pixels: int | None) -> Iterator[None]:
-    """Inside it, Pillow refuses what is larger than `max_pixels`, and warns of nothing."""
+    """Make Pillow refuse what is larger than `max_pixels` and warn of nothing."""
     with _LIMIT, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         before = Image.MAX_IMAGE_PIXELS
@@ -156,13 +153,13 @@ def _pillow_limit(max_pixels: int | None) -> Iterator[None]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(form for form in FORMATS if form in Image.OPEN)
 
 
 def _opened(image: Any, name: str) -> Image.Image:
-    """An image opened; not decoded, but by formats that decode when opened. To be called within the limit."""
+    """Return an image opened; not decoded, but by formats that decode when opened. To be called within the limit."""
     if isinstance(image, Image.Image):
         if image.format == "EPS" and getattr(image, "tile", None):  # not decoded yet
             raise UnidentifiedImageError
@@ -200,11 +197,7 @@ def _image_error(error: Exception, image: Any, name: str, max_pixels: int | None
 
 
 def image_size(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of an image as `decode_image` will return it, from its header alone.
-
-    Raises:
-        SampleError: missing, not an image, or above the limit.
-    """
+    """Return (height, width) of an image as `decode_image` will return it, from its header alone."""
     try:
         with _pillow_limit(max_pixels):
             opened = _opened(image, name)
@@ -225,27 +218,26 @@ def decode_image(image: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
         image: a PIL image, a path, a `file://` URL, a data URI, bytes, or {"bytes", "path"}.
         name: how errors speak of the sample.
         max_pixels: largest image in pixels; None for no limit.
-
-    Raises:
-        SampleError: missing, not a regular file, unreadable, truncated, or above the limit; names the sample and the file.
     """
     try:
         with _pillow_limit(max_pixels):
             opened = _opened(image, name)
             _check_pixels(*opened.size, image, name, max_pixels)
-            opened.load()  # also what the caller opened: it may not be decoded yet, and its file may be cut off
+            # also what the caller opened: it may not be decoded yet, and its file may be cut off
+            opened.load()
             if opened.mode == "RGB" and opened is image and not opened.getexif().get(_ORIENTATION):
                 return opened
         turned = opened.getexif().get(_ORIENTATION, 1) != 1
         animated = getattr(opened, "is_animated", False)
-        alone = opened.format in _SINGLE and not animated  # of others a copy lets go of the file
+        # of others a copy lets go of the file
+        alone = opened.format in _SINGLE and not animated
         return _rgb(opened if alone and not turned else ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's plugins raise errors of any type for damaged files
         raise _image_error(error, image, name, max_pixels) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; wider images are scaled, since Pillow's own conversion clips them at 255.
+    """Return 8-bit RGB; wider images are scaled, since Pillow's own conversion clips them at 255.
 
     Modes `I;16` are 16-bit, whatever their largest value; `I` and `F` do not say their range, so the largest value does.
     """

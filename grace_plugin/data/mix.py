@@ -34,7 +34,8 @@ from grace_plugin.data.shown import shortened, shown
 __all__ = ["DrawnSamples", "MixEntry", "SampleSet", "Samples", "draw_samples", "read_mix"]
 
 
-_BYTES, _VALUES = 1_000_000, 100_000  # of a mix file; one set a line makes far less
+# of a mix file; one set a line makes far less
+_BYTES, _VALUES = 1_000_000, 100_000
 
 
 class MixEntry(BaseModel):
@@ -50,7 +51,7 @@ class MixEntry(BaseModel):
 
 
 def _parsed(path: Path) -> Any:
-    """The content of a mix file."""
+    """Return the content of a mix file."""
     if not path.is_file():
         raise ValueError(f"no mix at {path}")
     if path.stat().st_size > _BYTES:
@@ -64,7 +65,7 @@ def _parsed(path: Path) -> Any:
 
 
 def read_mix(path: Path) -> list[MixEntry]:
-    """The sets of a mix file, their paths made relative to it.
+    """Return the sets of a mix file, their paths made relative to it.
 
     Raises:
         ValueError: unreadable, an unknown key, or no sets.
@@ -127,12 +128,12 @@ class SampleSet:
         return len(self.chosen)
 
     def sample(self, index: int) -> Any:
-        """The index-th sample that is used."""
+        """Return the index-th sample that is used."""
         sample = self.samples[int(self.chosen[index])]
         return resolve(sample, self.folder) if self.folder is not None and isinstance(sample, dict) else sample
 
     def stored(self, index: int) -> Any:
-        """The index-th sample that is used as it is stored: the bytes of its line, where it is one."""
+        """Return the index-th sample that is used as it is stored: the bytes of its line, where it is one."""
         place = int(self.chosen[index])
         return self.samples.stored(place) if isinstance(self.samples, (JsonLines, Samples)) else self.samples[place]
 
@@ -159,22 +160,22 @@ class Samples(Sequence[Any]):
         return owner.sample(place)
 
     def _place(self, index: int) -> tuple[SampleSet, int]:
-        """The set of a sample, and its place there."""
+        """Return the set of a sample, and its place there."""
         place = self.number(index)
         owner = bisect_right(self._ends, place)
         return self.sets[owner], place - (self._ends[owner - 1] if owner else 0)
 
     def stored(self, index: int) -> Any:
-        """A sample as it is stored: the bytes of its line, where it is one."""
+        """Return a sample as it is stored: the bytes of its line, where it is one."""
         owner, place = self._place(index)
         return owner.stored(place)
 
     def set_of(self, index: int) -> int:
-        """Number of the set a sample belongs to."""
+        """Return the number of the set a sample belongs to."""
         return bisect_right(self._ends, self.number(index))
 
     def number(self, index: int) -> int:
-        """The number by which reports and messages speak of a sample."""
+        """Return the number by which reports and messages speak of a sample."""
         return index
 
     @property
@@ -203,5 +204,5 @@ class DrawnSamples(Samples):
 
 
 def draw_samples(samples: Sequence[Any], count: int, seed: int) -> DrawnSamples:
-    """`count` samples drawn by `seed` from all sets, or all there are."""
+    """Return `count` samples drawn by `seed` from all sets, or all there are."""
     return DrawnSamples(samples, np.sort(shuffled(len(samples), seed)[:count]))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["EpochSampler", "epoch_order", "rank_batches", "shuffled"]
+__all__ = ["EpochSampler", "epoch_order", "shuffled"]
 
 _STRETCH = 50  # batches that are sorted together
 
@@ -25,7 +25,7 @@ _STRETCH = 50  # batches that are sorted together
 
 
 def _mix64(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64 values."""
+    """Return the splitmix64 hash of uint64 values."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -34,7 +34,7 @@ def _mix64(values: np.ndarray) -> np.ndarray:
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
-    """int64 [count]: a permutation of range(count) that depends on `key` alone."""
+    """Return int64 [count]: a permutation of range(count) that depends on `key` alone."""
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = _mix64(state ^ np.array([part % 2**64], dtype=np.uint64))
@@ -44,7 +44,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
 def epoch_order(
     count: int, seed: int, epoch: int, *, lengths: Sequence[int] | np.ndarray | None = None, batch_size: int = 1
 ) -> np.ndarray:
-    """int64 [count]: the samples of an epoch in order; with `lengths` (tokens), samples of a batch are about equally long."""
+    """Return int64 [count], the samples of an epoch in order; with `lengths` (tokens), grouped by length."""
     order = shuffled(count, seed, epoch)
     if lengths is None or batch_size < 2:
         return order
@@ -56,22 +56,6 @@ def epoch_order(
     full = count // batch_size
     batches = grouped[: full * batch_size].reshape(full, batch_size)[shuffled(full, seed, epoch, 1)]
     return np.concatenate([batches.reshape(-1), grouped[full * batch_size :]])
-
-
-def rank_batches(order: Sequence[int] | np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """The batches of a rank, for loops without accelerate: batch k goes to rank k mod world_size.
-
-    As there, the order starts over to fill the last round, so that every rank makes the same number of steps.
-    """
-    samples = [int(sample) for sample in order]
-    if not samples:
-        return []
-    while len(samples) % (batch_size * world_size):
-        samples += [int(sample) for sample in order][
-            : batch_size * world_size - len(samples) % (batch_size * world_size)
-        ]
-    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    return batches[rank::world_size]
 
 
 class EpochSampler(Sampler[int]):

@@ -37,7 +37,7 @@ def _thumbnail(image: Image.Image, alt: str) -> dict[str, str]:
 
 
 def sample_images(sample: Sample) -> list[dict[str, str]]:
-    """The images of a sample and some frames of its videos, small, as `src` (a data URI) and `alt`."""
+    """Return the images of a sample and some frames of its videos, small, as `src` (a data URI) and `alt`."""
     images = [
         _thumbnail(image, f"image {n + 1}, {image.width} x {image.height}") for n, image in enumerate(sample.images)
     ]

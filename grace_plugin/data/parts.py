@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grace_plugin.data.errors import SampleError
+from grace_plugin.data.errors import SampleError, malformed
 from grace_plugin.data.media import is_path
 from grace_plugin.data.schema import METADATA, check_turn_fields, is_empty
 from grace_plugin.data.shown import shown
@@ -43,7 +43,8 @@ _VALUES = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_url", "url", "path"),
 }
-_METADATA = METADATA - {"url", "source"}  # of a part they say where its image is
+# of a part they say where its image is
+_METADATA = METADATA - {"url", "source"}
 _TOOL_PARTS = ("tool_use", "tool_result", "tool_call")
 
 
@@ -67,49 +68,47 @@ def media_value(value: Any) -> Any:
 
 
 def _value_of(part: Mapping[str, Any], kind: str, where: str) -> Any:
-    """The image or video that a part holds itself; None for one that takes the sample's next."""
+    """Return the image or video that a part holds itself; None for one that takes the sample's next."""
     given = {key: part[key] for key in _VALUES[kind] if not is_empty(part.get(key))}
     if not given:
         return None
     if "bytes" in given and set(given) <= {"bytes", "path"}:
         return {"bytes": part["bytes"], "path": part.get("path")}
     if len(given) > 1:
-        raise SampleError("malformed", f"{where} gives its {kind} as {' and as '.join(sorted(given))}; give it once")
+        raise malformed(f"{where} gives its {kind} as {' and as '.join(sorted(given))}; give it once")
     ((key, value),) = given.items()
     if key == "base64":
         if not isinstance(value, str):
-            raise SampleError("malformed", f"{where}: base64 is a {type(value).__name__}; give text")
+            raise malformed(f"{where}: base64 is a {type(value).__name__}; give text")
         return _from_base64(value, where) if is_path(value) else value
     return media_value(value)
 
 
 def _bounds(part: Mapping[str, Any], where: str) -> dict[str, int]:
-    """What a part says of its image's size in pixels."""
+    """Return what a part says of its image's size in pixels."""
     found = {key: part[key] for key in BOUNDS if part.get(key) is not None}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SampleError("malformed", f"{where}: {key} is {shown(value)}; give a whole number of pixels above 0")
+            raise malformed(f"{where}: {key} is {shown(value)}; give a whole number of pixels above 0")
     if ("resized_height" in found) != ("resized_width" in found):
-        raise SampleError("malformed", f"{where} gives one of resized_height and resized_width; give both")
+        raise malformed(f"{where} gives one of resized_height and resized_width; give both")
     if found.get("min_pixels", 0) > found.get("max_pixels", found.get("min_pixels", 0)):
-        raise SampleError(
-            "malformed", f"{where}: min_pixels {found['min_pixels']} is above max_pixels {found['max_pixels']}"
-        )
+        raise malformed(f"{where}: min_pixels {found['min_pixels']} is above max_pixels {found['max_pixels']}")
     return found
 
 
 def _kind_of(part: Mapping[str, Any], role: str, name: str) -> str:
     given = part.get("type")
-    if given is None:  # some formats name the part by its one field
+    # some formats name the part by its one field
+    if given is None:
         found = [kind for key, kind in _KINDS.items() if not is_empty(part.get(key))]
         if len(found) == 1:
             return found[0]
     kind = _KINDS.get(given) if isinstance(given, str) else None
     if kind is None:
         told = "; give tool_calls in the assistant's turn and a turn of role tool" if given in _TOOL_PARTS else ""
-        raise SampleError(
-            "malformed",
-            f"{name}: a {role} turn holds a part of type {shown(given)}; samples take text, image, video{told}",
+        raise malformed(
+            f"{name}: a {role} turn holds a part of type {shown(given)}; samples take text, image, video{told}"
         )
     return kind
 
@@ -117,18 +116,14 @@ def _kind_of(part: Mapping[str, Any], role: str, name: str) -> str:
 def _text(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     text = part.get("text")
     if not isinstance(text, str):
-        raise SampleError("malformed", f"{name}: a {role} turn holds a text part without text")
+        raise malformed(f"{name}: a {role} turn holds a text part without text")
     check_text(text, f"the text of a {role} turn", name)
     check_turn_fields(part, ("type", "text"), f"{name}: a text part of a {role} turn", _METADATA)
     return {"type": "text", "text": text}
 
 
 def check_text(text: str, where: str, name: str) -> None:
-    """Refuse text with a lone surrogate, which no tokenizer takes.
-
-    Raises:
-        SampleError: names the place.
-    """
+    """Refuse text with a lone surrogate, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -142,12 +137,9 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
 
     Args:
         given: the turn's content as a list of parts.
-
-    Raises:
-        SampleError: a part that cannot be read.
     """
     if not isinstance(given, (list, tuple)) or not all(isinstance(part, Mapping) for part in given):
-        raise SampleError("malformed", f"{name}: the content of a {role} turn is neither text nor a list of parts")
+        raise malformed(f"{name}: the content of a {role} turn is neither text nor a list of parts")
     parts: list[dict[str, Any]] = []
     media: list[tuple[str, Any, Any]] = []
     for part in given:
@@ -156,7 +148,7 @@ def read_parts(given: Any, role: str, name: str) -> tuple[list[dict[str, Any]], 
             parts.append(_text(part, role, name))
             continue
         if role == "assistant":
-            raise SampleError("malformed", f"{name}: an assistant turn holds an {kind}; only text can be supervised")
+            raise malformed(f"{name}: an assistant turn holds an {kind}; only text can be supervised")
         where = f"{name}: an {kind} part" if kind == "image" else f"{name}: a {kind} part"
         more = (*BOUNDS, "detail") if kind == "image" else ("fps",)
         for said in (part, *(part[key] for key in _VALUES[kind] if isinstance(part.get(key), Mapping))):
@@ -187,7 +179,7 @@ def inline_media(sample: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any],
 
 
 def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+    """Return the sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
 
     Web addresses, data URIs and file URLs are no paths and stay as they are.
     """
@@ -203,7 +195,8 @@ def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     keys = [key for key in ("image", "images", "video", "videos") if sample.get(key)]
     found = {**sample, **{key: join(sample[key]) for key in keys}}
-    held = {id(part): part for part, _ in inline_media(sample)}  # parts that hold an image themselves
+    # parts that hold an image themselves
+    held = {id(part): part for part, _ in inline_media(sample)}
     if not held:
         return found
 

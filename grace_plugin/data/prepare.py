@@ -28,8 +28,10 @@ from grace_plugin.deprecation import renamed_arguments
 
 __all__ = ["BadSamplesError", "Prepared", "is_scannable", "prepare"]
 
-_SHOWN = 20  # refused samples that an error names without writing a file
-_REPEATED = 100  # samples with a repeated id that a report lists
+# refused samples that an error names without writing a file
+_SHOWN = 20
+# samples with a repeated id that a report lists
+_REPEATED = 100
 REPORT, REJECTED = "data_report.json", "data_rejected.jsonl"
 
 
@@ -67,7 +69,8 @@ class Prepared(Sequence[Any]):
 
 
 def is_scannable(dataset: Any) -> bool:
-    """Whether every sample of a dataset can be inspected before a run: samples in files, in a list or in a `datasets.Dataset`.
+    """Return whether every sample of a dataset can be inspected before a run: samples in files, in a list or in a
+    `datasets.Dataset`.
 
     Samples that are made when asked for (any other sequence) are not: making them all first would take the run's time twice.
     """
@@ -79,7 +82,8 @@ def is_scannable(dataset: Any) -> bool:
 
 
 def _duplicates(entries: list[Entry], samples: Sequence[Any]) -> tuple[list[Entry], list[tuple[int, int]]]:
-    """Entries with later samples of the same id and content marked as duplicates, and samples that repeat an id otherwise.
+    """Return entries with later samples of the same id and content marked as duplicates, and samples that repeat an id
+    otherwise.
 
     The second is (sample, the first sample of its id), places in `samples`.
     """
@@ -102,7 +106,7 @@ def _duplicates(entries: list[Entry], samples: Sequence[Any]) -> tuple[list[Entr
 
 
 def _listed(repeated: list[tuple[int, int]], samples: Sequence[Any]) -> list[dict[str, Any]]:
-    """The first samples that repeat an id, for the report."""
+    """Return the first samples that repeat an id, for the report."""
     return [
         {
             "id": _plain(samples[number]["id"]),
@@ -114,14 +118,14 @@ def _listed(repeated: list[tuple[int, int]], samples: Sequence[Any]) -> list[dic
 
 
 def _plain(value: Any) -> Any:
-    """An id as JSON can hold it, cut where it is long."""
+    """Return an id as JSON can hold it, cut where it is long."""
     if isinstance(value, str):
         return value if len(value) <= 80 else shown(value)
     return value if isinstance(value, int) and value.bit_length() <= 64 else shown(value)
 
 
 def _within_limits(entry: Entry, number: int, collator: ConversationCollator) -> Entry:
-    """The entry, with the reason if its sample is outside the run's own limits, which no index knows."""
+    """Return the entry, with the reason if its sample is outside the run's own limits, which no index knows."""
     try:
         collator.check_length(f"sample {number}", entry.tokens)
         collator.check_ids(f"sample {number}", entry.highest)
@@ -131,12 +135,12 @@ def _within_limits(entry: Entry, number: int, collator: ConversationCollator) ->
 
 
 def _counted(lines: Iterable[str]) -> dict[str, int]:
-    """How often each line occurs, most frequent first."""
+    """Return how often each line occurs, most frequent first."""
     return dict(Counter(line for text in lines for line in text.splitlines()).most_common())
 
 
 def spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Smallest, median, 95th percentile, largest, mean and sum of token counts (all 0 for none)."""
+    """Return smallest, median, 95th percentile, largest, mean and sum of token counts (all 0 for none)."""
     array = np.asarray(values, dtype=np.int64)
     if not array.size:
         return dict.fromkeys(("min", "median", "p95", "max", "mean", "sum"), 0)
@@ -149,7 +153,7 @@ def spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
 
 
 def _set_names(samples: Any) -> tuple[list[str], Callable[[int], int], list[float], list[int]]:
-    """Names, set of a sample, weights and seeds; a plain sequence is one set."""
+    """Return names, set of a sample, weights and seeds; a plain sequence is one set."""
     if isinstance(samples, Samples):
         return (
             [one.name for one in samples.sets],
@@ -168,7 +172,7 @@ def _passes(kept: np.ndarray, weight: float, seed: int) -> np.ndarray:
 
 
 def _counted_samples(given: Any) -> Sequence[Any]:
-    """A dataset that has a length, at least 1."""
+    """Return a dataset that has a length, at least 1."""
     samples = as_samples(given)
     if not hasattr(samples, "__len__"):
         raise ValueError("the dataset is a stream, whose samples cannot be inspected ahead; take a list of them")

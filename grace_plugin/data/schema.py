@@ -27,38 +27,10 @@ __all__ = ["METADATA", "REFUSED", "check_turn_fields", "is_empty", "unused_field
 
 #: fields of a sample or a turn that say nothing to training
 METADATA = frozenset(
-    {
-        "id",
-        "name",
-        "source",
-        "type",
-        "dataset",
-        "accept",
-        "split",
-        "subset",
-        "category",
-        "task",
-        "language",
-        "lang",
-        "url",
-        "license",
-        "index",
-        "idx",
-        "uid",
-        "uuid",
-        "sample_id",
-        "question_id",
-        "image_id",
-        "prompt_id",
-        "score",
-        "width",
-        "height",
-        "metadata",
-        "meta",
-        "data_source",
-        "channel",
-        "timestamp",
-    }
+    (
+        "id name source type dataset accept split subset category task language lang url license index idx uid uuid "
+        "sample_id question_id image_id prompt_id score width height metadata meta data_source channel timestamp"
+    ).split()
 )
 _MEDIA = ("image", "images", "video", "videos")
 _PREFERENCE = (
@@ -75,27 +47,14 @@ _AUDIO = "no model here takes sound"
 
 #: field of a sample -> what to do instead
 REFUSED: dict[str, str] = {
+    **dict.fromkeys("chosen rejected rejected_response rejected_messages rejected_images kto_tag".split(), _PREFERENCE),
     **dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag"), _PREFERENCE
+        "input_ids labels attention_mask token_type_ids pixel_values assistant_masks completion_mask".split(), _TOKENS
     ),
-    **dict.fromkeys(
-        (
-            "input_ids",
-            "labels",
-            "attention_mask",
-            "token_type_ids",
-            "pixel_values",
-            "assistant_masks",
-            "completion_mask",
-        ),
-        _TOKENS,
-    ),
-    **dict.fromkeys(("loss_mask", "loss_scale", "loss_weight", "sample_weight"), _PER_TURN),
-    **dict.fromkeys(("min_pixels", "max_pixels", "resized_height", "resized_width"), _PER_IMAGE),
+    **dict.fromkeys("loss_mask loss_scale loss_weight sample_weight".split(), _PER_TURN),
+    **dict.fromkeys("min_pixels max_pixels resized_height resized_width".split(), _PER_IMAGE),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking"), _TEMPLATE),
-    **dict.fromkeys(
-        ("nframes", "min_frames", "max_frames", "video_start", "video_end", "total_pixels", "sample_fps"), _FRAMES
-    ),
+    **dict.fromkeys("nframes min_frames max_frames video_start video_end total_pixels sample_fps".split(), _FRAMES),
     **dict.fromkeys(("audio", "audios"), _AUDIO),
     "documents": "write them into the text of a turn",
     **dict.fromkeys(("functions", "function_call"), "give `tools`, and `tool_calls` in the assistant's turn"),
@@ -104,27 +63,27 @@ REFUSED: dict[str, str] = {
 _REFUSED_IN_TURNS: dict[str, str] = {
     **dict.fromkeys(("reasoning", "thinking", "thoughts"), "name it reasoning_content"),
     **dict.fromkeys(
-        ("images", "image", "videos", "video"), "give images in the turn's content, or in the sample's images"
+        "images image videos video".split(), "give images in the turn's content, or in the sample's images"
     ),
     **dict.fromkeys(("prefix", "partial", "train_detail"), "a turn is supervised as a whole or not at all"),
     "channel": "give the reasoning as reasoning_content and what is shown as content",
 }
 #: other names of media -> the field that is read
 _WRITTEN_OTHERWISE: dict[str, str] = {
-    **dict.fromkeys(("image_path", "image_file", "img", "img_path", "picture", "photo", "image_url"), "image"),
-    **dict.fromkeys(("image_paths", "image_files", "imgs", "pictures", "photos", "image_urls", "image_list"), "images"),
-    **dict.fromkeys(("video_path", "video_file", "video_url", "clip"), "video"),
-    **dict.fromkeys(("video_paths", "video_files", "video_urls", "clips"), "videos"),
+    **dict.fromkeys("image_path image_file img img_path picture photo image_url".split(), "image"),
+    **dict.fromkeys("image_paths image_files imgs pictures photos image_urls image_list".split(), "images"),
+    **dict.fromkeys("video_path video_file video_url clip".split(), "video"),
+    **dict.fromkeys("video_paths video_files video_urls clips".split(), "videos"),
 }
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing: columns of a table hold None, "" or an empty list where a sample has no such field."""
+    """Return whether a field is empty: tables hold None, "" or [] where a sample has no such field."""
     return value is None or (isinstance(value, (str, list, tuple, Mapping)) and len(value) == 0)
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a value is an image as datasets hand it out, decoded or as bytes."""
+    """Return whether a value is an image as datasets hand it out, decoded or as bytes."""
     if isinstance(value, (list, tuple)):
         return bool(value) and _is_media(value[0])
     return isinstance(value, Image.Image) or (isinstance(value, Mapping) and {"bytes", "path"} <= set(value))
@@ -149,9 +108,6 @@ def unused_fields(sample: Mapping[str, Any], read: Iterable[str], name: str) -> 
         sample: the sample as it was given.
         read: fields that its format reads.
         name: how messages speak of the sample.
-
-    Raises:
-        SampleError: a field that would change what is supervised or seen if it were read.
     """
     taken, unused = {*read, *_MEDIA, "fps", "system", "system_prompt", "tools"}, []
     with_media = any(not is_empty(sample.get(key)) for key in _MEDIA)
@@ -181,9 +137,6 @@ def check_turn_fields(
 
     Args:
         metadata: fields that say nothing there.
-
-    Raises:
-        SampleError: names the field.
     """
     for field, value in given.items():
         if field in read or (field in metadata and field not in _REFUSED_IN_TURNS) or is_empty(value):

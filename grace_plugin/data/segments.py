@@ -29,13 +29,18 @@ from grace_plugin.data.time_limit import TimeLimitError, memory_limit, time_limi
 
 __all__ = ["Segment", "Segmenter"]
 
-_OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000  # noncharacters around an index in a private plane
+# noncharacters around an index in a private plane
+_OPEN, _CLOSE, _FIRST = "\ufdd0", "\ufdd1", 0xF0000
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KINDS = ("image", "video")
-_RENDER_SECONDS = 2  # for one sample; they take less than a millisecond
-_RENDER_BYTES = 2**30  # for the first turns that are rendered, before training
-_RENDERS_STOPPED = 5  # samples after which no more time is given to a template that does not end
-_TEMPLATED = ("reasoning_content", "tool_calls")  # fields of a turn that only some templates write
+# for one sample; they take less than a millisecond
+_RENDER_SECONDS = 2
+# for the first turns that are rendered, before training
+_RENDER_BYTES = 2**30
+# samples after which no more time is given to a template that does not end
+_RENDERS_STOPPED = 5
+# fields of a turn that only some templates write
+_TEMPLATED = ("reasoning_content", "tool_calls")
 
 
 # transformers' own `return_assistant_tokens_mask` and TRL's `assistant_only_loss` cannot replace this module: the mask is wrong
@@ -152,7 +157,7 @@ class Segmenter:
         return {k: v for k, v in self.processor.tokenizer.special_tokens_map.items() if isinstance(v, str)}
 
     def _by_template(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The conversation as the processor's own template renders it."""
+        """Return the conversation as the processor's own template renders it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, _ = render_jinja_template(conversations=[list(messages)], chat_template=self.template, **self._named)
@@ -163,12 +168,7 @@ class Segmenter:
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **more)
 
     def segments(self, sample: Sample) -> list[Segment]:
-        """The sample in segments; their texts joined are the rendered conversation.
-
-        Raises:
-            SampleError: the template cannot render the sample, rewrites earlier turns, drops images, or leaves nothing to
-                learn.
-        """
+        """Return the sample in segments; their texts joined are the rendered conversation."""
         literals: list[str] = []
         messages = [self._guarded(message, literals) for message in sample.messages]
         tools = self._hidden(list(sample.tools), literals)
@@ -205,7 +205,7 @@ class Segmenter:
         return found
 
     def _hidden(self, value: Any, literals: list[str]) -> Any:
-        """A value whose texts, at any depth, have every string that would become a special token replaced."""
+        """Return a value whose texts, at any depth, have every string that would become a special token replaced."""
         if isinstance(value, str):
 
             def hide(found: str) -> str:
@@ -218,7 +218,7 @@ class Segmenter:
         return [self._hidden(part, literals) for part in value] if isinstance(value, (list, tuple)) else value
 
     def _guarded(self, message: dict[str, Any], literals: list[str]) -> dict[str, Any]:
-        """A turn as the template gets it: its own spelling of special tokens hidden, and nothing of ours."""
+        """Return a turn as the template gets it: its own spelling of special tokens hidden, and nothing of ours."""
         parts = [
             {"type": "text", "text": self._hidden(part["text"], literals)}
             if part["type"] == "text"
@@ -285,7 +285,7 @@ class Segmenter:
         return [*cut, _Cut(text[done:].rstrip())]
 
     def _generated_space(self, prompt: str) -> str:
-        """White space at the end of a prompt that serving leaves to the model: what follows the generation prompt."""
+        """Return white space at the end of a prompt that serving leaves to the model: what follows the generation prompt."""
         space = prompt[len(prompt.rstrip()) :]
         fits = [n for n in range(len(space) + 1) if self._opening and prompt.endswith(self._opening + space[n:])]
         return space[fits[0] :] if fits else ""
@@ -334,7 +334,7 @@ class Segmenter:
             raise SampleError("no_supervised_tokens", f"{sample.name}: {told}")
 
     def count(self, text: str, kind: str) -> int:
-        """Placeholders of a kind in rendered text (a sample's own spelling of one is hidden or cut apart by then)."""
+        """Return placeholders of a kind in rendered text (a sample's own spelling of one is hidden or cut apart by then)."""
         placeholder = self.placeholders[kind]
         return text.count(placeholder) if placeholder else 0
 
@@ -344,7 +344,7 @@ class Segmenter:
         return set(self.protected.values()) - {self.processor.tokenizer.unk_token_id}
 
     def literal_ids(self, text: str) -> list[int]:
-        """Token ids of a string that must not become a special token."""
+        """Return the token ids of a string that must not become a special token."""
         tokenizer = self.processor.tokenizer
         unknown = tokenizer.unk_token_id
         kept = self._special_ids
@@ -372,7 +372,7 @@ def _difference(bare: str, full: str) -> str:
 
 
 def _split(text: str, supervised: bool, literals: list[str]) -> list[Segment]:
-    """A cut with the hidden strings brought back as segments of their own."""
+    """Return a cut with the hidden strings brought back as segments of their own."""
     found = []
     for part in re.split(f"{_OPEN}(.){_CLOSE}", text) if _OPEN in text else [text]:
         index = ord(part) - _FIRST if len(part) == 1 else -1

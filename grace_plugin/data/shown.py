@@ -23,12 +23,15 @@ def shown(value: Any, limit: int = 80) -> str:
     """
     if isinstance(value, (str, bytes)):
         if len(value) <= limit:
-            return shortened(repr(value), 2 * limit)  # escapes may make it four times as long
+            # escapes may make it four times as long
+            return shortened(repr(value), 2 * limit)
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{shortened(repr(value[:limit]), 2 * limit)}... ({len(value):,} {unit})"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length():,} bits"  # repr refuses more than 4,300 digits
-    short = reprlib.Repr()  # before Python 3.12 it takes no arguments
+        # repr refuses more than 4,300 digits
+        return f"an integer of {value.bit_length():,} bits"
+    # before Python 3.12 it takes no arguments
+    short = reprlib.Repr()
     short.maxlevel, short.maxdict, short.maxstring, short.maxother = 6, 8, limit // 2, limit
     try:
         return shortened(short.repr(value), limit)

@@ -29,7 +29,7 @@ FILES = (".json", ".jsonl", ".parquet")
 
 
 def load_samples(source: str, images: str | None = None) -> Samples:
-    """Samples of a dataset, to be inspected by `prepare`; `source` of the result says where they come from.
+    """Return samples of a dataset, to be inspected by `prepare`; `source` of the result says where they come from.
 
     Args:
         source: `samples.json`, `samples.jsonl`, `samples.parquet`, a folder of such files, a folder written by
@@ -57,7 +57,7 @@ def _checked_name(source: str) -> str:
 
 
 def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Samples:
-    """The samples; `within`: the mixes that name this source."""
+    """Return the samples; `within`: the mixes that name this source."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if images is not None:
@@ -91,7 +91,7 @@ def _load(source: str, images: str | None, within: tuple[Path, ...] = ()) -> Sam
 
 
 def stream_samples(source: str, images: str | None = None) -> Any:
-    """The samples of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a
+    """Return the samples of a JSON, JSONL or parquet file, a folder of one of these kinds or a hub dataset: a
     `datasets.IterableDataset`.
 
     JSON and JSONL are read by the plugin's own readers, so that samples need not have the same types and a broken line is a
@@ -164,7 +164,7 @@ def _folder(images: str | None) -> Path | None:
 
 
 def _parts_of(source: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of `name`, `name:split` or `name:config:split`."""
+    """Return name, configuration and split of `name`, `name:split` or `name:config:split`."""
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise ValueError(f"{source!r} has more than two colons; give {_NAMED}")
@@ -172,17 +172,17 @@ def _parts_of(source: str) -> tuple[str, str | None, str]:
 
 
 def _local(name: str) -> Path | None:
-    """The folder of a dataset that lies on disk in files of its own; None for the hub and for saved datasets."""
+    """Return the folder of a dataset that lies on disk in files of its own; None for the hub and for saved datasets."""
     return Path(name) if Path(name).is_dir() and not _saved(Path(name)) else None
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The dataset files of a folder; what is no regular file is refused when it is read."""
+    """Return the dataset files of a folder; what is no regular file is refused when it is read."""
     return sorted(file for file in folder.iterdir() if file.suffix in FILES and not file.is_dir())
 
 
 def _saved(path: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote it."""
+    """Return whether `datasets.save_to_disk` wrote it."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
@@ -219,7 +219,7 @@ def _dataset(source: str) -> Any:
 
 
 def _stored(feature: Any) -> Any:
-    """A feature with the images and videos in it, at any depth, left as they are stored."""
+    """Return a feature with the images and videos in it, at any depth, left as they are stored."""
     import datasets
 
     if isinstance(feature, (datasets.Image, datasets.Video)):
@@ -268,7 +268,7 @@ _TAKEN = "give a list of samples, a path, load_samples(...), a datasets.Dataset,
 
 
 def _split(dataset: Mapping[Any, Any]) -> Any:
-    """The split of a DatasetDict that a training reads."""
+    """Return the split of a DatasetDict that a training reads."""
     names = list(dataset)
     if "train" in names:
         return dataset["train"]
@@ -280,19 +280,19 @@ def _split(dataset: Mapping[Any, Any]) -> Any:
 
 
 def _first(values: Any) -> Any:
-    """The first of a list or an array, None where there is none."""
+    """Return the first of a list or an array, None where there is none."""
     return values[0] if hasattr(values, "__getitem__") and hasattr(values, "__len__") and len(values) else None
 
 
 def _are_splits(given: Mapping[Any, Any]) -> bool:
-    """Whether the values of a dict are datasets, and no columns."""
+    """Return whether the values of a dict are datasets, and no columns."""
     return (
         "train" in given and isinstance(given["train"], (list, tuple)) and isinstance(_first(given["train"]), Mapping)
     )
 
 
 def _table(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    """The samples of a dict of lists."""
+    """Return the samples of a dict of lists."""
     messages = columns.get("messages")
     if "role" in columns or isinstance(messages, Mapping) or isinstance(_first(messages), Mapping):
         raise ValueError("the dataset is one sample; pass a list of samples")
@@ -304,7 +304,7 @@ def _table(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of a DataFrame: lists for arrays, None for what is missing."""
+    """Return a cell of a DataFrame: lists for arrays, None for what is missing."""
     if isinstance(value, float) and value != value:  # NaN stands for a missing cell
         return None
     if hasattr(value, "tolist") and hasattr(value, "dtype"):

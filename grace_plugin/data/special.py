@@ -26,7 +26,7 @@ class SpecialStrings:
         self._first = re.compile(f"[{re.escape(''.join(sorted(lengths)))}]") if lengths else re.compile(r"(?!)")
 
     def _next(self, text: str, place: int) -> tuple[int, int] | None:
-        """Start and end of the first string at or after `place`."""
+        """Return start and end of the first string at or after `place`."""
         while (found := self._first.search(text, place)) is not None:
             place = found.start()
             for length in self._lengths[text[place]]:
@@ -36,11 +36,11 @@ class SpecialStrings:
         return None
 
     def within(self, text: str) -> bool:
-        """Whether a text holds one of the strings."""
+        """Return whether a text holds one of the strings."""
         return self._next(text, 0) is not None
 
     def replace(self, text: str, by: Callable[[str], str]) -> str:
-        """The text with each of the strings in it replaced by what `by` makes of it."""
+        """Return the text with each of the strings in it replaced by what `by` makes of it."""
         parts, done = [], 0
         while (found := self._next(text, done)) is not None:
             parts += [text[done : found[0]], by(text[found[0] : found[1]])]
@@ -48,5 +48,5 @@ class SpecialStrings:
         return "".join([*parts, text[done:]]) if parts else text
 
     def ending(self, text: str) -> str:
-        """The longest of the strings that a text ends with, "" for none."""
+        """Return the longest of the strings that a text ends with, "" for none."""
         return next((text[-length:] for length in self._ends if text[-length:] in self.strings), "")

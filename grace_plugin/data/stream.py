@@ -35,7 +35,7 @@ _WORKERS = 256
 
 
 def _deals(samples: Any) -> bool:
-    """Whether the stream deals its samples to ranks and workers itself."""
+    """Return whether the stream deals its samples to ranks and workers itself."""
     import datasets
 
     return isinstance(samples, datasets.IterableDataset)
@@ -113,7 +113,7 @@ class StreamedSamples(IterableDataset[Any]):
             self._drop(counts, number, reason, message)
 
     def _own(self, info: Any) -> Iterator[tuple[int, Any]]:
-        """The samples of this worker of this rank, numbered as they were read."""
+        """Return the samples of this worker of this rank, numbered as they were read."""
         if self.dealt:
             return enumerate(self.samples)
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
@@ -140,7 +140,7 @@ class StreamedSamples(IterableDataset[Any]):
         return REJECTED if self.rank == 0 else REJECTED.replace(".jsonl", f".{self.rank}.jsonl")
 
     def report(self, device: torch.device | None = None) -> dict[str, Any]:
-        """Samples that all ranks read (ahead of the run by what the loader prefetched), and the dropped ones by reason.
+        """Return samples that all ranks read (ahead of the run by what the loader prefetched), and the dropped ones by reason.
 
         device: where the ranks' counts are summed; every rank of several takes part.
         """

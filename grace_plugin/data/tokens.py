@@ -46,7 +46,7 @@ class Recent(Generic[Value]):
         return len(self._held)
 
     def get(self, key: Hashable) -> Value | None:
-        """The value, or None where there is none; it must not be changed."""
+        """Return the value, or None where there is none; it must not be changed."""
         value = self._held.pop(key, None)
         if value is not None:
             self._held[key] = value
@@ -62,7 +62,7 @@ class Recent(Generic[Value]):
 
 
 def visual_spans(pieces: Sequence[Any], placeholders: Mapping[str, str]) -> list[int]:
-    """1 for an image and the number of frames for a video, in the order of the text.
+    """Return 1 for an image and the number of frames for a video, in the order of the text.
 
     Args:
         pieces: of all samples, in order, each with its text and the `Video`s in it.
@@ -94,7 +94,7 @@ class Piece:
     ids: dict[str, Tensor] = field(default_factory=dict)
 
     def labels(self) -> Tensor:
-        """int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
+        """Return int64 [tokens of the piece]: the ids of an answer, IGNORE_INDEX in a prompt."""
         ids = self.ids["input_ids"]
         return ids if self.supervised else torch.full_like(ids, IGNORE_INDEX)
 
@@ -168,7 +168,7 @@ class Tokens:
         return able
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Return ids of a text, nothing added."""
         return self.segmenter.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @cached_property
@@ -178,13 +178,13 @@ class Tokens:
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 
     def _before(self, piece: Piece) -> str:
-        """What of the text in front of a piece could be its anchor: a special token, or a character."""
+        """Return what of the text in front of a piece could be its anchor: a special token, or a character."""
         if not piece.before or not self._prefixes_space:
             return ""
         return self.segmenter.special.ending(piece.before) or piece.before[-1]
 
     def _anchor(self, piece: Piece) -> str:
-        """Text to tokenize in front of a piece, so that it gets no word-start mark it would not have in the sample.
+        """Return text to tokenize in front of a piece, so that it gets no word-start mark it would not have in the sample.
 
         Only for tokenizers that add such a mark, and only where the anchor's tokens stay apart from the piece's.
         """

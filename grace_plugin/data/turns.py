@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grace_plugin.data.errors import SampleError
+from grace_plugin.data.errors import SampleError, malformed
 from grace_plugin.data.parts import check_text, read_parts
 from grace_plugin.data.schema import check_turn_fields, is_empty
 from grace_plugin.data.shown import shortened, shown
@@ -43,33 +43,28 @@ def _article(role: str) -> str:
 
 
 def _is_trained(turn: Mapping[str, Any], role: str, name: str) -> bool:
-    """Whether a turn's own fields leave it in the loss."""
+    """Return whether a turn's own fields leave it in the loss."""
     said = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise SampleError(
-                "malformed",
-                f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is supervised (1, true) or not (0, false)",
+            raise malformed(
+                f"{name}: {key} of {_article(role)} turn is {shown(value)}; a turn is supervised (1, true) or not (0, false)"
             )
         if role != "assistant" and value:
-            raise SampleError(
-                "malformed", f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are supervised"
-            )
+            raise malformed(f"{name}: {key} asks to learn {_article(role)} turn; only assistant turns are supervised")
     if len({bool(value) for value in said.values()}) > 1:
-        raise SampleError(
-            "malformed", f"{name}: {' and '.join(said)} of {_article(role)} turn disagree; give one of them"
-        )
+        raise malformed(f"{name}: {' and '.join(said)} of {_article(role)} turn disagree; give one of them")
     return all(said.values())
 
 
 def _parsed(value: Any, what: str, name: str) -> Any:
-    """A value that tables often hold as JSON text."""
+    """Return a value that tables often hold as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:  # ValueError also of an integer of more digits than Python converts
-        raise SampleError("malformed", f"{name}: {what} is text that is not JSON ({shortened(error)})") from error
+        raise malformed(f"{name}: {what} is text that is not JSON ({shortened(error)})") from error
 
 
 def _check_texts(value: Any, what: str, name: str) -> None:
@@ -86,43 +81,37 @@ def _check_texts(value: Any, what: str, name: str) -> None:
 
 
 def _call(given: Any, name: str) -> dict[str, Any]:
-    """One tool call as chat templates read it, its arguments an object."""
+    """Return one tool call as chat templates read it, its arguments an object."""
     function = given.get("function", given) if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise SampleError("malformed", f"{name}: a tool call has no function name; give a name and arguments")
+        raise malformed(f"{name}: a tool call has no function name; give a name and arguments")
     if function is not given:
         check_turn_fields(given, ("id", "type", "index", "function"), f"{name}: a tool call")
     check_turn_fields(function, ("id", "type", "name", "arguments"), f"{name}: a tool call")
     arguments = _parsed(function.get("arguments") or {}, "arguments of a tool call", name)
     if not isinstance(arguments, Mapping):
-        raise SampleError(
-            "malformed", f"{name}: the arguments of a tool call are a {type(arguments).__name__}, not an object"
-        )
+        raise malformed(f"{name}: the arguments of a tool call are a {type(arguments).__name__}, not an object")
     mark = {"id": given["id"]} if given.get("id") is not None else {}
     return {**mark, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
 def read_tools(given: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a sample as chat templates read them: a list of objects, or that as JSON text.
-
-    Raises:
-        SampleError: another type, or a tool without a name.
-    """
+    """Return the tools of a sample as chat templates read them: a list of objects, or that as JSON text."""
     tools = [] if is_empty(given) else _parsed(given, "tools", name)
     if not isinstance(tools, (list, tuple)):
-        raise SampleError("malformed", f"{name}: tools is a {type(tools).__name__}; give a list")
+        raise malformed(f"{name}: tools is a {type(tools).__name__}; give a list")
     found = []
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise SampleError("malformed", f"{name}: a tool has no name; give name, description and parameters")
+            raise malformed(f"{name}: a tool has no name; give name, description and parameters")
         found.append(dict(tool) if function is not tool else {"type": "function", "function": dict(function)})
     _check_texts(found, "tools", name)
     return tuple(found)
 
 
 def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
-    """What a template reads of a turn in addition to its content."""
+    """Return what a template reads of a turn in addition to its content."""
     found: dict[str, Any] = {}
     for key in ("tool_calls", "reasoning_content"):
         if not is_empty(turn.get(key)) and role != "assistant":
@@ -132,11 +121,11 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     calls = _parsed(turn.get("tool_calls"), "tool_calls", name)
     if not is_empty(calls):
         if not isinstance(calls, (list, tuple)):
-            raise SampleError("malformed", f"{name}: tool_calls is a {type(calls).__name__}; give a list")
+            raise malformed(f"{name}: tool_calls is a {type(calls).__name__}; give a list")
         found["tool_calls"] = [_call(call, name) for call in calls]
     thought = turn.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
-        raise SampleError("malformed", f"{name}: reasoning_content is a {type(thought).__name__}; give text")
+        raise malformed(f"{name}: reasoning_content is a {type(thought).__name__}; give text")
     if thought and thought.strip():
         found["reasoning_content"] = thought
     if not is_empty(turn.get("tool_call_id")) and role != "tool":
@@ -144,9 +133,7 @@ def _extras(turn: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
             "unknown_field", f"{name}: {_article(role)} turn has tool_call_id, which only a tool's turn can have"
         )
     if not is_empty(turn.get("name")) and not isinstance(turn["name"], str):
-        raise SampleError(
-            "malformed", f"{name}: name of {_article(role)} turn is a {type(turn['name']).__name__}; give text"
-        )
+        raise malformed(f"{name}: name of {_article(role)} turn is a {type(turn['name']).__name__}; give text")
     found |= {key: turn[key] for key in ("tool_call_id", "name") if not is_empty(turn.get(key))}
     _check_texts(found, f"a field of {_article(role)} turn", name)
     return found
@@ -159,14 +146,9 @@ def read_turn(
 
     Args:
         kinds: which tags of a user's plain text stand for images and videos.
-
-    Raises:
-        SampleError: names the sample and what is wrong with the turn.
     """
     if not isinstance(turn, Mapping):
-        raise SampleError(
-            "malformed", f"{name}: a message is a {type(turn).__name__}; give an object with role and content"
-        )
+        raise malformed(f"{name}: a message is a {type(turn).__name__}; give an object with role and content")
     said, content = turn.get("role"), turn.get("content")
     role = _SAME.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
@@ -196,9 +178,6 @@ def check_order(messages: list[dict[str, Any]], name: str) -> None:
     """Refuse turns out of order: a system turn first if at all, then user and assistant in turn, the assistant last.
 
     Between two assistant turns, answers of tools may take the place of the user's turn.
-
-    Raises:
-        SampleError: names the order that was given.
     """
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_plugin.data.errors import SampleError
+from grace_plugin.data.errors import SampleError, malformed
 from grace_plugin.data.media import DEFAULT_MAX_PIXELS, decode_image, media_source, shown_source
 from grace_plugin.data.shown import shortened, shown
 
@@ -39,10 +39,14 @@ __all__ = ["DecoderMissingError", "Video", "decode_video"]
 
 # transformers' `load_video` is not used: it bounds neither pixels nor duration, takes a truncated file for a short one, and
 # opens web addresses
-_TOTAL_FACTOR = 16  # kept frames of a file may hold this many times `max_pixels` together
-_LONGEST = 200  # times the short side that the long side of a frame may be
-_SHORT = 0.5  # seconds by which a file may end before its stated duration
-_ONE_SECOND_GRID = 1e-6  # of a frame: times are fractions, their products floats
+# kept frames of a file may hold this many times `max_pixels` together
+_TOTAL_FACTOR = 16
+# times the short side that the long side of a frame may be
+_LONGEST = 200
+# seconds by which a file may end before its stated duration
+_SHORT = 0.5
+# of a frame: times are fractions, their products floats
+_ONE_SECOND_GRID = 1e-6
 
 
 class DecoderMissingError(ValueError):
@@ -83,7 +87,7 @@ def decode_video(video: Any, name: str, max_pixels: int | None = DEFAULT_MAX_PIX
     if not isinstance(video, (list, tuple, np.ndarray, torch.Tensor)):
         return _from_file(media_source(video, "video", name), shown_source(video), name, max_pixels, fps)
     if len(getattr(video, "shape", (0,))) == 0:
-        raise SampleError("malformed", f"{name}: a video is one number; {_FRAMES_ARE}")
+        raise malformed(f"{name}: a video is one number; {_FRAMES_ARE}")
     if len(video) == 0:
         raise SampleError("unreadable_video", f"{name}: a video has no frames")
     frames = [_frame(frame, len(video), name, max_pixels) for frame in video]
@@ -100,7 +104,7 @@ _SHAPES_SHOWN = 120
 
 
 def _frame(frame: Any, count: int, name: str, max_pixels: int | None) -> np.ndarray:
-    """One frame of `count`, [H, W, 3], its numbers as they are given."""
+    """Return one frame of `count`, [H, W, 3], its numbers as they are given."""
     if isinstance(frame, torch.Tensor):
         shape = tuple(frame.shape)
         if frame.ndim == 3 and shape[0] == 3 and frame.dtype != torch.bfloat16:
@@ -108,28 +112,22 @@ def _frame(frame: Any, count: int, name: str, max_pixels: int | None) -> np.ndar
         elif frame.ndim == 3 and shape[0] == 3:  # numpy has no bfloat16
             frame = frame.detach().cpu().float().permute(1, 2, 0).numpy()
         else:
-            raise SampleError(
-                "malformed", f"{name}: a frame of a video is a tensor of shape {list(shape)}; {_FRAMES_ARE}"
-            )
+            raise malformed(f"{name}: a frame of a video is a tensor of shape {list(shape)}; {_FRAMES_ARE}")
     elif not isinstance(frame, np.ndarray):
         frame = np.asarray(decode_image(frame, name, max_pixels))
     if frame.ndim != 3 or frame.shape[-1] != 3 or 0 in frame.shape:
-        raise SampleError(
-            "malformed", f"{name}: a frame of a video is an array of shape {list(frame.shape)}; {_FRAMES_ARE}"
-        )
+        raise malformed(f"{name}: a frame of a video is an array of shape {list(frame.shape)}; {_FRAMES_ARE}")
     check_frame(f"{name}: a video", frame.shape[1], frame.shape[0], count, max_pixels)
     return frame
 
 
 def _bytes(frames: list[np.ndarray], name: str) -> np.ndarray:
-    """uint8 [F, H, W, 3] of frames of one shape, whatever numbers they hold."""
+    """Return uint8 [F, H, W, 3] of frames of one shape, whatever numbers they hold."""
     kinds = {frame.dtype for frame in frames}
     if kinds == {np.dtype(np.uint8)}:
         return np.stack(frames)
     if any(kind.kind not in "biuf" for kind in kinds):
-        raise SampleError(
-            "malformed", f"{name}: the frames of a video are of type {shown(sorted(map(str, kinds)))}; give uint8"
-        )
+        raise malformed(f"{name}: the frames of a video are of type {shown(sorted(map(str, kinds)))}; give uint8")
     low, high = min(float(frame.min()) for frame in frames), max(float(frame.max()) for frame in frames)
     if not (low >= 0.0 and high <= 255.0):  # also where they are NaN
         raise SampleError(
@@ -143,11 +141,7 @@ def _bytes(frames: list[np.ndarray], name: str) -> np.ndarray:
 
 
 def check_frame(what: str, width: int, height: int, frames: int, max_pixels: int | None) -> None:
-    """Refuse frames above the limit, alone or all that are kept, and frames of an extreme shape.
-
-    Raises:
-        SampleError: `what` is too large.
-    """
+    """Refuse frames above the limit, alone or all that are kept, and frames of an extreme shape."""
     if max_pixels is not None and (width * height > max_pixels or frames * width * height > _TOTAL_FACTOR * max_pixels):
         raise SampleError(
             "image_too_large",
@@ -174,7 +168,7 @@ def _pyav(named: str, name: str) -> Any:
 
 def _from_file(source: str | bytes, named: str, name: str, max_pixels: int | None, fps: float) -> Video:
     if not (math.isfinite(fps) and fps > 0):
-        raise SampleError("malformed", f"{name}: fps is {fps}; give frames a second above 0")
+        raise malformed(f"{name}: fps is {fps}; give frames a second above 0")
     av = _pyav(named, name)
     given = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -211,9 +205,10 @@ class _Reader:
         check_frame(f"{self.name}: video {self.shown}", width, height, frames, self.max_pixels)
 
     def frames(self) -> Iterator[tuple[float, Any]]:
-        """(seconds from the first frame, frame) in order of showing, to the end, which must be where the file says."""
+        """Return (seconds from the first frame, frame) in order of showing, to the end, which must be where the file says."""
         first, reached, count, packets = None, 0.0, 0, 0
-        indexed = len(self.stream.index_entries)  # of MP4 and AVI, where the index is whole from the start
+        # of MP4 and AVI, where the index is whole from the start
+        indexed = len(self.stream.index_entries)
         for packet in self.container.demux():
             if packet.pts is not None and packet.time_base is not None:
                 reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -238,7 +233,7 @@ class _Reader:
 
 
 def _sampled(reader: _Reader, fps: float) -> Video:
-    """Frames of the track at `fps` a second."""
+    """Return frames of the track at `fps` a second."""
     kept: list[np.ndarray] = []
     indices: list[int] = []
     wanted, count, last = 0, 0, 0.0

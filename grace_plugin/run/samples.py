@@ -47,7 +47,7 @@ class TrainingSamples:
             SideOutput(f"the report on the data in {folder}").write(lambda: prepared.write_report(folder))
 
     def finish(self) -> dict[str, Any]:
-        """The report at the end of the run; a stream is counted only now, over all ranks, each of which takes part."""
+        """Return the report at the end of the run; a stream is counted only now, over all ranks, each of which takes part."""
         return self.stream.write_report() if self.stream is not None else self.report
 
 

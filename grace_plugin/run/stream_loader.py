@@ -47,7 +47,7 @@ class StreamLoader:
         self._batches: Iterator[dict[str, Any]] = iter(())
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream, plain numbers."""
+        """Return the place in the stream, plain numbers."""
         return {"epoch": self.epoch, "windows": self.windows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -55,7 +55,7 @@ class StreamLoader:
         self.epoch, self.windows = state["epoch"], state["windows"]
 
     def write_report(self) -> dict[str, Any]:
-        """What became of the samples of all ranks so far, each of which takes part; the first writes it."""
+        """Return what became of the samples of all ranks so far, each of which takes part; the first writes it."""
         found = self.samples.report(self.arguments.device)
         SideOutput("the report on the data").write(lambda: self.samples.save_report(found))
         return found
@@ -65,7 +65,7 @@ class StreamLoader:
         return self._batches
 
     def _begin(self) -> Iterator[dict[str, Any]]:
-        """The batches of the epoch behind the windows already read."""
+        """Return the batches of the epoch behind the windows already read."""
         self.samples.set_epoch(self.epoch)
         asked = self.arguments
         batches = bounded(
@@ -87,7 +87,7 @@ class StreamLoader:
         return batches
 
     def window(self, count: int) -> list[dict[str, Any]]:
-        """Up to `count` batches, as many on every rank; [] when the stream has ended on all of them.
+        """Return up to `count` batches, as many on every rank; [] when the stream has ended on all of them.
 
         Several ranks make the last window of an epoch full, because the last micro-batch is the one that sums gradients.
 
@@ -118,7 +118,7 @@ class StreamLoader:
         return found
 
     def _agreed(self, count: int, failed: bool) -> tuple[int, int | None]:
-        """The largest count of all ranks, and a rank that failed; collective and unconditional."""
+        """Return the largest count of all ranks, and a rank that failed; collective and unconditional."""
         rank = self.arguments.process_index
         said = torch.tensor([count, rank + 1 if failed else 0], device=self.arguments.device)
         if dist.is_available() and dist.is_initialized():
@@ -127,7 +127,7 @@ class StreamLoader:
         return most, who - 1 if who else None
 
     def filler(self) -> dict[str, Any]:
-        """A batch of one short text of which nothing is supervised."""
+        """Return a batch of one short text of which nothing is supervised."""
         batch = self.collator([_FILLER])
         batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
         return batch

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from grace_plugin.data import EpochSampler, epoch_order, rank_batches
+from grace_plugin.data import EpochSampler, epoch_order
 from grace_plugin.data.order import shuffled
 
 
@@ -48,13 +48,12 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [96, 101])
 def test_ranks_get_accelerates_batches(world_size: int, count: int) -> None:
-    """`rank_batches` deals as accelerate does, and the ranks' batches of a step are the one rank's, in order."""
+    """The batches of a step of all ranks are the next batches of a single rank, in order."""
     made = sampler(count)
     ranks = []
     for rank in range(world_size):
         shard = BatchSamplerShard(BatchSampler(made, 4, drop_last=False), world_size, rank, even_batches=True)
         ranks.append(list(shard))
-        assert rank_batches(list(made), 4, rank, world_size) == ranks[-1]
     dealt = [batch for step in zip(*ranks, strict=True) for batch in step]
     alone = list(BatchSampler(made, 4, drop_last=False))
     assert dealt[: count // 4] == alone[: count // 4]
@@ -83,6 +82,5 @@ def test_batches_are_grouped_by_length() -> None:
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.15  # long batches are spread over the epoch
 
 
-def test_nothing_to_deal() -> None:
-    assert rank_batches([], 4, 0, 2) == []
+def test_epoch_sampler__length__number_of_samples() -> None:
     assert len(EpochSampler(7, 0)) == 7
