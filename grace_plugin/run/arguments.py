@@ -48,10 +48,6 @@ class Rule:
     extra: Any = None
 
 
-def _works(**limits: Any) -> Rule:
-    return Rule("works", **limits)
-
-
 def _refused(reason: str, *accepted: Any) -> Rule:
     return Rule("refused", reason, accepted)
 
@@ -66,51 +62,69 @@ _NO_UPLOAD = (
 _OWN_ORDER = (
     "the order of samples is a hash of seed, epoch and number, grouped by length, the same for any number of processes"
 )
-_WHOLE = "it cuts the student, and GRACE trains with a whole student in every process"
+_WHOLE = "it shards the student, and GRACE trains with a whole student in every process"
 _IN_BACKWARD = (
     "it steps in the backward pass, where gradients of quantized weights are not complete and no step can be skipped"
 )
-_LAYERWISE = (
+_STEPS_IN_BACKWARD = (
     "galore_adamw_layerwise",
     "galore_adamw_8bit_layerwise",
     "galore_adafactor_layerwise",
     "apollo_adamw_layerwise",
+    "lomo",
+    "adalomo",
 )
 
+#: fields that work with any value of their type
+_WORKS = """
+    lr_scheduler_kwargs optim_args optim_target_modules bf16 tf32 gradient_checkpointing gradient_checkpointing_kwargs
+    logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    skip_memory_metrics save_on_each_node restore_callback_states_from_checkpoint full_determinism use_cpu
+    ddp_find_unused_parameters ddp_broadcast_buffers ddp_backend dataloader_drop_last dataloader_pin_memory
+    dataloader_persistent_workers dataloader_multiprocessing_context train_sampling_strategy
+""".split()
+
+_EVALUATION = """
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
+    load_best_model_at_end metric_for_best_model greater_is_better do_eval do_predict
+""".split()
+
+_HUB = """
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+""".split()
+
 ARGUMENTS: dict[str, Rule] = {
+    **dict.fromkeys(_WORKS, Rule("works")),
+    **dict.fromkeys(_EVALUATION, _refused(_NO_EVALUATION)),
+    **dict.fromkeys(_HUB, _refused(_NO_UPLOAD)),
     # ---- length, batch, rate
     "output_dir": _refused("train() has its own output_dir; Trainer's files go to <output_dir>.run"),
-    "per_device_train_batch_size": _works(low=1),
-    "num_train_epochs": _works(above=0),
-    "max_steps": _works(low=1, extra=-1),
-    "learning_rate": _works(low=0),
-    "lr_scheduler_type": _works(values=dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _NO_EVALUATION)),
-    "lr_scheduler_kwargs": _works(),
-    "warmup_steps": _works(low=0),
-    "optim": _works(values=dict.fromkeys((*_LAYERWISE, "lomo", "adalomo"), _IN_BACKWARD)),
-    "optim_args": _works(),
-    "weight_decay": _works(low=0),
-    "adam_beta1": _works(low=0, high=1),
-    "adam_beta2": _works(low=0, high=1),
-    "adam_epsilon": _works(low=0),
-    "optim_target_modules": _works(),
-    "gradient_accumulation_steps": _works(low=1),
-    "max_grad_norm": _works(low=0),
+    "per_device_train_batch_size": Rule("works", low=1),
+    "num_train_epochs": Rule("works", above=0),
+    "max_steps": Rule("works", low=1, extra=-1),
+    "learning_rate": Rule("works", low=0),
+    "lr_scheduler_type": Rule("works", values=dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _NO_EVALUATION)),
+    "warmup_steps": Rule("works", low=0),
+    "optim": Rule("works", values=dict.fromkeys(_STEPS_IN_BACKWARD, _IN_BACKWARD)),
+    "weight_decay": Rule("works", low=0),
+    "adam_beta1": Rule("works", low=0, high=1),
+    "adam_beta2": Rule("works", low=0, high=1),
+    "adam_epsilon": Rule("works", low=0),
+    "gradient_accumulation_steps": Rule("works", low=1),
+    "max_grad_norm": Rule("works", low=0),
     "auto_find_batch_size": _refused(
         "the length of the run must be known before it starts; set per_device_train_batch_size and gradient_accumulation_steps"
     ),
     # ---- loss
     "average_tokens_across_devices": _refused("the loss is always a mean over the supervised tokens of all devices"),
     "label_smoothing_factor": _refused("GRACE computes its own loss, whose soft targets are the teacher's"),
-    "neftune_noise_alpha": _works(above=0),
+    "neftune_noise_alpha": Rule("works", above=0),
     # ---- precision, memory, speed
-    "bf16": _works(),
     "fp16": _refused(
         "its loss scaling skips steps on purpose, which GRACE counts as non-finite ones; use bf16, or neither"
     ),
-    "tf32": _works(),
-    "gradient_checkpointing": _works(),
-    "gradient_checkpointing_kwargs": _works(),
     "torch_compile": _refused(
         "even with a backend that changes no kernel, a compiled student ends the run with other weights"
     ),
@@ -119,50 +133,15 @@ ARGUMENTS: dict[str, Rule] = {
     "use_liger_kernel": _refused("it replaces layers of the student; GRACE has its own fused head and losses"),
     "liger_kernel_config": _refused("use_liger_kernel is refused"),
     "use_cache": _refused("a training step has no use for a key-value cache"),
-    "torch_empty_cache_steps": _works(low=1),
+    "torch_empty_cache_steps": Rule("works", low=1),
     # ---- logs
-    "logging_strategy": _works(),
-    "logging_steps": _works(above=0),
-    "logging_first_step": _works(),
-    "log_on_each_node": _works(),
-    "logging_nan_inf_filter": _works(),
-    "include_num_input_tokens_seen": _works(),
-    "log_level": _works(),
-    "log_level_replica": _works(),
-    "disable_tqdm": _works(),
-    "report_to": _works(),
-    "run_name": _works(),
-    "project": _works(),
-    "trackio_space_id": _works(),
-    "trackio_bucket_id": _works(),
-    "trackio_static_space_id": _works(),
-    "skip_memory_metrics": _works(),
+    "logging_steps": Rule("works", above=0),
     "debug": _refused("its hooks would stay on the student; non-finite steps are skipped, counted and logged", "", []),
-    # ---- evaluation
-    "eval_strategy": _refused(_NO_EVALUATION),
-    "eval_steps": _refused(_NO_EVALUATION),
-    "eval_delay": _refused(_NO_EVALUATION),
-    "per_device_eval_batch_size": _refused(_NO_EVALUATION),
-    "prediction_loss_only": _refused(_NO_EVALUATION),
-    "eval_on_start": _refused(_NO_EVALUATION),
-    "eval_do_concat_batches": _refused(_NO_EVALUATION),
-    "eval_use_gather_object": _refused(_NO_EVALUATION),
-    "eval_accumulation_steps": _refused(_NO_EVALUATION),
-    "include_for_metrics": _refused(_NO_EVALUATION),
-    "batch_eval_metrics": _refused(_NO_EVALUATION),
-    "bf16_full_eval": _refused(_NO_EVALUATION),
-    "fp16_full_eval": _refused(_NO_EVALUATION),
-    "load_best_model_at_end": _refused(_NO_EVALUATION),
-    "metric_for_best_model": _refused(_NO_EVALUATION),
-    "greater_is_better": _refused(_NO_EVALUATION),
-    "do_eval": _refused(_NO_EVALUATION),
-    "do_predict": _refused(_NO_EVALUATION),
     "do_train": Rule("no effect", "a flag for scripts, which Trainer itself does not read"),
     # ---- resume states
-    "save_strategy": _works(values={"best": _NO_EVALUATION}),
-    "save_steps": _works(above=0),
-    "save_total_limit": _works(low=1),
-    "save_on_each_node": _works(),
+    "save_strategy": Rule("works", values={"best": _NO_EVALUATION}),
+    "save_steps": Rule("works", above=0),
+    "save_total_limit": Rule("works", low=1),
     "save_only_model": _refused(
         "it leaves out optimizer and schedule, and a resumed run would start both again; save_total_limit bounds the space "
         "that resume states take"
@@ -173,65 +152,49 @@ ARGUMENTS: dict[str, Rule] = {
     "ignore_data_skip": _refused(
         "a resumed run goes on at its sample, so that it ends with the bits of an uninterrupted run"
     ),
-    "restore_callback_states_from_checkpoint": _works(),
     "resume_from_checkpoint": _refused("it is an argument of train() itself"),
-    # ---- hub
-    "push_to_hub": _refused(_NO_UPLOAD),
-    "hub_token": _refused(_NO_UPLOAD),
-    "hub_private_repo": _refused(_NO_UPLOAD),
-    "hub_model_id": _refused(_NO_UPLOAD),
-    "hub_strategy": _refused(_NO_UPLOAD),
-    "hub_always_push": _refused(_NO_UPLOAD),
-    "hub_revision": _refused(_NO_UPLOAD),
     # ---- seeds
-    "full_determinism": _works(),
-    "seed": _works(low=0, high=2**32 - 1),
-    "data_seed": _works(low=0, high=2**32 - 1),
+    "seed": Rule("works", low=0, high=2**32 - 1),
+    "data_seed": Rule("works", low=0, high=2**32 - 1),
     # ---- devices
-    "use_cpu": _works(),
     "accelerator_config": _refused(
         "accumulation is gradient_accumulation_steps, and how batches are dealt to processes is GRACE's own", {}
     ),
     "parallelism_config": _refused(_WHOLE),
     "local_rank": _refused("the launcher (torchrun, accelerate launch) decides it"),
-    "ddp_find_unused_parameters": _works(),
-    "ddp_bucket_cap_mb": _works(low=1),
-    "ddp_broadcast_buffers": _works(),
+    "ddp_bucket_cap_mb": Rule("works", low=1),
     "ddp_static_graph": _refused("a micro-batch without images uses other parameters than one with images", False),
-    "ddp_backend": _works(),
-    "ddp_timeout": _works(low=1),
+    "ddp_timeout": Rule("works", low=1),
     "fsdp": _refused(_WHOLE, "", []),
     "fsdp_config": _refused(_WHOLE, {}),
     "deepspeed": _refused(_WHOLE),
     # ---- data
-    "dataloader_drop_last": _works(),
-    "dataloader_num_workers": _works(low=0, high=256),  # of each rank; a slip of a zero fills the machine's memory
-    "dataloader_pin_memory": _works(),
-    "dataloader_persistent_workers": _works(),
-    "dataloader_prefetch_factor": _works(low=1),
-    "dataloader_multiprocessing_context": _works(),
+    # of each rank; a zero too many would start enough processes to fill the machine's memory
+    "dataloader_num_workers": Rule("works", low=0, high=256),
+    "dataloader_prefetch_factor": Rule("works", low=1),
     "dataloader_in_order": _refused("without it the speed of workers decides the order of batches, and no seed"),
-    "remove_unused_columns": Rule(
-        "refused", "samples are not columns of the model's forward; it is always False", (False,)
-    ),
+    "remove_unused_columns": _refused("samples are not columns of the model's forward; it is always False", False),
     "label_names": _refused('labels are made by the collator; it is always ["labels"]', ["labels"]),
-    "train_sampling_strategy": _works(),  # what is possible depends on the dataset: `check_data_options`
     "length_column_name": _refused(f"lengths are measured, not read from a column: {_OWN_ORDER}"),
 }
+
+_STATES = ("save_strategy", ("steps", "epoch"), "save_strategy=steps or epoch")
+_WORKERS = ("dataloader_num_workers", None, "dataloader_num_workers of at least 1")
+_TRACKIO = ("report_to", ("trackio", "all"), "report_to=trackio")
 
 #: a field that does nothing unless another one has one of these values (None: any but its empty one), and how to say so
 NEEDS: dict[str, tuple[str, tuple[Any, ...] | None, str]] = {
     "save_steps": ("save_strategy", ("steps",), "save_strategy=steps"),
-    "save_total_limit": ("save_strategy", ("steps", "epoch"), "save_strategy=steps or epoch"),
-    "save_on_each_node": ("save_strategy", ("steps", "epoch"), "save_strategy=steps or epoch"),
+    "save_total_limit": _STATES,
+    "save_on_each_node": _STATES,
     "logging_steps": ("logging_strategy", ("steps",), "logging_strategy=steps"),
-    "dataloader_prefetch_factor": ("dataloader_num_workers", None, "dataloader_num_workers of at least 1"),
-    "dataloader_persistent_workers": ("dataloader_num_workers", None, "dataloader_num_workers of at least 1"),
-    "dataloader_multiprocessing_context": ("dataloader_num_workers", None, "dataloader_num_workers of at least 1"),
+    "dataloader_prefetch_factor": _WORKERS,
+    "dataloader_persistent_workers": _WORKERS,
+    "dataloader_multiprocessing_context": _WORKERS,
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", None, "gradient_checkpointing=True"),
     "run_name": ("report_to", None, "report_to"),
-    "project": ("report_to", ("trackio", "all"), "report_to=trackio"),
-    "trackio_space_id": ("report_to", ("trackio", "all"), "report_to=trackio"),
-    "trackio_bucket_id": ("report_to", ("trackio", "all"), "report_to=trackio"),
-    "trackio_static_space_id": ("report_to", ("trackio", "all"), "report_to=trackio"),
+    "project": _TRACKIO,
+    "trackio_space_id": _TRACKIO,
+    "trackio_bucket_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO,
 }

@@ -33,7 +33,7 @@ _KINDS = {
 
 @cache
 def fields() -> dict[str, dataclasses.Field[Any]]:
-    """The fields of the installed TrainingArguments by name."""
+    """Return the fields of the installed TrainingArguments by name."""
     return {field.name: field for field in dataclasses.fields(TrainingArguments)}
 
 
@@ -46,9 +46,6 @@ def default_of(name: str) -> Any:
     """Return Trainer's default of a field."""
     field = fields()[name]
     return field.default_factory() if callable(field.default_factory) else field.default
-
-
-# ---- names --------------------------------------------------------------------------------------------------------------
 
 
 def check_name_known(name: str, others: Iterable[str] = ()) -> None:
@@ -70,24 +67,21 @@ def check_name_known(name: str, others: Iterable[str] = ()) -> None:
     raise ValueError(f"{shown(name)} is not an argument of train() or of transformers.TrainingArguments{meant}")
 
 
-# ---- types --------------------------------------------------------------------------------------------------------------
-
-
 def _arms(kind: Any) -> tuple[Any, ...]:
-    """The types of a union without their parameters (dict[str, Any] as dict), or the type alone."""
+    """Return the types of a union without their parameters (dict[str, Any] as dict), or the type alone."""
     found = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return tuple(get_origin(arm) or arm for arm in found)
 
 
 def _choices(name: str) -> list[str]:
-    """What a text field can be, if its field or its enumeration says so."""
+    """Return what a text field can be, if its field or its enumeration says so."""
     found = [arm for arm in _arms(_types()[name]) if isinstance(arm, type) and issubclass(arm, Enum)]
     members = [member.value for member in found[0]] if found else fields()[name].metadata.get("choices") or ()
     return [str(member) for member in members]
 
 
 def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
-    """Text as its field asks: an empty value, a mapping, a list, true or false; any other stays text."""
+    """Read text as its field asks: an empty value, a mapping, a list, true or false; any other stays text."""
     if NoneType in arms and text in _EMPTY:
         return None
     if bool in arms and text.lower() in ("true", "false"):
@@ -102,7 +96,7 @@ def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """The value with text such as 1e-6, which YAML 1.1 does not take for a number, as numbers."""
+    """Return the value with text such as 1e-6, which YAML 1.1 does not take for a number, as numbers."""
     if isinstance(value, dict):
         return {key: _numbers(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -116,7 +110,7 @@ def _numbers(value: Any) -> Any:
 
 
 def typed(name: str, value: Any) -> Any:
-    """The value in its field's type.
+    """Return the value in its field's type.
 
     Raises:
         ValueError: it has another type, or is none of the field's choices.
@@ -133,7 +127,8 @@ def typed(name: str, value: Any) -> Any:
     if dict in arms:
         wanted = [_KINDS[dict]]  # text would be the path of a JSON file
     fault = f"{name} takes {' or '.join(wanted)}, got {shown(value)}"
-    if isinstance(value, bool) and bool not in arms:  # Python's True is an int, and nobody means 1 by it
+    # Python's True is an int, and nobody means 1 by it
+    if isinstance(value, bool) and bool not in arms:
         raise ValueError(fault)
     if choices and value is not None:
         text = str(getattr(value, "value", value))

@@ -1,4 +1,4 @@
-"""What a run is given: recipe, student and processor, read and checked."""
+"""Read and check what a run is given: recipe, student and processor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def grace_modifier(recipe: Recipe) -> GraceModifier:
-    """The one GraceModifier of a recipe.
+    """Return the one GraceModifier of a recipe.
 
     Raises:
         ValueError: none, or more than one.
@@ -43,9 +43,8 @@ def grace_modifier(recipe: Recipe) -> GraceModifier:
     return found[0]
 
 
-_TRAINS_ALONGSIDE = {
-    "ConstantPruningModifier"
-}  # of llm-compressor's own: acts on the events of training steps, by masks
+# of llm-compressor's own: acts on the events of training steps, by masks
+_TRAINS_ALONGSIDE = {"ConstantPruningModifier"}
 
 
 def check_modifiers(recipe: Recipe, *, oneshot: bool = False) -> None:
@@ -113,7 +112,7 @@ def check_models(modifier: GraceModifier, student: str | os.PathLike[str] | nn.M
 def open_cache(
     modifier: GraceModifier, student: str | os.PathLike[str] | nn.Module, processor: Any
 ) -> StateStore | None:
-    """The store of a cached teacher, checked against recipe and processor before any model is loaded; else None.
+    """Return the store of a cached teacher, checked against recipe and processor before any model is loaded; else None.
 
     Raises:
         ValueError: no store, or one written for another teacher or with another processor.
@@ -125,9 +124,11 @@ def open_cache(
 
 
 def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full") -> Any:
-    """The student: a loaded model as it is, or a checkpoint, in float32 when all of it trains, else as it is stored.
+    """Return the student: a loaded model as it is, or a checkpoint, in float32 when all of it trains, else as it is stored.
 
-    method: the recipe's `training.method`.
+    Args:
+        model: a loaded model or a checkpoint.
+        method: the recipe's `training.method`.
 
     Raises:
         ValueError: nothing loadable there, weights that load in part, a quantized checkpoint, an adapter, or a model that an
@@ -136,7 +137,7 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
     if isinstance(model, nn.Module):
         if getattr(getattr(model, "save_pretrained", None), "_grace", False):
             raise ValueError(
-                "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint anew"
+                "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint again"
             )
         check_model(model, "student")
         _warn_of_folder(model)
@@ -145,7 +146,7 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
 
 
 def _warn_of_folder(model: Any) -> None:
-    """Say when a loaded student's folder lacks weights that the model in memory has: transformers would have drawn them."""
+    """Warn where a loaded student's folder lacks weights that the model in memory has: transformers drew them at random."""
     source = getattr(model, "name_or_path", "")
     if source and os.path.isdir(source):
         try:
@@ -157,7 +158,7 @@ def _warn_of_folder(model: Any) -> None:
 
 
 def load_processor(student: Any) -> Any:
-    """The processor beside the student's checkpoint; `student` is a loaded model or its checkpoint.
+    """Return the processor of the student's checkpoint; `student` is a loaded model or its checkpoint.
 
     Raises:
         ValueError: nothing readable there.

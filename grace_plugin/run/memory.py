@@ -1,12 +1,4 @@
-"""What saves memory in a run: optimizers with 8-bit states, and activations kept in host memory.
-
-Optimizers are chosen with TrainingArguments' own `optim`: torchao's `adamw_torch_8bit`, bitsandbytes' `adamw_bnb_8bit`. Both
-keep states of fewer than 4096 numbers in float32; the learned scales keep float32 states whatever their number, because they
-take large steps and are few.
-
-Activations are moved by torch's own `save_on_cpu` around the student's forward pass. With gradient checkpointing that is the
-input of each layer, layers x sequence x width; without it, it would be the quantized weights too, so it is refused.
-"""
+"""What saves memory in a run: optimizers with 8-bit states, and activations kept in host memory."""
 
 from __future__ import annotations
 
@@ -35,7 +27,10 @@ def check_optimizer(arguments: Any) -> None:
 
 
 def keep_full_precision_states(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Have an optimizer with low-bit states keep float32 states for these parameters; any other optimizer does so anyway."""
+    """Have an optimizer with 8-bit states keep float32 states for these parameters; any other optimizer does so anyway.
+
+    Learned scales take large steps and are few. Both libraries keep float32 only for fewer than 4096 values.
+    """
     library = type(optimizer).__module__.partition(".")[0]
     if library == "torchao":  # it makes a state where none is
         for parameter in parameters:
@@ -48,7 +43,11 @@ def keep_full_precision_states(optimizer: torch.optim.Optimizer, parameters: Seq
 
 
 def offloaded(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model's forward pass, with what it keeps for backward in host memory (pinned beside a GPU)."""
+    """Return the model's forward pass, with what it saves for backward in host memory (pinned next to a GPU).
+
+    With gradient checkpointing that is the input of each layer. Without it, it would be the quantized weights too, so `train`
+    refuses it.
+    """
 
     def forward(**inputs: Any) -> Any:
         with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):

@@ -1,12 +1,12 @@
-"""Check the training arguments of a run: names, types, ranges, the table of `arguments.py`, and that each has an effect.
+"""Check the training arguments of a run before a model is loaded: names, types, ranges, `arguments.py`, and their effect.
 
-Types are those of the fields of the installed `transformers.TrainingArguments`, so text (from `--set` or a YAML file) is read
-as its field asks. Everything here happens before a model is loaded, and each fault is one sentence.
+Types are those of the installed `transformers.TrainingArguments`, so text (of `--set` or a YAML file) is read as a field asks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
 import math
@@ -22,7 +22,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from grace_plugin.data.shown import shown
 from grace_plugin.run.arguments import ARGUMENTS, DEFAULTS, NEEDS, SCHEDULE_FREE_DEFAULTS, Rule
-from grace_plugin.run.devices import check_whole, one_gpu
+from grace_plugin.run.devices import refuse_sharding, use_one_gpu
 from grace_plugin.run.field_types import check_name_known, default_of, fields, typed
 from grace_plugin.run.memory import check_optimizer
 
@@ -34,9 +34,6 @@ __all__ = [
 ]
 
 _OPTIMIZER_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
-
-
-# ---- the table ----------------------------------------------------------------------------------------------------------
 
 
 def _check_range(name: str, value: Any, rule: Rule) -> None:
@@ -127,7 +124,7 @@ def read_arguments(given: Mapping[str, Any], others: Iterable[str] = ()) -> dict
         ValueError: an unknown name, a wrong type or range, a field that GRACE refuses, or one that would do nothing; an engine
             that shards the student.
     """
-    check_whole(given.get("fsdp"), given.get("deepspeed"))
+    refuse_sharding(given.get("fsdp"), given.get("deepspeed"))
     read: dict[str, Any] = {}
     for name, value in given.items():
         check_name_known(name, others)
@@ -148,18 +145,18 @@ def read_arguments(given: Mapping[str, Any], others: Iterable[str] = ()) -> dict
     return asked
 
 
-# ---- TrainingArguments --------------------------------------------------------------------------------------------------
-
-
 def _check_schedule(arguments: TrainingArguments) -> None:
     """Make the learning-rate schedule once, so that keywords it does not take are found here."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     kind, given = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs
     try:
         get_scheduler(
-            kind, optimizer, num_warmup_steps=arguments.get_warmup_steps(100), num_training_steps=100,
+            kind,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(100),
+            num_training_steps=100,
             scheduler_specific_kwargs=dict(given or {}),
-        )  # fmt: skip
+        )
     except (TypeError, ValueError) as error:
         said = str(error).replace("\n", " ")
         raise ValueError(
@@ -170,9 +167,6 @@ def _check_schedule(arguments: TrainingArguments) -> None:
 def _check_optimizer_fields(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
     """Refuse a field of the optimizer that the optimizer does not read."""
 
-    def made() -> Any:
-        return Trainer.get_optimizer_cls_and_kwargs(arguments)
-
     name = arguments.optim.value
     if name.startswith(("galore", "apollo")):
         if not arguments.optim_target_modules:
@@ -182,13 +176,13 @@ def _check_optimizer_fields(arguments: TrainingArguments, given: Mapping[str, An
         if field not in given or given[field] == default_of(field):
             continue
         try:
-            asked = made()
+            asked = Trainer.get_optimizer_cls_and_kwargs(arguments)
         except ValueError as error:
             raise ValueError(f"optim={name}: cannot use {field}={shown(given[field])}: {error}") from error
-        setattr(arguments, field, default_of(field))
-        unread = made() == asked
-        setattr(arguments, field, given[field])
-        if unread:
+        # transformers does not say which fields an optimizer reads: one that gives the same keywords at its default is not read
+        without = copy.copy(arguments)
+        setattr(without, field, default_of(field))
+        if Trainer.get_optimizer_cls_and_kwargs(without) == asked:
             raise ValueError(
                 f"{field} does nothing with optim={name}; leave it out, or choose an optimizer that reads it"
             )
@@ -240,7 +234,7 @@ def training_arguments(folder: Path, asked: Mapping[str, Any], given: Mapping[st
     check_optimizer(arguments)
     _check_schedule(arguments)
     _check_optimizer_fields(arguments, {name: asked[name] for name in given if name in asked})
-    return one_gpu(arguments)
+    return use_one_gpu(arguments)
 
 
 def arguments_to_record(asked: Mapping[str, Any]) -> dict[str, Any]:

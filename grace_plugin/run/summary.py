@@ -1,7 +1,4 @@
-"""What a run says of itself, once: its shape before the first step, its speed and memory after the last, and its checkpoint.
-
-Printed by rank 0; `log_level="warning"` (a field of TrainingArguments) and above silence it.
-"""
+"""The lines that rank 0 prints: a run's shape before the first step, its speed and memory after the last, its checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def size(count: float) -> str:
 
 
 def count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch in host memory that are no padding; 0 for one without tokens."""
+    """Count the tokens of a batch in host memory that are no padding; 0 for one without tokens."""
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
 
@@ -42,7 +39,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def say(line: str, arguments: Any = None) -> None:
-    """Print a line on rank 0, unless `log_level` is above "info"; a closed terminal ends nothing."""
+    """Print a line on rank 0, unless the training arguments' `log_level` is above "info"."""
     level = arguments.get_process_log_level() if arguments is not None and arguments.log_level != "passive" else 0
     if is_writer() and level < logging.WARNING:
         with kept_streams():
@@ -50,7 +47,7 @@ def say(line: str, arguments: Any = None) -> None:
 
 
 def header_line(trainer: Any, steps: int) -> str:
-    """One line: processes, batch, steps, epochs, what trains, and the memory of the weights."""
+    """Return one line: processes, batch, steps, epochs, what trains, and the memory of the weights."""
     asked, student = trainer.args, trainer.objective.student
     parameters = list(student.parameters())
     held = sum(p.numel() * p.element_size() for p in parameters)
@@ -62,9 +59,8 @@ def header_line(trainer: Any, steps: int) -> str:
         samples = 0
     batches = samples / (asked.train_batch_size * asked.world_size)
     batches = math.floor(batches) if asked.dataloader_drop_last else math.ceil(batches)
-    per_epoch = max(
-        1, math.ceil(batches / asked.gradient_accumulation_steps)
-    )  # the last window of an epoch may be short
+    # the last window of an epoch may be short
+    per_epoch = max(1, math.ceil(batches / asked.gradient_accumulation_steps))
     epochs = f", {steps / per_epoch:.2f} epochs of {counted(samples, 'sample')}" if samples else " of a stream"
     processes = f"{asked.world_size} process{'es' if asked.world_size > 1 else ''} on {asked.device.type}"
     return (
@@ -75,7 +71,7 @@ def header_line(trainer: Any, steps: int) -> str:
 
 
 def _teacher(trainer: Any) -> str:
-    """The memory of a teacher that is a model in memory."""
+    """Return the memory of a teacher that is a model in memory, "" for any other."""
     model = getattr(trainer.objective.teacher, "model", None)
     if not isinstance(model, torch.nn.Module):
         return ""
@@ -94,14 +90,17 @@ def throughput(trainer: Any, seconds: float, tokens: int) -> dict[str, float]:
     else:
         unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    per_second = round(tokens / max(seconds, 1e-9), 1)
     return {
-        "train_seconds": round(seconds, 3), "tokens": tokens, "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "train_seconds": round(seconds, 3),
+        "tokens": tokens,
+        "tokens_per_second": per_second,
         "peak_memory_bytes": peak,
-    }  # fmt: skip
+    }
 
 
 def speed_line(trainer: Any, found: Mapping[str, float]) -> str:
-    """One line of `throughput`."""
+    """Return one line of what `throughput` found."""
     kind = "CUDA" if trainer.args.device.type == "cuda" else "resident"
     steps = counted(trainer.state.global_step, "step")
     return (
@@ -111,10 +110,10 @@ def speed_line(trainer: Any, found: Mapping[str, float]) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Return the bytes of all files of a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def checkpoint_lines(folder: Path, seconds: float) -> str:
-    """Size, time in all, and how to serve a checkpoint."""
+    """Return the size of a checkpoint, the time it took in all, and how to serve it."""
     return f"GRACE: checkpoint of {size(folder_bytes(folder))} after {seconds:.1f} s; serve it: vllm serve {folder}"

@@ -32,7 +32,7 @@ from grace_plugin.objective import GraceObjective
 from grace_plugin.objective.async_copy import AsyncHostCopy
 from grace_plugin.quantizer import PARAMETER
 from grace_plugin.run.callback import GraceCallback
-from grace_plugin.run.devices import one_gpu
+from grace_plugin.run.devices import use_one_gpu
 from grace_plugin.run.fingerprint import SCHEDULE_KEYS, check_same_run
 from grace_plugin.run.finish import SaveFacts
 from grace_plugin.run.interrupt import ResumeCallback
@@ -94,7 +94,7 @@ class GraceTrainer(Trainer):
         if asked is not None and stream is not None:
             asked.ignore_data_skip = True  # a stream finds its place itself
         if asked is not None:
-            one_gpu(asked)
+            use_one_gpu(asked)
         self.config_use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", None)
         self.tokens_seen = 0
         self.throughput: dict[str, float] = {}

@@ -48,7 +48,7 @@ def test_every_field_of_the_installed_training_arguments_has_a_rule() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_field_is_taken_at_its_default_alone_and_says_why(name: str) -> None:
     engine = name in ("fsdp", "deepspeed")
-    with pytest.raises(ValueError, match="cuts the student" if engine else rf"^{name}=.* cannot be used: .{{20}}"):
+    with pytest.raises(ValueError, match="shards the student" if engine else rf"^{name}=.* cannot be used: .{{20}}"):
         read_arguments({name: other(name) if name != "remove_unused_columns" else True})
     if name not in ("output_dir", "remove_unused_columns"):
         assert read_arguments({name: default(name)})[name] == default(name)
@@ -185,7 +185,7 @@ def test_arguments_are_refused_before_anything_is_read_or_written(
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4' in the environment",
         ),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed precision fp16"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "PARALLELISM_CONFIG cuts the student"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "PARALLELISM_CONFIG shards the student"),
     ],
 )
 def test_what_a_launcher_asks_for_is_refused_too(

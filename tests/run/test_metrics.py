@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from grace_plugin.run.metrics import METRICS, append_metrics, begin_metrics
+from grace_plugin.run.metrics import METRICS, MetricsFile
 from tests.conftest import Finished
 from tests.pairs import Pair, run
 
@@ -15,13 +15,13 @@ def entries(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
-def test_the_file_is_trainers_log(finished: Finished) -> None:
+def test_metrics_file__finished_run__is_trainers_log(finished: Finished) -> None:
     folder = finished.folder.with_name(f"{finished.folder.name}.run")
     assert entries(folder) == finished.result.history
     assert [entry["step"] for entry in entries(folder) if "loss_ce" in entry] == list(range(1, 9))
 
 
-def test_a_resumed_run_goes_on_behind_its_step(llava: Pair, tmp_path: Path) -> None:
+def test_metrics_file__resumed_run__later_lines_dropped(llava: Pair, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     run(llava, tmp_path / "a", **options)
     folder = tmp_path / "b.run"
@@ -32,7 +32,8 @@ def test_a_resumed_run_goes_on_behind_its_step(llava: Pair, tmp_path: Path) -> N
     assert [entry["step"] for entry in entries(folder) if "loss_ce" in entry] == [1, 2]
 
 
-def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    begin_metrics(tmp_path / "new", [{"step": 1, "loss": math.nan}])
-    append_metrics(tmp_path / "new", {"step": 2, "loss": math.inf, "ok": 0.5})
+def test_metrics_file__value_not_finite__null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "new")
+    file.begin([{"step": 1, "loss": math.nan}])
+    file.append({"step": 2, "loss": math.inf, "ok": 0.5})
     assert entries(tmp_path / "new") == [{"step": 1, "loss": None}, {"step": 2, "loss": None, "ok": 0.5}]
