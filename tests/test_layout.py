@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "grace_plugin"
 ROOMS = (
     "deprecation", "locks", "upstream", "recipe", "presets", "losses", "quantizer", "controller", "vlm", "schemes",
-    "vllm_constraints", "trainable", "data", "teacher", "export", "objective", "modifier", "run", "serve", "report", "cli",
+    "vllm_constraints", "trainable", "data", "digest", "teacher", "export", "objective", "modifier", "run", "serve",
+    "report", "cli",
 )  # fmt: skip
 APART = {"losses", "quantizer", "controller"}
 LEAST = {  # what the small rooms may import from outside the standard library

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from grace_plugin.digest import file_digest, tensor_digest, value_digest
 from grace_plugin.export.processor import is_processor_file
 from grace_plugin.teacher.checkpoint import open_checkpoint
 
@@ -39,11 +40,10 @@ __all__ = [
     "RECORD",
     "RUN_FILE",
     "VERIFICATION",
+    "checkpoint_digest",
     "compare_files",
     "dense_digests",
-    "digest",
     "environment",
-    "file_digest",
     "files_below",
     "fingerprint",
     "is_description",
@@ -65,19 +65,6 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _ABSENT = object()
 
 
-def digest(tensor: Tensor) -> str:
-    """Return the SHA-256 over dtype, shape and bytes of a tensor."""
-    flat = tensor.detach().cpu().contiguous()
-    head = f"{flat.dtype} {tuple(flat.shape)} ".encode()
-    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
     """Return hashes by name of all parameters but codes and scales: tower, projector, embeddings, norms, biases, head."""
     packed = {"weight", "weight_packed", "weight_scale", "weight_shape"}
@@ -85,7 +72,7 @@ def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         if module not in quantized or leaf not in packed:
-            found[name] = digest(parameter)
+            found[name] = tensor_digest(parameter)
     return found
 
 
@@ -121,12 +108,18 @@ def provenance(name: str | None, *, paths: bool) -> dict[str, Any]:
     return found | ({"path": name} if local and paths else {})
 
 
-def fingerprint(source: str | Path) -> dict[str, str] | None:
+def fingerprint(source: str | Path, revision: str = "main") -> dict[str, str] | None:
     """Return the commit of a hub snapshot or the digests of a folder's config and weights; None where it has neither."""
     try:
-        return open_checkpoint(str(source)).fingerprint()
+        return open_checkpoint(str(source), revision).fingerprint()
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         return None
+
+
+def checkpoint_digest(source: str | Path, revision: str = "main") -> str | None:
+    """Return one digest of `fingerprint`, None where there is none."""
+    found = fingerprint(source, revision)
+    return None if found is None else value_digest(found)
 
 
 def seal(content: Mapping[str, Any]) -> str:

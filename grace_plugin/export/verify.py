@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace_plugin.digest import tensor_digest
 from grace_plugin.export.probe import check_finite, probe_logits, read_probe
 from grace_plugin.export.processor import processor_files
 from grace_plugin.export.ranks import is_writer
@@ -36,7 +37,6 @@ from grace_plugin.export.record import (
     VERIFICATION,
     compare_files,
     dense_digests,
-    digest,
     environment,
     fingerprint,
     read_sealed,
@@ -158,7 +158,7 @@ def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[s
         result["failed"].append("load")
         return _conclude(folder, result, [*sentences, f"the weights cannot be loaded: {text}"])
     missing = [name for name in record["layers"] if name not in stored]
-    hashes = {name: {"codes": digest(c), "scales": digest(s)} for name, (c, s) in stored.items()}
+    hashes = {name: {"codes": tensor_digest(c), "scales": tensor_digest(s)} for name, (c, s) in stored.items()}
     differing = {
         kind: [n for n in record["layers"] if n in stored and hashes[n][kind] != record["layers"][n][kind]]
         for kind in ("codes", "scales")

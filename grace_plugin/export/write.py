@@ -19,6 +19,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from grace_plugin.digest import tensor_digest
 from grace_plugin.export.plan import ExportPlan, RunToExport, checkpoint_bytes, rehearse_save
 from grace_plugin.export.probe import attention_of, check_finite, probe_logits, write_probe
 from grace_plugin.export.processor import is_processor_file
@@ -31,7 +32,6 @@ from grace_plugin.export.record import (
     RECORD,
     RUN_FILE,
     dense_digests,
-    digest,
     environment,
     files_below,
     is_local,
@@ -159,7 +159,8 @@ class VerifiedSave:
             "run": run.objective.state_dict(),
             "forward": run.objective.forward_proof,
             "layers": {
-                name: {"codes": digest(codes), "scales": digest(scales)} for name, (codes, scales) in run.frozen.items()
+                name: {"codes": tensor_digest(codes), "scales": tensor_digest(scales)}
+                for name, (codes, scales) in run.frozen.items()
             },
             "dense": dense_digests(self.model, set(run.frozen)),
         }

@@ -8,24 +8,22 @@ workers, gradient checkpointing, logging and saving.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from grace_plugin.data import ConversationCollator, Prepared
 from grace_plugin.data.key import processor_settings
-from grace_plugin.export.record import environment
+from grace_plugin.digest import model_digest, value_digest
+from grace_plugin.export.record import checkpoint_digest, environment
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.teacher import Teacher
-from grace_plugin.teacher.checkpoint import open_checkpoint
 
-__all__ = ["SCHEDULE_KEYS", "check_same_run", "dataset_fingerprint", "describe_run", "weights_fingerprint"]
+__all__ = ["SCHEDULE_KEYS", "check_same_run", "dataset_fingerprint", "describe_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,39 +66,9 @@ _EFFECTS = {
 }  # fmt: skip
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_stands_for).encode()).hexdigest()[:16]
-
-
-def _stands_for(value: Any) -> Any:
-    """What stands for a value that JSON does not know in a digest."""
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
-    return str(value)
-
-
 def _plain(value: Any) -> Any:
     """A value as it is after a way through JSON; the order of keys stays, in which differences are listed."""
     return json.loads(json.dumps(value, default=str))
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Digest of all parameters and buffers: names, shapes, dtypes, the exclusive or of their bits, and their first 4 KiB."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.numel() and not tensor.is_meta:  # a layer that is offloaded counts by name and shape
-            found.update(_bits(tensor.detach().reshape(-1)))
-    return found.hexdigest()[:16]
-
-
-def _bits(flat: torch.Tensor) -> bytes:
-    head = flat[: max(1, 4096 // flat.element_size())].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    try:
-        every = torch.hash_tensor(flat)
-    except (RuntimeError, NotImplementedError):  # a dtype that it does not know, as the 8-bit floats
-        every = torch.hash_tensor(flat.view(torch.uint8))
-    return str(every.cpu().numpy()).encode() + head
 
 
 def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:
@@ -111,8 +79,8 @@ def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:
         samples: digest of the dataset as it was given, None for a stream.
     """
     count = len(dataset) if hasattr(dataset, "__len__") else None
-    used = _digest(dataset.numbers) if isinstance(dataset, Prepared) else None
-    return {"samples": count, "content": None if samples is None else samples[:16], "used": used}
+    used = value_digest(dataset.numbers) if isinstance(dataset, Prepared) else None
+    return {"samples": count, "content": samples, "used": used}
 
 
 def _teacher(modifier: GraceModifier, given: Any) -> Any:
@@ -121,16 +89,13 @@ def _teacher(modifier: GraceModifier, given: Any) -> Any:
     if isinstance(given, Teacher):
         return {"class": type(given).__name__, "name": str(getattr(given, "name_or_path", ""))}
     if isinstance(given, nn.Module):
-        return {"weights": weights_fingerprint(given)}
+        return {"weights": model_digest(given)}
     store = modifier.open_store()
     if store is not None:
-        return {"cache": _digest(_plain(store.identity))}
+        return {"cache": value_digest(_plain(store.identity))}
     if asked.model is None or not modifier.needs_teacher:
         return {"kind": asked.kind}
-    try:
-        return {"files": _digest(open_checkpoint(asked.model, asked.revision).fingerprint())}
-    except ValueError:  # the session says what is wrong with it, if anything is
-        return {"model": asked.model}
+    return {"files": checkpoint_digest(asked.model, asked.revision)}
 
 
 def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
@@ -142,15 +107,16 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def describe_run(
-    arguments: Any, student: Any, modifier: GraceModifier, collator: ConversationCollator, samples: tuple[Any, str | None], *,
-    teacher: Any, total_steps: int,
+    arguments: Any, student: Any, modifier: GraceModifier, collator: ConversationCollator, dataset: Any,
+    recorded: Mapping[str, Any], *, teacher: Any, total_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return all that decides a run's result, plain values by key.
 
     Args:
         arguments: TrainingArguments. student: as loaded, before the session. modifier: of the recipe, before the session.
-        collator: the run's, with its processor and limits. samples: what the run trains on, and a digest of what was given.
-        teacher: as it was passed. total_steps: optimizer steps.
+        collator: the run's, with its processor and limits. dataset: what the run trains on.
+        recorded: of `RunInputs.content`, with the digests of the files that were given. teacher: as it was passed.
+        total_steps: optimizer steps.
     """
     recipe = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
     recipe["teacher"] = {k: v for k, v in recipe["teacher"].items() if k not in ("model", "cache", "check_cache")}
@@ -160,15 +126,20 @@ def describe_run(
         "max_steps": total_steps, "world_size": arguments.world_size, "max_length": collator.max_length,
         "max_pixels": collator.max_pixels, "packing": collator.packed,
         "special_tokens": sorted(collator.segmenter.special_tokens),
-        "dataset": dataset_fingerprint(*samples),
+        "dataset": dataset_fingerprint(dataset, recorded["dataset"]["fingerprint"]),
         "student": {
-            "weights": weights_fingerprint(student), "config": _digest(_known_config(student)),
+            **_weights(student, recorded["model"].get("fingerprint")), "config": value_digest(_known_config(student)),
             "attention": getattr(student.config, "_attn_implementation", None),
         },
         "teacher": _teacher(modifier, teacher), "processor": processor_settings(collator.processor), "recipe": recipe,
         "environment": environment(),
     }  # fmt: skip
     return dict(_flat("", _plain(values)))
+
+
+def _weights(student: nn.Module, files: str | None) -> dict[str, Any]:
+    """Return the digest of the student's files, or of its tensors where it was passed loaded."""
+    return {"files": files} if files is not None else {"weights": model_digest(student)}
 
 
 def _known_config(student: Any) -> dict[str, Any]:
@@ -179,6 +150,8 @@ def _known_config(student: Any) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value)
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

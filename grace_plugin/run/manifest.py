@@ -19,25 +19,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
 from torch import nn
 
 from grace_plugin.data import is_scannable, processor_settings
 from grace_plugin.data.bounded_yaml import YamlTextError, read_yaml
 from grace_plugin.data.mix import Samples
 from grace_plugin.data.shown import shortened, shown
-from grace_plugin.export.record import RUN_FILE, environment
+from grace_plugin.digest import value_digest
+from grace_plugin.export.record import RUN_FILE, checkpoint_digest, environment
 from grace_plugin.run.settings import arguments_to_record
-from grace_plugin.teacher.checkpoint import open_checkpoint
 from grace_plugin.upstream import Recipe
 
 __all__ = [
     "RUN_FILE",
     "RunInputs",
     "changed",
-    "checkpoint_digest",
     "dataset_digest",
     "read_run_file",
     "read_yaml_mapping",
@@ -56,17 +53,6 @@ logger = logging.getLogger(__name__)
 # ---- fingerprints -------------------------------------------------------------------------------------------------------
 
 
-def _content(value: Any) -> Any:
-    """What stands for a value that JSON does not know."""
-    if isinstance(value, Image.Image):
-        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
-    return str(value)
-
-
 def _media(value: Any) -> Any:
     """Media with each path as the name and size of its file, so that a folder can be moved."""
     if isinstance(value, (str, os.PathLike)):
@@ -77,10 +63,6 @@ def _media(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_media(entry) for entry in value]
     return value
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_content).encode()).hexdigest()
 
 
 def _samples(dataset: Any) -> Iterator[Any]:
@@ -110,16 +92,8 @@ def dataset_digest(dataset: Any) -> str | None:
         if isinstance(sample, Mapping):
             keys = ("image", "images", "video", "videos")
             sample = {key: _media(entry) if key in keys else entry for key, entry in sample.items()}
-        found.update(_digest(sample).encode())
+        found.update(value_digest(sample).encode())
     return found.hexdigest()
-
-
-def checkpoint_digest(source: str, revision: str = "main") -> str | None:
-    """Return a digest of a checkpoint's files, or of its commit on the hub; None where it has no safetensors files."""
-    try:
-        return _digest(open_checkpoint(source, revision, role="model").fingerprint())
-    except ValueError:
-        return None
 
 
 # ---- what a run was given -----------------------------------------------------------------------------------------------
@@ -161,7 +135,7 @@ class RunInputs:
         """Plain values for YAML."""
         given = {name: _object(value) for name, value in self.objects.items() if value is not None and value != ()}
         if "processor" in given:
-            given["processor"]["fingerprint"] = _digest(processor_settings(self.objects["processor"]))
+            given["processor"]["fingerprint"] = value_digest(processor_settings(self.objects["processor"]))
         recipe = self._recipe()
         return {
             "version": VERSION,

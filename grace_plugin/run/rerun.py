@@ -11,9 +11,9 @@ import yaml
 
 from grace_plugin.data import load_samples, stream_samples
 from grace_plugin.data.shown import shown
-from grace_plugin.export.record import environment
+from grace_plugin.export.record import checkpoint_digest, environment
 from grace_plugin.run.grace_run import TrainResult
-from grace_plugin.run.manifest import checkpoint_digest, dataset_digest, read_run_file
+from grace_plugin.run.manifest import dataset_digest, read_run_file
 from grace_plugin.run.train import train
 
 __all__ = ["train_from"]

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grace_plugin.data import ConversationCollator, StreamedSamples
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.data.workers import bounded
+from grace_plugin.digest import tensor_digest, value_digest
 from grace_plugin.run.outputs import SideOutput
 
 __all__ = ["StreamLoader", "worker_seconds"]
@@ -34,25 +36,47 @@ def worker_seconds(arguments: Any) -> float:
     return float(arguments.ddp_timeout) if arguments.dataloader_num_workers else 0.0
 
 
+def _mark(batch: dict[str, Any]) -> list[Any]:
+    """Return what tells a batch from another: tokens and shapes by their content, pixels by the sum of their bits."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [
+        # a SHA-256 of the pixels would take as long as a step of a small model
+        [name, list(value.shape), int(value.reshape(-1).view(bits[value.element_size()]).sum())]
+        if value.is_floating_point()
+        else [name, tensor_digest(value)]
+        for name, value in sorted(batch.items())
+        if isinstance(value, Tensor)
+    ]
+
+
 class StreamLoader:
     """Iterable of a rank's batches for an epoch, and what is known of its place in the stream.
 
-    epoch, windows: the stream's epoch and the windows read of it; the same on every rank.
+    epoch, windows: the stream's epoch and the windows read of it; the same on every rank. digest: of this rank's batches in the
+    epoch so far, each hashed together with the digest before it.
     """
 
     def __init__(self, samples: StreamedSamples, collator: ConversationCollator, arguments: Any) -> None:
         self.samples, self.collator, self.arguments = samples, collator, arguments
         self.epoch = self.windows = 0
+        self.digest = ""
+        self._expected: str | None = None  # the digest of a resume state, until its batches are read again
         self._behind = False  # nothing was read yet behind the windows of an earlier run
         self._batches: Iterator[dict[str, Any]] = iter(())
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the place in the stream, plain numbers."""
-        return {"epoch": self.epoch, "windows": self.windows}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the stream and the digest of what was read up to it."""
+        return {"epoch": self.epoch, "windows": self.windows, "digest": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a place in the stream."""
+    def load_state_dict(self, state: dict[str, Any], *, compare: bool = True) -> None:
+        """Go on at a place in the stream.
+
+        Args:
+            state: of rank 0, which writes it.
+            compare: whether the first window is refused where the batches before it are not those of the state.
+        """
         self.epoch, self.windows = state["epoch"], state["windows"]
+        self._expected = state.get("digest") if compare and self.arguments.process_index == 0 else None
 
     def write_report(self) -> dict[str, Any]:
         """Return what became of the samples of all ranks so far, each of which takes part; the first writes it."""
@@ -81,9 +105,12 @@ class StreamLoader:
             ),
             worker_seconds(asked),
         )
+        self.digest = ""
         for _ in range(self.windows * asked.gradient_accumulation_steps):
-            if next(batches, None) is None:
+            batch = next(batches, None)
+            if batch is None:
                 break
+            self.digest = value_digest([self.digest, _mark(batch)])
         return batches
 
     def window(self, count: int) -> list[dict[str, Any]]:
@@ -93,10 +120,12 @@ class StreamLoader:
 
         Raises:
             RuntimeError: another rank could not read its samples; that one raises what it met.
+            ValueError: the stream of a resumed run gave other samples before its first window.
         """
         found: list[dict[str, Any]] = []
         failure: Exception | None = None
         try:
+            self._compare()
             while len(found) < count and (batch := next(self._batches, None)) is not None:
                 found.append(batch)
         except Exception as error:  # raised below, when the others know
@@ -112,10 +141,21 @@ class StreamLoader:
                 return []
             self._behind, self._batches = False, self._begin()  # the earlier run had read the epoch to its end
             return self.window(count)
+        for batch in found:
+            self.digest = value_digest([self.digest, _mark(batch)])
         self.windows, self._behind = self.windows + 1, False
         if self.arguments.world_size > 1:
             found += [self.filler() for _ in range(count - len(found))]
         return found
+
+    def _compare(self) -> None:
+        """Refuse a stream whose batches before the place that was resumed from are not those of the earlier run."""
+        expected, self._expected = self._expected, None
+        if expected is not None and expected != self.digest:
+            raise ValueError(
+                f"the stream does not give the samples of the run: the first {self.windows} steps of its epoch {self.epoch} "
+                "read others before. Resume with the stream as it was, or allow it: --allow-resume-changes dataset"
+            )
 
     def _agreed(self, count: int, failed: bool) -> tuple[int, int | None]:
         """Return the largest count of all ranks, and a rank that failed; collective and unconditional."""

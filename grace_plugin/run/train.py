@@ -278,8 +278,9 @@ def train(
     collator = run.collator(max_length, max_pixels, packed=packing, special_tokens=special_tokens)
     samples = _samples(dataset, collator, arguments, folder, max_bad_samples, run.store)
     steps, content = _total_steps(arguments, samples.count), inputs.content
-    source = (samples.dataset, content["dataset"]["fingerprint"])
-    fingerprint = describe_run(arguments, student, modifier, collator, source, teacher=teacher, total_steps=steps)
+    fingerprint = describe_run(
+        arguments, student, modifier, collator, samples.dataset, content, teacher=teacher, total_steps=steps
+    )
     with run.session(steps, probe=probe, output_dir=output_dir, record_paths=record_paths) as session:
         resumed = bool(resume_from_checkpoint) and not allow_resume_changes
         content = _keep_run_file(modifier, folder, content, resumed=resumed, record_paths=record_paths)

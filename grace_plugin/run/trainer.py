@@ -334,7 +334,8 @@ class GraceTrainer(Trainer):
         load_model(self.model, str(folder / WEIGHTS))
         self.objective.load_state_dict(state["objective"])
         if self.stream is not None:
-            self.stream.load_state_dict(state["stream"])
+            same = not self.changed and "dataset" not in self.allow_resume_changes
+            self.stream.load_state_dict(state["stream"], compare=same)
         for attached in self.objective.attached:
             attached.invalidate()
 

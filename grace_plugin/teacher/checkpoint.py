@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grace_plugin.teacher.digest import file_digests
+from grace_plugin.digest import file_digests
 from grace_plugin.vlm import family_of
 from grace_plugin.vlm.checkpoint_files import checkpoint_file
 from grace_plugin.vlm.loading import check_checkpoint

@@ -13,7 +13,6 @@ from the headers. Files are memory-mapped, so a sample costs the reading of its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grace_plugin.digest import file_digest
 from grace_plugin.locks import HeldError, held
 
 __all__ = [
@@ -288,16 +288,11 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if len(path.stem) == 64)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def corrupt_shards(folder: Path) -> list[Path]:
     """Return the files whose content does not have the checksum that is their name."""
     shards = shards_of(folder)
     with ThreadPoolExecutor() as pool:
-        return [path for path, found in zip(shards, pool.map(_sha256, shards), strict=True) if found != path.stem]
+        return [path for path, found in zip(shards, pool.map(file_digest, shards), strict=True) if found != path.stem]
 
 
 def check_folder(folder: Path, identity: Mapping[str, Any]) -> bool:
@@ -374,7 +369,7 @@ class ShardWriter:
         partial = self.folder / f"writing-{os.getpid()}{PARTIAL}"
         try:
             save_file(self._states, partial, self._header)
-            _publish(partial, self.folder / f"{_sha256(partial)}.safetensors")
+            _publish(partial, self.folder / f"{file_digest(partial)}.safetensors")
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)

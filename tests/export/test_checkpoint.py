@@ -16,10 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grace_plugin
 from grace_plugin.data import ConversationCollator
+from grace_plugin.digest import file_digest, tensor_digest
 from grace_plugin.export import VerificationError
 from grace_plugin.export.probe import POSITIONS, probe_logits, read_probe
 from grace_plugin.export.processor import processor_files, source_folder
-from grace_plugin.export.record import PROBE, RECORD, VERIFICATION, digest, file_digest, write_sealed
+from grace_plugin.export.record import PROBE, RECORD, VERIFICATION, write_sealed
 from grace_plugin.export.verify import LOGIT_BOUND
 from tests.conftest import Finished
 from tests.pairs import Pair, loaded, recipe_text, run
@@ -296,9 +297,9 @@ def test_save__proof_fails__nothing_is_left(finished: Finished, tmp_path: Path) 
 def test_digest__other_bytes_shape_or_dtype__differs() -> None:
     tensor = torch.arange(6, dtype=torch.int8)
     others = [tensor.view(2, 3), tensor.view(torch.uint8), tensor.flip(0)]
-    assert digest(tensor) == digest(tensor.clone())
-    assert len({digest(t) for t in (tensor, *others)}) == 4
-    assert digest(torch.arange(12).view(3, 4).T) == digest(torch.arange(12).view(3, 4).T.contiguous())
+    assert tensor_digest(tensor) == tensor_digest(tensor.clone())
+    assert len({tensor_digest(t) for t in (tensor, *others)}) == 4
+    assert tensor_digest(torch.arange(12).view(3, 4).T) == tensor_digest(torch.arange(12).view(3, 4).T.contiguous())
 
 
 def test_source_folder__no_such_model__named() -> None:

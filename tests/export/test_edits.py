@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import grace_plugin
+from grace_plugin.digest import file_digest
 from grace_plugin.export import VerificationError
-from grace_plugin.export.record import CONFIG, RECORD, VERIFICATION, file_digest, read_sealed, write_sealed
+from grace_plugin.export.record import CONFIG, RECORD, VERIFICATION, read_sealed, write_sealed
 from tests.conftest import Finished
 from tests.export.edits import Edit, byte_edits, edited, field_edits, files_of, verdict
 from tests.pairs import Pair, loaded, recipe_text

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
-from grace_plugin.run.fingerprint import check_same_run, weights_fingerprint
+from grace_plugin.digest import model_digest, tensor_digest
+from grace_plugin.run.fingerprint import check_same_run
 from tests.pairs import Pair, recipe_text, run
 from tests.tiny import build, make_samples, save
 
@@ -60,9 +63,7 @@ def test_resume__other_arguments_and_samples__each_named_with_both_values(llava:
 
 def test_resume__another_student_of_the_same_shape__refused(llava: Pair, started: Path, tmp_path: Path) -> None:
     save(*build("llava", seed=5), tmp_path / "other")
-    with pytest.raises(
-        ValueError, match=r"other values.*: student.weights: \"[0-9a-f]+\" -> \"[0-9a-f]+\"\. Resume with"
-    ):
+    with pytest.raises(ValueError, match=r"other values.*: student.files: [0-9a-f]{12} -> [0-9a-f]{12}\. Resume with"):
         resumed(llava, started, model=str(tmp_path / "other"))
 
 
@@ -103,11 +104,48 @@ def test_check__environment_differs__said_but_resumed(caplog: pytest.LogCaptureF
         check_same_run(one, one | {"packing": False})
 
 
-def test_weights_fingerprint__one_value_counts_wherever_it_is() -> None:
+def test_model_digest__any_value_or_its_place__counts() -> None:
     torch.manual_seed(0)
     model = nn.Linear(200, 100)
-    before = weights_fingerprint(model)
-    assert weights_fingerprint(model) == before
+    before = model_digest(model)
+    assert model_digest(model) == before
     with torch.no_grad():
         model.weight[99, 199] *= -1
-    assert weights_fingerprint(model) != before
+        signed = model_digest(model)
+        model.weight[99, 199] *= -1
+        model.weight[98:] = model.weight[98:].flip(0).clone()  # the same values, in another order
+    assert len({before, signed, model_digest(model)}) == 3
+
+
+def test_tensor_digest__shape_and_dtype_count_and_every_dtype_is_taken() -> None:
+    zeros = torch.zeros(4, 2)
+    others = [zeros.reshape(8), zeros.to(torch.int32), zeros.to(torch.float8_e4m3fn), zeros[0, 0], zeros[:0]]
+    assert len({tensor_digest(one) for one in [zeros, *others]}) == 6
+    assert tensor_digest(zeros.t().contiguous().t()) == tensor_digest(zeros)
+
+
+class Lines(IterableDataset[dict[str, Any]]):
+    """A stream of given samples."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.samples)
+
+
+def test_stream__other_samples_before_the_resume_state__refused(llava: Pair, tmp_path: Path) -> None:
+    samples = make_samples(8, seed=3)
+    options: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = run(llava, tmp_path / "whole", Lines(samples), **options).checkpoint
+    for name in ("same", "other", "allowed"):
+        shutil.copytree(tmp_path / "whole.run" / "checkpoint-2", tmp_path / f"{name}.run" / "checkpoint-2")
+    resumed = run(llava, tmp_path / "same", Lines(samples), resume_from_checkpoint=True, **options).checkpoint
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    other = [samples[1], samples[0], *samples[2:]]
+    with pytest.raises(
+        ValueError, match=r"the first 2 steps of its epoch 0 read others before.*resume-changes dataset"
+    ):
+        run(llava, tmp_path / "other", Lines(other), resume_from_checkpoint=True, **options)
+    options |= {"allow_resume_changes": ["dataset"]}
+    run(llava, tmp_path / "allowed", Lines(other), resume_from_checkpoint=True, **options)

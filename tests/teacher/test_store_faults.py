@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import grace_plugin
+from grace_plugin.digest import file_digests
 from grace_plugin.teacher import StateStore, open_store
 from grace_plugin.teacher.checkpoint import open_checkpoint
-from grace_plugin.teacher.digest import file_digests
 from grace_plugin.teacher.store import ShardWriter, build_lock, write_store
 from tests.pairs import Pair, mixed_samples
 from tests.teacher.caches import asked, build, everything
