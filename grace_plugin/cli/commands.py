@@ -218,7 +218,11 @@ def _export(args: Namespace) -> None:
 def _verify(args: Namespace) -> None:
     import grace_plugin
 
-    _show(grace_plugin.verify(args.checkpoint, source=args.source))
+    found = grace_plugin.verify(args.checkpoint, source=args.source)
+    _show(found)
+    uncovered = [*found["files_not_proven"], *found["files_not_covered"]]
+    if uncovered:
+        print(f"not covered by the verification: {', '.join(uncovered)}", file=sys.stderr)
 
 
 def _demo(args: Namespace) -> None:

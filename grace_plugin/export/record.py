@@ -45,6 +45,7 @@ __all__ = [
     "dense_digests",
     "environment",
     "files_below",
+    "files_not_covered",
     "fingerprint",
     "is_description",
     "is_local",
@@ -59,8 +60,12 @@ RECIPE, GENERATION, CONFIG, RUN_FILE = "recipe.yaml", "generation_config.json", 
 
 _SEAL = "sha256"
 _LARGEST = 2**28  # bytes of a record
-# whole names: vLLM reads every *.safetensors of a folder, so that LICENSE.safetensors would be weights
-_DESCRIPTION = re.compile(r"\.gitattributes|\.gitignore|README\.md|(LICENSE|NOTICE)[\w -]*(\.(txt|md|rst|html|pdf))?")
+#: what git, the hub and its client add to a folder, and license texts, which a publisher has to add
+_DESCRIPTION = re.compile(
+    r"\.git(/.*)?|\.cache/huggingface/.*|\.gitattributes|README\.md"
+    # by their whole names: servers read every *.safetensors of a folder, so LICENSE.safetensors would be weights
+    r"|(LICENSE|NOTICE)[\w -]*(\.(txt|md|rst|html|pdf))?"
+)
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _ABSENT = object()
 
@@ -181,17 +186,24 @@ def files_below(folder: Path) -> dict[str, str]:
 
 
 def is_description(name: str) -> bool:
-    """Whether a file only describes the repository: model card, license, files of git and of the hub's client."""
-    first = name.split("/", 1)[0]
-    return first in (".git", ".cache") or _DESCRIPTION.fullmatch(name) is not None
+    """Whether a file only describes the repository: a model card, a license, what git and the hub's client keep."""
+    return _DESCRIPTION.fullmatch(name) is not None
+
+
+def files_not_covered(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that no proof covers; those of git and of the hub's client by their folder."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    described = (name for name in names if is_description(name))
+    return sorted({re.sub(r"^(\.git|\.cache/huggingface)/.*", r"\1/*", name, flags=re.DOTALL) for name in described})
 
 
 def compare_files(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Compare names and hashes of all files with those of the record, and config.json field by field.
+    """Compare names and hashes of all files, and config.json field by field.
 
     Returns:
         The result so far, with the names of failed proofs under `failed`, and a sentence for each failure. Processor files that
-        a user has saved after `model.save_pretrained` are under `files_not_proven` and fail nothing.
+        a user has saved after `model.save_pretrained` are under `files_not_proven`, what describes the repository under
+        `files_not_covered`; both fail nothing.
     """
     known, unproven = dict(record["files"]), dict(record["unproven"])
     own_processor = bool(unproven)
@@ -225,6 +237,7 @@ def compare_files(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any],
         "failed": failed,
         "files": len(found),
         "files_not_proven": not_proven,
+        "files_not_covered": files_not_covered(folder),
         "processor_files": len(processor),
         "processor_files_changed": sorted({*_processor(changed), *_processor(missing), *altered}),
     }, sentences

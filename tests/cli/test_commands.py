@@ -97,6 +97,15 @@ def test_verify__untouched__status_0(finished: Finished, tmp_path: Path) -> None
     done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
     assert '"layers_with_other_codes": 0' in done.stdout
+    assert "not covered" not in done.stderr
+
+
+def test_verify__model_card_added__named_in_a_line(finished: Finished, tmp_path: Path) -> None:
+    published = shutil.copytree(finished.folder, tmp_path / "published")
+    (published / "README.md").write_text("---\nlicense: mit\n---\n")
+    done = call(str(BIN / "grace"), "verify", str(published))
+    assert done.returncode == 0 and '"files_not_covered": [\n  "README.md"\n ]' in done.stdout
+    assert "not covered by the verification: README.md\n" in done.stderr
 
 
 def test_verify__changed_checkpoint__one_sentence_and_status_1(finished: Finished, tmp_path: Path) -> None:

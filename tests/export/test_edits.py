@@ -108,10 +108,16 @@ def test_verify__config_reformatted__named(copy: Path) -> None:
         "grace/other",
         "LICENSE.safetensors",
         "NOTICE_of.py",
+        ".gitignore",
+        ".github/x.yaml",
+        ".cache/other",
+        "docs/README.md",
+        "readme.md",
     ],
 )
 def test_verify__added_file__named(copy: Path, name: str) -> None:
     file = copy / name
+    made = not file.parent.exists()
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
     try:
@@ -119,16 +125,27 @@ def test_verify__added_file__named(copy: Path, name: str) -> None:
             grace_plugin.verify(copy)
     finally:
         file.unlink()
-        shutil.rmtree(copy / "additional_chat_templates", ignore_errors=True)
+        if made:
+            file.parent.rmdir()
         (copy / VERIFICATION).unlink()
     assert grace_plugin.verify(copy)["verified"]
 
 
-def test_verify__repository_descriptions__ignored(copy: Path) -> None:
-    (copy / ".git").mkdir()
-    for name in ("README.md", "LICENSE", ".gitattributes", ".git/config"):
+def test_verify__files_of_the_hub_and_of_git__named_as_not_covered(copy: Path) -> None:
+    for name in (
+        "README.md", "LICENSE", ".gitattributes", ".git/config", ".git/objects/1", ".cache/huggingface/download/x.lock",
+    ):  # fmt: skip
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("x")
-    assert grace_plugin.verify(copy)["verified"]
+    found = grace_plugin.verify(copy)
+    assert found["verified"]
+    named = [".cache/huggingface/*", ".git/*", ".gitattributes", "LICENSE", "README.md"]
+    assert found["files_not_covered"] == named
+    shutil.rmtree(copy / ".git")
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / ".cache")
+    assert grace_plugin.verify(copy)["files_not_covered"] == []
 
 
 @pytest.mark.parametrize(
