@@ -1,4 +1,4 @@
-"""Building an environment says what it is doing while it does it, and why it stopped."""
+"""Test the environment builder: its progress, its errors, and the floors of the dependencies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def script(folder: Path) -> str:
     return str(folder / "pip.py")
 
 
-def test_a_long_step_says_every_few_seconds_what_it_is_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run__long_step__prints_progress_every_few_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert BUILD["BEAT"] <= 5.0
     started = time.monotonic()
     BUILD["run"]("installing the packages", [sys.executable, script(tmp_path)], beat=0.3)
@@ -47,7 +47,7 @@ def test_a_long_step_says_every_few_seconds_what_it_is_at(tmp_path: Path, capsys
     assert not any("example" in line or "http" in line for line in said)
 
 
-def test_a_step_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
+def test_run__failing_step__error_with_the_end_of_the_output(tmp_path: Path) -> None:
     with pytest.raises(BUILD["StepError"]) as failed:
         BUILD["run"]("installing", [sys.executable, script(tmp_path), "fail"], "try another index", beat=5.0)
     lines = str(failed.value).splitlines()
@@ -56,7 +56,7 @@ def test_a_step_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
     assert not any(word in str(failed.value) for word in ("WARNING", "index.example", "Looking in"))
 
 
-def test_what_is_installed_is_compiled_even_where_python_writes_no_bytecode(
+def test_byte_compile__pythondontwritebytecode__compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -71,7 +71,7 @@ def test_what_is_installed_is_compiled_even_where_python_writes_no_bytecode(
     assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
 
 
-def test_the_floors_are_the_oldest_that_the_project_allows() -> None:
+def test_floors__pyproject__lower_bounds() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     held = dict(line.split("==") for line in BUILD["at_the_floors"](project).split())
     needed = [Requirement(line) for line in tomllib.loads(project)["project"]["dependencies"]]

@@ -24,7 +24,7 @@ PINNED = dict(
 
 
 @pytest.mark.parametrize("needed", NEEDED, ids=lambda needed: needed.name)
-def test_a_dependency_has_a_floor_and_a_cap_around_what_is_tested(needed: Requirement) -> None:
+def test_dependency__bounds__around_the_tested_version(needed: Requirement) -> None:
     operators = {one.operator for one in needed.specifier}
     assert operators & {">=", "=="} and operators & {"<", "<=", "=="}
     assert PINNED[needed.name] in needed.specifier
