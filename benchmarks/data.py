@@ -5,12 +5,12 @@
 check: the command itself, page and report included, on LLaVA samples with one JPEG file each (400 sizes of 640 x 480 and
 around, one in ten a megapixel; one sample in ten is text), in two processes and with nothing remembered, for processors with
 the image settings of released checkpoints.
-load: `train` of the bundled demo pair on its scenes as PNG files, with one loader process (and with none, where loading stands
+load: `train` of the bundled demo pair on its scenes as PNG files, with one loader process (and with none, where loading is
 inside the step): time between asking for a batch and having it, over the time of the steps. A third run has every batch
 collated before the first step: what loading costs where it shares the cores, waited for or not. The exit status is 1 when a
 bar (LIMIT_SECONDS, LEAST_SHARE with one loader) is missed.
 
-Wall seconds and processor seconds (loader processes included) both stand in the JSON under results/data, since a busy machine
+Wall seconds and processor seconds (loader processes included) are both in the JSON under results/data, since a busy machine
 stretches the first and not the second.
 """
 
@@ -113,7 +113,7 @@ def check(dataset: Path, samples: int, families: list[str], workers: int) -> dic
 class Waiting:
     """Time from asking for an accumulation window to having it, of every step but the first.
 
-    beforehand: all batches are made when the first is asked for.
+    beforehand: all batches are made when the first is requested.
     """
 
     def __init__(self, beforehand: bool = False) -> None:
@@ -146,7 +146,7 @@ class Waiting:
 
 
 def load(folder: Path, steps: int, workers: int, beforehand: bool = False) -> dict[str, Any]:
-    """Share of step time in the model for the demo pair, its rates and batch."""
+    """Return the share of step time in the model for the demo's models, learning rate and batch size."""
     (folder / "scenes").mkdir(parents=True)
     samples = []
     for number, sample in enumerate(training_samples(0, steps * Budget.batch_size)):
@@ -208,7 +208,7 @@ def show(title: str, samples: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Run what is asked for (both by default), print and write the JSON; 1 when a bar is missed."""
+    """Run the chosen parts (both by default), print and write the JSON; return 1 when a limit is missed."""
     missed = False
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["check", "load"])

@@ -1,6 +1,6 @@
 """Mutation run over losses, quantizer and controller: does a changed sign, index or bound make a test fail?
 
-Works on a copy of the three rooms and their tests with an empty package file, so that neither llm-compressor nor
+Works on a copy of the three packages and their tests with an empty package file, so that neither llm-compressor nor
 transformers is imported; mutmut changes one operator, number, name or argument at a time and runs the tests that reach
 the changed function. mutmut leaves decorated functions alone; to have those mutated too, the copy is rewritten without
 changing what it computes: ``@torch.no_grad()`` becomes a ``with`` block, ``@once_differentiable`` is dropped and
@@ -15,7 +15,7 @@ compare them with torch and float64.
     python benchmarks/mutation.py        more than an hour and a half on one core; --children 2 for two
     python benchmarks/mutation.py --since            keeps what is recorded as killed where a function did not change
     python benchmarks/mutation.py --since REVISION   the same for a record that does not name its revision
-    python benchmarks/mutation.py --second-pass      the first pass as it lies in build/, the second again
+    python benchmarks/mutation.py --second-pass      the second pass again, after the first pass in build/
     python benchmarks/mutation.py --report-only      reads the last run again
 
 With --since only changed functions and former survivors run; `mutation_report` says what that rests on, and results.json how
@@ -34,7 +34,7 @@ import sys
 from pathlib import Path
 
 import libcst as cst
-from mutation_report import DEAD, NOT_RUN, ROOMS, ROOT, TESTS, Earlier, earlier, report, revision, texts, verdicts
+from mutation_report import DEAD, NOT_RUN, PARTS, ROOT, TESTS, Earlier, earlier, report, revision, texts, verdicts
 
 WORK, INTERPRETED = ROOT / "build" / "mutation", ROOT / "build" / "mutation_interpreted"
 SMALL = (  # kernels' tests that take little time in the interpreter
@@ -82,13 +82,13 @@ class Undecorate(cst.CSTTransformer):
 
 
 def prepare(work: Path) -> None:
-    """A fresh copy of rooms and tests in ``work``; of the tests, those in torch or those in Triton's interpreter."""
+    """A fresh copy of packages and tests in ``work``; of the tests, those in torch or those in Triton's interpreter."""
     shutil.rmtree(work, ignore_errors=True)
     (work / "grace_plugin").mkdir(parents=True)
     (work / "tests").mkdir()
     for package in ("grace_plugin", "tests"):
         (work / package / "__init__.py").touch()
-    for parent, names in (("grace_plugin", ROOMS), ("tests", TESTS)):
+    for parent, names in (("grace_plugin", PARTS), ("tests", TESTS)):
         for name in names:
             source, target = ROOT / parent / name, work / parent / name
             if source.is_dir():
@@ -129,10 +129,10 @@ def main() -> None:
         known = Earlier(revision(), {}, [], []) if options.since is None else earlier(options.since or None)
         prepare(WORK)
         carried.write_text(json.dumps(known))
-        mutants = known.names(texts("grace_plugin", ROOMS)) if known.killed else []  # none: all
+        mutants = known.names(texts("grace_plugin", PARTS)) if known.killed else []  # none: all
         mutmut(WORK, options.children, mutants)
     if not options.report_only:
-        if known.now and texts("grace_plugin", ROOMS, known.now) != texts("grace_plugin", ROOMS):
+        if known.now and texts("grace_plugin", PARTS, known.now) != texts("grace_plugin", PARTS):
             raise SystemExit(f"the first pass ran on {known.now}, and functions have changed since; run it again")
         left = [name for name, status in verdicts(WORK).items() if status not in (*DEAD, NOT_RUN)]
         prepare(INTERPRETED)

@@ -4,7 +4,7 @@ Verdicts that are carried. "Killed" is kept for the mutants of a function whose 
 the same as at an earlier revision; mutmut numbers a function's mutants by its text, so they keep their names. Everything else
 runs: new and changed functions whole, and of unchanged ones what was alive. This holds only while tests are added or
 strengthened, never weakened; a test function that is gone since then is listed in results.json under "tests_gone". A killed
-verdict is not looked at again when a function that the mutant's own calls changes.
+verdict is not checked again when a function that the mutant's own calls changes.
 """
 
 import ast
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "mutation"
-ROOMS = ["losses", "quantizer", "controller.py"]
+PARTS = ["losses", "quantizer", "controller.py"]
 TESTS = ["losses", "quantizer", "reference", "test_controller.py"]
 KILLED, SURVIVED, UNTESTED, TIMEOUT, NOT_RUN = "killed", "survived", "no tests", "timeout", "not run"
 DEAD = (KILLED, TIMEOUT)
@@ -49,8 +49,8 @@ def git(*arguments: str) -> str:
 
 
 def revision() -> str | None:
-    """The commit whose rooms and tests lie here; None when they differ from it."""
-    places = [*(f"grace_plugin/{name}" for name in ROOMS), *(f"tests/{name}" for name in TESTS)]
+    """Return the commit whose packages and tests these are; None when they differ from it."""
+    places = [*(f"grace_plugin/{name}" for name in PARTS), *(f"tests/{name}" for name in TESTS)]
     return None if git("status", "--porcelain", "--", *places) else git("rev-parse", "--short", "HEAD").strip()
 
 
@@ -79,7 +79,7 @@ def mangled(where: str) -> str:
     """mutmut's name for a function, without the number; a property was renamed by `mutation.Undecorate`."""
     module, _, function = where.partition(" ")
     owner, _, name = function.rpartition(".")
-    if owner and texts("grace_plugin", ROOMS)[where].lstrip().startswith("@property"):
+    if owner and texts("grace_plugin", PARTS)[where].lstrip().startswith("@property"):
         name = f"_get_{name}"
     return f"grace_plugin.{module}." + (f"xǁ{owner}ǁ{name}" if owner else f"x_{name}")
 
@@ -99,7 +99,7 @@ def earlier(since: str | None) -> Earlier:
         raise SystemExit(
             f"results.json was recorded at {recorded.get('revision')}, --since says {since}; give the first"
         )
-    old, today = texts("grace_plugin", ROOMS, at), texts("grace_plugin", ROOMS)
+    old, today = texts("grace_plugin", PARTS, at), texts("grace_plugin", PARTS)
     same = {where for where, text in today.items() if old.get(where) == text}
     alive = [survivor["mutant"] for survivor in recorded["survivors"] if survivor["where"] in same]
     ran = recorded.get("functions", {})
@@ -181,11 +181,11 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
     counts = Counter(found.values())
     killed, tested = counts[KILLED] + counts[TIMEOUT], len(found) - counts[NOT_RUN]
     at: Counter[str] = sum((one["killed"] for one in per.values()), Counter())
-    rooms = {}
-    for room in ("losses", "quantizer", "controller"):
-        mine = [status for mutant, status in found.items() if mutant.startswith(f"grace_plugin.{room}")]
+    packages = {}
+    for package in ("losses", "quantizer", "controller"):
+        mine = [status for mutant, status in found.items() if mutant.startswith(f"grace_plugin.{package}")]
         done = [status for status in mine if status != NOT_RUN]
-        rooms[room] = {"mutants": len(mine), "tested": len(done), "killed": sum(s in DEAD for s in done)}
+        packages[package] = {"mutants": len(mine), "tested": len(done), "killed": sum(s in DEAD for s in done)}
     import torch
 
     summary = {
@@ -199,7 +199,7 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
             "holds_while": "tests since those revisions were added or strengthened, none weakened",
         },
         "killed_in_tritons_interpreter_only": sum(second.get(m) in DEAD and first[m] not in DEAD for m in found),
-        "rooms": rooms, "survivors_without_reason": sum(s["reason"] is None for s in survivors),
+        "packages": packages, "survivors_without_reason": sum(s["reason"] is None for s in survivors),
         "functions": per, "survivors": survivors,
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -209,6 +209,6 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
         shown = ["```diff", survivor["diff"], "```", survivor["reason"] or f"no reason given ({survivor['status']})"]
         lines += [f"## {survivor['where']}", "", *shown, ""]
     (RESULTS / "survivors.md").write_text("\n".join(lines))
-    print(f"{killed} of {tested} tested killed ({summary['share_killed']:.1%}); {json.dumps(rooms)}; {dict(counts)}")
+    print(f"{killed} of {tested} tested killed ({summary['share_killed']:.1%}); {json.dumps(packages)}; {dict(counts)}")
     print(f"killed at revision: {dict(at)}; survivors without a reason: {summary['survivors_without_reason']}")
     return tested == len(found) and summary["share_killed"] >= 0.9 and summary["survivors_without_reason"] == 0

@@ -8,14 +8,14 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
-from benchmarks.speed.plot import picture
+from benchmarks.speed.plot import chart
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_small_form(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    command = [sys.executable, "-m", "benchmarks.speed", "--small", "--rooms", "head", "linear", "relation"]
+    command = [sys.executable, "-m", "benchmarks.speed", "--small", "--parts", "head", "linear", "relation"]
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
@@ -23,7 +23,7 @@ def test_the_small_form(tmp_path: Path) -> None:
     if found["device"] == "cpu":
         assert all(error < 2e-6 for error in title["error_ours"].values()), title["error_ours"]
     assert found["relation"] and found["environment"]["torch"]
-    drawn = xml.etree.ElementTree.fromstring(picture(found))
+    drawn = xml.etree.ElementTree.fromstring(chart(found))
     assert len(drawn.findall("{http://www.w3.org/2000/svg}rect")) > 10
 
 

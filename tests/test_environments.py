@@ -56,9 +56,7 @@ def test_run__failing_step__error_with_the_end_of_the_output(tmp_path: Path) -> 
     assert not any(word in str(failed.value) for word in ("WARNING", "index.example", "Looking in"))
 
 
-def test_byte_compile__pythondontwritebytecode__compiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_byte_compile__pythondontwritebytecode__compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for name, text in (
         ("package/good.py", "one = 1"),

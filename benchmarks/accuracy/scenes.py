@@ -74,7 +74,7 @@ NAME, PLURAL, NUMBER, NEITHER, YES, NO, PLACE = 0, 10, 20, 26, 27, 28, 29  # whe
 
 
 def draw(seed: int, count: int, photos: Photos, *, augment: bool, types: tuple[str, ...] = TYPES) -> Samples:
-    """`count` rows from a seed, the types by turns. augment: photographs mirrored and shifted by up to 2 pixels at random."""
+    """`count` samples from a seed, the types in turn. augment: photographs mirrored and shifted by up to 2 pixels at random."""
     rng = np.random.default_rng(seed)
     type_ = np.array([TYPES.index(t) for t in types])[np.arange(count) % len(types)]
     grid = rng.integers(2, 4, count)

@@ -1,1 +1,1 @@
-"""Speed and memory of every room next to what it cannot do without; `python -m benchmarks.speed --help`."""
+"""Measure speed and memory of each part next to a baseline; `python -m benchmarks.speed --help`."""

@@ -1,6 +1,6 @@
-"""Speed and memory of head, quantizer, relation, a whole step and small cards, each next to its floor of the same process.
+"""Measure speed and memory of head, quantizer, relational loss, a whole step and small GPUs, each next to its baseline.
 
-    python -m benchmarks.speed [--rooms head linear relation step memory chunks] [--small] [--out FILE]
+    python -m benchmarks.speed [--parts head linear relation step memory chunks] [--small] [--out FILE]
 
 Times are medians in milliseconds, forward and backward; memory is the peak beyond the inputs, results included. `--small` (the
 default without CUDA) takes sizes that a CPU does in seconds. Nothing here is asserted: speed is judged by reading.
@@ -24,7 +24,7 @@ from benchmarks.speed.timing import ceilings
 from grace_plugin.export.record import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
-ROOMS = ("head", "linear", "relation", "step", "memory", "chunks")
+PARTS = ("head", "linear", "relation", "step", "memory", "chunks")
 FULL = {"tokens": 4096, "vocabulary": 151936, "student": 2048, "teacher": 4096}
 SMALL = {"tokens": 128, "vocabulary": 4096, "student": 256, "teacher": 512}
 
@@ -44,8 +44,8 @@ def heads(device: str, dtype: torch.dtype, small: bool) -> dict[str, Any]:
     return found
 
 
-def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
-    """Everything asked for."""
+def measure(asked: list[str], device: str, small: bool) -> dict[str, Any]:
+    """Return the measurements of the parts asked for."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     found: dict[str, Any] = {"ceilings": ceilings(device)}
     if "head" in asked:
@@ -74,7 +74,7 @@ def rooms(asked: list[str], device: str, small: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS[:-1]), help="all but chunks by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]), help="all but chunks by default")
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--out", type=Path, default=None, help="JSON file (default: benchmarks/results/speed/<device>.json)"
@@ -82,7 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    found = rooms(given.rooms, device, given.small or device == "cpu")
+    found = measure(given.parts, device, given.small or device == "cpu")
     record = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "environment": environment(),
               "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **found}  # fmt: skip
     out = given.out or RESULTS / f"{device}.json"

@@ -67,7 +67,7 @@ class _Case:
 
 
 def _times(cases: dict[str, _Case]) -> dict[str, dict[str, float]]:
-    """Times of each case by work, the cases by turns."""
+    """Return the times of each case by work, timed alternately."""
     found: dict[str, dict[str, float]] = {name: {} for name in cases}
 
     def take(entry: str, works: dict[str, Any], repeats: int, share: float = 1.0) -> None:

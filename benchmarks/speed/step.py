@@ -105,7 +105,7 @@ def _grace(
 ) -> dict[str, Any]:  # fmt: skip
     """The objective's protocol with learned scales on every linear of the decoder, and AdamW.
 
-    next to: what is timed by turns with it; then a plain step is as well, and other ways to run it.
+    baselines: timed alternately with the step, and with a plain step and other ways to run it.
     """
     training = training or TrainingRecipe()
     grace = GraceObjective(training=training)
