@@ -27,7 +27,7 @@ BUILD = Path(__file__).parents[2] / "build" / "accuracy"
 
 
 def read_arguments() -> argparse.Namespace:
-    """What was asked for."""
+    """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--set", choices=("scenes", "captions"), default="scenes", help="the data")
@@ -58,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def packed(source: str, file: Path, make: Callable[[str, Path], None]) -> str:
-    """The file of images: the source is read once, for all processes and later runs."""
+    """Return the file of images; the source is read once, for all processes and later runs."""
     if Path(source).is_file():
         return source
     if not file.is_file():
@@ -68,7 +68,7 @@ def packed(source: str, file: Path, make: Callable[[str, Path], None]) -> str:
 
 
 def clear(rows: list[Row], size: Size, store: Store, recorded: Store) -> None:
-    """Before rows are made again: drop those made again earlier, take over the recorded search of their rates."""
+    """Prepare rows to be made again: drop earlier repetitions, copy the recorded search of their learning rates."""
     for row in rows:
         store.file(row).unlink(missing_ok=True)
         for need in row.needs(size):
@@ -77,12 +77,12 @@ def clear(rows: list[Row], size: Size, store: Store, recorded: Store) -> None:
 
 
 def photos_of(given: argparse.Namespace, folder: Path, size: Size) -> str:
-    """The packed file of the scene study's photographs."""
+    """Return the packed file of the scene study's photographs."""
     return packed(given.photos, folder / "photos.npz", lambda source, file: pack(load(source), size.photos, file))
 
 
 def make_scene_pair(rows: list[Row], given: argparse.Namespace, folder: Path, until: float) -> None:
-    """Make the scene study's members that rows of captions start from, where they are not in `folder`; its results stay."""
+    """Train the scene study's models that captions start from, where they are not in `folder`; recorded results stay."""
     size, store = SIZES[given.size], Store(folder / "again" / "rows")
     pair = [Row("pair", "teacher", 0), *(Row("pair", "student", seed) for seed in sorted({0, *(r.seed for r in rows)}))]
     missing = [row for row in pair if not (folder / row.name.replace("/", "-")).is_dir()]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.accuracy.blind [--set scenes|captions]`: what can be answered without the image.
+"""`python -m benchmarks.accuracy.blind [--set scenes|captions]`: the share of questions that can be answered without the image.
 
 The baseline gives to each question the answer that this question has most often in the training set, and never sees an image.
 It is what a method must pass before anything it says is about images. Written to results/accuracy/blind.json (captions:

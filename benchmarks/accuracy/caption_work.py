@@ -1,4 +1,4 @@
-"""Rows of the second data set: the same pair, methods, search and loops on captions of known images in unseen views.
+"""Train on the second data set: the same models, methods, search and loops on captions of known images in unseen views.
 
 The pair is the scene study's: teacher and student start from its trained members, the tower stays frozen, and both learn the
 known images' captions by cross-entropy before any method does. A question is a known image in a view that training does not
@@ -77,7 +77,7 @@ def likelihood(model: Any, samples: CaptionSamples, text: Text, album: Album) ->
 
 
 class CaptionWork(Work):
-    """What a process keeps between rows. folder: below the scene study's, which holds its pair; source: of the images."""
+    """State that a process keeps between rows. folder: below the scene study's, which has its models; source: of the images."""
 
     naming_weight = 0.0
 
@@ -113,7 +113,7 @@ class CaptionWork(Work):
         return draw(seed, self.known[order_of(seed, len(self.known), 1, count)[0]], self.images)
 
     def beginning(self, row: Row) -> Any:
-        """The scene study's member of that name."""
+        """Load the scene study's model of that name."""
         model = self._open(self.folder.parent / row.name.replace("/", "-")).float()
         model.model.vision_tower.requires_grad_(False)
         return model
@@ -129,7 +129,7 @@ class CaptionWork(Work):
         return said if part == "validation" else said | {"held_out": self.choose(model)}
 
     def choose(self, model: Any) -> dict[str, float]:
-        """What is known of held-out images: each is run with every caption of theirs, and the choices follow from that."""
+        """Score held-out images: each is run with every held-out caption, from which the choices follow."""
         captions, own = np.unique(self.images.answer[self.held_out], return_inverse=True)
         samples = CaptionSamples.plain(self.held_out.repeat(len(captions)), np.tile(captions, len(self.held_out)))
         total, tokens = (a.reshape(len(own), -1) for a in likelihood(model, samples, self.text, self.albums["test"]))

@@ -56,7 +56,7 @@ TRANSLATION = re.compile(r"[A-Za-z_@.-]+\.utf8=")
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images in the order of their paths. folders: the first folder of each path. told: where from, and what was left out."""
+    """Images in the order of their paths. folders: the first folder of each path. told: the source, and what was left out."""
 
     pixels: np.ndarray  # uint8 [P, 96, 96, 3]
     captions: list[str]
@@ -86,7 +86,7 @@ class CaptionedImages:
 
 
 def load_images(source: str) -> CaptionedImages:
-    """The images at `source`.
+    """Load the images at `source`.
 
     Raises:
         ValueError: nothing of the kind there.
@@ -177,7 +177,7 @@ def split(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class CaptionSamples(Asked):
-    """Images, each asked for its caption.
+    """Samples: an image and the request for its caption.
 
     Pixel (y, x) is the image's at (y, x) + shift, or (y, 95 - x) + shift where flip is set, and white beyond the image. In
     [-1, 1] it is multiplied by the contrast, the brightness is added, and the sum clipped. Then a grey square (0) of 32 x 32
@@ -194,7 +194,7 @@ class CaptionSamples(Asked):
 
     @classmethod
     def plain(cls, image: np.ndarray, answer: np.ndarray) -> CaptionSamples:
-        """Images as they are."""
+        """Return samples of unchanged images."""
         count = len(image)
         light, nothing = np.tile(np.float32([1, 0]), (count, 1)), np.zeros((count, 2), np.int64)
         return cls(image, np.zeros(count, bool), nothing, light, nothing + CANVAS, nothing[:, 0], answer)

@@ -1,4 +1,4 @@
-"""Rows as batches for a model on the device, held-out scoring, and the teacher's states kept for the one training set.
+"""Make batches on the device, score held-out samples, and keep the teacher's states of the training set.
 
 Legend: R samples, B batch, S sequence, A longest answer with its end of turn, d_t teacher width.
 """
@@ -35,12 +35,12 @@ class Text:
         self.answers = len(answered)
 
     def index(self, samples: Asked) -> Tensor:
-        """Which text each row is, int64 [R]."""
+        """Return the index of each sample's text, int64 [R]."""
         return torch.from_numpy(samples.question * self.answers + samples.answer)
 
 
 def batch_of(samples: Asked, text: Text, album: Album, keys: np.ndarray | None = None) -> tuple[Batch, Batch]:
-    """The batch on the album's device, and the same for the host to look at. keys: row numbers for a `KeptTeacher`."""
+    """Return the batch on the album's device and the same in host memory. keys: sample numbers for a `KeptTeacher`."""
     index, device = text.index(samples), album.pixels.device
     pixels = album.compose(samples)
     host: Batch = {"input_ids": text.ids[index], "labels": text.labels[index], "pixel_values": pixels}
@@ -52,10 +52,10 @@ def batch_of(samples: Asked, text: Text, album: Album, keys: np.ndarray | None =
 
 @torch.no_grad()
 def score(model: Any, samples: Asked, text: Text, album: Album, batch_size: int = 1000) -> np.ndarray:
-    """bool [R]: whether greedy decoding gives the whole answer.
+    """Return whether greedy decoding gives the whole answer, bool [R].
 
-    The label's own tokens are fed; as each question has one right answer, all of them being the most probable is the same as
-    generating them.
+    The label's own tokens are the input: each question has one correct answer, so its tokens are generated exactly when each of
+    them is the most probable.
     """
     right = torch.ones(len(samples), dtype=torch.bool)
     for number, token, hidden in predicting(model, samples, text, album, batch_size):
@@ -88,7 +88,7 @@ def predicting(
 class KeptTeacher(Teacher):
     """A teacher whose states of the training set were computed once: final [R, A, d_t] and visual [R, 36, d_t] on the device.
 
-    The numbers are those of the teacher itself on the same rows; what is spared is running it again for every epoch and method.
+    The values are those of the teacher on the same samples; this saves running it again for every epoch and method.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How a trained method quantizes the student: formats of its layers, where their scales start, and what ablations leave out.
+"""Quantize the student for a trained method: formats of its layers, start of their scales, and ablations.
 
 Mixed precision: with a mean of b bits, layers holding half of the quantized weights get b + 1, the others b - 1. Which ones is
 said by a measure of each layer at b - 1 bits, everything else in bf16: "damage" is the divergence of the student's own answers

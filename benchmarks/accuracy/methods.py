@@ -1,6 +1,6 @@
-"""The methods that are compared: what each changes of GRACE's recipe, and the search it is given.
+"""Define the methods that are compared: what each changes in GRACE's recipe, and its search.
 
-Every trained method of a data set is searched alike: learning rates at the weight its recipe has by default, then, for those
+Every trained method of a data set has the same search: learning rates at the weight its recipe has by default, then, for those
 that have a term with a weight, other weights at the best rate; seed 0, validation questions. Scenes have six rates and three
 weights, captions four rates and two weights (`Size.rates`, `Size.weights`).
 """

@@ -1,4 +1,4 @@
-"""Fake quantization of other libraries on the study's student: torchao's QAT and NVIDIA ModelOpt's quantizer.
+"""Put fake quantization of other libraries on the study's student: torchao's QAT and NVIDIA ModelOpt's quantizer.
 
 Both quantize weights symmetrically in groups and recompute each group's scale from its largest weight on every forward pass
 (ModelOpt: once, by calibration, before training). Training then is the study's one loop. At the end the weights are what their

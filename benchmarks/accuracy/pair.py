@@ -1,4 +1,4 @@
-"""The pair: a subword tokenizer, a LLaVA processor, and the shapes of teacher and student.
+"""Define teacher and student: a subword tokenizer, a LLaVA processor, and the shapes of both models.
 
 The tokenizer is byte-level BPE with 1,024 ids, learned from the English of Python's own reference topics and the study's
 sentences, and kept in tokenizer.json, so that every machine has the same (`python -m benchmarks.accuracy.pair` makes it again).
@@ -48,7 +48,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Decoder of a member, and the tower that both share."""
+    """Shape of a model's decoder; the vision tower is shared."""
 
     width: int
     layers: int
@@ -59,7 +59,7 @@ class Shape:
 
 
 def open_tokenizer() -> Tokenizer:
-    """The kept tokenizer."""
+    """Return the stored tokenizer."""
     return Tokenizer.from_file(str(FILE))
 
 
@@ -80,7 +80,7 @@ def learn_tokenizer() -> Tokenizer:
 
 
 def processor() -> LlavaProcessor:
-    """Tokenizer with the chat template and an image processor that keeps 96 x 96 pixels as they are."""
+    """Return the tokenizer with its chat template and an image processor that keeps 96 x 96 pixels."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=open_tokenizer(), unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         padding_side="left", clean_up_tokenization_spaces=False, chat_template=TEMPLATE,
@@ -115,7 +115,7 @@ def sequences(asked: Sequence[str], answered: Sequence[str]) -> tuple[torch.Tens
 
 
 def config(shape: Shape) -> LlavaConfig:
-    """The configuration of a member."""
+    """Return the config of a model."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=shape.tower_width, intermediate_size=4 * shape.tower_width, num_hidden_layers=shape.tower_layers,
@@ -133,7 +133,7 @@ def config(shape: Shape) -> LlavaConfig:
 
 
 def build(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
-    """An untrained member. Queries and keys start equal in half of the heads: matching a name to its place forms sooner."""
+    """Return an untrained model. Queries and keys start equal in half of the heads, so that attention by name forms sooner."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(shape))
     for layer in model.model.language_model.layers:

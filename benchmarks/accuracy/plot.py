@@ -1,4 +1,4 @@
-"""The main table as one SVG image: mean accuracy of each method with a dot for each seed, by setting."""
+"""Draw the main table as SVG: mean accuracy of each method with a dot for each seed, by setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH, LEFT, LINE = 820, 260, 20
 def chart(
     groups: dict[tuple[str, str], Group], name: Callable[[str, str], str], shown: dict[str, str], order: tuple[str, ...]
 ) -> str:
-    """SVG text. groups by setting and method; the pair's accuracies are vertical lines."""
+    """SVG text. groups by setting and method; the accuracies of teacher and student are vertical lines."""
     lanes: list[tuple[str, Group | None]] = []
     for setting, told in shown.items():
         found = [groups[setting, method] for method in order if (setting, method) in groups]

@@ -1,4 +1,4 @@
-"""The queue that gives rows to processes, and processes to GPUs.
+"""Distribute rows to processes, and processes to GPUs.
 
 Small models leave a GPU idle between kernels, so many processes share it; each keeps photographs, questions and the teacher's
 states on its device. Rows wait for what they need (the pair, the search of their rate) and are made in the order asked.

@@ -1,4 +1,4 @@
-"""Post-training methods of llm-compressor on the study's student: round-to-nearest, GPTQ, AWQ, AutoRound.
+"""Quantize the study's student by llm-compressor after training: round-to-nearest, GPTQ, AWQ, AutoRound.
 
 Each is run by its own entry point, saved as compressed-tensors and scored after being read back from disk. Calibration rows are
 the training set's first ones.
@@ -60,7 +60,7 @@ def recipe_of(method: str, options: dict[str, Any]) -> Any:
 
 
 def calibration(samples: Asked, text: Text, album: Album, batch_size: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Batches of training rows in bfloat16, without labels; a rest that fills no batch is left out."""
+    """Return batches of training samples in bfloat16 without labels; an incomplete last batch is dropped."""
     batches = []
     for start in range(0, len(samples) - batch_size + 1, batch_size):
         batch, _ = batch_of(samples.take(np.arange(start, start + batch_size)), text, album)
@@ -70,7 +70,7 @@ def calibration(samples: Asked, text: Text, album: Album, batch_size: int = 8) -
 
 
 def compress(model: Any, method: str, setting: str, batches: list[dict[str, torch.Tensor]], folder: Path) -> None:
-    """Quantize a loaded student in place and save it to `folder`; batches: calibration rows without labels."""
+    """Quantize a loaded student in place and save it to `folder`; batches: calibration samples without labels."""
     patterns = family_of(model).quantization_ignore()
     recipe, processor = recipe_of(method, {"config_groups": groups_of(setting), "ignore": patterns}), pair.processor()
     calibration: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The relational term at other places than the penultimate layer's visual tokens: further layers, and the tokens of the text.
+"""Compute the relational loss on other layers and tokens than the penultimate layer's visual tokens.
 
 A place is a pair of decoder layers (student's, teacher's) and a kind of token. The term is the mean over places of one kind,
 summed over kinds, with the recipe's weight; a row's text is its question and answer. Everything else is GRACE.
@@ -32,7 +32,7 @@ __all__ = ["RelationObjective", "deep_states"]
 
 @contextmanager
 def outputs(decoder: Any, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Outputs [B, S, d] of some decoder layers in the forward pass run inside."""
+    """Capture the outputs [B, S, d] of some decoder layers in the forward pass inside."""
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[..., None]:
@@ -87,7 +87,7 @@ class PlacesTerm(VisualRelationTerm):
 
 
 class RelationObjective(GraceObjective):
-    """GraceObjective whose relation stands at `layers` (student's, teacher's) on the tokens `kinds` ("visual", "text").
+    """GraceObjective whose relational loss is on `layers` (student's, teacher's) and on the tokens `kinds` ("visual", "text").
 
     states: of the teacher after its layers, as `deep_states` gives them, for rows numbered as in the batch's sample keys.
     """

@@ -27,7 +27,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 24, "lc": 3,
 
 
 def revision() -> str:
-    """Git revision of the checkout, "-dirty" behind it where files differ; the file REVISION where there is no repository."""
+    """Return the git revision, with "-dirty" where files differ, or the content of the file REVISION if there is one."""
     root = Path(__file__).parents[2]
     if (root / "REVISION").is_file():
         return (root / "REVISION").read_text().strip()
@@ -36,7 +36,7 @@ def revision() -> str:
 
 
 def answers_of(record: dict[str, Any]) -> np.ndarray:
-    """bool [questions] of a record."""
+    """Return which answers of a record are correct, bool [questions]."""
     packed = np.frombuffer(base64.b64decode(record["right"]), np.uint8)
     return np.unpackbits(packed, count=record["questions"]).astype(bool)
 
@@ -84,17 +84,17 @@ class Store:
         return self.folder / f"{row.name}.json"
 
     def read(self, row: Row) -> dict[str, Any] | None:
-        """The record, or None."""
+        """Return the record of a row, or None."""
         file = self.file(row)
         return json.loads(file.read_text()) if file.is_file() else read_packed(self.packed).get(row.name)
 
     def done(self, row: Row) -> bool:
-        """Whether the row is there and did not fail."""
+        """Return whether the row was made and did not fail."""
         record = self.read(row)
         return record is not None and "failed" not in record
 
     def all(self) -> list[dict[str, Any]]:
-        """Every record, by name; a new file replaces the packed record of its row."""
+        """Return every record, by name; a new file replaces the packed record of its row."""
         new = [json.loads(file.read_text()) for file in self.folder.rglob("*.json")]
         records = read_packed(self.packed) | {record["row"]: record for record in new}
         return [records[row] for row in sorted(records, key=sort_key)]

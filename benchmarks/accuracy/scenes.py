@@ -1,8 +1,8 @@
-"""Scenes of 2x2 or 3x3 photographs, a question about each, and how both become a batch on the device.
+"""Draw scenes of 2x2 or 3x3 photographs with a question about each, and compose their pixels on the device.
 
-Five types: identity (what stands in a cell), place (where the only one of its class stands), count, comparison of two classes,
-existence in a row or column. Answers are balanced by construction. A set of rows is a few small arrays made from a seed; pixels
-are composed on the device from one uint8 tensor of photographs when a batch is asked for.
+Five types: identity (what is in a cell), place (where the only one of its class is), count, comparison of two classes,
+existence in a row or column. Answers are balanced by construction. A set of samples is a few small arrays made from a seed;
+pixels are composed on the device from one uint8 tensor of photographs when a batch is made.
 
 Legend: R samples, B batch, n photographs of a scene at most (9), P photographs, S sequence.
 """
@@ -28,7 +28,7 @@ LARGEST_SHIFT = 2
 
 
 class Asked:
-    """Rows that are asked and answered, of whatever data: a dataclass of arrays [R, ...] that has these two."""
+    """Samples with a question and an answer: a dataclass of arrays [R, ...] that has these two fields."""
 
     question: np.ndarray  # int64 [R], index into the questions of a `data.Text`
     answer: np.ndarray  # int64 [R], index into its answers
@@ -37,7 +37,7 @@ class Asked:
         return len(self.answer)
 
     def take(self, index: np.ndarray) -> Self:
-        """The rows at `index`."""
+        """Return the samples at `index`."""
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})  # type: ignore[arg-type]
 
 
@@ -56,7 +56,7 @@ class Samples(Asked):
 
 
 def sentences() -> tuple[list[str], list[str]]:
-    """Every question and every answer there is."""
+    """Return all questions and all answers."""
     questions = [f"What is in row {r}, column {c}?" for r in (1, 2, 3) for c in (1, 2, 3)]
     questions += [f"Where is the {name}?" for name in CLASSES]
     questions += [f"How many {name} are there?" for name in PLURALS]

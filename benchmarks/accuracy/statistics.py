@@ -106,7 +106,7 @@ def t_half_width(values: Sequence[float] | np.ndarray) -> float:
 
 
 def compare(ours: Group, other: Group) -> Compared:
-    """Ours minus the other on the seeds both have; a model without seeds of its own (the teacher) stands for every seed.
+    """Return ours minus the other on the seeds that both have; a model without seeds (the teacher) counts for every seed.
 
     Raises:
         ValueError: no seed in common.

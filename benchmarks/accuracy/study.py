@@ -1,4 +1,4 @@
-"""What is compared: sizes of the study, settings, and the rows that settings and methods make.
+"""Define the study: its sizes, its settings, and its rows, each a trained or quantized model.
 
 A row is `SETTING/METHOD/SEED`, for instance `w2g128/grace/0`; `tower`, `teacher` and `student/0` are the pair.
 `w2g128/grace@0.0006/0` and `w2g128/grace@w10/0` are rows of the search (a learning rate at the default weight, a weight at the
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """How the row is asked for, and its file's path below rows/."""
+        """Name of the row on the command line, and path of its file below rows/."""
         if self.setting == "pair":
             return f"student/{self.seed}" if self.method == "student" else self.method
         tried = f"@{self.rate:g}" if self.rate is not None else f"@w{self.weight:g}" if self.weight is not None else ""
@@ -107,7 +107,9 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        """Whether its checkpoint stays on disk: the pair, what is rounded after, and GRACE's rows that ship."""
+        """Whether its checkpoint stays on disk: teacher, student, models that are rounded later, and those that are
+        exported.
+        """
         trained = (self.setting, self.method) in (("bf16", "kl"), ("bf16", "grace"), ("w4g128", "grace"))
         return self.setting == "pair" or (trained and not self.searching)
 
@@ -198,7 +200,7 @@ _ABLATED = (
     "grace-scalerate3", "kl-frozen", "kl-scalerate1", "grace-teacher-small", "kl-teacher-small", "grace-teacher-large",
     "kl-teacher-large",
 )  # fmt: skip
-#: what two seeds could not tell from GRACE, or told that it is better
+#: ablations that two seeds did not show to be worse than GRACE
 _CLOSE = ("grace-nogate", "grace-frozen", "grace-beta1.0", "grace-awq", "grace-layers2")
 _SIZED = (
     *((s, "grace") for s in ("w2g32", "w2row")), *(("w3row", m) for m in ("grace", "kl", "ce")),
@@ -209,7 +211,7 @@ _SIZED = (
 
 
 def group_of_rows(name: str, size: Size) -> list[Row]:
-    """The rows that a word stands for ("main", "core", "post", "others", "ablation", "subset"), or the one row of that name."""
+    """Return the rows of a group ("main", "core", "post", "others", "ablation", "subset"), or the one row of that name."""
     seeds = range(size.seeds)
     if name == "core":
         rounded = [Row(s, m, seed) for m in ("rtn", "gptq") for s in ("w4g128", "w2g128") for seed in seeds]

@@ -1,4 +1,4 @@
-"""The two training loops: cross-entropy from scratch for the pair, and one loop for every trained method.
+"""Train: cross-entropy from scratch for teacher and student, and one loop for every trained method.
 
 The second loop is `grace_plugin.objective`'s protocol (prepare, window, loss, measure, step, finalize): methods differ in the
 objective's recipe and in whether scales are attached, in nothing else.
@@ -38,7 +38,7 @@ Frozen = dict[str, tuple[Tensor, Tensor]]  # codes and scales by layer
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Linear warm-up over 5 % of the run, then a cosine to 0, as a share of the peak."""
+    """Return the learning rate as a share of its peak: linear warm-up over 5 % of the run, then a cosine to 0."""
     warm = max(1, steps // 20)
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
@@ -50,7 +50,7 @@ def mixed(device: torch.device, stored: torch.dtype = torch.bfloat16) -> Any:
 
 
 def order_of(seed: int, samples: int, steps: int, batch: int) -> np.ndarray:
-    """Row numbers of every step, [steps, batch]: shuffled epochs one after another, from the seed."""
+    """Return the sample numbers of every step, [steps, batch]: shuffled epochs one after another, from the seed."""
     rng = np.random.default_rng(seed + 1000)
     epochs = -(-steps * batch // samples)
     return np.concatenate([rng.permutation(samples) for _ in range(epochs)])[: steps * batch].reshape(steps, batch)
@@ -70,9 +70,9 @@ def from_scratch(
     model: Any, draw: Callable[[int], Any], album: Album, text: Text, *, steps: int, rate: float, seed: int,
     naming_weight: float = NAMING, log: Callable[[str], None] = lambda line: None,
 ) -> None:  # fmt: skip
-    """Train a member by cross-entropy on `draw(step)`, its visual tokens named next to at a weight that falls to 0.
+    """Train a model by cross-entropy on `draw(step)`, plus a loss that names visual tokens, at a weight that falls to 0.
 
-    naming_weight: 0 for rows that are not scenes.
+    naming_weight: 0 for samples that are not scenes.
     """
     device = album.pixels.device
     torch.manual_seed(seed)

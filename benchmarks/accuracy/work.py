@@ -1,4 +1,4 @@
-"""Making a row: what a process keeps between rows, and how each kind of row is made."""
+"""Make the rows of the study: train, quantize and score a model, and record it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ TRAIN_SEED, TEST_SEED, VALIDATION_SEED, TEACHER_SEED = 101, 202, 303, 404
 
 
 class Work:
-    """Everything a process keeps between rows. folder: checkpoints of the pair; photos: as `photos.load` takes it."""
+    """State that a process keeps between rows. folder: checkpoints of teacher and student; photos: as `photos.load` takes
+    it.
+    """
 
     naming_weight = NAMING
 
@@ -64,7 +66,7 @@ class Work:
         }
 
     def drawn(self, seed: int, count: int, part: str) -> Any:
-        """Rows to train on, `count` of the part's photographs."""
+        """Return `count` training samples of the part's photographs."""
         return draw(seed, count, self.photos[part], augment=True)
 
     def teacher(self, name: str) -> KeptTeacher:
@@ -91,11 +93,11 @@ class Work:
         return self._deep.get(layers)
 
     def checkpoint(self, row: Row) -> Path:
-        """Folder of a member of the pair."""
+        """Return the folder of a model."""
         return self.folder / row.name.replace("/", "-")
 
     def open(self, row: Row) -> Any:
-        """A member of the pair on the device: bfloat16 on a GPU, the same numbers in float32 on a CPU."""
+        """Load a model to the device: in bfloat16 on a GPU, with the same values in float32 on a CPU."""
         return self._open(self.checkpoint(row))
 
     def _open(self, folder: Path) -> Any:
@@ -135,7 +137,7 @@ class Work:
         self.store.write(row, **said, seconds=time.time() - begun)
 
     def beginning(self, row: Row) -> Any:
-        """The member before it is trained, in float32 on a CPU: random, with the tower where that was trained."""
+        """Return the untrained model in float32 on the CPU, with the vision tower where that was trained."""
         shape = self.size.teachers.get(row.method, self.size.student)
         model = pair.build(shape, row.seed if row.method == "student" else TEACHER_SEED)
         if row.method != "tower":
@@ -215,7 +217,7 @@ class Work:
         return said | self.score(model, "validation" if row.searching else "test")
 
     def _keep(self, model: Any, row: Row, frozen: Any) -> Any:
-        """Write a trained student as the checkpoint that ships and read it back: what is scored is what lies on disk."""
+        """Export a trained student and load the checkpoint, so that what is scored is what is on disk."""
         from benchmarks.accuracy.post import export
 
         folder = self.checkpoint(row)
@@ -243,7 +245,7 @@ class Work:
 
     @contextmanager
     def _compress(self, base: Row, method: str, setting: str) -> Iterator[Any]:
-        """A member of the pair after a post-training method, read back from the disk, where its files lie in between."""
+        """Yield a model after a post-training method, loaded from its files, which are removed afterwards."""
         from benchmarks.accuracy.post import calibration, compress
 
         folder = self.folder / "post" / f"{base.name}-{method}-{setting}-{os.getpid()}".replace("/", "-")
