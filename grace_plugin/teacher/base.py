@@ -50,6 +50,7 @@ def model_inputs(
         host: the same batch in host memory.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", SAMPLE_KEY) and isinstance(v, Tensor)}
+    # On the CPU the model reads the batch itself at no cost, and training bits do not depend on host inputs.
     if model is not None and host is not None and host["input_ids"].device != batch["input_ids"].device:
         device = batch["input_ids"].device
         with single_thread(device):
@@ -118,8 +119,10 @@ def states_of(
 ) -> TeacherStates:
     """Run `forward(**inputs)` and return the states of the decoder `text_model`, on the device of `positions`."""
     with capture(text_model) as caught:
+        # Logits of one position: those of all would be [B, S, V_t] in memory, and nothing reads them.
         forward(**inputs, use_cache=False, logits_to_keep=1)
     assert caught.final is not None
+    # An offloaded or sharded teacher can end on another device than the student.
     final = caught.final.flatten(0, 1).index_select(0, positions.to(caught.final.device))
     if caught.penultimate is None:  # a decoder of one layer, for which `check_depth` refuses the relational term
         return TeacherStates(final.to(positions.device), final[:0].to(positions.device))

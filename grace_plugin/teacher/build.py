@@ -96,6 +96,7 @@ def plan_cache(
     }
     entries = samples.entries
     sizes = {n: width * (entries[n].supervised + (entries[n].visual if visual else 0)) for n in keys.values()}
+    # The longest first: a batch that does not fit fails at once instead of after hours.
     missing = sorted((n for key, n in keys.items() if key not in store), key=lambda n: -entries[n].tokens)
     plan = CachePlan(
         samples=len(keys),
@@ -231,6 +232,7 @@ def _collator(
 ) -> ConversationCollator:
     """Make the collator of a training run with keys; refuses a pair with different tokens or pixels."""
     processor = processor or _processor(student)
+    # The shorter context of the two: the teacher reads the same tokens.
     contexts = [length for one in (student, source) if (length := context_length(one.config)) is not None]
     return ConversationCollator(
         processor,
@@ -305,6 +307,7 @@ class _Clock:
         self._marks.append(time.monotonic())
         if self.done != TIMED_BATCHES or len(self.tokens) <= TIMED_BATCHES:
             return False
+        # per token, because the longest samples run first
         rate = (self._marks[-1] - self._marks[1]) / sum(self.tokens[1:TIMED_BATCHES])
         self.seconds = rate * sum(self.tokens[TIMED_BATCHES:])
         return True
@@ -328,6 +331,8 @@ class _Runner:
         loaded_teacher = load_teacher(source.name_or_path, revision=source.revision, dtype=asked.dtype)
         check_finite(dict(loaded_teacher.named_parameters()), "teacher")
         self.teacher = ResidentTeacher(loaded_teacher)
+        # Training reads the head from the files alone. A class that changes the head as it loads it would make training compare
+        # with another distribution than that of the cached states.
         for loaded, read in zip(self.teacher.head(), source.head(asked.dtype), strict=True):
             same = loaded is None if read is None else loaded is not None and torch.equal(loaded.cpu(), read)
             if not same:

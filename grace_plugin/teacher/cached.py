@@ -76,6 +76,7 @@ def open_store(asked: TeacherRecipe, *, visual: bool) -> StateStore:
             f"the teacher cache {asked.cache} holds no states of visual tokens and the recipe's relational term reads them; "
             "write another with this recipe, or set relational: {enabled: false}"
         )
+    # The checksum of every file costs one read of the cache, 100 GB at 1 GB/s take 100 s; `check_cache: false` leaves it out.
     if asked.check_cache and os.environ.get("LOCAL_RANK", "0") == "0":  # one process per host reads all files
         store.check()
     return store
@@ -87,6 +88,7 @@ def sample_keys(
     """Yield (number, key) of the samples with these numbers; media are read and hashed by several threads."""
     numbers, key = list(numbers), partial(sample_key, special_tokens=special_tokens)
     with ThreadPoolExecutor() as pool:
+        # In chunks: `map` takes all of its arguments at once, and each holds decoded media.
         for start in range(0, len(numbers), _CHUNK):
             chunk = [int(number) for number in numbers[start : start + _CHUNK]]
             yield from zip(chunk, pool.map(key, [samples[number] for number in chunk], chunk), strict=True)
@@ -185,6 +187,7 @@ class CachedTeacher(Teacher):
             ("supervised positions", len(positions), final),
             ("visual tokens", len(visual.index), seen),
         ):
+            # Keys cover the conversation and the media, not the options of collation, which decide what is supervised.
             there = sum(map(len, parts))
             if there != here and parts:
                 raise ValueError(
@@ -210,6 +213,7 @@ os.register_at_fork(after_in_child=_copiers.cache_clear)
 
 def _copy(place: Tensor, part: Tensor) -> None:
     """Copy bytes on the calling thread alone, without the interpreter's lock; torch's copy would wake all of its threads."""
+    # as bytes, because numpy has no bfloat16
     place.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
 
 

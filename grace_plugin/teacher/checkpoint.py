@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grace_plugin.digest import file_digests
 from grace_plugin.vlm import family_of
-from grace_plugin.vlm.checkpoint_files import checkpoint_file
+from grace_plugin.vlm.checkpoint_files import INDEX, WEIGHTS, checkpoint_file, open_safetensors
 from grace_plugin.vlm.loading import check_checkpoint
 
 __all__ = ["UnloadedCheckpoint", "open_checkpoint"]
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class UnloadedCheckpoint:
         """Return the dtype that "auto" or a name means for this checkpoint, as in `from_pretrained`."""
         if asked != "auto":
             return getattr(torch, asked)
+        # Configs of some checkpoints state no dtype; from_pretrained then takes that of the weights.
         return self.config.dtype or self.head("auto")[0].dtype
 
     def state_bytes(self, asked: str) -> int:
@@ -64,10 +62,11 @@ class UnloadedCheckpoint:
 
         config = checkpoint_file(self.name_or_path, "config.json", self.revision)
         assert config is not None
+        # The path of a hub snapshot contains its commit, so its files need not be read.
         commit = extract_commit_hash(str(config), None)
         if commit is not None:
             return {"commit": commit}
-        names = ["config.json", _INDEX, *sorted(set(self._tensors().values()))]
+        names = ["config.json", INDEX, *sorted(set(self._tensors().values()))]
         files = {name: checkpoint_file(self.name_or_path, name, self.revision) for name in names}
         return file_digests({name: file for name, file in files.items() if file is not None})
 
@@ -101,11 +100,11 @@ class UnloadedCheckpoint:
 
     def _tensors(self) -> dict[str, str]:
         """Return the file of each tensor by the tensor's name."""
-        index = checkpoint_file(self.name_or_path, _INDEX, self.revision)
+        index = checkpoint_file(self.name_or_path, INDEX, self.revision)
         if index is not None:
             return json.loads(index.read_text())["weight_map"]
-        with self._opened(_WEIGHTS) as file:
-            return dict.fromkeys(file.keys(), _WEIGHTS)
+        with self._opened(WEIGHTS) as file:
+            return dict.fromkeys(file.keys(), WEIGHTS)
 
     def _opened(self, name: str) -> Any:
         file = checkpoint_file(self.name_or_path, name, self.revision)
@@ -113,10 +112,7 @@ class UnloadedCheckpoint:
             raise ValueError(
                 f"the teacher {self.name_or_path!r} has no {name}; its head is read from safetensors files"
             )
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"cannot read {file} of the teacher: {error}; fetch or save it again") from error
+        return open_safetensors(file, "teacher")
 
     def _read(self, tensor: str, name: str, asked: str) -> Tensor:
         with self._opened(name) as file:

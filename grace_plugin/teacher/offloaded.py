@@ -39,6 +39,7 @@ class OffloadedTeacher(ResidentTeacher):
             return
         if self._streamed:
             raise RuntimeError(f"the teacher's layers are streamed to {self._device} already and cannot go to {device}")
+        # accelerate moves the weights into hooks of one execution device, which cannot be given another.
         from accelerate import cpu_offload
 
         weight, bias = self._head

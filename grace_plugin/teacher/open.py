@@ -78,7 +78,7 @@ def check_pair(student: Any, teacher: Any, processors: tuple[Any, Any], *, stude
     """
     ours, theirs = processors
     check_pixels(family_of(student), student.config, family_of(teacher), teacher.config)
-    if not isinstance(teacher, SelfTeacher):
+    if not isinstance(teacher, SelfTeacher):  # the student's own settings are those of its teacher
         for kind in ("image", "video"):
             check_image_processors(
                 ours or load_image_processor(student, kind), theirs or load_image_processor(teacher, kind), kind

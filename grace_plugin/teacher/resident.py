@@ -69,6 +69,7 @@ class ResidentTeacher(Teacher):
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
         """Run the teacher on a batch."""
+        # A teacher on a device of its own gets plain copies: host inputs are made for the batch's device.
         if batch["input_ids"].device == self._device:
             inputs = model_inputs(batch, self.model, host)
         else:

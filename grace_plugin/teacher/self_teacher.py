@@ -26,6 +26,7 @@ def unquantized(linears: list[nn.Linear]) -> Iterator[None]:
     """Disable fake quantization: inside, the layers multiply by their unquantized weights."""
     forwards = [linear.__dict__.get("forward") for linear in linears]
     try:
+        # Quantized layers carry their forward on the instance, so the class's own is restored for the pass.
         for linear in linears:
             linear.__dict__["forward"] = nn.Linear.forward.__get__(linear)
         yield
@@ -88,6 +89,7 @@ class SelfTeacher(Teacher):
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight [V, d] and bias of the student's output head at the start of the run."""
         head = self.student.get_output_embeddings()
+        # By identity: a tied head is listed under the embedding's name.
         names = {id(parameter): name for name, parameter in self.student.named_parameters()}
         weight, bias = (
             None if p is None else self._start.get(names[id(p)], p.detach())
@@ -100,9 +102,11 @@ class SelfTeacher(Teacher):
         self, batch: Mapping[str, Any], positions: Tensor, visual: VisualTokens, host: Mapping[str, Any] | None = None
     ) -> TeacherStates:
         """Run the student as it was at the start, unquantized and in evaluation mode, on a batch."""
+        # By module: frozen parts may already be in evaluation mode and must stay so after the pass.
         training = [module for module in self.student.modules() if module.training]
 
         def forward(**inputs: Any) -> Any:
+            # The copies replace trained parameters for this call; the student's own are not touched.
             return functional_call(self.student, self._start, (), inputs)
 
         try:

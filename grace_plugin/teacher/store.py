@@ -86,6 +86,7 @@ class StateStore:
         if written is None:
             raise ValueError(f"no teacher cache at {folder}; write it with {REBUILD.format(folder=folder)}")
         self.identity, self.made_with = written
+        # Each open file is a memory map and a file descriptor; the limit of descriptors is often 1024.
         self._open = lru_cache(maxsize=128)(lambda path: safe_open(path, framework="pt"))
         self._shards: dict[str, Path] = {}
         for path in shards_of(self.folder):
@@ -180,6 +181,7 @@ def restore_store(folder: Path) -> bool:
         if written is not None and written != FORMAT:
             raise  # readable, but of another version of the format
     headers: list[Any] = []
+    # The newest header wins: `made_with` may differ between builds of one cache, the identity may not.
     for path in sorted(shards_of(folder), key=lambda path: path.stat().st_mtime_ns):
         with suppress(SafetensorError, ValueError), safe_open(path, framework="pt") as file:
             headers.append(_header(file))
@@ -291,6 +293,7 @@ def shards_of(folder: Path) -> list[Path]:
 def corrupt_shards(folder: Path) -> list[Path]:
     """Return the files whose content does not have the checksum that is their name."""
     shards = shards_of(folder)
+    # hashlib releases the interpreter's lock, so threads read and hash in parallel
     with ThreadPoolExecutor() as pool:
         return [path for path, found in zip(shards, pool.map(file_digest, shards), strict=True) if found != path.stem]
 
@@ -353,6 +356,7 @@ class ShardWriter:
         """Add a sample: `final` [n, d_t], `visual` [m, d_t] or None."""
         for name, states in (("final", final), ("visual", visual)):
             if states is not None:
+                # A copy: a slice of the batch's states would keep the whole batch in memory and in the file.
                 self._states[f"{key}.{name}"] = states.detach().cpu().clone(memory_format=torch.contiguous_format)
                 self._bytes += states.numel() * states.element_size()
         if self._bytes >= self.shard_bytes:
@@ -366,6 +370,7 @@ class ShardWriter:
         """
         if not self._states:
             return
+        # The name is the checksum of the content, so the file is written under another name first.
         partial = self.folder / f"writing-{os.getpid()}{PARTIAL}"
         try:
             save_file(self._states, partial, self._header)

@@ -171,6 +171,7 @@ class Family(ABC):
             ValueError: pixels without matching tokens, tokens without pixels, or a split that does not add up; the
                 message names the family and its file.
         """
+        # Everything that does not match is an error: with a wrong token id the relational term would silently be zero.
         ids = batch["input_ids"].reshape(-1)
         where = f"family '{self.model_type}' ({type(self).__module__.rsplit('.', 1)[-1]}.py)"
         indices, sizes = [], []
@@ -199,7 +200,7 @@ class Family(ABC):
                 split = [sum(image) for image in kept]
             indices.append(index)
             sizes.extend(split)
-        empty = torch.zeros(0, dtype=torch.int64, device=ids.device)
+        empty = torch.zeros(0, dtype=torch.int64, device=ids.device)  # torch.cat refuses an empty list
         return VisualTokens(torch.cat([empty, *indices]), tuple(sizes))
 
 
@@ -235,6 +236,7 @@ def capture(text_model: nn.Module) -> Iterator[Capture]:
 
         return hook
 
+    # Hooks rather than output_hidden_states=True, which keeps the states of all layers and normalizes the last of them.
     handles = [text_model.get_submodule("norm").register_forward_hook(keep("final"))]
     if len(layers) > 1:
         handles.append(layers[len(layers) - 2].register_forward_hook(keep("penultimate")))

@@ -22,6 +22,7 @@ __all__ = [
     "checkpoint_file",
     "excerpt",
     "first_names",
+    "open_safetensors",
     "quantization_of",
     "read_config",
     "tensors_of",
@@ -63,6 +64,7 @@ def checkpoint_file(source: str, name: str, revision: str = "main") -> Path | No
     from transformers.utils import cached_file
 
     try:
+        # a private argument of transformers; without it a missing optional file raises
         found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
@@ -93,6 +95,7 @@ def read_config(source: str, role: str, revision: str = "main", *, verb: str = "
     """
     from transformers import AutoConfig
 
+    # transformers takes a path that does not exist for a hub id, and its message speaks of the hub and of tokens
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise ValueError(f"cannot {verb} the {role} {excerpt(source)!r}: there is no such folder")
     if Path(source).is_file():
@@ -115,11 +118,14 @@ def quantization_of(source: str, revision: str = "main") -> dict[str, Any] | Non
     """Return the `quantization_config` of a checkpoint or of its decoder, or that of modelopt's own file; None without one."""
     config = _read_json(checkpoint_file(source, "config.json", revision))
     text = config.get("text_config")
+    # Multimodal checkpoints state the quantization at the top or in the decoder's config; older versions of compressed-tensors
+    # call it compression_config.
     for holder in (config, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config"):
             if holder.get(key):
                 found = holder[key]
                 return dict(found) if isinstance(found, Mapping) else {"quant_method": found}
+    # modelopt leaves config.json unchanged in older versions, and transformers would read packed weights as plain ones
     written = checkpoint_file(source, "hf_quant_config.json", revision)
     if written is None:
         return None
@@ -196,6 +202,7 @@ def check_adapter(source: str, role: str, revision: str = "main") -> None:
     if path is None:
         return
     base = excerpt(_read_json(path).get("base_model_name_or_path") or "its base model")
+    # A folder of an adapter alone has no config.json; one next to a model's weights has both.
     if checkpoint_file(source, "config.json", revision) is None:
         raise ValueError(
             f"the {role} {excerpt(source)!r} is a PEFT adapter of {base}, not a model; load it with peft, call "
@@ -208,7 +215,7 @@ def check_adapter(source: str, role: str, revision: str = "main") -> None:
     )
 
 
-def _open(path: Path, role: str) -> Any:
+def open_safetensors(path: Path, role: str) -> Any:
     """Open a safetensors file, which compares its length with its header.
 
     Raises:
@@ -217,6 +224,7 @@ def _open(path: Path, role: str) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        # git clone without git-lfs leaves a text file of 130 bytes in the place of the weights
         with path.open("rb") as content:
             pointer = content.read(40).startswith(b"version https://git-lfs")
         reason = "a Git LFS pointer, not the weights: run git lfs pull" if pointer else excerpt(error)
@@ -239,7 +247,7 @@ def tensors_of(folder: Path, role: str) -> dict[str, tuple[list[int], str]] | No
         return None
     found: dict[str, tuple[list[int], str]] = {}
     for name, named in files.items():
-        with _open(folder / name, role) as opened:
+        with open_safetensors(folder / name, role) as opened:
             for key in opened.keys():
                 part = opened.get_slice(key)
                 found[key] = part.get_shape(), part.get_dtype()

@@ -66,6 +66,7 @@ def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_
     ids_s = {index: token for token, index in student.get_vocab().items()}
     ids_t = {index: token for token, index in teacher.get_vocab().items()}
     size = min(max(ids_s) + 1, max(ids_t) + 1, student_rows, teacher_rows)
+    # by id, not by set: added tokens may stand at other ids in the same vocabulary
     differing = [i for i in range(size) if ids_s.get(i) != ids_t.get(i)]
     hint = "distillation compares distributions id by id: choose a teacher of the same tokenizer generation"
     if differing:
@@ -74,6 +75,7 @@ def shared_vocabulary(student: Any, teacher: Any, *, student_rows: int, teacher_
             f"teacher and student tokenizers differ on {len(differing)} of {size} shared ids "
             f"(student / teacher: {shown}); {hint}"
         )
+    # Equal vocabularies do not imply equal merges, normalization or pre-tokenization.
     if student.encode(_TEXT) != teacher.encode(_TEXT):
         raise ValueError(f"teacher and student tokenizers share their ids but cut the same text differently; {hint}")
     return size
@@ -131,7 +133,7 @@ def check_image_processors(student: Any, teacher: Any, kind: str = "image") -> N
     """
     settings = []
     for processor in (student, teacher):
-        whole = hasattr(processor, "tokenizer")
+        whole = hasattr(processor, "tokenizer")  # a processor with all its parts; else the part itself
         part: Any = getattr(processor, f"{kind}_processor", None) if whole else processor
         if not hasattr(part, "image_mean"):
             return

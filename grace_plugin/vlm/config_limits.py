@@ -19,6 +19,7 @@ def vocabulary_rows(config: Any) -> int | None:
 
 def _scalings(config: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the rope settings of a text config: one, or one for each kind of layer."""
+    # transformers 5 renamed rope_scaling to rope_parameters; remote code and old configs still set the former
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if isinstance(found, Mapping):
         yield found

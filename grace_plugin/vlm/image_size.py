@@ -37,6 +37,7 @@ def bounded_size(image_processor: Any, size: tuple[int, int], asked: Mapping[str
     side, least, most = patch * merge, own["shortest_edge"], own["longest_edge"]
     height, width = asked.get("resized_height", size[0]), asked.get("resized_width", size[1])
     if "resized_height" in asked:
+        # both sides are given, so the bounds of the area must not apply: 1 and 4 times the area
         wanted = arithmetic(height, width, factor=side, min_pixels=1, max_pixels=max(most, height * width * 4))
     else:
         smallest, largest = asked.get("min_pixels", least), asked.get("max_pixels", most)
@@ -45,6 +46,7 @@ def bounded_size(image_processor: Any, size: tuple[int, int], asked: Mapping[str
                 f"min_pixels {smallest} is above max_pixels {largest}, of which one is the processor's own; give both"
             )
         wanted = arithmetic(height, width, factor=side, min_pixels=smallest, max_pixels=largest)
+    # The processor resizes again where its own bounds ask for another size; then the sample would not get what it asks for.
     if tuple(arithmetic(*wanted, factor=side, min_pixels=least, max_pixels=most)) != tuple(wanted):
         raise ValueError(
             f"the sample asks for an image of {wanted[1]} x {wanted[0]} pixels, outside the processor's own bounds of {least} "

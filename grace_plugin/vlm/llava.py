@@ -29,6 +29,7 @@ class Llava(Family):
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         if batch.get("image_sizes") is None:
+            # From the count, not from the config: the number depends on the tower's class token and the select strategy.
             images = batch["pixel_values"].shape[0]
             return [total // images] * images
         cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)

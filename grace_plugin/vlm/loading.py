@@ -117,11 +117,13 @@ def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tu
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if known is None:
         return
+    # from_pretrained takes a state dict in place of files; on the meta device it maps and compares names and shapes only.
     state = {
         name: torch.empty(shape, dtype=_PLAIN.get(dtype, torch.uint8), device="meta")
         for name, (shape, dtype) in tensors.items()
     }
     try:
+        # the initialization of missing weights may draw from the global random state, which belongs to the run
         with _quietly(), torch.random.fork_rng(devices=[]):
             _, info = known.from_pretrained(
                 None,
@@ -217,6 +219,7 @@ def load_model(
     try:
         with _quietly():
             # "auto" for weights that are dequantized: the method computes in the stored dtype, and the cast comes after it
+            # ignore_mismatched_sizes: such keys are reported in the loading info, with all others, instead of raised one by one
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,
                 revision=revision,
@@ -226,7 +229,7 @@ def load_model(
                 trust_remote_code=False,
                 **options,
             )
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError):  # says nothing about the checkpoint
         raise
     except Exception as error:  # transformers and its quantizers raise errors of any type
         raise ValueError(f"cannot load the {role} {excerpt(source)!r}: {excerpt(error, 300)}") from error
@@ -246,9 +249,8 @@ def _make_dense(model: Any, method: str | None, dtype: str | torch.dtype) -> Non
     """Make all weights plain parameters of the given dtype."""
     if method not in DEQUANTIZED:
         model.dequantize()
-    for module in (
-        model.modules()
-    ):  # compressed-tensors pins parameters to the device they were made on, and a trainer moves models
+    for module in model.modules():
+        # compressed-tensors pins parameters to the device they were made on, and a trainer moves models.
         remove_module_offload(module)
     if dtype != "auto":
         asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -270,6 +272,7 @@ def check_model(model: nn.Module, role: str, *, kind: str = "resident") -> None:
     Raises:
         ValueError: names what was found and how to fix it.
     """
+    # Recognized without importing peft: wrapped models come from its modules, injected layers have base_layer and lora_A.
     adapted = [
         name or type(model).__name__
         for name, module in model.named_modules()
@@ -325,14 +328,15 @@ def check_finite(weights: Mapping[str, Tensor], role: str) -> None:
     Raises:
         ValueError: the first tensors' names and how many of their values are not finite.
     """
-    looked = {
+    checked = {
         name: weight.detach() for name, weight in weights.items() if weight.is_floating_point() and weight.numel()
     }
-    if not looked:
+    if not checked:
         return
     # Minimum and maximum take one pass without a copy and keep NaN and infinity; they are read back once per device.
+    # torch has no aminmax for its 8-bit floating-point dtypes.
     extremes = {
-        name: torch.stack(torch.aminmax(w if w.element_size() > 1 else w.float())) for name, w in looked.items()
+        name: torch.stack(torch.aminmax(w if w.element_size() > 1 else w.float())) for name, w in checked.items()
     }
     by_device: dict[torch.device, list[str]] = {}
     for name, extreme in extremes.items():
@@ -343,7 +347,7 @@ def check_finite(weights: Mapping[str, Tensor], role: str) -> None:
         bad += [name for name, good in zip(names, finite, strict=True) if not good]
     if bad:
         shown = [
-            f"{name}: {int((~looked[name].float().isfinite()).sum())} of {looked[name].numel()} values"
+            f"{name}: {int((~checked[name].float().isfinite()).sum())} of {checked[name].numel()} values"
             for name in bad[:3]
         ]
         raise ValueError(

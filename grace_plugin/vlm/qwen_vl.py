@@ -43,10 +43,12 @@ class Qwen2VL(Family):
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         grid = batch[f"{kind}_grid_thw"]
+        # of a video, time stamps interrupt the tokens and are not counted
         return (grid.prod(dim=-1) // config.vision_config.spatial_merge_size**2).tolist()
 
     def host_inputs(self, model: Any, host: Batch, device: torch.device) -> dict[str, Any]:
         grids = {kind: host[f"{kind}_grid_thw"] for kind, key in self.pixel_keys.items() if host.get(key) is not None}
+        # get_rope_index needs mm_token_type_ids; without them the model raises its own error
         if not grids or host.get("mm_token_type_ids") is None:
             return {}
         found: dict[str, Any] = {}

@@ -39,6 +39,7 @@ class InternVL(Family):
 
     def sizes(self, config: Any, batch: Batch, kind: str, total: int) -> list[int]:
         per_tile, tiles = self.tokens_per_tile(config), batch["pixel_values"].shape[0]
+        # `visual_tokens` then refuses the batch: its tokens were truncated
         if total != per_tile * tiles:
             return [per_tile] * tiles
         lengths = image_token_spans(batch, config.image_token_id)[0]
