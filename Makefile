@@ -32,8 +32,9 @@ $(SERVE_BUILT): $(BUILDER) integration/env/serve.txt integration/env/dense_int4.
 demo: env
 	@$(TRAIN)/bin/grace demo --serve_python $(SERVE)/bin/python
 
-check: lint
-	$(PYTEST) loadfile tests -m "not slow" --ignore=tests/test_layout.py
+check: $(TRAIN_BUILT)
+	$(TRAIN)/bin/ruff check . && $(TRAIN)/bin/ruff format --check . && $(TRAIN)/bin/mypy
+	$(PYTEST) worksteal tests -m "not slow"
 
 test: unit integration
 

@@ -1,4 +1,4 @@
-"""Checkpoints and one finished run, made once for all tests."""
+"""Fixtures of a session: tiny checkpoints, built once for all workers, and one finished run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.pairs import Pair, pair, run
 from tests.tiny import make_samples
@@ -21,25 +22,31 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """family -> its student and teacher on disk, written when first asked for; never change them."""
-    made: dict[str, Pair] = {}
+    """family -> its student and teacher on disk, built by the first worker that needs them; never change them."""
+    base = tmp_path_factory.getbasetemp()
+    # xdist gives each worker a folder of its own below the one that all share
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pairs"
+    shared.mkdir(exist_ok=True)
 
     def get(family: str) -> Pair:
-        if family not in made:
-            made[family] = pair(family, tmp_path_factory.mktemp(family))
-        return made[family]
+        folder = shared / family
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "complete").exists():
+                pair(family, folder)
+                (folder / "complete").touch()
+        return Pair(family, folder / "student", folder / "teacher")
 
     return get
 
 
 @pytest.fixture(scope="session")
 def llava(pair_of: Callable[[str], Pair]) -> Pair:
-    """The LLaVA pair."""
+    """Return the LLaVA student and teacher."""
     return pair_of("llava")
 
 
 class Finished(NamedTuple):
-    """A finished run: its pair, its samples and what `train` gave back."""
+    """A finished run: its student and teacher, its samples and the result of `train`."""
 
     pair: Pair
     dataset: list[dict[str, Any]]
