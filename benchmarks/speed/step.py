@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ TEACHER = {
     "vision": {"hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "deepstack_visual_indexes": [8, 16, 24]},
 }  # fmt: skip
 VOCABULARY, IMAGE = 151936, 5
+Variant = Callable[[], AbstractContextManager[object]]
 
 
 def _config(shape: dict[str, Any], shrink: int) -> Qwen3VLConfig:
@@ -100,12 +104,24 @@ def _optimizer(student: Any, device: str) -> torch.optim.Optimizer:
 
 
 def _grace(
-    student: Any, teacher: Any, batch: dict[str, Any], device: str, training: TrainingRecipe | None = None,
+    student: Any,
+    teacher: Any,
+    batch: dict[str, Any],
+    device: str,
+    training: TrainingRecipe | None = None,
     baselines: dict[str, Work] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    variants: dict[str, Variant] | None = None,
+) -> dict[str, Any]:
     """The objective's protocol with learned scales on every linear of the decoder, and AdamW.
 
-    baselines: timed alternately with the step, and with a plain step and other ways to run it.
+    Args:
+        student: with trainable parameters.
+        teacher: a model or a cached teacher.
+        batch: one micro-batch on the device.
+        device: "cuda" or "cpu".
+        training: the recipe's block.
+        baselines: works timed by turns with the step; a plain step and other ways to run it are then timed as well.
+        variants: contexts that change one part; a step within each is timed by turns with the step as it is.
     """
     training = training or TrainingRecipe()
     grace = GraceObjective(training=training)
@@ -139,7 +155,12 @@ def _grace(
         optimizer.step()
         optimizer.zero_grad()
 
+    def within(variant: Variant) -> None:
+        with variant():
+            work()
+
     works: dict[str, Work] = {"ms": work}
+    works |= {name: partial(within, variant) for name, variant in (variants or {}).items()}
     if baselines is not None:
         works |= {"plain_ms": plain, **baselines}
         # a teacher in the student's stream; gradients of scales all at once, as with several micro-batches, not layer by layer
