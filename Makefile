@@ -41,7 +41,7 @@ test: unit integration
 unit: $(TRAIN_BUILT)
 	$(PYTEST) loadfile tests --cov=grace_plugin --cov-report= --durations=50 --durations-min=1
 	TRITON_INTERPRET=1 $(PYTEST) worksteal tests/losses/test_fused_chunks_triton.py tests/losses/test_losses_triton.py \
-		tests/quantizer/test_quantizer_triton.py tests/quantizer/test_grouped_triton.py \
+		tests/quantizer/test_fake_quant_triton.py tests/quantizer/test_grouped_triton.py \
 		--cov=grace_plugin --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 integration: env

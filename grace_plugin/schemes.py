@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from grace_plugin.quantizer import QuantFormat
+from grace_plugin.quantizer.format import FORMATS
 from grace_plugin.recipe import check_pattern, shown
 from grace_plugin.upstream import (
     QuantizationArgs,
@@ -123,12 +124,14 @@ def check_groups(groups: Any) -> Any:
 def check_patterns(asked: Mapping[str, Iterable[str]], model: nn.Module, seconds: float = _MATCH_SECONDS) -> None:
     """Refuse a regular expression that takes too long on the names of this model's modules and parameters.
 
-    A pattern can take longer than the universe exists, and Python cannot interrupt the match from any thread but the main one;
-    whether it does depends on the names. So all are matched once in a second interpreter, with the same engine, which is
-    ended after five seconds. Without regular expressions none is started.
+    Nested repetitions take exponential time on some names, and Python cannot interrupt a match in any thread but the main one.
+    So all patterns are matched once in a second interpreter, which is ended after five seconds. Without regular expressions
+    none is started.
 
     Args:
-        asked: patterns by the recipe's key. seconds: how long all of them may take.
+        asked: patterns by the recipe's key.
+        model: whose names are matched.
+        seconds: how long all of them may take.
 
     Raises:
         ValueError: names the key and the pattern.
@@ -167,7 +170,7 @@ def read_formats(config: QuantizationConfig, stored_dtype: torch.dtype = torch.f
         "strategy": (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL),
         "dynamic": (False,),
         "actorder": (None,),
-        "num_bits": tuple(range(2, 9)),
+        "num_bits": tuple(sorted({bits for row in FORMATS for bits in row.num_bits})),
     }
     for name, scheme in config.config_groups.items():
         activations = ("input_activations", "output_activations")
@@ -242,10 +245,10 @@ def _targets(targets: list[str], name: str, module: nn.Module) -> bool:
 
 
 def stored_dtype(model: nn.Module, asked: str) -> torch.dtype:
-    """Dtype of the written checkpoint: as asked, or that of the source checkpoint on disk, or of the loaded weights.
+    """Return the dtype of the written checkpoint: as asked, or that of the source checkpoint on disk, or of the loaded weights.
 
     Raises:
-        ValueError: the source is stored in float32, which no INT4 kernel reads, and nothing was asked for.
+        ValueError: the source is stored in float32, which no INT4 kernel reads, and the recipe says "auto".
     """
     if asked != "auto":
         return getattr(torch, asked)
@@ -273,7 +276,7 @@ def _source_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def clear_schemes(model: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> None:
-    """Undo upstream's `initialize_quantization`: schemes, their parameters, forwards and marks go, weights stay."""
+    """Undo upstream's `initialize_quantization`: remove schemes, their parameters, forwards and marks; weights stay."""
     for _, layer in match_named_modules(model, targets, ignore):
         QuantizationMetadata.clear_quantization(layer)
         if getattr(layer.forward, "__func__", None) is type(layer).forward:

@@ -1,12 +1,12 @@
-"""What of a student trains, and in which dtype, by the recipe's `training.method`.
+"""Choose what of a student trains, and in which dtype, by the recipe's `training.method`.
 
     full     projector and decoder by the family's rule, and the learned scales
     scales   the learned scales (float32), with `norms` the normalization layers too
     lora     scales and low-rank updates (float32), with `norms` the normalization layers too
 
-With the last two every other weight keeps the dtype it was loaded in. A normalization layer that trains in such a model keeps a
+With the last two every other weight keeps the dtype it was loaded in. A normalization layer that trains in such a model has a
 float32 master of its weight and computes with the master rounded to the loaded dtype, so that small steps are not lost and what
-trains is what is shipped.
+trains is what is saved.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ LEARNED = (PARAMETER, LORA_A, LORA_B)
 
 
 class Rounded(nn.Module):
-    """Parametrization: a float32 master, seen by its layer in another dtype; the gradient passes as it is."""
+    """Parametrization by a float32 master that its layer sees in another dtype; the gradient passes unchanged."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def forward(self, master: Tensor) -> Tensor:
+        """Return the master in the layer's dtype."""
         return master.to(self.dtype)
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
+    # by class name: models bring their own RMSNorm classes, which share no base class
     return (module for module in model.modules() if "norm" in type(module).__name__.lower())
 
 
@@ -70,11 +72,12 @@ def _hold_masters(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 dtype, parameter.data = parameter.dtype, parameter.data.float()
-                parametrize.register_parametrization(module, name, Rounded(dtype), unsafe=True)  # another dtype
+                # unsafe: torch refuses a parametrization that changes the dtype otherwise
+                parametrize.register_parametrization(module, name, Rounded(dtype), unsafe=True)
 
 
 def release_masters(model: nn.Module) -> None:
-    """End what `choose_trainable` began: the master itself is the layer's parameter again."""
+    """Undo the masters of `choose_trainable`: each master is its layer's parameter again."""
     for module in list(_norms(model)):
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], Rounded):
@@ -82,7 +85,7 @@ def release_masters(model: nn.Module) -> None:
 
 
 def lora_layers(asked: LoraRecipe, linears: Mapping[str, nn.Module]) -> list[str]:
-    """The quantized layers that get a low-rank update.
+    """Return the names of the quantized layers that get a low-rank update.
 
     Raises:
         ValueError: no layer matches, or the rank is not below a layer's width.

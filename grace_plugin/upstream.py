@@ -113,7 +113,7 @@ __all__ = [
 def keep_processor_files(model: Any) -> None:
     """Let upstream's running `oneshot` of this model end without writing the processor, once.
 
-    It saves the model and then the processor into the same folder, which would write anew the files our save has copied from
+    It saves the model and then the processor into the same folder, which would overwrite the files our save has copied from
     the source. Upstream has no hook between or behind the two, so its last function is replaced until it is called.
     """
     entry: Any = importlib.import_module("llmcompressor.entrypoints.oneshot")

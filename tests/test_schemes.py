@@ -31,7 +31,7 @@ def groups(**weights: Any) -> dict[str, Any]:
         ("NVFP4A16", "weights.strategy is tensor_group"),
     ],
 )
-def test_presets_that_are_not_learned(scheme: str, field: str) -> None:
+def test_read_formats__presets_not_learned__refused(scheme: str, field: str) -> None:
     with pytest.raises(ValueError, match=rf"does not learn this scheme[\s\S]*{field}[\s\S]*use scheme: W4A16"):
         read_recipe(recipe_text("t", scheme=scheme))
 
@@ -45,30 +45,30 @@ def test_presets_that_are_not_learned(scheme: str, field: str) -> None:
         ({"num_bits": 16}, "weights.num_bits is 16"),
     ],
 )
-def test_fields_that_are_not_learned(weights: dict[str, Any], field: str) -> None:
+def test_read_formats__fields_not_learned__refused(weights: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=rf"group_0\.{field}"):
         read_recipe(recipe_text("t", scheme=None, config_groups=groups(**weights)))
 
 
-def test_a_quantized_kv_cache_is_refused() -> None:
+def test_read_formats__kv_cache__refused() -> None:
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     with pytest.raises(ValueError, match=r"kv_cache_scheme is set"):
         read_recipe(recipe_text("t", kv_cache_scheme=cache))
 
 
-def test_every_problem_is_listed_at_once() -> None:
+def test_read_formats__several_problems__all_listed() -> None:
     with pytest.raises(ValueError, match=r"input_activations") as caught:
         read_recipe(recipe_text("t", scheme="FP8"))
     assert "weights.type is float" in str(caught.value)
 
 
-def test_a_recipe_without_a_scheme_is_refused() -> None:
+def test_recipe__no_scheme__refused() -> None:
     with pytest.raises(ValueError, match=r"set scheme .*or config_groups, or quantize: false"):
         read_recipe(recipe_text("t", scheme=None))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_widths_that_are_learned(bits: int) -> None:
+def test_layers_by_format__learned_bits__sorted(bits: int) -> None:
     modifier = modifier_of(recipe_text("t", scheme=None, config_groups=groups(num_bits=bits)))
     layer = nn.Linear(256, 8)
     assert layers_by_format(modifier.resolved_config, {"a": layer}, torch.float16) == {
@@ -76,7 +76,7 @@ def test_widths_that_are_learned(bits: int) -> None:
     }
 
 
-def test_layers_are_sorted_by_bits_and_group() -> None:
+def test_layers_by_format__two_groups__sorted_by_format() -> None:
     asked = {
         "wide": {
             "targets": ["re:.*mlp.*"],
@@ -93,20 +93,20 @@ def test_layers_are_sorted_by_bits_and_group() -> None:
     }
 
 
-def test_a_layer_claimed_by_two_formats_is_named() -> None:
+def test_layers_by_format__two_claims__layer_named() -> None:
     asked = groups() | {"second": {"targets": ["re:.*mlp.*"], "weights": groups(num_bits=8)["group_0"]["weights"]}}
     modifier = modifier_of(recipe_text("t", scheme=None, config_groups=asked))
     with pytest.raises(ValueError, match=r"x\.mlp\.up is claimed by 2 formats"):
         layers_by_format(modifier.resolved_config, {"x.mlp.up": nn.Linear(128, 4)}, torch.float16)
 
 
-def test_a_target_that_is_no_linear_is_named() -> None:
+def test_layers_by_format__not_a_linear__layer_named() -> None:
     modifier = modifier_of(recipe_text("t"))
     with pytest.raises(ValueError, match=r"conv is a Conv1d; GRACE quantizes torch.nn.Linear, add it to ignore"):
         layers_by_format(modifier.resolved_config, {"conv": nn.Conv1d(4, 4, 1)}, torch.bfloat16)
 
 
-def test_the_stored_dtype_is_the_source_checkpoints(llava: Pair) -> None:
+def test_stored_dtype__auto__source_checkpoints(llava: Pair) -> None:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.float32)
@@ -114,7 +114,7 @@ def test_the_stored_dtype_is_the_source_checkpoints(llava: Pair) -> None:
     assert stored_dtype(model, "float16") == torch.float16
 
 
-def test_a_float32_source_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_stored_dtype__float32_source__refused_with_fix(tmp_path: Path) -> None:
     model, _ = build("llava")
     with pytest.raises(ValueError, match=r"stored as torch\.float32.*Set scales\.stored_dtype: bfloat16"):
         stored_dtype(model, "auto")

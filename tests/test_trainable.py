@@ -37,7 +37,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
-def test_scales_alone_train(family: str) -> None:
+def test_choose_trainable__method_scales__scales_alone(family: str) -> None:
     model = prepared(family, method="scales")
     found = trained(model)
     assert len(found) == len(decoder_linears(model)) > 0
@@ -47,7 +47,7 @@ def test_scales_alone_train(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
-def test_norms_of_the_decoder_train_beside_low_rank_updates_with_float32_masters(family: str) -> None:
+def test_choose_trainable__lora_and_norms__float32_masters(family: str) -> None:
     model = prepared(family, method="lora", norms=True)
     found = trained(model)
     learned = ("weight_log_scale", "lora_A", "lora_B")
@@ -59,7 +59,7 @@ def test_norms_of_the_decoder_train_beside_low_rank_updates_with_float32_masters
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_a_normalization_layer_computes_with_its_master_rounded_and_keeps_small_steps() -> None:
+def test_norm_master__small_steps__kept_and_rounded() -> None:
     model = prepared("llava", method="scales", norms=True)
     norm = model.model.language_model.norm
     before = norm.weight.clone()
@@ -80,7 +80,7 @@ def test_a_normalization_layer_computes_with_its_master_rounded_and_keeps_small_
     assert type(norm).__name__ == "LlamaRMSNorm"
 
 
-def test_a_model_in_float32_needs_no_masters_and_keep_makes_none() -> None:
+def test_norm_master__float32_model_or_keep__none() -> None:
     for dtype, masters in ((torch.float32, "float32"), (torch.bfloat16, "keep")):
         model, _ = build("llava")
         for parameter in model.parameters():
@@ -92,7 +92,7 @@ def test_a_model_in_float32_needs_no_masters_and_keep_makes_none() -> None:
         assert not any("parametrizations" in name for name, _ in model.named_parameters())
 
 
-def test_frozen_patterns_hold_for_scales_and_norms_too() -> None:
+def test_choose_trainable__freeze_patterns__hold_for_scales_and_norms() -> None:
     model = prepared(
         "llava", method="scales", norms=True, freeze=["re:.*layers.0..*", "model.language_model.norm.weight"]
     )
@@ -100,7 +100,7 @@ def test_frozen_patterns_hold_for_scales_and_norms_too() -> None:
     assert names and not any(".layers.0." in name or "language_model.norm." in name for name in names)
 
 
-def test_full_trains_what_the_family_says_and_changes_no_dtype() -> None:
+def test_choose_trainable__method_full__familys_rule() -> None:
     model = prepared("llava", method="full")
     names = set(trained(model))
     assert {"lm_head.weight", "model.multi_modal_projector.linear_1.weight"} <= names
@@ -111,15 +111,13 @@ def test_full_trains_what_the_family_says_and_changes_no_dtype() -> None:
 @pytest.mark.parametrize(("method", "masters", "expected"), [
     ("full", "float32", torch.float32), ("full", "keep", torch.bfloat16), ("scales", "float32", torch.bfloat16),
 ])  # fmt: skip
-def test_only_where_all_of_the_model_trains_it_is_raised_to_float32(
-    method: Any, masters: Any, expected: torch.dtype
-) -> None:
+def test_upcast_to_fp32__methods__full_alone(method: Any, masters: Any, expected: torch.dtype) -> None:
     layer = nn.Linear(2, 2).bfloat16()
     upcast_to_fp32(layer, TrainingRecipe(method=method, master_weights=masters))
     assert {p.dtype for p in layer.parameters()} == {expected}
 
 
-def test_low_rank_targets_follow_names_and_patterns() -> None:
+def test_lora_layers__targets__names_and_patterns() -> None:
     linears = {f"layers.{n}.{part}": nn.Linear(64, 32) for n in (0, 1) for part in ("q_proj", "v_proj")}
     assert lora_layers(LoraRecipe(), linears) == list(linears)
     assert lora_layers(LoraRecipe(targets=("re:.*q_proj$",)), linears) == ["layers.0.q_proj", "layers.1.q_proj"]

@@ -16,7 +16,7 @@ def layers(**shapes: tuple[int, int]) -> dict[str, nn.Linear]:
     return {f"model.layers.0.{name}": nn.Linear(*shape, device="meta") for name, shape in shapes.items()}
 
 
-def test_shapes_of_real_models_pass_without_a_word() -> None:
+def test_check_kernels__real_model_shapes__no_warning() -> None:
     real = layers(q_proj=(3584, 3584), k_proj=(3584, 512), o_proj=(3584, 3584), down_proj=(18944, 3584))
     assert check_kernels({QuantFormat(4, 128): real}, 4) == []
 
@@ -30,21 +30,23 @@ def test_shapes_of_real_models_pass_without_a_word() -> None:
         ("k_proj", (1536, 255), 2, "255 cannot be split in 2"),
     ],
 )
-def test_a_width_no_rank_can_hold_is_refused(name: str, shape: tuple[int, int], ranks: int, sentence: str) -> None:
+def test_check_kernels__width_no_rank_can_hold__refused(
+    name: str, shape: tuple[int, int], ranks: int, sentence: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
         check_kernels({QuantFormat(4, 128): layers(**{name: shape, "q_proj": (1536, 1536)})}, ranks)
     assert "q_proj" not in str(caught.value)
     assert "tensor_parallel_size" in str(caught.value)
 
 
-def test_inputs_are_cut_for_o_and_down_only() -> None:
+def test_check_kernels__row_parallel_layers__inputs_split() -> None:
     """The same width passes as q_proj, whose outputs are cut, and fails as o_proj."""
     assert check_kernels({QuantFormat(4, 128): layers(q_proj=(384, 512))}, 2) == []
     with pytest.raises(ValueError, match="192 inputs per rank"):
         check_kernels({QuantFormat(4, 128): layers(o_proj=(384, 512))}, 2)
 
 
-def test_layers_and_bits_without_a_gpu_kernel_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+def test_check_kernels__no_gpu_kernel__warnings(caplog: pytest.LogCaptureFixture) -> None:
     found = check_kernels(
         {
             QuantFormat(4, 32): layers(k_proj=(96, 64), q_proj=(128, 64)),
@@ -58,6 +60,6 @@ def test_layers_and_bits_without_a_gpu_kernel_are_warnings(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == found
 
 
-def test_one_scale_per_channel_has_no_group_to_fit() -> None:
+def test_check_kernels__one_scale_per_channel__no_group_to_fit() -> None:
     assert check_kernels({QuantFormat(8, None, torch.float16): layers(down_proj=(320, 128))}, 5) == []
     assert set(GPU_KERNELS) == {"Marlin", "Machete"}

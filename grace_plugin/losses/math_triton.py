@@ -22,9 +22,9 @@ if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is 2^(x log2 e): the factor joins one that multiplies anyway
 
     @triton.jit
-    def weighted(part, known, below, per_t):
+    def weighted(part, valid, below, per_t):
         """Sums of blocks, each taken relative to the block's largest logit, now relative to the row's, `below` apart."""
-        return tl.load(part, mask=known, other=0.0) * tl.exp(below * per_t)
+        return tl.load(part, mask=valid, other=0.0) * tl.exp(below * per_t)
 
     @triton.jit
     def _log1p(x):

@@ -54,8 +54,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def usable(weight: Tensor, fmt: QuantFormat) -> bool:
     """Return whether the kernels take this weight and format: float32 or bfloat16 on CUDA (or interpreted), rows contiguous."""
     placed = weight.is_cuda or INTERPRETED
-    known = weight.dtype in (torch.bfloat16, torch.float32) and fmt.stored_dtype != torch.float64
-    return triton is not None and placed and known and weight.is_contiguous() and fmt.quantizer.has_kernel
+    supported = weight.dtype in (torch.bfloat16, torch.float32) and fmt.stored_dtype != torch.float64
+    return triton is not None and placed and supported and weight.is_contiguous() and fmt.quantizer.has_kernel
 
 
 def _kind(argument: Tensor | int | float) -> object:

@@ -25,7 +25,7 @@ def draw(n, v, seed=0, spread=2.0, dtype=torch.float64):
 
 @pytest.mark.parametrize("v", [2, 3, 17])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-def test_every_value_equals_the_scalar_oracle(v, temperature):
+def test_decoupled_kd__random_logits__equal_scalar_oracle(v, temperature):
     student, teacher, targets = draw(6, v, seed=v)
     tckd, nckd, dkd = decoupled_kd(student, teacher, targets, temperature=temperature, alpha=0.7, beta=3.0)
     for i in range(6):
@@ -35,7 +35,7 @@ def test_every_value_equals_the_scalar_oracle(v, temperature):
         assert dkd[i].item() == pytest.approx((0.7 * want_t + 3.0 * want_n) * temperature**2, rel=1e-11, abs=1e-14)
 
 
-def test_the_defaults_are_the_method_s():
+def test_decoupled_kd__defaults__are_the_papers():
     student, teacher, targets = draw(4, 9)
     tckd, nckd, dkd = decoupled_kd(student, teacher, targets)
     torch.testing.assert_close(dkd, (tckd + 4.0 * nckd) * 4.0, rtol=1e-13, atol=0)
@@ -48,7 +48,7 @@ def test_the_defaults_are_the_method_s():
     st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=2, max_size=12),
     st.integers(0, 1000), st.floats(0.3, 8.0),
 )  # fmt: skip
-def test_plain_divergence_is_tckd_plus_the_rest_of_the_mass_times_nckd(pairs, pick, temperature):
+def test_decoupled_kd__equal_temperatures__sum_to_plain_divergence(pairs, pick, temperature):
     student = torch.tensor([[a for a, _ in pairs]], dtype=torch.float64)
     teacher = torch.tensor([[b for _, b in pairs]], dtype=torch.float64)
     target = pick % len(pairs)
@@ -62,7 +62,7 @@ def test_plain_divergence_is_tckd_plus_the_rest_of_the_mass_times_nckd(pairs, pi
     assert nckd.item() >= -1e-12
 
 
-def test_equal_logits_have_no_divergence_and_no_gradient():
+def test_decoupled_kd__equal_logits__zero_value_and_gradient():
     student, _, targets = draw(5, 8)
     student.requires_grad_()
     tckd, nckd, dkd = decoupled_kd(student, student.detach().clone(), targets)
@@ -72,7 +72,7 @@ def test_equal_logits_have_no_divergence_and_no_gradient():
 
 
 @pytest.mark.parametrize("v", [2, 5])
-def test_gradcheck_of_all_three_outputs(v):
+def test_decoupled_kd__three_outputs__pass_gradcheck(v):
     student, teacher, targets = draw(4, v, seed=3)
     student.requires_grad_()
 
@@ -82,7 +82,7 @@ def test_gradcheck_of_all_three_outputs(v):
     assert gradcheck(run, (student,))
 
 
-def test_the_teacher_gets_no_gradient():
+def test_decoupled_kd__teacher_logits__no_gradient():
     student, teacher, targets = draw(4, 5)
     student.requires_grad_()
     teacher.requires_grad_()
@@ -92,7 +92,7 @@ def test_the_teacher_gets_no_gradient():
 
 
 @pytest.mark.parametrize("margin", [10.0, 40.0, 120.0])
-def test_a_confident_teacher_still_passes_on_what_it_knows_of_the_alternatives(margin):
+def test_decoupled_kd__confident_teacher__gradient_of_alternatives_remains(margin):
     """p_T(y) = 1 - 1e-12 and beyond: 1 - exp(log p) would be 0 in float32, and the gradient with it."""
     g = torch.Generator().manual_seed(1)
     teacher = torch.randn(3, 11, generator=g)
@@ -114,7 +114,7 @@ def test_a_confident_teacher_still_passes_on_what_it_knows_of_the_alternatives(m
     torch.testing.assert_close(student.grad.double(), double.grad, rtol=2e-5, atol=2e-7)
 
 
-def test_the_target_gradient_of_two_confident_sides_does_not_cancel():
+def test_target_gradient__two_confident_sides__does_not_cancel():
     """Both sure at the 1e-12 level: d TCKD / d logit is a difference of complements, not of ones."""
     teacher = torch.tensor([[28.0, 0.0, 0.0]])
     student = torch.tensor([[27.0, 0.0, 0.0]], requires_grad=True)
@@ -125,7 +125,7 @@ def test_the_target_gradient_of_two_confident_sides_does_not_cancel():
     assert student.grad[0, 1].item() == pytest.approx(-want / 2, rel=1e-5, abs=0)
 
 
-def test_the_gradient_of_a_teacher_without_an_opinion_on_the_target():
+def test_target_gradient__teacher_with_even_odds__equals_oracle():
     """Even odds: both ways of writing the difference meet here."""
     teacher = torch.tensor([[0.0, 0.0]])
     student = torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -134,7 +134,7 @@ def test_the_gradient_of_a_teacher_without_an_opinion_on_the_target():
     assert student.grad[0].tolist() == pytest.approx([want, -want], rel=1e-6)
 
 
-def test_the_target_gradient_of_an_unlikely_target_does_not_cancel():
+def test_target_gradient__unlikely_target__does_not_cancel():
     teacher = torch.tensor([[-28.0, 0.0, 0.0]])
     student = torch.tensor([[-27.0, 0.0, 0.0]], requires_grad=True)
     tckd, _, _ = decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)
@@ -144,7 +144,7 @@ def test_the_target_gradient_of_an_unlikely_target_does_not_cancel():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ids_filled_with_minus_infinity_are_ids_that_are_cut(dtype):
+def test_decoupled_kd__ids_of_minus_infinity__equal_cut_vocabulary(dtype):
     student, teacher, _ = draw(5, 12, dtype=dtype)
     targets = torch.tensor([0, 3, 8, 2, 1])
     cut_s = student[:, :9].clone().requires_grad_()
@@ -166,7 +166,7 @@ def test_ids_filled_with_minus_infinity_are_ids_that_are_cut(dtype):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_a_row_with_nothing_but_its_target_is_zero_and_finite():
+def test_decoupled_kd__target_alone_in_vocabulary__zero_and_finite():
     student = torch.tensor([[1.0, -INF, -INF], [1.0, 2.0, -INF]], requires_grad=True)
     teacher = torch.tensor([[3.0, -INF, -INF], [1.0, -2.0, -INF]])
     tckd, nckd, dkd = decoupled_kd(student, teacher, torch.tensor([0, 1]))
@@ -178,7 +178,7 @@ def test_a_row_with_nothing_but_its_target_is_zero_and_finite():
     assert torch.equal(student.grad[0], torch.zeros(3))
 
 
-def test_a_target_that_is_cut_leaves_the_divergence_of_the_others():
+def test_decoupled_kd__target_of_minus_infinity__divergence_of_others():
     student = torch.tensor([[-INF, 1.0, 2.0, -1.0]], dtype=torch.float64)
     teacher = torch.tensor([[-INF, 0.5, -2.0, 1.0]], dtype=torch.float64)
     tckd, nckd, _ = decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)
@@ -187,14 +187,14 @@ def test_a_target_that_is_cut_leaves_the_divergence_of_the_others():
     assert nckd.item() == pytest.approx(want, rel=1e-12)
 
 
-def test_a_student_that_excludes_what_the_teacher_allows_diverges_infinitely():
+def test_decoupled_kd__student_excludes_teachers_ids__infinite():
     student = torch.tensor([[1.0, 0.0, -INF]])
     teacher = torch.tensor([[1.0, 0.0, 0.5]])
     _, nckd, _ = decoupled_kd(student, teacher, torch.tensor([0]))
     assert nckd.item() == INF
 
 
-def test_only_the_teacher_may_leave_an_id_out():
+def test_decoupled_kd__teacher_excludes_an_id__finite():
     student = torch.tensor([[1.0, 0.0, 0.3]], dtype=torch.float64)
     teacher = torch.tensor([[1.0, 0.0, -INF]], dtype=torch.float64)
     tckd, nckd, _ = decoupled_kd(student, teacher, torch.tensor([0]), temperature=1.0)
@@ -202,7 +202,7 @@ def test_only_the_teacher_may_leave_an_id_out():
     assert [tckd.item(), nckd.item()] == pytest.approx(want, rel=1e-12)
 
 
-def test_bfloat16_inputs_are_computed_in_float32():
+def test_decoupled_kd__bfloat16_inputs__computed_in_float32():
     student, teacher, targets = draw(16, 64, spread=6.0, dtype=torch.bfloat16)
     leaf = student.clone().requires_grad_()
     got = decoupled_kd(leaf, teacher, targets)
@@ -220,7 +220,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
-def test_a_float64_side_decides_the_precision_of_all(dtypes):
+def test_loss_dtype__any_float64__float64(dtypes):
     student, teacher, targets = draw(3, 6, dtype=torch.float32)
     want = decoupled_kd(student.double(), teacher.double(), targets)
     got = decoupled_kd(student.to(dtypes[0]), teacher.to(dtypes[1]), targets)
@@ -229,13 +229,13 @@ def test_a_float64_side_decides_the_precision_of_all(dtypes):
         assert torch.equal(a, b)
 
 
-def test_a_float64_side_decides_the_precision():
+def test_decoupled_kd__one_float64_side__computed_in_float64():
     assert loss_dtype(torch.zeros(1), None, torch.zeros(1, dtype=torch.float64)) == torch.float64
     assert loss_dtype(torch.zeros(1, dtype=torch.bfloat16), None) == torch.float32
     assert loss_dtype() == torch.float32
 
 
-def test_inputs_are_left_as_they_were():
+def test_decoupled_kd__inputs__not_changed():
     student, teacher, targets = draw(4, 6, dtype=torch.float32)
     before = student.clone(), teacher.clone()
     decoupled_kd(student, teacher, targets, temperature=1.0)
@@ -246,7 +246,7 @@ def test_inputs_are_left_as_they_were():
 
 @pytest.mark.parametrize("v", [2, 7, 50])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 2.5])
-def test_gate_and_entropy_equal_the_oracle(v, sharpness):
+def test_confidence_gate__random_logits__equal_oracle(v, sharpness):
     _, teacher, _ = draw(5, v, seed=v)
     gate, entropy = confidence_gate(teacher, sharpness)
     for i in range(5):
@@ -254,7 +254,7 @@ def test_gate_and_entropy_equal_the_oracle(v, sharpness):
         assert gate[i].item() == pytest.approx(oracle.gate(teacher[i].tolist(), sharpness), rel=1e-12)
 
 
-def test_the_gate_reaches_from_one_over_e_to_one():
+def test_confidence_gate__uniform_and_certain__from_1_over_e_to_1():
     logits = torch.tensor([[0.0] * 8, [500.0] + [0.0] * 7])
     gate, entropy = confidence_gate(logits)
     assert gate.tolist() == pytest.approx([math.exp(-1), 1.0])
@@ -262,7 +262,7 @@ def test_the_gate_reaches_from_one_over_e_to_one():
     assert confidence_gate(logits, 2.0)[0].tolist() == pytest.approx([math.exp(-2), 1.0])
 
 
-def test_the_published_gate_at_one_nat_of_a_large_vocabulary():
+def test_confidence_gate__one_nat_of_large_vocabulary__published_value():
     """About 0.92 at H = 1 nat for 151,936 ids."""
     logits = torch.full((1, 151_936), -60.0)
     logits[0, :3] = torch.tensor([0.0, 0.0, -1.13])
@@ -271,7 +271,7 @@ def test_the_published_gate_at_one_nat_of_a_large_vocabulary():
     assert gate.item() == pytest.approx(0.92, abs=5e-4)
 
 
-def test_the_gate_of_a_single_live_id_is_open_and_it_has_no_gradient():
+def test_confidence_gate__single_id__one_without_gradient():
     logits = torch.tensor([[2.0, -INF, -INF]], requires_grad=True)
     gate, entropy = confidence_gate(logits)
     assert gate.item() == 1
@@ -281,13 +281,13 @@ def test_the_gate_of_a_single_live_id_is_open_and_it_has_no_gradient():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, INF])
-def test_an_impossible_temperature_is_refused(temperature):
+def test_decoupled_kd__bad_temperature__refused(temperature):
     student, teacher, targets = draw(2, 3)
     with pytest.raises(ValueError, match="temperature must be a positive finite number"):
         decoupled_kd(student, teacher, targets, temperature=temperature)
 
 
-def test_shapes_that_do_not_agree_are_refused():
+def test_decoupled_kd__shapes_that_differ__refused():
     student, teacher, targets = draw(2, 3)
     with pytest.raises(ValueError, match=r"student logits \(2, 3\) and teacher logits \(2, 2\).*common vocabulary"):
         decoupled_kd(student, teacher[:, :2], targets)

@@ -98,7 +98,7 @@ def both(n, chunk, sliced, caps=(None, None), with_teacher=True, ids=IDS, column
         (2, 8, (None, None), False, 5000, 2100),  # teacher's logits whole: a buffer of more than one slice
     ],
 )  # fmt: skip
-def test_sums_and_gradients_equal_torch(n, chunk, caps, sliced, ids, columns):
+def test_fused_chunks__sums_and_gradients__equal_torch(n, chunk, caps, sliced, ids, columns):
     found, got, want, grads = both(n, chunk, sliced, caps, ids=ids, columns=columns)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
@@ -108,7 +108,7 @@ def test_sums_and_gradients_equal_torch(n, chunk, caps, sliced, ids, columns):
 
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("n", [0, 2])
-def test_no_positions_and_no_teacher(n, with_teacher):
+def test_fused_chunks__no_positions_or_teacher__zero(n, with_teacher):
     found, got, want, grads = both(n, 1, False, with_teacher=with_teacher)
     assert found.shape == (4,)
     torch.testing.assert_close(found.double(), want, rtol=6e-6, atol=2e-6)
@@ -116,7 +116,7 @@ def test_no_positions_and_no_teacher(n, with_teacher):
         assert (one.double() - other).norm() <= 4e-6 * other.norm()
 
 
-def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
+def test_fused_chunks__other_default_device_and_dtype__same_result():
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
     teacher = chunks.TeacherSide(hidden_t, head_t, gate)
@@ -136,7 +136,7 @@ def test_nothing_is_made_on_a_default_device_or_in_a_default_type():
 
 
 @pytest.mark.parametrize(("sliced", "rows_t", "space"), [(False, [2, 1, 2], 2 * IDS), (True, [3, 2], 3 * IDS)])
-def test_one_buffer_of_each_side_is_written_over_and_over(sliced, rows_t, space):
+def test_fused_chunks__buffers__one_for_each_side(sliced, rows_t, space):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(5)
     head_s, head_t = seen(head_s), seen(head_t)
     sums = logsumexp_of(hidden_t, Head(*head_t), targets) if sliced else None
@@ -155,7 +155,7 @@ def test_one_buffer_of_each_side_is_written_over_and_over(sliced, rows_t, space)
 
 
 @pytest.mark.parametrize(("n", "chunk", "rows_t", "buffers"), [(3, 2, [1, 1, 1], (2, 1)), (1, 2, [1], (1, 1))])
-def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, chunk, rows_t, buffers):
+def test_fused_chunks__buffers__a_chunk_and_half_a_chunk(n, chunk, rows_t, buffers):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(n)
     head_s, head_t = seen(head_s), seen(head_t)
     scales = torch.tensor([0.3, 0.8], device=DEVICE)
@@ -172,7 +172,7 @@ def test_buffers_hold_a_chunk_of_the_student_and_half_of_one_of_the_teacher(n, c
     [(9, None, [(0, 9)]), (chunks.SLICE, None, [(0, 50688)]), (LONG, None, [(0, 50688), (50688, LONG)]),
      (9, 9, [(0, 9)]), (9, 4, [(0, 4), (4, 8), (8, 9)])],
 )  # fmt: skip
-def test_a_vocabulary_of_one_slice_is_not_cut(ids, columns, ends):
+def test_fused_chunks__vocabulary_of_one_slice__not_divided(ids, columns, ends):
     assert chunks.SLICE == 50688
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(1, ids)
     head_t = seen(head_t)
@@ -186,7 +186,7 @@ def test_a_vocabulary_of_one_slice_is_not_cut(ids, columns, ends):
 
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_of_the_teacher_for_the_second_pass(dtype, cap):
+def test_teacher_sums__logsumexp__equals_float64(dtype, cap):
     _, (hidden_t, head_t, _), targets = draw(3, caps=(None, cap))
     hidden_t, head_t = hidden_t.to(dtype), Head(head_t.weight.to(dtype), None, cap)
     how = {"vocabulary": IDS, "softcap": cap, "sharpness": 1.5, "chunk": 2}
@@ -224,7 +224,7 @@ def test_teacher_logsumexp__given__is_what_is_read():
     assert others.loss.item() != pytest.approx(without.loss.item(), rel=1e-3)
 
 
-def test_a_gradient_in_place_is_multiplied_and_given_out_once():
+def test_backward__in_place__multiplied_and_used_once():
     (hidden_s, head_s), _, targets = draw(2)
     hidden, bias = hidden_s.requires_grad_(), head_s.bias.requires_grad_()
     how = {"vocabulary": IDS, "ce_weight": 0.3, "chunk": 2}
@@ -248,8 +248,8 @@ def test_a_gradient_in_place_is_multiplied_and_given_out_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, with_teacher):
-    """Beside the one that stands among the logits, in their type."""
+def test_losses_in_place__targets_gradient__unrounded(dtype, cap, with_teacher):
+    """In addition to the one among the logits, in their dtype."""
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(3, caps=(cap, None))
     logits_s, logits_t = head_s.logits(hidden_s).to(dtype), head_t.logits(hidden_t).to(dtype)
     exact = logits_s.double().requires_grad_()
@@ -264,9 +264,9 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
     teacher = logits_t if with_teacher else None
     fused_head_triton.losses_in_place(logits_s, teacher, targets, gate if with_teacher else None, scales, losses, how)
     torch.testing.assert_close(losses[3].double(), want, rtol=4e-6, atol=1e-6)
-    stands = logits_s.gather(1, targets[:, None])[:, 0].float()
+    rounded = logits_s.gather(1, targets[:, None])[:, 0].float()
     cut_off = 2**-7 if dtype == torch.bfloat16 else 0  # the interpreter does not round
-    torch.testing.assert_close(stands, losses[3], rtol=cut_off, atol=0)
+    torch.testing.assert_close(rounded, losses[3], rtol=cut_off, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [2.0, TEMPERATURE])
@@ -274,7 +274,7 @@ def test_the_gradient_of_a_target_s_own_logit_is_given_unrounded(dtype, cap, wit
     ("ids", "columns", "caps"), [(IDS, None, (None, None)), (5000, 2100, (None, None)), (5000, 2100, (20.0, 1.0))]
 )
 @pytest.mark.parametrize(("sliced", "with_teacher"), [(True, True), (False, True), (False, False)])
-def test_a_target_s_logit_and_the_largest_are_read_unrounded(ids, columns, caps, sliced, with_teacher, temperature):
+def test_fused_chunks__target_and_largest_logit__unrounded(ids, columns, caps, sliced, with_teacher, temperature):
     (hidden_s, head_s), (hidden_t, head_t, gate), targets = draw(6, ids, caps)
     hidden_s, head_s = hidden_s.bfloat16(), Head(head_s.weight.bfloat16(), head_s.bias.bfloat16(), head_s.cap)
     targets[0] = head_s.logits(hidden_s)[0].argmax()

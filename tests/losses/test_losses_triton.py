@@ -56,7 +56,7 @@ def relative(found, exact):
     [(37, 2.0, 1.0), (2049, 2.0, 8.0), (5000, 3.0, 1.0), (9000, 2.0, 1.0), (2, 0.5, 1.0)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_and_gates_equal_float64(vocabulary, temperature, scale, bias):
+def test_kernels__head_and_gates__equal_float64(vocabulary, temperature, scale, bias):
     sides, targets = draw(7, vocabulary, scale, bias=bias)
     assert fused_head_triton.usable(sides["hidden_s"].new_empty(0, vocabulary))
     gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=vocabulary)
@@ -80,7 +80,7 @@ def test_head_and_gates_equal_float64(vocabulary, temperature, scale, bias):
 @pytest.mark.parametrize("caps", [(None, None), (1.5, 0.7), (2.0, None), (None, 3.0)])
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize(("vocabulary", "temperature"), [(37, 2.0), (5000, 3.0)])
-def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, temperature, sliced, caps):
+def test_kernels__capped_logits_and_logsumexp__equal_float64(vocabulary, temperature, sliced, caps):
     sides, targets = draw(3, vocabulary, 4.0)
     teacher = [sides[f"{name}_t"] for name in ("hidden", "weight", "bias")]
     how = {"vocabulary": vocabulary, "temperature": temperature, "softcap": caps[1]}
@@ -100,7 +100,7 @@ def test_capped_logits_and_sums_of_the_teacher_equal_float64(vocabulary, tempera
         assert relative(grad, grads64[name]) < 4e-6, name
 
 
-def test_cross_entropy_alone_needs_no_teacher():
+def test_kernels__cross_entropy_alone__equals_float64():
     sides, targets = draw(5, 300)
     alone = sides | {"hidden_t": None, "weight_t": None, "bias_t": None}
     found, grads = losses(alone, targets, None, 300, ce_weight=0.2, chunk=2)
@@ -112,7 +112,7 @@ def test_cross_entropy_alone_needs_no_teacher():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_seen(bad):
+def test_kernels__non_finite_logits__seen_in_the_loss(bad):
     sides, targets = draw(4, 50)
     sides["hidden_s"][2, 3] = bad
     gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=50)
@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_seen(bad):
     assert not found.loss.isfinite()
 
 
-def test_logits_cut_with_minus_infinity_carry_no_mass():
+def test_streaming_entropy__logits_of_minus_infinity__no_mass():
     logits = torch.randn(3, 5000, device=DEVICE)
     logits[:, 17:4200] = -torch.inf
     _, entropy = confidence_gate(logits.double())
@@ -134,7 +134,7 @@ def test_logits_cut_with_minus_infinity_carry_no_mass():
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.5])
-def test_the_incoming_gradient_multiplies(factor):
+def test_kernels__incoming_gradient__multiplied(factor):
     sides, targets = draw(5, 64)
     gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=64)
 
@@ -150,7 +150,7 @@ def test_the_incoming_gradient_multiplies(factor):
     assert torch.equal(grad(factor), grad(1.0) * factor)
 
 
-def test_gradients_are_handed_out_once():
+def test_kernels__second_backward__refused():
     sides, targets = draw(5, 64)
     hidden = sides["hidden_s"].clone().requires_grad_()
     alone = {"weight_s": sides["weight_s"], "bias_s": None, "hidden_t": None, "weight_t": None, "bias_t": None}
@@ -160,7 +160,7 @@ def test_gradients_are_handed_out_once():
         out.loss.backward()
 
 
-def test_a_head_summed_in_its_own_type_is_rounded_once_per_chunk():
+def test_kernels__sum_in_heads_dtype__rounded_once_per_chunk():
     sides, targets = draw(64, 100, dtype=torch.bfloat16)
     gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=100)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
@@ -172,7 +172,7 @@ def test_a_head_summed_in_its_own_type_is_rounded_once_per_chunk():
 
 
 @pytest.mark.parametrize(("tokens", "width_s", "width_t"), [(36, 64, 48), (20, 24, 40), (17, 64, 64), (4, 8, 8)])
-def test_relation_equals_float64_and_leaves_out_what_cannot_be_measured(tokens, width_s, width_t):
+def test_relation__degenerate_images__left_out_others_equal_float64(tokens, width_s, width_t):
     made = torch.Generator().manual_seed(tokens)
     states = torch.randn(4, tokens, width_s, generator=made) + 2 * torch.randn(4, 1, width_s, generator=made)
     states[2] = states[2, :1]  # all tokens alike
@@ -197,7 +197,7 @@ def test_relation_equals_float64_and_leaves_out_what_cannot_be_measured(tokens, 
 @pytest.mark.parametrize(
     ("tokens", "width_s", "width_t", "kernels"), [(4, 3, 8, False), (4, 8, 3, False), (4, 4, 4, True)]
 )
-def test_small_relations_run_in_torch_where_a_side_has_more_tokens_than_width(tokens, width_s, width_t, kernels):
+def test_relation__small_width__runs_in_torch(tokens, width_s, width_t, kernels):
     made = torch.Generator().manual_seed(5)
     hidden_s = torch.randn(2 * tokens, width_s, generator=made).bfloat16().to(DEVICE)
     hidden_t = torch.randn(2 * tokens, width_t, generator=made).bfloat16().to(DEVICE)
@@ -210,7 +210,7 @@ def test_small_relations_run_in_torch_where_a_side_has_more_tokens_than_width(to
     assert countable_images(hidden_t, [tokens] * 2).tolist() == [True, False]
 
 
-def test_images_of_mixed_sizes_go_by_size():
+def test_relation__images_of_mixed_sizes__grouped_by_size():
     made = torch.Generator().manual_seed(1)
     sizes = [9, 3, 16, 9]
     hidden_s = torch.randn(sum(sizes), 32, generator=made).bfloat16().to(DEVICE).requires_grad_()

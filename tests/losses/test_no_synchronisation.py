@@ -31,7 +31,7 @@ def targets(n):
     return empty(n, dtype=torch.int64)
 
 
-def test_decoupled_distillation_and_gate():
+def test_decoupled_kd_and_gate__on_meta__no_host_read():
     student = empty(5, 9, grad=True)
     parts = decoupled_kd(student, empty(5, 9), targets(5))
     parts[2].sum().backward()
@@ -40,7 +40,7 @@ def test_decoupled_distillation_and_gate():
     assert on_meta(*confidence_gate(empty(5, 9)))
 
 
-def test_head_with_and_without_a_teacher():
+def test_head__on_meta__no_host_read():
     hidden, weight, bias = empty(5, 4, grad=True), empty(12, 4, grad=True), empty(12, grad=True)
     gate, entropy = teacher_gates(empty(5, 6), empty(11, 6), empty(11), vocabulary=9, chunk=2)
     assert on_meta(gate, entropy)
@@ -57,7 +57,7 @@ def test_head_with_and_without_a_teacher():
     assert on_meta(plain.loss, plain.gate_sum)
 
 
-def test_a_teacher_on_another_device_is_brought_to_the_student():
+def test_head__teacher_on_other_device__moved_to_student():
     hidden, weight = empty(5, 4, grad=True), empty(12, 4, grad=True)
     teacher = torch.randn(5, 6), torch.randn(11, 6), None
     out = distillation_head(
@@ -76,7 +76,7 @@ def test_a_teacher_on_another_device_is_brought_to_the_student():
 
 
 @pytest.mark.parametrize(("sliced", "teacher", "chunk"), [(True, True, 512), (False, True, 480), (True, False, 480)])
-def test_where_the_logsumexp_is_given_more_positions_fit_and_are_cut_into_whole_tiles(sliced, teacher, chunk):
+def test_head__logsumexp_given__chunks_of_whole_tiles(sliced, teacher, chunk):
     n, ids = 4096, 151_936
     side = (empty(n, 6), empty(ids, 6), None) if teacher else (None, None, None)
     sums = empty(2, n, dtype=torch.float32) if sliced else None
@@ -95,7 +95,7 @@ def test_where_the_logsumexp_is_given_more_positions_fit_and_are_cut_into_whole_
     assert seen.largest == chunk * ids
 
 
-def test_relational_loss_and_its_count():
+def test_relational_loss_and_count__on_meta__no_host_read():
     student = empty(20, 4, grad=True)
     out = relational_loss(student, empty(20, 6), [5, 5, 3, 7])
     out.loss_sum.backward()

@@ -20,7 +20,7 @@ def loss(sides, targets, caps, **options):
 
 
 @pytest.mark.parametrize("caps", CAPS)
-def test_value_and_parts_equal_plain_floats(caps):
+def test_softcap__value_and_parts__equal_plain_floats(caps):
     sides, targets = draw()
     found = loss(sides, targets, caps)
     lists = {name: side.detach().tolist() for name, side in sides.items()}
@@ -31,7 +31,7 @@ def test_value_and_parts_equal_plain_floats(caps):
 
 
 @pytest.mark.parametrize("caps", CAPS)
-def test_gradients_of_capped_logits(caps):
+def test_softcap__gradients__equal_autograd(caps):
     sides, targets = draw(n=4)
 
     def value(*student):
@@ -40,7 +40,7 @@ def test_gradients_of_capped_logits(caps):
     assert torch.autograd.gradcheck(value, [sides[name] for name in NAMES[:3]])
 
 
-def test_logits_of_bfloat16_sides_are_capped_in_float32():
+def test_softcap__bfloat16_logits__capped_in_float32():
     """The products round to bfloat16, but for the student's target and its largest; from there on nothing does."""
     sides, targets = draw(dtype=torch.bfloat16, grad=False)
     out = loss(sides, targets, (1.5, 0.8))
@@ -56,7 +56,7 @@ def test_logits_of_bfloat16_sides_are_capped_in_float32():
 
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("inf")])
-def test_a_cap_that_is_none(cap):
+def test_softcap__bad_caps__refused(cap):
     sides, targets = draw()
     with pytest.raises(ValueError, match=r"student: logits are capped at a positive finite number"):
         loss(sides, targets, (cap, None))
@@ -67,7 +67,7 @@ def test_a_cap_that_is_none(cap):
         distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_weight=1.0, softcaps=(None, cap))
 
 
-def test_sums_of_a_teacher_default_to_the_published_gate_without_logsumexp_in_torch():
+def test_teacher_sums__in_torch__published_gate_without_logsumexp():
     sides, targets = draw(grad=False)
     teacher = [sides[name] for name in NAMES[3:]]
     gate, entropy, sliced = teacher_sums(*teacher, targets, vocabulary=9)

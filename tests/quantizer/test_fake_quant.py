@@ -34,7 +34,7 @@ def quantized(weight, log_scale, group_size=8, num_bits=4, stored_dtype=torch.bf
 @pytest.mark.parametrize("stored", list(STORED))
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 @pytest.mark.parametrize("seed", range(3))
-def test_codes_and_values_equal_the_scalar_oracle(stored, bits, seed):
+def test_codes_and_values__random_weights__equal_scalar_oracle(stored, bits, seed):
     weight, log_scale = draw(seed=seed)
     got = codes(weight, log_scale, QuantFormat(bits, stored_dtype=STORED[stored]))
     value = quantized(weight, log_scale, num_bits=bits, stored_dtype=STORED[stored])
@@ -47,7 +47,7 @@ def test_codes_and_values_equal_the_scalar_oracle(stored, bits, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 7), st.integers(0, 10_000), st.floats(-8, 8), st.sampled_from(list(STORED)))
-def test_codes_stay_in_their_range(bits, seed, exponent, stored):
+def test_codes__any_weight__within_range(bits, seed, exponent, stored):
     weight, log_scale = draw(rows=2, seed=seed, spread=10**exponent)
     found = codes(weight, log_scale, QuantFormat(bits, stored_dtype=STORED[stored]))
     assert found.min() >= -(2 ** (bits - 1))
@@ -55,7 +55,7 @@ def test_codes_stay_in_their_range(bits, seed, exponent, stored):
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
-def test_bfloat16_weights_are_divided_in_float32(stored):
+def test_codes__bfloat16_weights__divided_in_float32(stored):
     """A quotient rounded to bfloat16 would fall on ties that are none."""
     dtype = torch.bfloat16 if stored == "bfloat16" else torch.float16
     weight, log_scale = draw(rows=64, columns=96, groups=3, dtype=dtype)
@@ -74,7 +74,7 @@ def test_bfloat16_weights_are_divided_in_float32(stored):
         assert ((rounded < -8) | (rounded > 7)).sum().item() != acted
 
 
-def test_bfloat16_weights_have_their_gradient_formed_in_float32():
+def test_gradients__bfloat16_weights__formed_in_float32():
     weight, log_scale = draw(rows=16, columns=64, groups=2, dtype=torch.bfloat16)
     leaves = [weight.clone().requires_grad_(), log_scale.clone().requires_grad_()]
     upstream = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -84,7 +84,7 @@ def test_bfloat16_weights_have_their_gradient_formed_in_float32():
     torch.testing.assert_close(leaves[1].grad, torch.tensor(by_theta), rtol=1e-5, atol=1e-7)
 
 
-def test_a_float64_side_decides_the_precision_of_the_division():
+def test_codes__one_float64_side__divided_in_float64():
     """w / s a hair above a tie: float32 sees the tie and rounds to 0, float64 rounds to 1."""
     hair = 1e-12
     fmt = QuantFormat(4, stored_dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_a_float64_side_decides_the_precision_of_the_division():
     assert weight.grad.item() == 0
 
 
-def test_ties_round_to_even_and_the_ends_are_reached():
+def test_codes__ties_and_ends__even_and_reached():
     log_scale = torch.zeros(1, 1)
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -8.5, 7.5, -9.0, 7.4, 100.0, -8.4]])
     found = codes(weight, log_scale, QuantFormat(4))
@@ -119,7 +119,7 @@ PAIRS = [(torch.float32, stored) for stored in STORED] + [(torch.bfloat16, "bflo
 
 
 @pytest.mark.parametrize(("dtype", "stored"), PAIRS)
-def test_the_forward_value_is_the_dequantised_code_bit_for_bit(dtype, stored):
+def test_fake_quantize__value__equals_dequantized_code(dtype, stored):
     for seed in range(20):
         weight, log_scale = draw(rows=32, columns=64, groups=4, seed=seed, dtype=dtype)
         value = quantized(weight, log_scale, group_size=16, stored_dtype=STORED[stored])
@@ -133,7 +133,7 @@ def test_the_forward_value_is_the_dequantised_code_bit_for_bit(dtype, stored):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_compressed_tensors_packs_and_unpacks_the_same_bits(stored, bits, group_size):
+def test_fake_quantize__packed_by_compressed_tensors__same_bits(stored, bits, group_size):
     strategy = "group" if group_size > 0 else "channel"
     args = QuantizationArgs(
         num_bits=bits, group_size=group_size if group_size > 0 else None, strategy=strategy, symmetric=True
@@ -156,7 +156,7 @@ def test_compressed_tensors_packs_and_unpacks_the_same_bits(stored, bits, group_
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-def test_no_code_of_any_scale_flips_when_it_is_saved(stored, bits):
+def test_codes__every_scale_of_a_dtype__survive_saving(stored, bits):
     """A proof by enumeration: every positive normal scale of the dtype with every code, divided as upstream divides.
 
     Scales beyond the largest number / 128 are left out, ``stored_scale`` never gives them.
@@ -174,7 +174,7 @@ def test_no_code_of_any_scale_flips_when_it_is_saved(stored, bits):
     assert torch.equal(codes(baked, log_scale, QuantFormat(bits, stored_dtype=stored)), integers)
 
 
-def test_eight_bits_in_bfloat16_do_flip_which_is_why_they_are_refused():
+def test_codes__8_bits_in_bfloat16__flip_and_are_refused():
     scale = torch.arange(0x3F80, 0x4000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).unsqueeze(1)
     integers = torch.arange(-128, 128).to(torch.int8).expand(len(scale), -1)
     args = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
@@ -186,7 +186,7 @@ def test_eight_bits_in_bfloat16_do_flip_which_is_why_they_are_refused():
         quantized(torch.zeros(1, 8), torch.zeros(1, 1), num_bits=8)
 
 
-def test_latent_weights_would_flip_where_baked_ones_do_not():
+def test_codes__latent_weights_saved__flip_where_baked_do_not():
     """What the rounding of the scale is for: handing over latent weights changes codes in the saved dtype."""
     weight, log_scale = draw(rows=256, columns=512, groups=4, seed=5)
     scale = stored_scale(log_scale, torch.bfloat16)
@@ -200,7 +200,7 @@ def test_latent_weights_would_flip_where_baked_ones_do_not():
 
 @pytest.mark.parametrize("stored", list(STORED))
 @pytest.mark.parametrize("bits", [2, 4])
-def test_both_gradients_equal_the_scalar_oracle(stored, bits):
+def test_gradients__random_weights__equal_scalar_oracle(stored, bits):
     weight, log_scale = draw(seed=7)
     weight.requires_grad_()
     log_scale.requires_grad_()
@@ -214,7 +214,7 @@ def test_both_gradients_equal_the_scalar_oracle(stored, bits):
     assert 0 < (weight.grad == 0).sum() < weight.numel()
 
 
-def test_the_scale_gradient_by_hand_below_inside_and_above_the_range():
+def test_scale_gradient__below_inside_and_above_range__by_hand():
     """s = 0.5: v = w / s is -10 (below), 3.25 (inside), 7.4 (inside, not rounded beyond 7), 12 (above)."""
     weight = torch.tensor([[-5.0], [1.625], [3.7], [6.0]], requires_grad=True)
     log_scale = torch.full((4, 1), 0.5).log().requires_grad_()
@@ -227,7 +227,7 @@ def test_the_scale_gradient_by_hand_below_inside_and_above_the_range():
     assert log_scale.grad.flatten().tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_scale_gradient_sums_over_its_group_alone():
+def test_scale_gradient__one_group__sums_over_it_alone():
     weight, log_scale = draw(rows=2, columns=8, groups=2)
     log_scale.requires_grad_()
     quantized(weight, log_scale, group_size=4)[0, :4].sum().backward()
@@ -236,7 +236,7 @@ def test_the_scale_gradient_sums_over_its_group_alone():
     assert torch.equal(log_scale.grad[1], torch.zeros(2))
 
 
-def test_gradcheck_where_the_estimator_is_the_true_derivative():
+def test_fake_quantize__beyond_the_range__passes_gradcheck():
     """Beyond the range the value is q * s exactly: no straight-through, gradcheck applies to both inputs."""
     log_scale = torch.tensor([[0.1, -0.2], [0.3, 0.0]], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor(
@@ -249,7 +249,7 @@ def test_gradcheck_where_the_estimator_is_the_true_derivative():
     assert gradcheck(run, (weight, log_scale))
 
 
-def test_the_estimator_is_autograd_s_of_the_surrogate_with_a_detached_rounding():
+def test_gradients__surrogate_with_detached_rounding__equal_autograd():
     weight, log_scale = draw(dtype=torch.float64, seed=4)
     upstream = torch.randn(6, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     got = [weight.clone().requires_grad_(), log_scale.clone().requires_grad_()]
@@ -265,7 +265,7 @@ def test_the_estimator_is_autograd_s_of_the_surrogate_with_a_detached_rounding()
 
 
 @pytest.mark.parametrize("trained", [(True, False), (False, True)])
-def test_only_what_is_trained_gets_a_gradient(trained):
+def test_gradients__frozen_input__none(trained):
     weight, log_scale = draw()
     both = [weight.clone().requires_grad_(), log_scale.clone().requires_grad_()]
     quantized(*both).sum().backward()
@@ -277,7 +277,7 @@ def test_only_what_is_trained_gets_a_gradient(trained):
             assert torch.equal(leaf.grad, want.grad)
 
 
-def test_a_frozen_weight_costs_no_gradient():
+def test_gradients__frozen_weight__none_allocated():
     """Scale-only runs: nothing of the weight's size is made for a gradient that nobody reads."""
     made = []
     for trained in (False, True):
@@ -289,7 +289,7 @@ def test_a_frozen_weight_costs_no_gradient():
     assert made[0] + weight.numel() <= made[1]
 
 
-def test_gradients_have_the_dtype_of_what_they_belong_to():
+def test_gradients__dtypes__those_of_their_inputs():
     weight, log_scale = draw(dtype=torch.bfloat16)
     weight.requires_grad_()
     log_scale.requires_grad_()
@@ -298,7 +298,7 @@ def test_gradients_have_the_dtype_of_what_they_belong_to():
     assert log_scale.grad.dtype == torch.float32
 
 
-def test_only_the_weight_and_its_scales_are_kept_for_backward():
+def test_backward__saved_tensors__weight_and_scales_alone():
     """By the function itself: hooks of checkpointing and offloading see nothing of them."""
     weight, log_scale = draw()
     weight.requires_grad_()
@@ -313,7 +313,7 @@ def test_only_the_weight_and_its_scales_are_kept_for_backward():
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-def test_what_backward_needs_must_stand_as_it_stood(changed):
+def test_backward__changed_weight_or_scale__refused(changed):
     tensors = [t.requires_grad_() for t in draw()]
     value = quantized(*tensors)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_what_backward_needs_must_stand_as_it_stood(changed):
         value.sum().backward()
 
 
-def test_autocast_decides_the_compute_dtype():
+def test_fake_quantize__autocast__decides_compute_dtype():
     weight, log_scale = draw()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = quantized(weight, log_scale)
@@ -333,7 +333,7 @@ def test_autocast_decides_the_compute_dtype():
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32)])
-def test_a_compute_dtype_that_would_round_is_refused(dtype, stored):
+def test_fake_quantize__compute_dtype_that_rounds__refused(dtype, stored):
     weight, log_scale = draw(dtype=dtype)
     with pytest.raises(ValueError, match=r"computes in torch.bfloat16.*train in"):
         quantized(weight, log_scale, stored_dtype=stored)
@@ -341,14 +341,14 @@ def test_a_compute_dtype_that_would_round_is_refused(dtype, stored):
         quantized(weight.float(), log_scale, stored_dtype=stored)
 
 
-def test_one_scale_per_row():
+def test_fake_quantize__one_scale_per_row__equals_oracle():
     weight, log_scale = draw(groups=1)
     for group_size in (-1, None, 24):
         value = quantized(weight, log_scale, group_size=group_size)
         assert value.tolist() == oracle.quantize(weight.tolist(), log_scale.tolist(), 4, "bfloat16")[1]
 
 
-def test_scales_that_do_not_fit_are_refused():
+def test_fake_quantize__scales_that_do_not_fit__refused():
     weight, log_scale = draw()
     for wrong in (log_scale[:5], log_scale[:, :0], log_scale[0], torch.zeros(6, 5)):
         for call in (lambda s=wrong: quantized(weight, s), lambda s=wrong: dequantize(weight.to(torch.int8), s),
@@ -361,7 +361,7 @@ def test_scales_that_do_not_fit_are_refused():
         quantized(weight, log_scale, group_size=12)
 
 
-def test_clipped_weights_are_counted():
+def test_clipped__random_weights__equal_oracle():
     weight, log_scale = draw(rows=40, seed=2)
     s = stored_scale(log_scale, torch.bfloat16).float().repeat_interleave(8, dim=1)
     want = sum(not -8 <= oracle.nearest(v) <= 7 for v in (weight / s).flatten().tolist())
@@ -371,7 +371,7 @@ def test_clipped_weights_are_counted():
     assert found.dtype == torch.int64
 
 
-def test_a_settled_scale_keeps_its_dtype_beside_a_float64_weight():
+def test_finalize__float64_weight__float32_scale_gradient():
     weight, log_scale = draw(dtype=torch.float64)
     plain = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
     late = [weight.clone().requires_grad_(), log_scale.float().requires_grad_()]
@@ -383,7 +383,7 @@ def test_a_settled_scale_keeps_its_dtype_beside_a_float64_weight():
     torch.testing.assert_close(late[1].grad, plain[1].grad, rtol=1e-6, atol=0)
 
 
-def test_several_blocks_of_rows_are_one_weight():
+def test_fake_quantize__several_blocks__equal_row_by_row():
     from grace_plugin.quantizer.scales import BLOCK_ELEMENTS
 
     columns = BLOCK_ELEMENTS // 2

@@ -29,7 +29,7 @@ def drawn(shapes, group, dtype, stored_dtype):
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)],
 )
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_layer_of_a_launch_has_the_numbers_of_its_own(dtype, stored_dtype, count):
+def test_grouped_kernels__several_layers__equal_own_launches(dtype, stored_dtype, count):
     weights, thetas = drawn(SHAPES[:count], 128 if count == 4 else 32, dtype, stored_dtype)
     fmt, layers = QuantFormat(4, stored_dtype=stored_dtype), list(zip(weights, thetas, strict=True))
     made = grouped_triton.forward(layers, fmt, dtype)
@@ -59,14 +59,14 @@ def columns_first(t):
     return t.T.contiguous().T
 
 
-def beside_an_address(t):
+def unaligned(t):
     return torch.ones(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape)
 
 
 FORM = QuantFormat(4, 16)
 
 
-def test_layers_of_one_dtype_and_group_size_share_a_launch():
+def test_launches__dtype_and_group_size__shared():
     three = [layer(), layer(rows=9), layer(width=32, groups=2)]
     wide = [layer(width=128), layer(rows=2, width=64, groups=2)]  # groups of 32
     low = [layer(weight=Tensor.bfloat16), layer(weight=Tensor.bfloat16)]
@@ -81,18 +81,18 @@ def test_layers_of_one_dtype_and_group_size_share_a_launch():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"weight": columns_first}, {"weight": beside_an_address}, {"theta": columns_first}, {"theta": beside_an_address},
+    [{"weight": columns_first}, {"weight": unaligned}, {"theta": columns_first}, {"theta": unaligned},
      {"theta": Tensor.double}, {"weight": Tensor.double}],
 )  # fmt: skip
-def test_what_no_launch_takes_is_left(changes):
+def test_launches__unsuitable_layers__left_out(changes):
     others = [layer(), layer()]
     (found,) = launches([others[0], layer(**changes), others[1]], FORM, grads=False)
     assert [id(one) for one in found] == [id(one) for one in others]
     assert not launches(others, QuantFormat(4, 16, torch.float64), grads=False), "a stored dtype that exists for tests"
 
 
-@pytest.mark.parametrize("change", [columns_first, beside_an_address])
-def test_a_gradient_that_no_launch_takes_is_settled_by_itself(change):
+@pytest.mark.parametrize("change", [columns_first, unaligned])
+def test_finalize_all__unsuitable_gradient__finalized_alone(change):
     others = [layer(grad=torch.ones_like), layer(grad=lambda w: change(torch.ones_like(w))), layer()]
     assert len(launches(others, FORM, grads=False)[0]) == 3
     assert [id(one) for one in launches(others, FORM, grads=True)[0]] == [id(others[0]), id(others[2])]
@@ -121,7 +121,7 @@ def gradients(made):
 
 
 def one_by_one(made, batch):
-    """Gradients where no layer stands beside another: each is attached by itself."""
+    """Gradients where each layer is attached by itself."""
     attached = [attach({name: layer}, QuantFormat(4, 16)) for name, layer in linears(made).items()]
     for each in attached:
         each.defer_grads()
@@ -132,7 +132,7 @@ def one_by_one(made, batch):
     return gradients(made)
 
 
-def test_a_step_of_a_model_has_the_gradients_of_its_layers_alone():
+def test_step__grouped_layers__gradients_of_single_layers():
     batch = torch.randn(6, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     want = one_by_one(model(), batch)
     made = model()
@@ -148,7 +148,7 @@ def test_a_step_of_a_model_has_the_gradients_of_its_layers_alone():
         assert torch.equal(grad, want[name]) and grad.any(), name
 
 
-def test_the_first_layer_of_a_pass_quantizes_for_all_and_the_others_find_it():
+def test_fill__first_layer_of_a_pass__quantizes_all():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16))
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
@@ -163,10 +163,10 @@ def test_the_first_layer_of_a_pass_quantizes_for_all_and_the_others_find_it():
     with torch.no_grad():
         made[1].weight.mul_(1.5)
     made(torch.randn(2, 64, device=DEVICE)).sum().backward()
-    assert attached.quantizations == 9, "what still stands is not made again"
+    assert attached.quantizations == 9, "what is still valid is not made again"
 
 
-def test_layers_that_compute_in_another_dtype_are_left_as_they_are():
+def test_fill__layers_of_other_dtype__left_alone():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16))
 
@@ -185,7 +185,7 @@ def test_layers_that_compute_in_another_dtype_are_left_as_they_are():
     assert attached.quantizations == seen + 4
 
 
-def test_layers_that_no_launch_takes_are_done_by_themselves():
+def test_step__unsuitable_layers__done_alone():
     made = model()
     made[1].weight.data = made[1].weight.data.T.contiguous().T  # columns contiguous
     made[2].weight.data = torch.empty(96 * 96 + 1, device=DEVICE)[1:].copy_(made[2].weight.data.flatten()).view(96, 96)
@@ -204,7 +204,7 @@ def test_layers_that_no_launch_takes_are_done_by_themselves():
         assert torch.equal(grad, want[name]) and grad.any(), name
 
 
-def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
+def test_count_forward_mismatches__cache__one_layer_at_a_time():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16))
     held = []
@@ -217,10 +217,10 @@ def test_weights_are_compared_with_what_was_frozen_one_at_a_time():
     assert attached.count_forward_mismatches(Frozen(attached.freeze())) == {}
     assert held == [1, 1, 1, 1] and attached.quantizations == 4
     made[0](torch.randn(2, 64, device=DEVICE))
-    assert attached.quantizations == 8, "and together again"
+    assert attached.quantizations == 8, "and in one launch again"
 
 
-def test_a_copied_model_fills_nothing_of_the_first():
+def test_deepcopy__forward__fills_nothing_of_the_first():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16))
     copy.deepcopy(made)(torch.randn(2, 64, device=DEVICE))
@@ -229,7 +229,7 @@ def test_a_copied_model_fills_nothing_of_the_first():
     assert attached.quantizations == 4
 
 
-def test_layers_with_a_low_rank_update_are_left_to_their_own_forward_pass():
+def test_fill__layers_with_lora__left_alone():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16))
     attached.add_lora(["1", "2"], rank=2, alpha=4.0)
@@ -244,7 +244,7 @@ def test_layers_with_a_low_rank_update_are_left_to_their_own_forward_pass():
     assert attached.quantizations == 8
 
 
-def test_a_low_rank_update_without_a_cache_gets_none():
+def test_add_lora__no_cache__stays_without():
     made = model()
     attached = attach(linears(made), QuantFormat(4, 16), cache=False)
     attached.add_lora(["1", "2"], rank=2, alpha=4.0)
@@ -253,7 +253,7 @@ def test_a_low_rank_update_without_a_cache_gets_none():
     assert attached.quantizations == 0
 
 
-def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
+def test_prefetch__after_a_step__forward_finds_weights():
     made, batch = model(), torch.randn(2, 64, device=DEVICE)
     attached = attach(linears(made), QuantFormat(4, 16))
     attached.prefetch_quantized_weights()
@@ -274,7 +274,7 @@ def test_a_step_quantizes_ahead_what_the_next_forward_pass_reads():
     assert attached.quantizations == 12
 
 
-def test_ahead_each_layer_is_quantized_in_the_dtype_it_computes_in():
+def test_prefetch__layers_of_two_dtypes__each_in_its_own():
     made, batch = model(), torch.randn(2, 64, device=DEVICE)
     attached = attach(linears(made), QuantFormat(4, 16))
 

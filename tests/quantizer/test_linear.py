@@ -56,7 +56,7 @@ def gradients(linear, x):
     [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, False), (torch.float32, torch.float32, True),
      (torch.float32, torch.bfloat16, True)],
 )  # fmt: skip
-def test_value_and_gradients_are_those_of_two_functions(weight, given, cast, shape, bias, cache):
+def test_linear__value_and_gradients__equal_two_functions(weight, given, cast, shape, bias, cache):
     linear, _ = layer(weight, bias, cache)
     x = torch.randn(shape).to(given).requires_grad_()
     found = []
@@ -70,7 +70,7 @@ def test_value_and_gradients_are_those_of_two_functions(weight, given, cast, sha
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight", PARAMETER, "bias"])
-def test_only_what_wants_a_gradient_gets_one(wanted):
+def test_linear__one_trainable_input__its_gradient_alone(wanted):
     linear, _ = layer()
     x = torch.randn(4, 16, requires_grad=wanted == "input")
     for name, parameter in linear.named_parameters():
@@ -83,7 +83,7 @@ def test_only_what_wants_a_gradient_gets_one(wanted):
     assert got == {wanted}
 
 
-def test_types_are_mixed_under_autocast_alone():
+def test_linear__mixed_dtypes__under_autocast_alone():
     linear, _ = layer()
     with pytest.raises(RuntimeError, match="same dtype"):
         linear(torch.randn(4, 16, dtype=torch.bfloat16))
@@ -94,7 +94,7 @@ def test_types_are_mixed_under_autocast_alone():
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_one_saved_tensor_beside_what_a_cache_holds(cache):
+def test_linear__saved_tensors__input_and_weight_without_cache(cache):
     """Without a cache the quantized weight is another, so that checkpointing drops it."""
     linear, _ = layer(cache=cache)
     x, saved = torch.randn(4, 16, requires_grad=True), []
@@ -104,7 +104,7 @@ def test_one_saved_tensor_beside_what_a_cache_holds(cache):
     assert len(y.grad_fn.saved_weights.tensors()) == 3
 
 
-def test_without_a_cache_the_backward_pass_reads_what_was_saved():
+def test_linear__no_cache__backward_reads_saved_weight():
     linear, _ = layer(cache=False)
     x = torch.randn(4, 16, requires_grad=True)
     found = []
@@ -119,7 +119,7 @@ def test_without_a_cache_the_backward_pass_reads_what_was_saved():
     assert torch.equal(found[0] * 2, found[1]) and found[0].any()
 
 
-def test_a_graph_that_is_held_keeps_no_quantized_weight_alive():
+def test_linear__held_graph__keeps_no_quantized_weight():
     linear, _ = layer()
     y = linear(torch.randn(2, 3, 16, requires_grad=True)).sum()
     y.backward(retain_graph=True)
@@ -135,7 +135,7 @@ def test_a_graph_that_is_held_keeps_no_quantized_weight_alive():
 
 
 @pytest.mark.parametrize("change", ["dtype", "dropped", "invalidated"])
-def test_the_quantized_weight_of_the_forward_pass_is_made_again(change):
+def test_linear__cache_lost_before_backward__same_gradients(change):
     linear, attached = layer()
     x = torch.randn(4, 16, requires_grad=True)
     want = torch.autograd.grad(linear(x).square().sum(), [x, linear.weight])
@@ -150,7 +150,7 @@ def test_the_quantized_weight_of_the_forward_pass_is_made_again(change):
     assert all(map(torch.equal, torch.autograd.grad(y, [x, linear.weight]), want))
 
 
-def test_a_layer_with_a_low_rank_update_tells_in_what_it_computed():
+def test_linear__lora_under_autocast__dtype_recorded():
     linear, attached = layer()
     attached.add_lora(["a"], rank=2, alpha=4.0)
     with torch.no_grad():

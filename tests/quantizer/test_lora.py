@@ -45,7 +45,7 @@ def quantized(weight, lora_a, lora_b, theta, **kwargs):
     return fake_quantize_merged(weight, lora_a, lora_b, theta, FMT, scaling=SCALING, **kwargs)
 
 
-def test_value_and_gradients_are_those_of_quantizing_the_sum():
+def test_lora__value_and_gradients__equal_quantized_sum():
     ours = [t.requires_grad_() for t in draw(dtype=torch.float64)]
     plain = [t.detach().clone().requires_grad_() for t in ours]
     upstream = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -62,7 +62,7 @@ def test_value_and_gradients_are_those_of_quantizing_the_sum():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_forward_value_is_the_exported_sum_s_code_bit_for_bit(dtype):
+def test_lora__value__equals_dequantized_code_of_sum(dtype):
     weight, lora_a, lora_b, theta = draw(dtype=dtype)
     total = merged(weight, lora_a, lora_b, scaling=SCALING)
     assert total.dtype == torch.float32
@@ -76,7 +76,7 @@ def test_the_forward_value_is_the_exported_sum_s_code_bit_for_bit(dtype):
         assert torch.equal(merged(weight, lora_a, lora_b, scaling=SCALING), total)
 
 
-def test_several_blocks_of_rows_are_one_weight():
+def test_lora__several_blocks__one_weight():
     weight, lora_a, lora_b, theta = draw(rows=2100, columns=2048)
     torch.testing.assert_close(
         merged(weight, lora_a, lora_b, scaling=SCALING), weight + SCALING * (lora_b @ lora_a), rtol=1e-6, atol=1e-5
@@ -86,7 +86,7 @@ def test_several_blocks_of_rows_are_one_weight():
     assert lora_b.grad[-1].abs().sum() > 0
 
 
-def test_a_frozen_weight_gets_no_gradient_and_its_dtype_is_kept():
+def test_lora__frozen_weight__no_gradient():
     weight, *trained = draw(dtype=torch.bfloat16)
     trained = [t.requires_grad_() for t in trained]
     quantized(weight, *trained).float().sum().backward()
@@ -96,7 +96,7 @@ def test_a_frozen_weight_gets_no_gradient_and_its_dtype_is_kept():
     assert weight.grad.dtype == torch.bfloat16
 
 
-def test_no_gradient_is_formed_for_a_weight_that_stands_still():
+def test_lora__frozen_weight__no_gradient_allocated():
     made = {}
     for trains in (False, True):
         weight, *trained = draw()
@@ -107,12 +107,12 @@ def test_no_gradient_is_formed_for_a_weight_that_stands_still():
     assert made[True] - made[False] >= 3 * weight.numel()  # its matrix, its rows written, what autograd hands on
 
 
-def test_a_small_layer_on_the_host_is_worked_on_by_rows():
+def test_lora__small_layer_on_host__by_blocks_of_rows():
     assert list(_blocks(torch.empty(6, 24))) == list(row_blocks(6, 24)) != [slice(None)]
     assert len(list(_blocks(torch.empty(2100, 2048)))) == len(list(row_blocks(2100, 2048))) > 1
 
 
-def test_a_cached_value_is_that_of_the_dtype_asked_for():
+def test_lora__cache__value_by_dtype():
     tensors, cache = draw(), WeightCache()
     assert quantized(*tensors, cache=cache).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -120,7 +120,7 @@ def test_a_cached_value_is_that_of_the_dtype_asked_for():
     assert cache.quantizations == 2
 
 
-def test_only_what_is_trained_and_the_weight_are_kept_for_backward():
+def test_lora__saved_tensors__weight_and_trained_alone():
     tensors = [t.requires_grad_() for t in draw()]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -133,14 +133,14 @@ def test_only_what_is_trained_and_the_weight_are_kept_for_backward():
         value.sum().backward()
 
 
-def test_the_sum_is_formed_in_float32_under_autocast_in_the_backward_pass_too():
+def test_lora__autocast__sums_in_float32():
     tensors = [t.requires_grad_() for t in draw(dtype=torch.bfloat16)]
     with Footprint() as footprint, torch.autocast("cpu", dtype=torch.bfloat16):
         quantized(*tensors).float().sum().backward()
     assert footprint.products == {torch.float32}
 
 
-def test_a_float64_weight_takes_float32_factors_and_gives_them_float32_gradients():
+def test_lora__float64_weight__float32_factor_gradients():
     weight, *trained = draw(dtype=torch.float64)
     trained = [t.float().requires_grad_() for t in trained]
     wide = [t.detach().double().requires_grad_() for t in trained]
@@ -154,20 +154,20 @@ def test_a_float64_weight_takes_float32_factors_and_gives_them_float32_gradients
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-6, atol=1e-6)
 
 
-def test_a_weight_trains_beside_factors_that_stand_still():
+def test_lora__frozen_factors__weight_trains():
     weight, lora_a, lora_b, theta = draw()
     quantized(weight.requires_grad_(), lora_a, lora_b, theta).sum().backward()
     assert weight.grad.any()
 
 
-def test_scales_that_autocast_could_not_hold_are_taken_outside_it():
+def test_lora__float32_stored__outside_autocast():
     weight, lora_a, lora_b, theta = draw()
     fmt = QuantFormat(4, 8, torch.float32)
     value = fake_quantize_merged(weight, lora_a, lora_b, theta, fmt, scaling=SCALING)
     assert torch.equal(value, fake_quantize(merged(weight, lora_a, lora_b, scaling=SCALING), theta, fmt))
 
 
-def test_a_compute_dtype_that_would_round_is_refused():
+def test_lora__compute_dtype_that_rounds__refused():
     tensors = draw()
     with (
         torch.autocast("cpu", dtype=torch.float16),
@@ -212,7 +212,7 @@ def train(model, steps=4):
         optimizer.zero_grad()
 
 
-def test_an_update_starts_at_zero_and_from_its_seed_alone():
+def test_add_lora__start__zero_update_from_seed():
     plain = Tiny()
     attach({"up": plain.up, "down": plain.down}, QuantFormat(4, 16))
     model, _ = adapted()
@@ -227,7 +227,7 @@ def test_an_update_starts_at_zero_and_from_its_seed_alone():
     assert shapes == {LORA_A: ((4, 32), torch.float32), LORA_B: ((48, 4), torch.float32)}
 
 
-def test_codes_of_a_trained_update_are_those_of_the_last_forward_and_survive_baking():
+def test_lora__trained_and_baked__codes_of_last_forward():
     model, result = adapted()
     before = result.freeze()
     start = model.up.weight.clone()
@@ -248,7 +248,7 @@ def test_codes_of_a_trained_update_are_those_of_the_last_forward_and_survive_bak
     assert {name for name, _ in model.named_parameters()} == {"up.weight", "up.bias", "down.weight"}
 
 
-def test_an_update_is_quantized_once_per_step_and_every_change_of_it_is_seen():
+def test_lora__cache__one_quantization_per_step():
     model, result = adapted()
     uncached, _ = adapted(cache=False)
     train(model)
@@ -265,7 +265,7 @@ def test_an_update_is_quantized_once_per_step_and_every_change_of_it_is_seen():
     assert torch.equal(model(batch()), uncached(batch()))
 
 
-def test_the_update_is_scaled_by_alpha_over_the_rank():
+def test_add_lora__scaling__alpha_over_rank():
     model, result = adapted()
     with torch.no_grad():
         model.up.lora_B.normal_()
@@ -274,7 +274,7 @@ def test_the_update_is_scaled_by_alpha_over_the_rank():
     assert torch.equal(result.freeze()["up"][0], expected)
 
 
-def test_the_cache_tells_autocast_s_weight_from_the_other():
+def test_lora__with_and_without_autocast__separate_values():
     model, _ = adapted()
     x = batch().float()
     model.float()
@@ -284,7 +284,7 @@ def test_the_cache_tells_autocast_s_weight_from_the_other():
     assert model(x).dtype == torch.float32
 
 
-def test_layers_without_an_update_learn_scales_alone():
+def test_add_lora__some_layers__others_learn_scales():
     model = Tiny()
     result = attach({"up": model.up, "down": model.down}, QuantFormat(4, 16))
     result.add_lora(["down"], rank=2, alpha=2.0)
@@ -292,7 +292,7 @@ def test_layers_without_an_update_learn_scales_alone():
     assert trains == {"up.weight_log_scale", "down.weight_log_scale", "down.lora_A", "down.lora_B"}
 
 
-def test_a_copy_of_the_model_is_independent():
+def test_lora__deepcopy__independent():
     model, _ = adapted()
     twin = copy.deepcopy(model)
     train(model)
@@ -301,7 +301,7 @@ def test_a_copy_of_the_model_is_independent():
     assert torch.equal(twin(batch()), fresh(batch()))
 
 
-def test_gradcheck_where_the_estimator_is_the_true_derivative():
+def test_lora__beyond_the_range__passes_gradcheck():
     """Where the whole sum lies beyond the range the value is q * s exactly; gradcheck applies to all four tensors."""
     _, lora_a, lora_b, _ = draw(rows=2, columns=8, dtype=torch.float64)
     lora_a = lora_a[:, :4].clone()
@@ -315,7 +315,7 @@ def test_gradcheck_where_the_estimator_is_the_true_derivative():
     assert gradcheck(run, given)
 
 
-def test_gradcheck_of_the_factors_where_the_rounding_is_passed_through():
+def test_lora__factors_inside_the_range__equal_surrogate():
     """Inside the range: the hand-written products against the difference quotients of the sum that is quantized."""
     weight, lora_a, lora_b, _ = draw(rows=3, columns=8, dtype=torch.float64)
     theta = torch.full((3, 2), 3.0, dtype=torch.float64)  # wide enough that nothing is clipped

@@ -19,7 +19,7 @@ def on_meta(*tensors):
     return {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_every_function():
+def test_functions__on_meta__no_host_read():
     weight = torch.empty(6, 32, device="meta", requires_grad=True)
     log_scale = torch.empty(6, 2, device="meta", requires_grad=True)
     fmt = QuantFormat(4, 16)
@@ -30,7 +30,7 @@ def test_every_function():
     assert on_meta(weight.grad, log_scale.grad)
 
 
-def test_an_attached_layer():
+def test_attached_layers__on_meta__no_host_read():
     layers = {"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8, bias=False, device="meta")}
     attached = attach(layers, QuantFormat(4, 16))
     x = torch.empty(3, 32, device="meta")
@@ -42,7 +42,7 @@ def test_an_attached_layer():
     assert on_meta(layers["a"].weight)
 
 
-def test_a_low_rank_update():
+def test_lora__on_meta__no_host_read():
     layer = nn.Linear(32, 8, device="meta")
     attached = attach({"a": layer}, QuantFormat(4, 16))
     attached.add_lora(["a"], rank=2, alpha=4.0)
@@ -50,6 +50,6 @@ def test_a_low_rank_update():
     assert on_meta(layer.lora_A, layer.lora_B, layer.lora_A.grad, layer.lora_B.grad, *attached.freeze()["a"])
 
 
-def test_clip_share_of_layers_on_two_devices_stands_on_the_first():
+def test_clip_share__layers_on_two_devices__on_the_first():
     attached = attach({"a": nn.Linear(32, 8, device="meta"), "b": nn.Linear(32, 8)}, QuantFormat(4, 16))
     assert on_meta(attached.clip_share())

@@ -20,7 +20,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("stored", list(STORED))
-def test_a_stored_scale_is_the_nearest_normal_number(stored):
+def test_stored_scale__any_theta__nearest_normal_number(stored):
     theta = torch.cat([torch.linspace(-20, 12, 400), torch.tensor([-1e3, -150.0, 90.0, 1e3])])
     found = stored_scale(theta.unsqueeze(1), STORED[stored])
     assert found.dtype == STORED[stored]
@@ -31,7 +31,7 @@ def test_a_stored_scale_is_the_nearest_normal_number(stored):
     assert torch.isfinite(found * -128).all()
 
 
-def test_a_scale_does_not_depend_on_where_in_a_tensor_it_stands():
+def test_stored_scale__place_in_a_tensor__does_not_matter():
     """Vectorised exponentials differ in the last bit from their scalar tail; a rounded scale must not."""
     theta = normal(40_000, 1, seed=2) - 4
     whole = stored_scale(theta, torch.float32)
@@ -44,12 +44,12 @@ def test_a_scale_does_not_depend_on_where_in_a_tensor_it_stands():
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e4, 1e4, width=32), st.sampled_from(list(STORED)))
-def test_no_scale_is_ever_zero_or_infinite(theta, stored):
+def test_stored_scale__extreme_theta__never_zero_or_infinite(theta, stored):
     found = stored_scale(torch.tensor([[theta]]), STORED[stored])
     assert oracle.SMALLEST[stored] <= found.item() <= oracle.LARGEST[stored] / 128
 
 
-def test_the_scale_s_gradient_is_the_rounded_scale_itself():
+def test_stored_scale__gradient__is_rounded_scale():
     theta = torch.tensor([[0.1], [-3.3]], requires_grad=True)
     found = stored_scale(theta, torch.bfloat16)
     (found.float() * torch.tensor([[2.0], [-3.0]])).sum().backward()
@@ -58,14 +58,14 @@ def test_the_scale_s_gradient_is_the_rounded_scale_itself():
     assert found[0].item() != math.exp(0.1)
 
 
-def test_gradcheck_where_nothing_is_rounded():
+def test_stored_scale__float64__passes_gradcheck():
     theta = normal(3, 2, dtype=torch.float64).requires_grad_()
     assert gradcheck(lambda t: stored_scale(t, torch.float64), (theta,))
 
 
 @pytest.mark.parametrize("stored", list(STORED))
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-def test_the_start_is_the_candidate_of_least_squared_error(stored, bits):
+def test_start_scales__candidates__least_squared_error(stored, bits):
     weight = normal(5, 24, seed=bits, dtype=torch.float64) * 0.05
     found = start_scales(weight, QuantFormat(bits, 8, STORED[stored]))
     assert found.shape == (5, 3)
@@ -76,7 +76,7 @@ def test_the_start_is_the_candidate_of_least_squared_error(stored, bits):
             assert math.exp(found[row, group].item()) == pytest.approx(want, rel=1e-9)
 
 
-def test_the_start_is_better_than_rounding_to_the_largest_weight():
+def test_start_scales__normal_weights__better_than_max():
     weight = normal(16, 256, seed=3)
 
     def error(log_scale):
@@ -88,7 +88,7 @@ def test_the_start_is_better_than_rounding_to_the_largest_weight():
     assert error(start_scales(weight, QuantFormat(4, 128, torch.float32))) < 0.85 * error(plain)
 
 
-def test_candidates_and_their_range_are_as_asked():
+def test_start_scales__range__as_asked():
     weight = normal(4, 16, dtype=torch.float64)
     unit = weight.abs().amax(dim=1, keepdim=True) / 7
     one = start_scales(weight, QuantFormat(4, -1, torch.float64), candidates=1, low=0.5, high=2.0)
@@ -99,7 +99,7 @@ def test_candidates_and_their_range_are_as_asked():
     torch.testing.assert_close(last.exp(), unit, rtol=1e-12, atol=0)
 
 
-def test_the_first_of_equal_candidates_wins():
+def test_start_scales__equal_candidates__first_wins():
     """3 is 3 * 1 and 1 * 3: both scales meet it exactly."""
     weight = torch.tensor([[3.0]], dtype=torch.float64)
     for low, high in ((1.0, 3.0), (3.0, 1.0)):
@@ -107,7 +107,7 @@ def test_the_first_of_equal_candidates_wins():
         assert found.exp().item() == pytest.approx(low)
 
 
-def test_a_group_of_zeros_starts_at_the_geometric_mean_of_the_others():
+def test_start_scales__group_of_zeros__geometric_mean_of_others():
     weight = normal(3, 8)
     weight[1, 4:] = 0
     found = start_scales(weight, QuantFormat(4, 4))
@@ -116,19 +116,19 @@ def test_a_group_of_zeros_starts_at_the_geometric_mean_of_the_others():
     assert torch.equal(start_scales(torch.zeros(2, 8), QuantFormat(4, 4)), torch.zeros(2, 2))
 
 
-def test_a_single_living_group_decides_for_the_others():
+def test_start_scales__one_nonzero_group__decides_for_others():
     weight = torch.zeros(1, 8)
     weight[0, :4] = torch.tensor([0.5, -0.1, 0.2, 0.3])
     found = start_scales(weight, QuantFormat(4, 4))
     assert found[0, 1] == found[0, 0]
 
 
-def test_tiny_weights_start_at_the_smallest_normal_scale():
+def test_start_scales__tiny_weights__smallest_normal_scale():
     found = start_scales(normal(2, 8) * 1e-8, QuantFormat(4, 4, torch.float16))
     assert torch.equal(stored_scale(found, torch.float16), torch.full((2, 2), 2.0**-14, dtype=torch.float16))
 
 
-def test_the_start_survives_its_logarithm():
+def test_start_scales__logarithm__stored_scale_is_a_candidate():
     """What the search judged is what stored_scale gives back, for bfloat16 weights too."""
     weight = normal(64, 256, seed=9, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16):
@@ -140,7 +140,7 @@ def test_the_start_survives_its_logarithm():
         assert (candidates == stored_scale(found, dtype)).any(dim=0).all()
 
 
-def test_blocks_of_rows_cover_everything_once():
+def test_row_blocks__any_shape__cover_once():
     step = scales.BLOCK_ELEMENTS // 1000
     blocks = list(scales.row_blocks(2 * step + 1, 1000))
     assert blocks == [slice(0, step), slice(step, 2 * step), slice(2 * step, 3 * step)]
@@ -148,14 +148,14 @@ def test_blocks_of_rows_cover_everything_once():
     assert list(scales.row_blocks(scales.BLOCK_ELEMENTS, 1)) == [slice(0, scales.BLOCK_ELEMENTS)]
 
 
-def test_a_weight_of_several_blocks_starts_like_its_rows():
+def test_start_scales__several_blocks__equal_row_by_row():
     weight = normal(3, scales.BLOCK_ELEMENTS // 2)
     found = start_scales(weight, QuantFormat(4, 1 << 16), candidates=2)
     rows = [start_scales(weight[row : row + 1], QuantFormat(4, 1 << 16), candidates=2) for row in range(3)]
     assert torch.equal(found, torch.cat(rows))
 
 
-def test_no_block_is_empty_for_a_width_of_nothing():
+def test_row_blocks__no_columns__not_empty():
     assert list(scales.row_blocks(0, 5)) == []
     assert len(list(scales.row_blocks(3, 0))) == 1
 
@@ -168,5 +168,5 @@ def test_no_block_is_empty_for_a_width_of_nothing():
         (torch.float16, torch.bfloat16, False), (torch.bfloat16, torch.float32, False),
     ],
 )  # fmt: skip
-def test_which_dtypes_hold_which(dtype, stored, fits):
+def test_holds__pairs_of_dtypes__as_expected(dtype, stored, fits):
     assert scales.holds(dtype, stored) is fits

@@ -16,7 +16,7 @@ from tests.reference.footprint import Footprint
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_the_loss_and_every_part_equal_the_scalar_oracle(chunk):
+def test_head__loss_and_parts__equal_scalar_oracle(chunk):
     sides, targets = draw(seed=1)
     out = run(sides, targets, chunk=chunk, temperature=1.5, alpha=0.8, beta_dkd=3.0, sharpness=2.0)
     plain = [sides[name].tolist() for name in NAMES]
@@ -27,7 +27,7 @@ def test_the_loss_and_every_part_equal_the_scalar_oracle(chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1024])
-def test_chunked_equals_full_for_the_loss_and_every_gradient(chunk):
+def test_head__chunked__equals_full_loss_and_gradients(chunk):
     sides, targets = draw(seed=2)
     again, _ = draw(seed=2)
     out = run(sides, targets, chunk=chunk)
@@ -39,7 +39,7 @@ def test_chunked_equals_full_for_the_loss_and_every_gradient(chunk):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_the_defaults_are_the_method_s():
+def test_head__defaults__are_the_papers():
     sides, targets = draw(seed=2)
     default = run(sides, targets)
     named = run(sides, targets, temperature=2.0, alpha=1.0, beta_dkd=4.0)
@@ -50,7 +50,7 @@ def test_the_defaults_are_the_method_s():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 11), st.integers(2, 12), st.integers(0, 10_000))
-def test_no_chunk_size_changes_anything(n, chunk, v, seed):
+def test_head__chunk_sizes__same_result(n, chunk, v, seed):
     sides, targets = draw(n=n, v=v, seed=seed)
     again, _ = draw(n=n, v=v, seed=seed)
     out, whole = run(sides, targets, v=v, chunk=chunk), run(again, targets, v=v, chunk=n)
@@ -63,7 +63,7 @@ def test_no_chunk_size_changes_anything(n, chunk, v, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(0, 10_000))
-def test_cutting_the_window_into_micro_batches_changes_nothing(cut, seed):
+def test_head__window_in_micro_batches__same_result(cut, seed):
     n = sum(cut)
     sides, targets = draw(n=n, seed=seed)
     again, _ = draw(n=n, seed=seed)
@@ -79,7 +79,7 @@ def test_cutting_the_window_into_micro_batches_changes_nothing(cut, seed):
 
 
 @pytest.mark.parametrize("vocabulary", [9, 2])
-def test_gradcheck_by_hidden_weight_and_bias(vocabulary):
+def test_head__hidden_weight_and_bias__pass_gradcheck(vocabulary):
     sides, targets = draw(n=4, d_s=3, v=vocabulary, seed=4)
 
     def loss(hidden, weight, bias):
@@ -88,7 +88,7 @@ def test_gradcheck_by_hidden_weight_and_bias(vocabulary):
     assert gradcheck(loss, tuple(sides[name] for name in NAMES[:3]))
 
 
-def test_gradcheck_of_cross_entropy_alone():
+def test_head__cross_entropy_alone__passes_gradcheck():
     sides, targets = draw(n=4, d_s=3)
 
     def loss(hidden, weight, bias):
@@ -99,7 +99,7 @@ def test_gradcheck_of_cross_entropy_alone():
     assert gradcheck(loss, tuple(sides[name] for name in NAMES[:3]))
 
 
-def test_cross_entropy_alone_is_torch_s_over_the_common_vocabulary():
+def test_head__cross_entropy_alone__equals_torch():
     sides, targets = draw()
     out = distillation_head(
         sides["hidden_s"],
@@ -122,7 +122,7 @@ def test_cross_entropy_alone_is_torch_s_over_the_common_vocabulary():
     assert [value.item() for value in rest] == [0, 0, 0, 0]
 
 
-def test_a_gate_without_a_teacher_is_not_used():
+def test_head__gate_without_teacher__not_used():
     sides, targets = draw()
     gate = torch.full((7,), math.nan, dtype=torch.float64)
     out = distillation_head(
@@ -142,7 +142,7 @@ def test_a_gate_without_a_teacher_is_not_used():
     assert out.gate_sum.item() == 0
 
 
-def test_padded_rows_have_no_mass_and_no_gradient():
+def test_head__padded_rows__no_mass_and_no_gradient():
     sides, targets = draw(pad_s=2, pad_t=3)
     with torch.no_grad():
         sides["weight_s"][9:] = 1e3
@@ -156,7 +156,7 @@ def test_padded_rows_have_no_mass_and_no_gradient():
     assert (sides["weight_s"].grad[:9].abs().sum(1) > 0).all()
 
 
-def test_scales_may_be_numbers_or_tensors_and_are_constants():
+def test_head__loss_weights__numbers_or_tensors_without_gradient():
     sides, targets = draw()
     number = run(sides, targets, ce_weight=0.25, kd_weight=0.5)
     ce_weight = torch.tensor(0.25, requires_grad=True)
@@ -172,7 +172,7 @@ def test_scales_may_be_numbers_or_tensors_and_are_constants():
     assert out.loss.dtype == torch.float32
 
 
-def test_a_scale_of_zero_switches_its_term_off():
+def test_head__loss_weight_of_zero__term_is_off():
     sides, targets = draw()
     out = run(sides, targets, ce_weight=0.0, kd_weight=1.0)
     torch.testing.assert_close(out.loss, out.gated_dkd_sum)
@@ -187,7 +187,7 @@ def test_a_scale_of_zero_switches_its_term_off():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
-def test_a_frozen_head_gets_no_gradient_and_none_is_formed():
+def test_head__frozen_head__no_gradient_formed():
     sides, targets = draw()
     for name in ("weight_s", "bias_s"):
         sides[name].requires_grad_(False)
@@ -203,7 +203,7 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_formed():
     torch.testing.assert_close(sides["hidden_s"].grad, again["hidden_s"].grad)
 
 
-def test_a_frozen_trunk_still_trains_the_head():
+def test_head__frozen_hidden_states__head_trains():
     sides, targets = draw()
     sides["hidden_s"].requires_grad_(False)
     again, _ = draw()
@@ -217,7 +217,7 @@ def test_a_frozen_trunk_still_trains_the_head():
     assert saved == [(11, 5), (11,)]
 
 
-def test_nothing_of_tokens_times_vocabulary_outlives_a_chunk():
+def test_head__after_a_chunk__no_logits_are_kept():
     """Whatever is saved for backward has the size of the inputs, however many positions there are."""
     sides, targets = draw(n=60, v=40)
     saved = []
@@ -229,7 +229,7 @@ def test_nothing_of_tokens_times_vocabulary_outlives_a_chunk():
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
+def test_head__logits__at_most_a_chunk_at_one_time(chunk):
     """60 positions, 40 ids: the largest tensor of the whole pass is the chunk's logits, or an input."""
     sides, targets = draw(n=60, v=40)
     with Footprint() as gates:
@@ -241,7 +241,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_one_time(chunk):
     assert head.largest == max(chunk * 40, *(sides[name].numel() for name in NAMES))
 
 
-def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise():
+def test_positions_per_chunk__default__209_mib_of_both_sides():
     assert positions_per_chunk(151_936, 2) == 480
     assert {type(positions_per_chunk(vocabulary, 2)) for vocabulary in (32, 32_000, 151_936)} == {int}
     assert positions_per_chunk(32_000, 2) == 2272  # 209 MiB hold 2,282 rows, 210 MiB would hold 2,293
@@ -269,7 +269,7 @@ def test_a_chunk_of_logits_takes_139_mib_of_the_student_unless_asked_otherwise()
     assert head.largest == 4096 * 3
 
 
-def test_distillation_is_off_until_it_is_given_a_weight():
+def test_head__no_kd_weight__distillation_is_off():
     sides, targets = draw()
     gate = torch.ones(7, dtype=torch.float64)
     out = distillation_head(*(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_weight=2.0)
@@ -277,7 +277,7 @@ def test_distillation_is_off_until_it_is_given_a_weight():
     assert out.gated_dkd_sum.item() > 0
 
 
-def test_without_gradients_no_graph_is_built_and_the_value_is_the_same():
+def test_head__no_grad__same_value_without_graph():
     sides, targets = draw()
     with torch.no_grad():
         out = run(sides, targets)
@@ -285,7 +285,7 @@ def test_without_gradients_no_graph_is_built_and_the_value_is_the_same():
     torch.testing.assert_close(out.loss, run(sides, targets).loss.detach())
 
 
-def test_the_parts_are_detached():
+def test_head__parts__detached():
     sides, targets = draw()
     out = run(sides, targets)
     parts = [out.ce_sum, out.gated_dkd_sum, out.gated_tckd_sum, out.gated_nckd_sum, out.gate_sum]
@@ -293,7 +293,7 @@ def test_the_parts_are_detached():
     assert [part.ndim for part in parts] == [0] * 5
 
 
-def test_the_incoming_gradient_multiplies_and_backward_can_run_twice():
+def test_head__backward_twice__multiplied_by_incoming_gradient():
     sides, targets = draw()
     again, _ = draw()
     run(again, targets).loss.backward()
@@ -304,7 +304,7 @@ def test_the_incoming_gradient_multiplies_and_backward_can_run_twice():
         torch.testing.assert_close(got, 6 * want, rtol=1e-13, atol=1e-15)
 
 
-def test_no_position_is_an_exact_zero_through_which_backward_runs():
+def test_head__no_positions__exact_zero_with_gradient():
     sides, targets = draw(n=0)
     out = run(sides, targets)
     assert out.loss.item() == 0
@@ -315,7 +315,7 @@ def test_no_position_is_an_exact_zero_through_which_backward_runs():
         assert torch.equal(sides[name].grad, torch.zeros_like(sides[name]))
 
 
-def test_the_teacher_gets_no_gradient():
+def test_head__teacher__no_gradient():
     sides, targets = draw()
     for name in NAMES[3:]:
         sides[name].requires_grad_()

@@ -12,7 +12,7 @@ from tests.reference.footprint import Footprint
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_matrix_product_runs_in_the_dtype_of_the_hidden_states(dtype):
+def test_products__any_head__in_dtype_of_hidden_states(dtype):
     sides, targets = draw(dtype=dtype)
     with Footprint() as seen:
         run(sides, targets).loss.backward()
@@ -20,7 +20,7 @@ def test_every_matrix_product_runs_in_the_dtype_of_the_hidden_states(dtype):
 
 
 @pytest.mark.parametrize("double", ["s", "t"])
-def test_a_float64_side_decides_the_precision(double):
+def test_head__one_float64_side__computed_in_float64(double):
     sides, targets = draw(dtype=torch.float32)
     raised = {k: v.detach().double() if k.endswith(f"_{double}") else v.detach() for k, v in sides.items()}
     out = run(raised, targets, ce_weight=torch.tensor(0.3), kd_weight=0.7)
@@ -31,7 +31,7 @@ def test_a_float64_side_decides_the_precision(double):
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0)
 
 
-def test_a_bfloat16_student_under_a_float64_teacher():
+def test_head__bfloat16_student_and_float64_teacher__float64_losses():
     sides, targets = draw(dtype=torch.bfloat16, grad=False)
     out = run({k: v.double() if k.endswith("_t") else v for k, v in sides.items()}, targets)
     z_s = two_unrounded(*(sides[name][:9] if name[0] != "h" else sides[name] for name in NAMES[:3]), targets)
@@ -43,7 +43,7 @@ def test_a_bfloat16_student_under_a_float64_teacher():
     assert out.loss.item() == pytest.approx((0.3 * ce + 0.7 * kd).item(), rel=1e-6)
 
 
-def test_a_bfloat16_teacher_has_float32_gates():
+def test_teacher_gates__bfloat16_teacher__float32_gates():
     sides, _ = draw(dtype=torch.bfloat16)
     gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)
     logits = torch.nn.functional.linear(sides["hidden_t"], sides["weight_t"], sides["bias_t"])[:, :9]
@@ -54,7 +54,7 @@ def test_a_bfloat16_teacher_has_float32_gates():
     assert not torch.equal(gate, gate.bfloat16().float())
 
 
-def test_logits_of_bfloat16_sides_are_read_in_float32():
+def test_head__bfloat16_logits__read_in_float32():
     """The products round to bfloat16, but for the student's target and its largest; from there on nothing does."""
     sides, targets = draw(dtype=torch.bfloat16, grad=False)
     out = run(sides, targets)
@@ -67,7 +67,7 @@ def test_logits_of_bfloat16_sides_are_read_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_is_as_exact_as_torch_s_own_products(dtype):
+def test_head__low_precision__as_exact_as_torch(dtype):
     """The error of each gradient against float64 stays within twice that of unchunked torch in the same dtype."""
     sides, targets = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
     torch_own, _ = draw(n=64, d_s=32, d_t=48, v=50, dtype=dtype, seed=6)
@@ -91,7 +91,7 @@ def test_low_precision_is_as_exact_as_torch_s_own_products(dtype):
         assert error <= 2 * (torch_grad.double() - expected).norm() + 1e-6 * expected.norm()
 
 
-def test_float16_gradients_of_a_long_window_do_not_underflow():
+def test_head__float16_and_long_window__no_underflow():
     """1 / (tokens of the window) times a probability is below float16's smallest number; the sum is not."""
     sides, targets = draw(n=32, dtype=torch.float16)
     exact, _ = draw(n=32, dtype=torch.float16)
@@ -108,7 +108,7 @@ def test_float16_gradients_of_a_long_window_do_not_underflow():
     assert error < 2e-3 * exact["hidden_s"].grad.norm()
 
 
-def test_a_weight_of_another_dtype_is_multiplied_in_the_dtype_of_the_hidden_state():
+def test_head__weight_of_other_dtype__multiplied_in_hidden_dtype():
     sides, targets = draw(dtype=torch.float32, seed=8)
     mixed = {k: v.detach().bfloat16() if k.startswith("hidden") else v.detach().clone() for k, v in sides.items()}
     mixed["weight_s"].requires_grad_()
@@ -122,7 +122,7 @@ def test_a_weight_of_another_dtype_is_multiplied_in_the_dtype_of_the_hidden_stat
     assert torch.equal(mixed["weight_s"].grad.bfloat16(), lowered["weight_s"].grad)
 
 
-def test_weight_gradients_of_many_chunks_are_added_in_float32():
+def test_weight_gradient__many_chunks__summed_in_float32():
     """256 chunks whose single contributions vanish against a bfloat16 sum."""
     n = 256
     hidden = torch.ones(n, 4, dtype=torch.bfloat16)
@@ -137,7 +137,7 @@ def test_weight_gradients_of_many_chunks_are_added_in_float32():
     assert weight.grad[1, 0].item() == pytest.approx(n / 8, rel=4e-3)
 
 
-def test_weight_gradients_are_added_in_the_type_asked_for():
+def test_weight_gradient__asked_dtype__summed_in_it():
     """1,024 contributions of 1/8 in bfloat16 stop at 32, whose neighbour is 32.25."""
     n = 1024
     hidden = torch.ones(n, 4, dtype=torch.bfloat16)
@@ -148,7 +148,7 @@ def test_weight_gradients_are_added_in_the_type_asked_for():
     assert weight.grad[1, 0].item() == 32.0
 
 
-def test_what_targets_add_to_their_own_rows_is_rounded_once_where_they_are_few():
+def test_target_rows__few_targets__rounded_once():
     """Chunks summed in bfloat16: the largest numbers come last, so the whole is about as near as one rounding leaves it."""
     sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
     targets[20:] = targets[:12]  # in more than one chunk
@@ -173,7 +173,7 @@ def test_what_targets_add_to_their_own_rows_is_rounded_once_where_they_are_few()
     assert errors(3, 4)[0] > 1.7 * least  # 75 positions are the most whose targets come last
 
 
-def test_what_comes_last_is_summed_in_float32_and_is_handed_out_with_the_weight():
+def test_add_target_rows__bfloat16_weight__summed_in_float32():
     """1,024 times 1/8 is 128 where each is a target's own; a sum in bfloat16 stops at 32."""
     hidden, weight = torch.ones(1024, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
     head, targets = Head(weight, None), torch.full((1024,), 5)
@@ -190,7 +190,7 @@ def test_what_comes_last_is_summed_in_float32_and_is_handed_out_with_the_weight(
     assert none.all()[1] is None and none.all()[2].tolist() == [1.0] * 8
 
 
-def test_what_comes_last_of_float16_states_is_kept_in_float32():
+def test_target_rows__float16_states__kept_in_float32():
     """A gradient divided by a window's tokens is below float16's smallest number."""
     hidden, weight = torch.ones(1, 4, dtype=torch.float16), torch.zeros(8, 4, dtype=torch.float16)
     sums = Gradients(hidden, weight, None, [False, True, False], torch.float32, torch.bfloat16, torch.tensor([5]))
@@ -198,7 +198,7 @@ def test_what_comes_last_of_float16_states_is_kept_in_float32():
     assert sums.all()[1].eq(2.0**-30).all()
 
 
-def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
+def test_target_rows__hidden_and_bias_gradients__not_changed():
     sides, targets = draw(n=32, d_s=16, v=300, pad_s=2, dtype=torch.float32, seed=3)
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -213,7 +213,7 @@ def test_gradients_of_hidden_states_and_bias_know_nothing_of_what_comes_last():
 
 @pytest.mark.parametrize("numbers", [1, 2 * 12, 3 * 12 + 11, 1 << 23])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_what_comes_last_is_the_same_however_many_products_exist_at_one_time(numbers, deterministic):
+def test_add_target_rows__products_at_one_time__same_result(numbers, deterministic):
     made = torch.Generator().manual_seed(0)
     targets = torch.tensor([3, 1, 3, 0, 7, 7, 3, 2, 9, 1, 3, 5])
     states, own = torch.randn(12, 4, generator=made).bfloat16(), torch.randn(12, generator=made)
@@ -229,7 +229,7 @@ def test_what_comes_last_is_the_same_however_many_products_exist_at_one_time(num
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_target_s_own_gradient_is_not_rounded(given):
+def test_target_rows__given_gradient__not_rounded(given):
     """1 + 2^-9 and -1 of the same target leave 2^-9; the first is 1 in bfloat16."""
     hidden, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.zeros(8, 4, dtype=torch.bfloat16)
     own, targets = torch.tensor([1 + 2.0**-9, -1.0]), torch.tensor([5, 5])
@@ -239,7 +239,7 @@ def test_a_target_s_own_gradient_is_not_rounded(given):
     assert sums.all()[1][5].tolist() == [2.0**-9] * 4
 
 
-def test_no_positions_have_nothing_that_comes_last():
+def test_add_target_rows__no_positions__nothing_added():
     weight, none = torch.ones(3, 2), torch.zeros(0)
     add_target_rows(weight, torch.zeros(0, 2), none.long(), none)
     assert torch.equal(weight, torch.ones(3, 2))
@@ -250,12 +250,12 @@ def test_no_positions_have_nothing_that_comes_last():
     [(32, torch.bfloat16, True, True), (75, torch.float16, True, True), (76, torch.bfloat16, True, False),
      (32, torch.float32, True, False), (32, None, True, False), (32, torch.bfloat16, False, False)],
 )  # fmt: skip
-def test_targets_come_last_in_a_low_sum_that_is_wanted_of_few(positions, dtype, trains, apart):
+def test_defers_target_rows__low_sum_of_few_targets__true(positions, dtype, trains, apart):
     hidden, weight = torch.zeros(positions, 16, dtype=torch.bfloat16), torch.zeros(302, 16, requires_grad=trains)
     assert defers_target_rows(hidden, weight, 300, dtype) is apart
 
 
-def test_a_low_sum_in_chunks_of_the_default_size_is_that_of_one_chunk():
+def test_weight_gradient__low_sum_in_default_chunks__equals_one_chunk():
     sides, targets = draw(n=32, d_s=16, v=300, dtype=torch.float32, seed=3)
     grads_of = []
     for chunk in (32, None):
@@ -265,7 +265,7 @@ def test_a_low_sum_in_chunks_of_the_default_size_is_that_of_one_chunk():
     assert torch.equal(*grads_of) and grads_of[0].abs().max() > 0
 
 
-def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
+def test_bias_gradient__bfloat16_logits__summed_in_float32():
     """2,048 ones and a half of one: bfloat16 would leave the half out."""
     hidden, weight, bias = torch.zeros(2049, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.zeros(3).bfloat16()
     gradients = Gradients(hidden, weight, bias, [False, False, True], torch.float32)
@@ -276,7 +276,7 @@ def test_bias_gradients_of_bfloat16_logits_are_added_in_float32():
 
 
 @pytest.mark.parametrize("bias", [None, torch.arange(3.0)])
-def test_logits_are_written_where_asked(bias):
+def test_head_logits__out__written_there(bias):
     hidden, head = torch.randn(4, 5), Head(torch.randn(3, 5), bias)
     space = torch.full((6, 3), 7.0)
     with warnings.catch_warnings():
@@ -287,23 +287,23 @@ def test_logits_are_written_where_asked(bias):
     assert torch.equal(space[4:], torch.full((2, 3), 7.0))
 
 
-def test_a_part_of_a_head_is_its_rows_its_bias_and_its_cap():
+def test_head_part__rows_bias_and_cap__taken():
     head = Head(torch.randn(5, 2), torch.arange(5.0), 1.5)
     part = head.part(1, 3)
     assert torch.equal(part.weight, head.weight[1:3]) and part.bias.tolist() == [1.0, 2.0] and part.cap == 1.5
     assert Head(head.weight, None).part(0, 2)[1:] == (None, None)
 
 
-def test_products_of_one_dtype_are_written_and_added_in_place():
+def test_add_product__one_dtype__in_place():
     left, right, total = torch.randn(4, 3), torch.randn(3, 5), torch.empty(4, 5)
     with Footprint() as seen:
         _add_product(total, left, right, True)
         _add_product(total, left, right, False)
     torch.testing.assert_close(total, 2 * left @ right, rtol=1e-6, atol=1e-6)
-    assert seen.made == 2 * total.numel()  # the two results, and no product beside them
+    assert seen.made == 2 * total.numel()  # the two results, and no product in addition
 
 
-def test_no_positions_and_a_frozen_head():
+def test_gradients__no_positions_and_frozen_head__zero():
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(8, 4)
     targets = torch.zeros(0, dtype=torch.int64)
     distillation_head(
@@ -312,7 +312,7 @@ def test_no_positions_and_a_frozen_head():
     assert hidden.grad.shape == (0, 4)
 
 
-def test_a_surrounding_autocast_changes_nothing():
+def test_head__surrounding_autocast__same_result():
     sides, targets = draw(dtype=torch.float32)
     again, _ = draw(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -325,7 +325,7 @@ def test_a_surrounding_autocast_changes_nothing():
         assert torch.equal(got, want)
 
 
-def test_cross_entropy_of_bfloat16_is_not_off_by_its_targets_logits():
+def test_cross_entropy__bfloat16__target_logit_not_rounded():
     """Plain torch reads them rounded, which makes nearly all of its error; and so do we where the type has room for it."""
     apart = {"ours": 0.0, "plain": 0.0}
     for seed in range(8):

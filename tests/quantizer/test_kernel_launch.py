@@ -30,7 +30,7 @@ class Function:
         return start
 
 
-def test_a_kernel_is_compiled_once_and_then_started_with_all_of_its_arguments():
+def test_kernel__second_start__not_compiled_again():
     function, x, y = Function(), torch.zeros(32), torch.ones(32)
     kernel = Kernel(function)
     kernel.start(3, (x, 48, 0.5), ("A", True), 4)
@@ -49,7 +49,7 @@ def test_a_kernel_is_compiled_once_and_then_started_with_all_of_its_arguments():
         ((torch.zeros(8), 48), ("A",), 8), ((torch.zeros(8, device="meta"), 48), ("A",), 4),
     ],
 )  # fmt: skip
-def test_what_triton_compiles_for_is_compiled_for(other, constants, warps):
+def test_kernel__other_properties__compiled_again(other, constants, warps):
     function = Function()
     kernel = Kernel(function)
     for arguments, names, count in [((torch.zeros(8), 48), ("A",), 4), (other, constants, warps)] * 2:
@@ -62,7 +62,7 @@ def test_what_triton_compiles_for_is_compiled_for(other, constants, warps):
 @pytest.mark.parametrize(
     ("one", "other", "kernels"), [(16, (1 << 31) - 16, 1), ((1 << 31) - 16, 1 << 31, 2), (47, 1, 2), (47, 2, 1)]
 )
-def test_numbers_of_up_to_31_bits_share_a_kernel_but_for_1_and_what_is_aligned(one, other, kernels):
+def test_kernel__whole_numbers__share_by_size_and_alignment(one, other, kernels):
     function = Function()
     kernel = Kernel(function)
     for number in (one, other):
@@ -70,7 +70,7 @@ def test_numbers_of_up_to_31_bits_share_a_kernel_but_for_1_and_what_is_aligned(o
     assert len(function.compiled) == kernels and len(function.starts) == 2 - kernels
 
 
-def test_the_interpreter_is_asked_every_time():
+def test_kernel__interpreter__asked_every_time():
     function = Function(interpreted=True)
     kernel = Kernel(function)
     for _ in range(3):

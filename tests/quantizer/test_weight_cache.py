@@ -27,7 +27,7 @@ class Watched:
         return value
 
 
-def test_a_value_is_made_once_while_nothing_changes():
+def test_weight_cache__no_change__one_computation():
     watched = Watched()
     values = [watched.get() for _ in range(3)]
     assert [value[0, 0].item() for value in values] == [1, 1, 1]
@@ -65,7 +65,7 @@ def another_shape(watched):
 @pytest.mark.parametrize(
     "change", [in_place, in_place_scale, new_storage, new_storage_of_scales, another_dtype, another_shape]
 )
-def test_every_change_that_torch_shows_makes_it_again(change):
+def test_weight_cache__visible_change__computed_again(change):
     watched = Watched()
     first = watched.get()
     change(watched)
@@ -75,7 +75,7 @@ def test_every_change_that_torch_shows_makes_it_again(change):
     assert watched.get()[0, 0].item() == 2
 
 
-def test_another_compute_dtype_makes_it_again():
+def test_weight_cache__other_dtype__computed_again():
     watched = Watched()
     watched.get()
     assert watched.get(torch.bfloat16).dtype == torch.bfloat16
@@ -83,7 +83,7 @@ def test_another_compute_dtype_makes_it_again():
     assert watched.cache.quantizations == 3
 
 
-def test_a_write_that_torch_hides_is_seen_through_the_step_counter():
+def test_weight_cache__hidden_write__seen_by_step_counter():
     """``.data`` writes do not move the version: the reason the counter exists."""
     counter = StepCounter()
     watched = Watched(counter)
@@ -108,7 +108,7 @@ class HiddenSteps(torch.optim.Optimizer):
                 parameter.data.add_(1.0)
 
 
-def test_every_optimizer_s_step_counts_between_start_and_stop():
+def test_step_counter__between_start_and_stop__counts_every_optimizer():
     counter = StepCounter()
     watched = Watched(counter)
     optimizer = HiddenSteps([watched.weight])
@@ -132,7 +132,7 @@ def test_every_optimizer_s_step_counts_between_start_and_stop():
     counter.stop()
 
 
-def test_a_copy_starts_empty_with_the_same_counter():
+def test_weight_cache__deepcopy__empty_with_same_counter():
     counter = StepCounter()
     watched = Watched(counter)
     watched.get()
@@ -144,7 +144,7 @@ def test_a_copy_starts_empty_with_the_same_counter():
     assert clone.quantizations == 2
 
 
-def test_the_value_handed_out_carries_no_history():
+def test_weight_cache__value__without_autograd_history():
     watched = Watched()
     first = watched.get()
     first.requires_grad_()

@@ -1,4 +1,4 @@
-"""Gradients of many micro-batches are settled once, to those of a backward pass each."""
+"""Gradients of many micro-batches are finalized once, to those of a backward pass each."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from grace_plugin.quantizer import QuantFormat, attach
 
 
-def test_a_deferred_backward_settles_to_the_same_gradients():
+def test_finalize__deferred_gradients__equal_immediate_ones():
     plain, late = (nn.Linear(64, 48, bias=False) for _ in range(2))
     late.load_state_dict(plain.state_dict())
     gradients = []
@@ -23,7 +23,7 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
             assert not torch.equal(linear.weight.grad, gradients[0][0])
         attached.finalize_deferred_grads()
         gradients.append((linear.weight.grad.clone(), linear.weight_log_scale.grad.clone()))
-        linear.weight.grad.mul_(2.0)  # a clip, say: what is settled is not formed again
+        linear.weight.grad.mul_(2.0)  # a clip, say: what is finalized is not formed again
         attached.finalize_deferred_grads()
         assert torch.equal(linear.weight.grad, 2.0 * gradients[-1][0])
         assert torch.equal(linear.weight_log_scale.grad, gradients[-1][1])
@@ -33,7 +33,7 @@ def test_a_deferred_backward_settles_to_the_same_gradients():
         assert torch.equal(late_one == 0, plain_one == 0)
 
 
-def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
+def test_finalize__forward_without_grad_between__still_pending():
     linear = nn.Linear(64, 16, bias=False)
     attached = attach({"linear": linear}, QuantFormat(4, 32))
     attached.defer_grads()
@@ -48,7 +48,7 @@ def test_a_forward_without_gradient_does_not_forget_what_was_deferred():
     assert linear.weight_log_scale.grad is None
 
 
-def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_path):
+def test_defer_grads__several_ranks__zero_scale_gradients(tmp_path):
     linear = nn.Linear(64, 16, bias=False)
     attached = attach({"linear": linear}, QuantFormat(4, 32))
     attached.defer_grads()
@@ -64,7 +64,7 @@ def test_ranks_that_wait_for_every_gradient_get_zeros_of_what_is_deferred(tmp_pa
     assert linear.weight_log_scale.grad.any()
 
 
-def test_a_frozen_weight_or_scale_is_never_deferred():
+def test_defer_grads__frozen_weight_or_scale__not_deferred():
     linear = nn.Linear(64, 16, bias=False)
     attached = attach({"linear": linear}, QuantFormat(4, 32))
     attached.defer_grads()
@@ -76,7 +76,7 @@ def test_a_frozen_weight_or_scale_is_never_deferred():
     assert linear.weight_log_scale.grad.any()
 
 
-def test_a_gradient_whose_columns_are_contiguous_is_settled_in_its_own_layout():
+def test_finalize__column_major_gradient__keeps_its_layout():
     linear, same = nn.Linear(64, 16, bias=False), nn.Linear(64, 16, bias=False)
     same.load_state_dict(linear.state_dict())
     grads = []

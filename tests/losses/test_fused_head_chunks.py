@@ -7,7 +7,7 @@ from grace_plugin.losses.fused_head_chunks import Head
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_part_of_a_head_is_the_head_of_those_ids(bias):
+def test_head_part__ids__equals_head_of_those_ids(bias):
     """A head without a bias has parts without one."""
     ids = torch.arange(20, dtype=torch.float64)
     head = Head(ids.view(5, 4), ids[:5] if bias else None, 1.5)
@@ -21,7 +21,7 @@ def test_a_part_of_a_head_is_the_head_of_those_ids(bias):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_logits_of_some_ids_unrounded(biased):
+def test_head_unrounded__some_ids__equal_float32_product(biased):
     made = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 40, generator=made).bfloat16() for rows in (3, 5))
     bias = torch.randn(5, generator=made).bfloat16() if biased else None

@@ -21,21 +21,21 @@ FORMATS = [
 
 
 def drawn(weight_dtype, stored_dtype, group, width, bits):
-    """A weight with rows of very different size, half of them at ties or one step beside, and its start scales."""
+    """A weight with rows of very different size, half of them at ties or one step away, and its start scales."""
     made = torch.Generator().manual_seed(width + bits)
     weight = (torch.randn(8, width, generator=made) * torch.randn(8, 1, generator=made).mul(3).exp()).to(weight_dtype)
     theta = start_scales(weight, QuantFormat(bits, group, stored_dtype)).float()
     scale = stored_scale(theta, stored_dtype).float().repeat_interleave(width // theta.shape[1], 1)
     at_ties = (torch.randint(-(2**bits), 2**bits, weight.shape, generator=made) + 0.5) * scale
-    beside = at_ties.view(torch.int32) + torch.randint(-1, 2, weight.shape, generator=made).int()
-    weight[::2] = beside.view(torch.float32).to(weight_dtype)[::2]
+    near_ties = at_ties.view(torch.int32) + torch.randint(-1, 2, weight.shape, generator=made).int()
+    weight[::2] = near_ties.view(torch.float32).to(weight_dtype)[::2]
     return weight.to(DEVICE), theta.to(DEVICE)
 
 
 @pytest.mark.parametrize(("weight_dtype", "stored_dtype"), FORMATS)
 @pytest.mark.parametrize(("group", "width"), [(128, 512), (32, 256), (None, 384), (None, 1500), (100, 300)])
 @pytest.mark.parametrize("bits", [4, 2, 7])
-def test_values_scales_and_gradients_equal_torch(weight_dtype, stored_dtype, group, width, bits):
+def test_kernels__values_scales_and_gradients__equal_torch(weight_dtype, stored_dtype, group, width, bits):
     weight, theta = drawn(weight_dtype, stored_dtype, group, width, bits)
     fmt = QuantFormat(bits, group, stored_dtype)
     assert fake_quant_triton.usable(weight, fmt)
@@ -52,7 +52,7 @@ def test_values_scales_and_gradients_equal_torch(weight_dtype, stored_dtype, gro
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_only_what_is_needed_is_computed(needs):
+def test_kernels__one_gradient_needed__computed_alone(needs):
     weight, theta = drawn(torch.float32, torch.bfloat16, 64, 128, 4)
     scale = stored_scale(theta, torch.bfloat16)
     grad = torch.ones_like(weight)
@@ -64,7 +64,7 @@ def test_only_what_is_needed_is_computed(needs):
 
 
 @pytest.mark.parametrize(("weight_dtype", "stored_dtype"), FORMATS)
-def test_small_layers_go_through_the_kernels(weight_dtype, stored_dtype):
+def test_kernels__small_layers__equal_torch(weight_dtype, stored_dtype):
     weight, theta = drawn(weight_dtype, stored_dtype, 16, 32, 3)
     fmt = QuantFormat(3, 16, stored_dtype)
     theta -= 0.5  # some are clipped
@@ -81,7 +81,7 @@ def test_small_layers_go_through_the_kernels(weight_dtype, stored_dtype):
     torch.testing.assert_close(theta.grad, want[1], rtol=2e-5, atol=2e-5 * want[1].abs().max().item())
 
 
-def test_small_layers_with_an_update_go_through_the_kernels():
+def test_kernels__small_layers_with_lora__equal_torch():
     weight, theta = drawn(torch.bfloat16, torch.bfloat16, 16, 32, 4)
     made = torch.Generator().manual_seed(3)
     lora = [torch.randn(*shape, generator=made).to(DEVICE).requires_grad_() for shape in ((2, 32), (8, 2))]
@@ -99,7 +99,7 @@ def test_small_layers_with_an_update_go_through_the_kernels():
         assert (one.grad - other.grad).norm() < 0.01 * other.grad.norm()  # gradients of w^ are rounded to bfloat16
 
 
-def test_scales_outside_the_range_of_the_file_are_clamped():
+def test_kernels__scales_beyond_dtype__clamped():
     weight = torch.randn(2, 32, device=DEVICE)
     theta = torch.tensor([[-200.0], [200.0]], device=DEVICE)
     _, scale = fake_quant_triton.forward(weight, theta, QuantFormat(4), torch.float32)
@@ -107,7 +107,7 @@ def test_scales_outside_the_range_of_the_file_are_clamped():
     assert scale.isfinite().all() and (scale > 0).all()
 
 
-def test_weights_whose_quotient_overflows_are_clipped():
+def test_kernels__quotient_overflows__clipped():
     weight = torch.tensor([[3e38, -3e38, 1.0, 0.0] * 8], device=DEVICE)
     theta = torch.full((1, 1), -80.0, device=DEVICE)
     value, scale = fake_quant_triton.forward(weight, theta, QuantFormat(4), torch.float32)
@@ -117,8 +117,8 @@ def test_weights_whose_quotient_overflows_are_clipped():
 CASES = [(8, 512, 0), (8, 512, 0), (16, 1024, 0), (8, 512, 1), (8, 512, 1), (1, 64, 0), (3, 64, 0)]
 
 
-def test_a_kernel_started_again_has_the_numbers_of_triton_s_own_start():
-    """Rows, width, and how far the weight lies beside an aligned address."""
+def test_kernel__started_again__equals_tritons_start():
+    """Rows, width, and how far the weight lies from an aligned address."""
     for rows, width, offset in CASES:
         weight, theta = drawn(torch.float32, torch.bfloat16, 64, width, 4)
         weight, theta = weight.repeat(2, 1)[:rows], theta.repeat(2, 1)[:rows]

@@ -51,7 +51,7 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_scales_are_float32_parameters_of_the_layer_s_shape_from_the_start_search():
+def test_attach__scales__float32_parameters_from_start_search():
     model, result = attached()
     assert result.scales["up"] is model.up.weight_log_scale
     assert {name: tuple(p.shape) for name, p in result.scales.items()} == {"up": (48, 2), "down": (16, 3)}
@@ -66,7 +66,7 @@ def test_scales_are_float32_parameters_of_the_layer_s_shape_from_the_start_searc
     assert result.linears == model.linears()
 
 
-def test_start_search_arguments_are_passed_on():
+def test_attach__start_search_arguments__passed_on():
     fmt = QuantFormat(3, 16, torch.float16)
     model, result = attached(fmt=fmt, candidates=3, low=0.4, high=0.9)
     want = start_scales(model.up.weight, fmt, candidates=3, low=0.4, high=0.9)
@@ -78,7 +78,7 @@ def test_start_search_arguments_are_passed_on():
     )
 
 
-def test_the_forward_uses_the_shipped_weight():
+def test_forward__attached_layer__uses_stored_weight():
     model, result = attached()
     x = batch()
     weight = fake_quantize(model.up.weight, result.scales["up"], QuantFormat(4, 16))
@@ -88,7 +88,7 @@ def test_the_forward_uses_the_shipped_weight():
     assert torch.equal(dequantize(*frozen["up"]).float(), weight)
 
 
-def test_gradients_reach_weight_scale_bias_and_input():
+def test_backward__attached_layer__reaches_weight_scale_bias_and_input():
     model, result = attached()
     x = batch().requires_grad_()
     model(x).square().sum().backward()
@@ -100,7 +100,7 @@ def test_gradients_reach_weight_scale_bias_and_input():
     assert len(result) == 2
 
 
-def test_one_quantization_per_optimizer_step_over_micro_batches_and_checkpoint_recomputation():
+def test_cache__micro_batches_and_checkpointing__one_quantization_per_step():
     model, result = attached()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, 4):
@@ -111,7 +111,7 @@ def test_one_quantization_per_optimizer_step_over_micro_batches_and_checkpoint_r
         optimizer.zero_grad()
 
 
-def test_micro_batches_with_the_cache_give_the_gradients_of_the_whole_without_it():
+def test_cache__micro_batches__gradients_of_whole_batch():
     cached, _ = attached(seed=3)
     plain, off = attached(seed=3, cache=False)
     x = batch(8)
@@ -123,7 +123,7 @@ def test_micro_batches_with_the_cache_give_the_gradients_of_the_whole_without_it
     assert off.quantizations == 0
 
 
-def test_training_with_and_without_the_cache_is_the_same_run():
+def test_cache__on_and_off__same_run():
     results = []
     for cache in (True, False):
         model, result = attached(seed=4, cache=cache)
@@ -140,7 +140,7 @@ def test_training_with_and_without_the_cache_is_the_same_run():
         assert torch.equal(results[0][1][name][0], results[1][1][name][0])
 
 
-def test_an_optimizer_that_hides_its_writes_is_seen():
+def test_cache__optimizer_that_writes_through_data__is_seen():
     class Hidden(torch.optim.SGD):
         def step(self, closure=None):
             for group in self.param_groups:
@@ -155,7 +155,7 @@ def test_an_optimizer_that_hides_its_writes_is_seen():
     assert torch.equal(model(batch()), plain(batch()))
 
 
-def test_invalidate_covers_a_write_outside_any_optimizer():
+def test_invalidate__write_outside_an_optimizer__is_seen():
     model, result = attached()
     before = model(batch())
     model.up.weight.data.mul_(3.0)
@@ -164,7 +164,7 @@ def test_invalidate_covers_a_write_outside_any_optimizer():
     assert not torch.equal(model(batch()), before)
 
 
-def test_loading_a_state_is_seen():
+def test_cache__loaded_state__is_seen():
     model, _ = attached(seed=1)
     other, _ = attached(seed=2)
     model(batch())
@@ -172,7 +172,7 @@ def test_loading_a_state_is_seen():
     assert torch.equal(model(batch()), other(batch()))
 
 
-def test_freeze_gives_codes_and_scales_of_the_last_forward():
+def test_freeze__trained_layers__codes_and_scales_of_forward():
     model, result = attached(fmt=QuantFormat(3, 16, torch.float16))
     frozen = result.freeze()
     assert list(frozen) == ["up", "down"]
@@ -187,7 +187,7 @@ def test_freeze_gives_codes_and_scales_of_the_last_forward():
         assert not scale.requires_grad
 
 
-def test_bake_writes_what_was_trained_and_changes_no_code():
+def test_bake__trained_layers__code_times_scale_and_same_codes():
     model, result = attached()
     model(batch()).sum().backward()
     frozen = result.freeze()
@@ -207,7 +207,7 @@ def test_bake_writes_what_was_trained_and_changes_no_code():
         assert torch.equal(again[name][1], scale)
 
 
-def test_a_baked_layer_computes_what_was_trained_after_detaching():
+def test_bake__then_detach__same_outputs():
     model, result = attached(fmt=QuantFormat(4, 16, torch.float32))
     trained = model(batch())
     result.bake()
@@ -216,7 +216,7 @@ def test_a_baked_layer_computes_what_was_trained_after_detaching():
     assert torch.equal(model(batch()), trained)
 
 
-def test_detach_leaves_no_trace():
+def test_detach__attached_layer__as_before():
     plain = Tiny()
     model, result = attached()
     before = set(vars(plain.up))
@@ -229,7 +229,7 @@ def test_detach_leaves_no_trace():
     assert result.scales == {}
 
 
-def test_a_forward_that_stood_on_the_layer_comes_back():
+def test_detach__earlier_forward__restored():
     model = Tiny()
     original = model.up.forward
 
@@ -245,14 +245,14 @@ def test_a_forward_that_stood_on_the_layer_comes_back():
     assert torch.equal(model(batch()), want)
 
 
-def test_attaching_again_after_detaching_works():
+def test_attach__after_detach__works():
     model, result = attached()
     result.detach()
     again = attach(model.linears(), QuantFormat(4, -1))
     assert again.scales["up"].shape == (48, 1)
 
 
-def test_a_step_is_no_longer_counted_after_detaching():
+def test_detach__optimizer_step__not_counted():
     model, result = attached()
     counter = result._counter
     result.detach()
@@ -261,7 +261,7 @@ def test_a_step_is_no_longer_counted_after_detaching():
     assert counter.steps == 0
 
 
-def test_clip_share_counts_over_all_layers():
+def test_clip_share__several_layers__share_of_all_weights():
     model, result = attached()
     with torch.no_grad():
         for scale in result.scales.values():
@@ -279,7 +279,7 @@ def test_clip_share_counts_over_all_layers():
     assert not share.requires_grad
 
 
-def test_every_offending_layer_is_named_in_one_error_and_nothing_is_touched():
+def test_attach__bad_layers__one_error_names_all_and_changes_nothing():
     model = Tiny()
     before = set(vars(model.up))
     layers = {"up": model.up, "narrow": nn.Linear(40, 4), "odd": nn.Linear(33, 4), "up.twice": model.up}
@@ -307,7 +307,7 @@ def test_every_offending_layer_is_named_in_one_error_and_nothing_is_touched():
     assert PARAMETER not in model.up._parameters
 
 
-def test_layers_that_carry_scales_are_refused_and_keep_them():
+def test_attach__attached_layers__refused_and_unchanged():
     model, result = attached()
     theta = model.up.weight_log_scale
     with pytest.raises(ValueError, match=r"2 problem\(s\).*\n  up: carries learned scales already; detach them first"):
@@ -316,7 +316,7 @@ def test_layers_that_carry_scales_are_refused_and_keep_them():
     assert result.freeze()
 
 
-def test_a_parameter_of_that_name_that_is_not_ours_is_not_overwritten():
+def test_attach__foreign_parameter_of_that_name__refused():
     model = Tiny()
     model.up.register_parameter(PARAMETER, nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match=r"1 problem\(s\).*\n  up: carries learned scales already"):
@@ -324,13 +324,13 @@ def test_a_parameter_of_that_name_that_is_not_ours_is_not_overwritten():
     assert model.up.weight_log_scale.shape == (1,)
 
 
-def test_scales_are_float32_even_for_float64_weights():
+def test_attach__float64_weights__float32_scales():
     model = Tiny().double()
     result = attach(model.linears(), QuantFormat(4, 16))
     assert {scale.dtype for scale in result.scales.values()} == {torch.float32}
 
 
-def test_bad_formats_and_empty_selections_are_refused():
+def test_attach__bad_format_or_no_layers__refused():
     model = Tiny()
     with pytest.raises(ValueError, match="no layer to quantize; check targets and ignore"):
         attach({}, QuantFormat(4, 16))
@@ -349,7 +349,7 @@ class Refusing(nn.Linear):
         super().register_parameter(name, param)
 
 
-def test_a_failure_half_way_leaves_the_model_as_it_was():
+def test_attach__failure_half_way__model_as_before():
     model = Tiny()
     model.down = Refusing(48, 16, bias=False)
     names, fields = list(model.state_dict()), [set(vars(model.up)), set(vars(model.down))]
@@ -361,7 +361,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     assert torch.equal(model(batch()), want)
 
 
-def test_a_copy_of_the_model_is_independent():
+def test_deepcopy__attached_model__independent():
     model, _ = attached()
     model(batch())
     clone = copy.deepcopy(model)
@@ -378,7 +378,7 @@ def test_a_copy_of_the_model_is_independent():
     assert not torch.equal(clone(batch()), model(batch()))
 
 
-def test_the_cache_tells_autocast_s_weight_from_the_other():
+def test_cache__with_and_without_autocast__separate_values():
     model, _ = attached()
     plain = model.up(batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -390,7 +390,7 @@ def test_the_cache_tells_autocast_s_weight_from_the_other():
     assert torch.equal(other.up(batch()), plain)
 
 
-def test_autocast_computes_in_its_dtype():
+def test_forward__autocast__computes_in_its_dtype():
     model, result = attached()
     x = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -400,7 +400,7 @@ def test_autocast_computes_in_its_dtype():
     assert torch.equal(out, want)
 
 
-def test_scales_train_in_float32_under_a_bfloat16_model():
+def test_backward__bfloat16_model__float32_scale_gradients():
     model = Tiny().to(torch.bfloat16)
     result = attach(model.linears(), QuantFormat(4, 16))
     model(batch().bfloat16()).float().square().sum().backward()
@@ -409,7 +409,7 @@ def test_scales_train_in_float32_under_a_bfloat16_model():
     assert torch.equal(result.scales["up"], start_scales(model.up.weight, QuantFormat(4, 16)))
 
 
-def test_distributed_data_parallel_trains_the_scales(tmp_path):
+def test_ddp__attached_model__trains_scales(tmp_path):
     model, _ = attached(seed=6)
     plain, _ = attached(seed=6)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -430,7 +430,7 @@ def test_distributed_data_parallel_trains_the_scales(tmp_path):
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-6, atol=1e-8, msg=name)
 
 
-def test_training_learns_scales_that_round_better():
+def test_training__scales_alone__lower_error():
     """A hundred steps on the scales alone lower the error of two-bit weights below that of the best start values."""
     torch.manual_seed(0)
     model, result = attached(fmt=QuantFormat(2, 16))

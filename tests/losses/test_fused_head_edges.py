@@ -8,7 +8,7 @@ from tests.losses.sides import NAMES, draw, run
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 50])
-def test_teacher_gates_equal_the_gates_of_the_whole(chunk):
+def test_teacher_gates__chunks__equal_gates_of_all(chunk):
     sides, _ = draw()
     gate, entropy = teacher_gates(
         sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, sharpness=1.5, chunk=chunk
@@ -19,7 +19,7 @@ def test_teacher_gates_equal_the_gates_of_the_whole(chunk):
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-12, atol=0)
 
 
-def test_teacher_gates_default_to_the_published_gate_without_gradient_or_autocast():
+def test_teacher_gates__defaults__published_gate_without_gradient():
     sides, _ = draw(dtype=torch.float32)
     sides["hidden_t"].requires_grad_()
     arguments = sides["hidden_t"], sides["weight_t"], None
@@ -64,19 +64,19 @@ def head_of(sides, **changed):
         ({"chunk": 0}, "chunk must be at least 1 position, got 0"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(changed, message):
+def test_head__shapes_that_do_not_fit__refused_by_name(changed, message):
     sides, _ = draw(grad=False)
     with pytest.raises(ValueError, match=message):
         head_of(sides, **changed)
 
 
-def test_the_largest_vocabulary_and_the_smallest_chunk_are_accepted():
+def test_head__largest_vocabulary_and_smallest_chunk__accepted():
     sides, _ = draw(grad=False)
     assert head_of(sides, vocabulary=11, chunk=1).loss.item() > 0
     assert head_of(sides, vocabulary=1).loss.item() == 0
 
 
-def test_impossible_settings_are_refused():
+def test_head__bad_settings__refused():
     sides, targets = draw()
     with pytest.raises(ValueError, match="temperature must be a positive"):
         run(sides, targets, temperature=0.0)

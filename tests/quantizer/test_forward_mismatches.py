@@ -11,7 +11,7 @@ from grace_plugin.quantizer import QuantFormat, attach
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_weights_of_the_forward_pass_are_compared_with_what_is_saved(autocast, cache):
+def test_count_forward_mismatches__write_through_data__counted(autocast, cache):
     """A write through .data is not counted by torch: what is kept is older, and only that differs from what would be saved.
 
     Stored in float16, a weight cannot be computed in bfloat16, autocast's own choice on a CPU.
