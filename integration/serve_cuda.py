@@ -30,7 +30,7 @@ from transformers import AutoProcessor
 from grace_plugin.export.verify import load
 from grace_plugin.serve.launch import kernel_of
 from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
-from integration.families import MEAN, MOST, NEAR_TIE, Row, questions, train
+from integration.families import MEAN, MOST, NEAR_TIE, FamilyResult, questions, train
 from integration.parity import judge, without_colour
 from tests.tiny import EVERY
 from tests.videos import media_of
@@ -114,7 +114,7 @@ def record(name: str, checkpoint: Path, folder: Path, proved: dict[str, Any]) ->
 
 def make(name: str, folder: Path, work: Path) -> None:
     """Train one family and record what transformers says of it under `folder`/`name`."""
-    row = Row(name)
+    row = FamilyResult(name)
     checkpoint = train(row, work / name)
     proved = {"verified": row.verified, "codes": row.codes, "codes_differing": row.codes_differing}
     grey = record(name, checkpoint, folder, proved)

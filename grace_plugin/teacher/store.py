@@ -199,8 +199,8 @@ def restore_store(folder: Path) -> bool:
 
 def _header(file: Any) -> dict[str, Any] | None:
     """Return the content of `store.json` that an opened file repeats, or None."""
-    said = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-    return said if isinstance(said, dict) and {"format", "identity", "made_with"} <= said.keys() else None
+    content = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+    return content if isinstance(content, dict) and {"format", "identity", "made_with"} <= content.keys() else None
 
 
 def _format(path: Path) -> Any:

@@ -159,18 +159,18 @@ def check_quantization(
     where = quantization.get("file", "the quantization_config of its config.json")
     if role == "student":
         raise ValueError(_student_refusal(source, f"{method}{detail}", where, revision))
-    known = _TEACHERS.get(method)
-    if known is None:
+    supported = _TEACHERS.get(method)
+    if supported is None:
         raise ValueError(
             f"the teacher {shown!r} is quantized with {method}{detail} (says {where}), whose scales transformers would leave "
             f"out or which was not tried here; {_ELSEWHERE}, or one quantized with {', '.join(_TEACHERS)}"
         )
-    if known.package is not None and find_spec(known.package) is None:
+    if supported.package is not None and find_spec(supported.package) is None:
         raise ValueError(
-            f"the teacher {shown!r} is quantized with {method}, which transformers reads with the package {known.package}, and "
-            f"that is not installed; install it, or {_ELSEWHERE}"
+            f"the teacher {shown!r} is quantized with {method}, which transformers reads with the package {supported.package}, "
+            f"and that is not installed; install it, or {_ELSEWHERE}"
         )
-    if kind == "offload" and not known.offload:
+    if kind == "offload" and not supported.offload:
         raise ValueError(
             f"the teacher {shown!r} is quantized with {method}, whose layers cannot be streamed from host memory; use "
             f"teacher.kind: resident or cached, or {_ELSEWHERE}"

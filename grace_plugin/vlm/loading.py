@@ -48,8 +48,8 @@ def _quietly() -> Iterator[None]:
     """Silence transformers' table of keys that do not fit and its progress bar; the error raised here names the keys."""
     from transformers.utils import logging as transformers_logging
 
-    said, bar = logging.getLogger("transformers.modeling_utils"), transformers_logging.is_progress_bar_enabled()
-    said.addFilter(_no_report)  # not the logger's level: transformers computes less at another level
+    logger, bar = logging.getLogger("transformers.modeling_utils"), transformers_logging.is_progress_bar_enabled()
+    logger.addFilter(_no_report)  # not the logger's level: transformers computes less at another level
     try:
         transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def _quietly() -> Iterator[None]:
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             yield
     finally:
-        said.removeFilter(_no_report)
+        logger.removeFilter(_no_report)
         if bar:
             transformers_logging.enable_progress_bar()
 
@@ -114,8 +114,8 @@ def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tu
     """Check the loading info of weights that have a shape and no content."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    if known is None:
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if model_class is None:
         return
     # from_pretrained takes a state dict in place of files; on the meta device it maps and compares names and shapes only.
     state = {
@@ -125,7 +125,7 @@ def _check_headers(source: str, role: str, config: Any, tensors: Mapping[str, tu
     try:
         # the initialization of missing weights may draw from the global random state, which belongs to the run
         with _quietly(), torch.random.fork_rng(devices=[]):
-            _, info = known.from_pretrained(
+            _, info = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -229,7 +229,7 @@ def load_model(
                 trust_remote_code=False,
                 **options,
             )
-    except (torch.OutOfMemoryError, MemoryError):  # says nothing about the checkpoint
+    except (torch.OutOfMemoryError, MemoryError):  # no fault of the checkpoint
         raise
     except Exception as error:  # transformers and its quantizers raise errors of any type
         raise ValueError(f"cannot load the {role} {excerpt(source)!r}: {excerpt(error, 300)}") from error
@@ -253,10 +253,10 @@ def _make_dense(model: Any, method: str | None, dtype: str | torch.dtype) -> Non
         # compressed-tensors pins parameters to the device they were made on, and a trainer moves models.
         remove_module_offload(module)
     if dtype != "auto":
-        asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(asked)
+                parameter.data = parameter.data.to(target)
 
 
 def check_model(model: nn.Module, role: str, *, kind: str = "resident") -> None:

@@ -54,9 +54,11 @@ class Qwen2VL(Family):
         found: dict[str, Any] = {}
         if host.get("position_ids") is None:
             # the arguments differ between the models of the family
-            asked = inspect.signature(model.model.get_rope_index).parameters
-            places, _ = model.model.get_rope_index(**{name: host[name] for name in asked if host.get(name) is not None})
-            found["position_ids"] = to_device(places, device)
+            accepted = inspect.signature(model.model.get_rope_index).parameters
+            positions, _ = model.model.get_rope_index(
+                **{name: host[name] for name in accepted if host.get(name) is not None}
+            )
+            found["position_ids"] = to_device(positions, device)
         for kind, grid in grids.items():
             found |= {
                 f"{kind}_{name}": value for name, value in self._tower_inputs(model.model.visual, grid, device).items()
@@ -65,8 +67,8 @@ class Qwen2VL(Family):
 
     def _tower_inputs(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
         """Return what the vision tower computes from its grids [I, 3] in host memory."""
-        places = to_device(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
-        return {"position_ids": places, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
+        positions = to_device(vision_utils.get_vision_position_ids(grid, tower.spatial_merge_size), device)
+        return {"position_ids": positions, **self._bounds(tower, "", vision_utils.get_vision_cu_seqlens(grid), device)}
 
     def _bounds(self, tower: Any, which: str, ends: Tensor, device: torch.device) -> dict[str, Any]:
         """Return the cumulative lengths at which the tower's attention is split, int32 [n + 1]."""
