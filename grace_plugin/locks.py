@@ -1,6 +1,6 @@
-"""One writer at a time, across processes: a lock file that says who holds it.
+"""A file lock across processes that names its holder.
 
-The operating system releases the lock when its process ends, however it ends, so a lock file that is left over holds nothing.
+The operating system releases the lock when its process ends, however it ends, so a leftover lock file locks nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class HeldError(RuntimeError):
 
 
 def _holder(path: Path) -> str:
-    """Who wrote itself into a lock file."""
+    """Return the holder that a lock file names."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return f"process {int(found['pid'])} on {str(found['host'])[:80]} since {str(found['since'])[:40]}"
@@ -47,7 +47,7 @@ def held(path: Path) -> Iterator[None]:
         raise HeldError(_holder(path)) from None
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        with suppress(OSError):  # a full disk: the lock is held all the same
+        with suppress(OSError):  # on a full disk the lock is held all the same, without a name
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
         yield
     finally:

@@ -1,9 +1,9 @@
-"""What decides the result of a run, as plain values by key; a run is resumed only where they are those it was started with.
+"""What decides the result of a run, as plain values by key; a run is resumed only under the values it was started with.
 
 Compared are the training arguments that change a step, the number of steps and processes, limits of samples, the recipe, the
-content and order of the dataset, the weights and config of student and teacher, and the processor. Versions and the device are
-recorded, and a difference is only said: they may change last bits. Not compared: what changes no value, as the number of loader
-workers, gradient checkpointing, logging and saving.
+content and order of the dataset, weights and config of student and teacher, and the processor. Other versions or another device
+are a warning, because they may change the last bits. Not compared is what changes no value: the number of loader workers,
+gradient checkpointing, logging, saving. The samples of a stream are compared by `StreamLoader`.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ _EFFECTS = {
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is after a way through JSON; the order of keys stays, in which differences are listed."""
+    """Return a value as JSON gives it back, keys in their order, which is the order of listed differences."""
     return json.loads(json.dumps(value, default=str))
 
 
 def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:
-    """Number of samples that are used, a digest of those that were given, and one of which are used in which order.
+    """Return the number of used samples, a digest of those that were given, and one of the order of the used ones.
 
     Args:
         dataset: what the run trains on.
@@ -84,7 +84,7 @@ def dataset_fingerprint(dataset: Any, samples: str | None) -> dict[str, Any]:
 
 
 def _teacher(modifier: GraceModifier, given: Any) -> Any:
-    """What a teacher is known by."""
+    """Return what identifies the teacher."""
     asked = modifier.teacher
     if isinstance(given, Teacher):
         return {"class": type(given).__name__, "name": str(getattr(given, "name_or_path", ""))}
@@ -143,7 +143,7 @@ def _weights(student: nn.Module, files: str | None) -> dict[str, Any]:
 
 
 def _known_config(student: Any) -> dict[str, Any]:
-    """A model's config without what depends on where it was read from or by which version."""
+    """Return a model's config without its path and the version that wrote it."""
     found = _plain(student.config.to_dict())
     return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
 
@@ -156,14 +156,14 @@ def _shown(value: Any) -> str:
 
 
 def _covered(key: str, names: Iterable[str]) -> str | None:
-    """The name that stands for a key: the key itself or a block it is in."""
+    """Return the name that covers a key: the key itself or a block it is in."""
     return next((name for name in names if key == name or key.startswith(f"{name}.")), None)
 
 
 def check_same_run(
     started: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = (), *, state: Any = ""
 ) -> set[str]:
-    """Compare what a run was started with and what it would go on with; returns the keys that differ and are allowed to.
+    """Refuse to resume a run under other values than it was started with; returns the keys that may and do differ.
 
     Args:
         started, now: of `describe_run`.

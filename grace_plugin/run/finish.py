@@ -1,8 +1,8 @@
-"""The end of a run: the state that its save can be repeated from, the save, and `export`, which makes the save alone.
+"""The end of a run: the last resume state, the save of the checkpoint, and `export`, which repeats the save alone.
 
-What the save needs in addition to the weights is in the resume state: the student's source, the recipe, and, where they were
-passed as objects, the processor and the probe. So a run whose save failed, or was killed in it, is finished without its dataset
-and its teacher: `grace export RUN_FOLDER`.
+The resume state contains what the save needs in addition to the weights: the student's source, the recipe and, where they were
+passed as objects, the processor and the probe. So `grace export RUN_FOLDER` finishes a run whose save failed or was killed,
+without its dataset and its teacher.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SaveFacts:
     probe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write what is no plain value next to a state's files; returns the plain values."""
+        """Write processor and probe next to a state's files; returns the plain values for its JSON file."""
         for name, content in self.processor.items():
             (folder / PROCESSOR / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / PROCESSOR / name).write_bytes(content)
@@ -72,7 +72,7 @@ class SaveFacts:
 def save_facts(
     arguments: Any, student: Any, recipe: str, output_dir: str | os.PathLike[str], plan: ExportPlan
 ) -> SaveFacts:
-    """Collect the facts; `recipe` as YAML of before the session, `plan` of the modifier."""
+    """Return the facts of a run; `recipe` is the YAML text of before the session, `plan` the modifier's."""
     processor = plan.processor.files if plan.processor.kind == "given" else {}
     given = dict(plan.probe.batch) if plan.probe.kind == "given" else None
     known = {"student": plan.student, "teacher": plan.teacher, "run_file": plan.run_file}
@@ -82,9 +82,9 @@ def save_facts(
 
 
 def save_finished(trainer: GraceTrainer, session: GraceSession, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write the end state where the run writes states by the clock, then the checkpoint; returns the verification.
+    """Write the last resume state of a run by the clock, then the checkpoint; returns the verification.
 
-    States written by the clock are removed once the checkpoint is verified; those that `save_strategy` asked for stay.
+    States by the clock are removed once the checkpoint is verified; those of `save_strategy` stay.
     """
     keeper = trainer.states
     if keeper.automatic:
@@ -124,18 +124,18 @@ def export(
     *,
     model: str | os.PathLike[str] | nn.Module | None = None,
 ) -> Any:
-    """Finish a run that has trained to its end: write and verify its checkpoint, without training.
+    """Write and verify the checkpoint of a run that has trained to its end, without training.
 
     Args:
         run_folder: `<output_dir>.run` of the run.
-        output_dir: where the checkpoint appears; by default where the run would have put it.
-        model: the student's source where it is no longer where it was; its config and processor are used, not its weights.
+        output_dir: folder of the checkpoint, by default the run's.
+        model: the student's source, where it was moved; its config and processor are used, not its weights.
 
     Returns:
         A `TrainResult`, its history the log of the run.
 
     Raises:
-        ValueError, FileExistsError: no whole resume state of a run that has trained to its end, or a bad destination.
+        ValueError, FileExistsError: no complete resume state of a run that has trained to its end, or a bad destination.
         VerificationError: the checkpoint is not what was trained; nothing is left at `output_dir`.
     """
     folder = Path(run_folder)

@@ -1,10 +1,9 @@
-"""Signals and the clock: when a run writes a resume state in addition to those that `save_strategy` asks for.
+"""Resume states in addition to those of `save_strategy`: on a signal, and by the clock.
 
-Ctrl-C and SIGTERM end the run after its running step (with several ranks after the next; one in the last step lets the run
-end), with a resume state and one line that says what is kept and how to go on; a second signal, a second or more after the
-first, ends the process at once. Schedulers and launchers deliver a signal twice, to the group and to the process, so what comes
-within that second counts once. By the clock, a run whose `save_strategy` was left at its default writes a state every
-`save_minutes`, less often where a state takes long: they cost at most 2 % of the run.
+Ctrl-C and SIGTERM end the run after its running step (with several ranks after the next one; in the last step the run ends as
+usual), with a resume state and one line that says what is kept and how to continue. A second signal, a second or more after the
+first, ends the process at once. By the clock, a run whose `save_strategy` was left at its default writes a state every
+`save_minutes`, less often where a state takes long: states cost at most 2 % of the run.
 """
 
 from __future__ import annotations
@@ -33,16 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["ResumeCallback", "Terminated", "command_again"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ONE_REQUEST = 1.0  # seconds within which two signals are one request
-_SHARE = 0.02  # of the time, that states written by the clock may take
+# seconds within which two signals are one request: schedulers and launchers signal the process group and the process
+_ONE_REQUEST = 1.0
+_SHARE = 0.02  # largest share of the time that states written by the clock may take
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended a run after a step; the process ends with status 143 where nobody catches it."""
+    """SIGTERM ended a run after a step; the process exits with status 143 unless this is caught."""
 
 
 def command_again(argument: str = "resume_from_checkpoint") -> str:
-    """How to go on: the command line of a `grace` command, or what to pass to `train`."""
+    """Return how to continue: the command line of a `grace` command, or what to pass to `train`."""
     given = sys.argv[1:]
     if "grace_plugin.cli.commands" not in sys.modules or "train" not in given:
         return f"call train again with the same arguments and {argument}=True"
@@ -53,26 +53,26 @@ def command_again(argument: str = "resume_from_checkpoint") -> str:
 
 
 class ResumeCallback(TrainerCallback):
-    """Asks for a state where a signal came or the time has come; all ranks agree on it after each step.
+    """Ask Trainer for a state after a signal and by the clock; all ranks agree on it after each step.
 
     Args:
-        trainer: whose states they are.
+        trainer: the trainer that writes the states.
         on_signal: whether signals are handled.
         minutes: time between two states, None for none by the clock.
     """
 
     def __init__(self, trainer: GraceTrainer, *, on_signal: bool, minutes: float | None) -> None:
         self.trainer, self.on_signal, self.minutes = trainer, on_signal, minutes
-        self.received = 0  # number of the first signal
-        self.stopping = 0  # the same, once all ranks know
-        self._said: AsyncHostCopy | None = None  # what the ranks said after the step before
-        self._at = 0.0
-        self._saved = self._begun = self._spent = 0.0
-        self._before: dict[int, Any] = {}
+        self.received = 0  # number of the first signal of this process
+        self.stopping = 0  # number of the signal that all ranks have agreed on
+        self._said: AsyncHostCopy | None = None  # the reduction after the previous step
+        self._at = 0.0  # time of the first signal
+        self._saved = self._begun = self._spent = 0.0  # end, start and duration of the last state, in seconds
+        self._before: dict[int, Any] = {}  # handlers of the caller
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handle signals inside the block, in the main thread alone, which is the only one that may."""
+        """Handle signals inside the block; only in the main thread, because Python allows no other thread to."""
         self.received, self.stopping, self._said = 0, 0, None
         self._saved = time.monotonic()
         if not self.on_signal or threading.current_thread() is not threading.main_thread():
@@ -99,14 +99,14 @@ class ResumeCallback(TrainerCallback):
         self.received, self._at = number, now
 
     def _agreed(self, due: bool) -> tuple[int, bool]:
-        """Return the largest signal number of any rank, and rank 0's clock.
+        """Return the largest signal number of any rank, and whether rank 0's clock asks for a state.
 
-        With several ranks what they said a step ago, by a small reduction whose copy to the host is queued: read at once, it
-        would stop the host at every step until the device is done. All ranks read the same numbers, so they stop together.
+        With several ranks these are the values of the previous step. All ranks read the same numbers, so they stop together.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self.received, due
         first = self.trainer.args.process_index == 0
+        # the copy is queued and read a step later: read at once, it would stop the host until the device is done
         said = to_device(torch.tensor([float(self.received), float(due and first)]), self.trainer.args.device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         before, self._said = self._said, AsyncHostCopy(said)
@@ -126,12 +126,12 @@ class ResumeCallback(TrainerCallback):
         self._begun = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock again."""
+        """Restart the clock."""
         self._saved = time.monotonic()
         self._spent = self._saved - self._begun
 
     def end(self) -> None:
-        """Raise what a signal asked for, after a line that says what is kept and how to go on.
+        """Raise what a signal asked for, after printing what is kept and how to continue.
 
         Raises:
             KeyboardInterrupt: SIGINT came.

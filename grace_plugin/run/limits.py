@@ -1,4 +1,4 @@
-"""The limits that student and teacher set to samples, known from their configs and tokenizers before the teacher is loaded."""
+"""Limits of samples by the configs and tokenizers of student and teacher, known before the teacher is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["SampleLimits", "sample_limits"]
 
 
 class SampleLimits(NamedTuple):
-    """vocabulary: token ids that samples may use, 0 to `vocabulary` - 1. context: tokens of a sample. None for no limit."""
+    """Limits of a sample; None for no limit.
+
+    vocabulary: number of token ids that samples may use, from 0. context: most tokens of a sample.
+    """
 
     vocabulary: int | None
     context: int | None
@@ -28,10 +31,9 @@ def _smallest(*values: int | None) -> int | None:
 def sample_limits(
     student: Any, modifier: GraceModifier, given: Any, processor: Any, teacher_processor: Any = None
 ) -> SampleLimits:
-    """Return what both models take.
+    """Return the limits that both models have in common.
 
-    A token that only the student's tokenizer has is outside: the teacher has no embedding for its id, or one that was never
-    trained, and a prompt with it fails there or teaches nothing that can be trusted.
+    A token that only the student's tokenizer has is outside: the teacher has no embedding for its id, or an untrained one.
 
     Args:
         student: a loaded model.

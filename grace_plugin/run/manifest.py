@@ -1,9 +1,9 @@
-"""`run.yaml`: everything a training run was given, so that it can be run again.
+"""`run.yaml`: all inputs of a training run, so that it can be repeated.
 
-The file is written into the run folder when the run begins, and without local paths into the checkpoint. It holds the arguments
-of `train` that differ from their defaults, the recipe, the training arguments, where model, teacher and dataset were read from
-with a fingerprint of each, and the versions. Objects of Python (a loaded model, a list of samples) cannot be written: their
-entry says `given: true`, and they have to be given again.
+The file is written into the run folder when the run begins, and without local paths into the checkpoint. It contains the
+arguments of `train` that differ from their defaults, the recipe, the training arguments, the sources of model, teacher and
+dataset with a fingerprint of each, and the versions. Python objects (a loaded model, a list of samples) cannot be written: their
+entry is `given: true`, and they have to be given again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def _media(value: Any) -> Any:
-    """Media with each path as the name and size of its file, so that a folder can be moved."""
+    """Replace each path of media by the name and size of its file, so that a folder can be moved."""
     if isinstance(value, (str, os.PathLike)):
         name = os.fspath(value)
         return [os.path.basename(name), os.path.getsize(name) if os.path.isfile(name) else None]
@@ -66,7 +66,7 @@ def _media(value: Any) -> Any:
 
 
 def _samples(dataset: Any) -> Iterator[Any]:
-    """Samples of a dataset with their media undecoded where that is possible."""
+    """Yield the samples of a dataset, their media undecoded where possible."""
     if hasattr(dataset, "with_format") and not isinstance(
         dataset, Samples
     ):  # a datasets.Dataset would decode its images
@@ -100,13 +100,13 @@ def dataset_digest(dataset: Any) -> str | None:
 
 
 def _place(source: str | os.PathLike[str]) -> str:
-    """A local path as an absolute one, so that the run can be repeated from another folder; a hub id as it is."""
+    """Return a local path as an absolute one, so that the run can be repeated from another folder; a hub id as it is."""
     text = os.fspath(source)
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """The entry of an object of Python."""
+    """Return the entry of a Python object."""
     found = {"given": True, "class": type(value).__name__}
     if getattr(value, "name_or_path", None):
         found["name"] = os.path.basename(str(value.name_or_path).rstrip("/"))
@@ -115,7 +115,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 @dataclass
 class RunInputs:
-    """What `train` was given.
+    """The inputs of `train`.
 
     recipe: read, with the teacher that was passed, before anything is inferred. asked: of `read_arguments`. objects: objects of
     Python by the name of their argument. limits: further arguments of `train` that differ from their defaults.
@@ -132,7 +132,7 @@ class RunInputs:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """Plain values for YAML."""
+        """The content of `run.yaml`, plain values."""
         given = {name: _object(value) for name, value in self.objects.items() if value is not None and value != ()}
         if "processor" in given:
             given["processor"]["fingerprint"] = value_digest(processor_settings(self.objects["processor"]))
@@ -174,7 +174,7 @@ class RunInputs:
         return found | {"fingerprint": dataset_digest(self.dataset)}
 
     def _recipe(self) -> dict[str, Any]:
-        """The recipe in full, teacher and cache by absolute paths."""
+        """Return the whole recipe, teacher and cache by absolute paths."""
         recipe = yaml.safe_load(self.recipe.yaml())
         asked = teacher_block(recipe)
         asked |= {key: _place(asked[key]) for key in ("model", "cache") if asked.get(key)}
@@ -182,7 +182,7 @@ class RunInputs:
 
 
 def teacher_block(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher block of a recipe as upstream writes it: stages of groups of modifiers."""
+    """Return the teacher block of a recipe as llm-compressor writes it: stages of groups of modifiers."""
     for stage in recipe.values():
         for modifiers in stage.values() if isinstance(stage, Mapping) else ():
             if isinstance(modifiers, Mapping) and "GraceModifier" in modifiers:
@@ -191,7 +191,7 @@ def teacher_block(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
-    """The values that differ from the defaults of a function's arguments."""
+    """Return the values that differ from the defaults of a function's parameters."""
     defaults = inspect.signature(function).parameters
     return {name: value for name, value in values.items() if value != defaults[name].default}
 
@@ -200,7 +200,7 @@ def changed(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
 
 
 def without_paths(content: Any) -> Any:
-    """The content with the last name of each absolute path in place of the path."""
+    """Return the content with each absolute path replaced by its last component."""
     if isinstance(content, Mapping):
         return {key: without_paths(value) for key, value in content.items()}
     if isinstance(content, Sequence) and not isinstance(content, str):
@@ -211,13 +211,13 @@ def without_paths(content: Any) -> Any:
 
 
 def run_text(content: Mapping[str, Any]) -> str:
-    """Text of a run file."""
+    """Return the text of a run file."""
     head = "# what this run was given; again: grace train --from run.yaml --output_dir NEW\n"
     return head + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
 
 
 def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `run.yaml`, whole or not at all; a disk that takes no file costs a warning, not the run."""
+    """Write `run.yaml` completely or not at all; a disk error is a warning and does not end the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{RUN_FILE}"
@@ -228,7 +228,7 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def started_with(folder: Path, content: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
-    """Return what the run file of a run holds: of one that is resumed as it was, what it was started with, else `content`."""
+    """Return the content for a run's file: that of its start where it is resumed without changes, else `content`."""
     if resumed:
         try:
             return read_run_file(folder)
@@ -238,7 +238,7 @@ def started_with(folder: Path, content: dict[str, Any], *, resumed: bool) -> dic
 
 
 def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Read a small YAML file that holds a mapping.
+    """Read a small YAML file that contains a mapping.
 
     Args:
         path: the file.
@@ -262,7 +262,7 @@ def read_yaml_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]
 
 
 def read_run_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a run file; a run folder or a checkpoint stands for the file in it.
+    """Read a run file, given by its path, its run folder or its checkpoint.
 
     Raises:
         ValueError: unreadable, or not what a run writes.

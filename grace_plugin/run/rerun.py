@@ -1,4 +1,4 @@
-"""Run a training again from the `run.yaml` that it wrote: the same bits on the same machine."""
+"""Repeat a training from the `run.yaml` that it wrote: with the same bits, on the same machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIMITS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _given_again(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a run that needs objects of Python which are not here.
+    """Refuse to repeat a run that needs Python objects which are not given.
 
     Raises:
         ValueError: names them.
@@ -45,7 +45,7 @@ def _given_again(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _check_same(what: str, place: Any, recorded: Any, now: Any, *, given: bool) -> None:
-    """Compare fingerprints; what the user gives may be another one, and that is said.
+    """Compare fingerprints; a difference of what the user gives is a warning.
 
     Raises:
         ValueError: what is read from the recorded place is another one, or none.
@@ -62,7 +62,7 @@ def _check_same(what: str, place: Any, recorded: Any, now: Any, *, given: bool) 
 
 
 def _say_environment(recorded: Mapping[str, Any], processes: int) -> None:
-    """Warn of versions, device, threads or processes that differ: the last bits may too."""
+    """Warn where versions, device, threads or processes differ, because the last bits may differ too."""
     now = {**environment(), "processes": processes}
     differing = [f"{key} {value} -> {now.get(key)}" for key, value in recorded.items() if now.get(key) != value]
     if differing:
@@ -70,7 +70,7 @@ def _say_environment(recorded: Mapping[str, Any], processes: int) -> None:
 
 
 def _check_entries(run_file: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """Refuse entries that no run writes, and values of another type: a run file may be edited by hand.
+    """Refuse entries that no run writes, and values of a wrong type: a run file may be edited by hand.
 
     Raises:
         ValueError: names them.
@@ -86,7 +86,7 @@ def _check_entries(run_file: str | os.PathLike[str], options: Mapping[str, Any])
 
 
 def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **given: Any) -> TrainResult:
-    """Run a training again.
+    """Repeat a training.
 
     Args:
         run_file: `run.yaml`, or the run folder or checkpoint that holds one. That of a checkpoint has no local paths: give
@@ -128,7 +128,7 @@ def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLik
 
 
 def _checkpoint(what: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """The model or teacher of the run, or the one that is given in its place, compared."""
+    """Return the model or teacher of the run, or the given one, after comparing its fingerprint."""
     place = given.get(what, recorded.get("path"))
     if isinstance(place, (str, os.PathLike)):
         found = checkpoint_digest(os.fspath(place))
@@ -137,7 +137,7 @@ def _checkpoint(what: str, recorded: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def _dataset(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """The dataset of the run, read again from its place, or the one that is given, compared."""
+    """Return the dataset of the run, read again, or the given one, after comparing its fingerprint."""
     dataset, place = given.get("dataset"), recorded.get("path")
     if "dataset" not in given:
         try:

@@ -1,12 +1,13 @@
-"""Resume states on disk: written aside, proven by a manifest, published by one rename, and the newest whole one found again.
+"""Resume states on disk: written to a partial folder, hashed into a manifest, and published by one rename.
 
-    checkpoint-N.partial    while it is written; removed by the next save
-    checkpoint-N            whole: every file is on disk, and `manifest.json`, written last, has its size and SHA-256, one
+    checkpoint-N.partial    while it is written; the next save removes it
+    checkpoint-N            complete: every file is on disk, and `manifest.json`, written last, has its size and SHA-256, one
                             for every 256 MiB
     checkpoint-N.old        an earlier state of the same step while it is replaced
+    checkpoint.reserved     space of the first state, while the run has none
 
-A process or machine that stops at any moment leaves the states before it whole, because a state is removed only after a newer
-one is published. What is not promised: file systems that reorder a rename before an fsync, and files changed by others.
+A process or machine that stops at any moment leaves the states before it complete, because a state is removed only after a
+newer one is published. Not promised: file systems that reorder a rename before an fsync, and files changed by others.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+
+from grace_plugin.export.record import read_sealed, write_sealed
 
 __all__ = [
     "MANIFEST",
@@ -52,50 +53,38 @@ _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _PIECE, _BLOCK = 2**28, 2**22  # bytes of a hash, and of a read
 _MARGIN = 2**20  # bytes that small files and the folder itself may take
 _DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.EACCES,
-    errno.EPERM,
-}
-
-logger = logging.getLogger(__name__)
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
+}  # fmt: skip
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk; a file system that cannot sync a folder is left as it is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+# ---- writing --------------------------------------------------------------------------------------------------------------
 
 
-def _synced(path: Path) -> int:
-    """Size of a file that is on disk from here on."""
+def _sync(path: Path) -> int:
+    """Put a file, or the names in a folder, on disk; returns its size in bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
+    except OSError as error:
+        # some network file systems cannot sync a folder, and have its names on disk anyway
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
+        size = os.fstat(descriptor).st_size
         os.close(descriptor)
+    return size
 
 
 def _digests(sizes: Mapping[Path, int]) -> dict[Path, list[str]]:
-    """SHA-256 of every 256 MiB of some files, or what kept one from being read; pieces are read in parallel."""
+    """Return the SHA-256 of every 256 MiB of each file; where one cannot be read, the error instead."""
+    # pieces, because one thread hashes a file of 28 GB in 20 seconds and more; hashlib and reads release the GIL
     pieces = [(path, start) for path, size in sizes.items() for start in range(0, max(size, 1), _PIECE)]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashlib and reads release the GIL
-        found = list(pool.map(_digest, pieces))
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(_piece_digest, pieces))
     return {path: [digest for (of, _), digest in zip(pieces, found, strict=True) if of == path] for path in sizes}
 
 
-def _digest(piece: tuple[Path, int]) -> str:
+def _piece_digest(piece: tuple[Path, int]) -> str:
     path, start = piece
     found = hashlib.sha256()
     try:
@@ -110,68 +99,87 @@ def _digest(piece: tuple[Path, int]) -> str:
     return found.hexdigest()
 
 
-def _own_digest(content: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
 def publish(partial: Path, final: Path, **facts: Any) -> None:
-    """Make a written folder a whole resume state: sync, manifest, rename.
+    """Make a written folder a complete resume state: sync, manifest, rename.
 
     Args:
         partial: the folder as it was written.
         final: its name from here on; a state of that name is replaced.
-        facts: further plain values of the manifest, as the step.
+        facts: further plain values of the manifest, such as the step.
     """
-    files = _files(partial)
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path != partial / MANIFEST)
     with ThreadPoolExecutor(1) as pool:  # the disk writes while the hashes are made
-        synced = [pool.submit(_synced, file) for file in files]
+        synced = pool.map(_sync, files)
         digests = _digests({file: file.stat().st_size for file in files})
-        sizes = [one.result() for one in synced]
-    entries = {
-        file.relative_to(partial).as_posix(): {"bytes": size, "sha256": digests[file]}
-        for file, size in zip(files, sizes, strict=True)
-    }
-    content: dict[str, Any] = {"format": 1, **facts, "files": entries}
-    content["sha256"] = _own_digest(content)
-    with (partial / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    _sync_folder(partial)
+        entries = {
+            file.relative_to(partial).as_posix(): {"bytes": size, "sha256": digests[file]}
+            for file, size in zip(files, synced, strict=True)
+        }
+    write_sealed(partial / MANIFEST, {"format": 1, **facts, "files": entries})
+    _sync(partial / MANIFEST)
+    _sync(partial)
     old = final.with_name(final.name + _OLD)
-    if final.exists():  # a folder that holds something cannot be renamed over
+    if final.exists():  # os.rename does not replace a folder that is not empty
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     if old.exists():
         remove_state(old)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove a resume state; when the process stops halfway, the rest is a partial folder and no damaged state."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the partial folders of stopped saves and removals."""
+    for path in folder.glob(f"checkpoint-*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(folder: Path, newest: Path, limit: int | None, protected: str | None = None) -> None:
+    """Remove older states, now that a newer one is published.
+
+    Args:
+        folder: the run folder.
+        newest: the state just published; it is kept whatever the limit.
+        limit: states to keep (`save_total_limit`); None or 0 for all. Damaged ones do not count, and are removed first.
+        protected: a state that is kept in addition, such as the best one.
+    """
+    if not limit or limit < 1:
+        return
+    others = [state for state in states(folder) if state != newest and str(state) != protected]
+    damaged = [state for state in others if damage(state, hashes=False)]
+    complete = [state for state in others if state not in damaged]
+    kept = max(0, limit - 1 - (protected is not None and protected != str(newest)))
+    for state in [*damaged, *complete[kept:]]:
+        remove_state(state)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        ValueError: none, or not the one that was written; a short reason.
+        ValueError: there is none, or not the one that was written; a short reason.
     """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"no {MANIFEST}: its save did not end, or an earlier version wrote it")
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if content["sha256"] != _own_digest(content):
-            raise KeyError("sha256")
-    except FileNotFoundError:
-        raise ValueError(f"no {MANIFEST}: its save did not end, or an earlier version wrote it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_sealed(folder / MANIFEST)
+    except ValueError:
         raise ValueError(f"{MANIFEST} is damaged") from None
-    return content
 
 
 def manifest_facts(folder: Path) -> dict[str, Any]:
-    """The values of a whole state's manifest that are not about its files: step, max_steps, ended, automatic.
+    """Return the values of a manifest that are not about files: step, max_steps, ended, automatic.
 
     Raises:
         ValueError: no readable manifest.
@@ -180,7 +188,7 @@ def manifest_facts(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, *, hashes: bool = True) -> str:
-    """Say what makes a folder no whole resume state, "" for a whole one.
+    """Return why a folder is no complete resume state, "" for a complete one.
 
     Args:
         folder: checkpoint-N.
@@ -204,83 +212,46 @@ def damage(folder: Path, *, hashes: bool = True) -> str:
 
 
 def states(folder: Path) -> list[Path]:
-    """Folders named as resume states, newest first; whole or not."""
+    """Return the folders that are named as resume states, newest first; complete or not."""
     found = [(match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    ordered = sorted(found, key=lambda one: (int(one[0][1]), one[0][2] is None), reverse=True)
+    ordered = sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)
     return [path for _, path in ordered if path.is_dir()]
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest whole resume state of a run folder, and what is wrong with each newer one by its name."""
-    torn: dict[str, str] = {}
+    """Return the newest complete resume state of a run folder, and by its name the damage of each newer one."""
+    damaged: dict[str, str] = {}
     for state in states(folder):
         reason = damage(state)
         if not reason:
-            return state, torn
-        torn[state.name] = reason
-    return None, torn
-
-
-def remove_state(folder: Path) -> None:
-    """Remove a resume state; stopped halfway, what is left is not taken for a torn one."""
-    aside = folder if folder.name.endswith(_PARTIAL) else folder.with_name(folder.name + _PARTIAL)
-    if aside != folder:
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what stopped saves and removals have left."""
-    for path in folder.glob(f"checkpoint-*{_PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def rotate(folder: Path, newest: Path, limit: int | None, protected: str | None = None) -> None:
-    """Remove older states, now that a newer one is published.
-
-    Args:
-        folder: the run folder.
-        newest: the state just published; it is kept whatever the limit.
-        limit: states to keep (`save_total_limit`); None or 0 for all. Torn ones do not count, and go first.
-        protected: a state that is kept in addition, as the best one.
-    """
-    if not limit or limit < 1:
-        return
-    others = [one for one in states(folder) if one != newest and str(one) != protected]
-    torn = [one for one in others if damage(one, hashes=False)]
-    whole = [one for one in others if one not in torn]
-    room = max(0, limit - 1 - (protected is not None and protected != str(newest)))
-    for state in [*torn, *whole[room:]]:
-        remove_state(state)
+            return state, damaged
+        damaged[state.name] = reason
+    return None, damaged
 
 
 # ---- space ----------------------------------------------------------------------------------------------------------------
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensor_bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def state_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, optimizer_name: str | None = None
 ) -> int:
-    """Bytes of a resume state: parameters, buffers and optimizer states.
+    """Return the bytes of a resume state: parameters, buffers and optimizer states.
 
     Args:
         model: the student.
         optimizer: whose states are counted, where it has any.
         optimizer_name: TrainingArguments' `optim`, for states that are not there yet, counted as Adam's; None for none.
     """
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    held = sum(t.numel() * t.element_size() for t in _tensors(dict(optimizer.state))) if optimizer is not None else 0
+    size = _tensor_bytes([*model.parameters(), *model.buffers()])
+    held = _tensor_bytes(dict(optimizer.state)) if optimizer is not None else 0
     if not held and optimizer_name is not None:
         width = 1 if "8bit" in optimizer_name else 4
         held = 2 * width * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -288,12 +259,12 @@ def state_bytes(
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path itself, or the nearest folder above it that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
 
 
 def disk_is_full(folder: Path, needed: int) -> str:
-    """A sentence part that says how much to free where `needed` bytes do not fit, "" where they do."""
+    """Return a sentence part that says how much to free where `needed` bytes do not fit, "" where they do."""
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free >= needed:
         return ""
@@ -305,33 +276,35 @@ def reserve_space(folder: Path, size: int) -> None:
 
     A run that has no state yet loses everything when another program fills the disk. `release_space` gives the bytes back.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # not os.posix_fallocate: where a file system knows no fallocate (NFS 3), glibc writes a byte into every block instead
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if allocate is None:
         return
     allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    with (folder / _RESERVED).open("wb") as file:
-        done = allocate(file.fileno(), 0, 0, size) == 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _RESERVED).open("wb") as file:
+            done = allocate(file.fileno(), 0, 0, size) == 0
+    except OSError:  # the first state will say what is wrong with the disk
+        done = False
     if not done:
         release_space(folder)
 
 
 def release_space(folder: Path) -> bool:
     """Give back what `reserve_space` holds, also what a killed run has left; returns whether there was anything."""
-    held = folder / _RESERVED
-    found = held.exists()
-    held.unlink(missing_ok=True)
+    found = (folder / _RESERVED).exists()
+    (folder / _RESERVED).unlink(missing_ok=True)
     return found
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written, by whatever library it comes."""
+    """Whether an error says that a file could not be written, whichever library raises it."""
     if isinstance(error, OSError):
         return error.errno in _DISK_ERRORS
     if isinstance(error, SafetensorError):
         return "os error" in str(error) or "I/O error" in str(error)
-    # torch's zip writer: "unexpected pos", "file write failed", behind an error of the disk
+    # torch's zip writer raises "unexpected pos" or "file write failed" after an error of the disk, without its errno
     return isinstance(error, RuntimeError) and any(
         part in str(error) for part in ("inline_container", "PytorchStreamWriter")
     )

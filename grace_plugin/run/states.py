@@ -1,8 +1,8 @@
-"""The resume states of a run: when one is written, what it holds, and which one a run goes on from.
+"""The resume states of a run: when one is written, what it contains, and which one a run continues from.
 
 All ranks write their part of a state, rank 0 publishes it (see `resume.py`), and all agree on whether it was. A state that does
-not fit on the disk costs the run nothing: what was written of it is removed, the states before it stay, a warning says how much
-to free, and training goes on.
+not fit on the disk does not end the run: its partial folder is removed, the states before it stay, a warning says how much to
+free, and training continues.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def check_resume_options(resumes: bool, allowed: Sequence[str], minutes: float |
 
 
 def choose_state(asked: bool | str | os.PathLike[str], folder: Path) -> Path:
-    """The whole resume state to go on from.
+    """Return the complete resume state to continue from.
 
     Args:
-        asked: True for the newest whole one of `folder`, or a state by its path.
+        asked: True for the newest complete one of `folder`, or a state by its path.
         folder: the run folder.
 
     Raises:
-        ValueError: there is none, or the one asked for by name is not whole.
+        ValueError: there is none, or the one asked for by name is not complete.
     """
     if not isinstance(asked, bool):
         state = Path(asked)
@@ -100,7 +100,7 @@ def choose_state(asked: bool | str | os.PathLike[str], folder: Path) -> Path:
 
 
 def has_ended(state: Path) -> bool:
-    """Whether a whole state is one of a run that has trained to its end."""
+    """Whether a complete state is one of a run that has trained to its end."""
     facts = manifest_facts(state)
     return bool(facts.get("ended")) or facts.get("step", 0) >= facts.get("max_steps", 1) > 0
 
@@ -118,12 +118,12 @@ def _is_end_of(state: Path, step: int) -> bool:
 
 
 def read_state(state: Path) -> tuple[dict[str, Any], TrainerState]:
-    """What GRACE and Trainer have written into a whole state."""
+    """Return what GRACE and Trainer have written into a complete state."""
     return json.loads((state / STATE_FILE).read_text()), TrainerState.load_from_json(str(state / TRAINER_STATE))
 
 
 def _from_first_rank(value: Any) -> Any:
-    """Rank 0's value on every rank; each takes part."""
+    """Return rank 0's value on every rank; collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     held = [value]
@@ -134,15 +134,13 @@ def _from_first_rank(value: Any) -> Any:
 class ResumeStates:
     """The states that a trainer writes and reads in its `args.output_dir`.
 
-    automatic: whether they are written by the clock; the newest alone is kept then.
+    automatic: whether `save_strategy` was left at its default: states are written by the clock, and only the newest is kept.
     """
 
     def __init__(self, trainer: GraceTrainer, *, automatic: bool = False) -> None:
         self.trainer, self.automatic = trainer, automatic
-        self.kept: Path | None = None  # the newest state that is known to be whole
-        self._written: tuple[int, bool] | None = (
-            None  # step of the latest that this process wrote, and whether it ended
-        )
+        self.kept: Path | None = None  # the newest state that is known to be complete
+        self._written: tuple[int, bool] | None = None  # step of the latest state of this process, and whether it ended
 
     @property
     def folder(self) -> Path:
@@ -150,7 +148,7 @@ class ResumeStates:
         return Path(self.trainer.args.output_dir)
 
     def choose(self, asked: bool | str | os.PathLike[str]) -> Path:
-        """See `choose_state`; the same one on every rank."""
+        """Return the state of `choose_state`, the same one on every rank."""
         device = self.trainer.args.device
         mine = run_on_all_ranks(
             lambda: choose_state(asked, self.folder) if self.trainer.args.process_index == 0 else None, device
@@ -206,7 +204,7 @@ class ResumeStates:
             )
 
     def release(self) -> None:
-        """Give back the space that is reserved for a first state; the run writes none any more."""
+        """Give back the space that is reserved for a first state, at the end of a run."""
         if self.trainer.args.process_index == 0:
             release_space(self.folder)
 
@@ -220,7 +218,7 @@ class ResumeStates:
         trainer = self.trainer
         step, writer = trainer.state.global_step, trainer.args.should_save
         if self._written in ((step, ended), (step, True)):
-            return self.kept  # the end of an epoch asks again for the state of its last step
+            return self.kept  # Trainer asks again for the state of a step at the end of an epoch
         if ended and self.kept is not None and _from_first_rank(writer and _is_end_of(self.kept, step)):
             return self.kept
         final = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -228,7 +226,7 @@ class ResumeStates:
         needed = self._size(weights_only)
 
         def write() -> str:
-            """Rank 0's folder exists before the others write into it."""
+            """Write this rank's part; rank 0 has made the folder in `begin`, and all ranks have waited for it."""
             return self._tried(lambda: self._write(partial, weights_only), needed) if not problem else problem
 
         def begin() -> str:
@@ -271,7 +269,7 @@ class ResumeStates:
         return final
 
     def _tried(self, work: Any, needed: int) -> str:
-        """Do it; an error of the disk is returned as a sentence part, any other raised."""
+        """Do `work`; an error of the disk is returned as a sentence part, any other is raised."""
         try:
             work()
         except Exception as error:
@@ -282,7 +280,7 @@ class ResumeStates:
         return ""
 
     def _agreed(self, part: Any) -> str:
-        """What stopped a part on any rank, "" where nothing did; collective and unconditional."""
+        """Return what stopped a part on any rank, "" where nothing did; collective and unconditional."""
         device = self.trainer.args.device
         problem = run_on_all_ranks(part, device)
         if not (dist.is_available() and dist.is_initialized()):
@@ -292,7 +290,7 @@ class ResumeStates:
         return problem or ("another rank could not write its part" if any_problem.item() else "")
 
     def _write(self, folder: Path, weights_only: bool) -> None:
-        """This rank's part: Trainer's files in Trainer's order, with `trainer_state.json` last."""
+        """Write this rank's part: Trainer's files in Trainer's order, with `trainer_state.json` last."""
         trainer = self.trainer
         if trainer.args.should_save:
             trainer._save(str(folder))
