@@ -2,8 +2,8 @@
 
 The file is written into the run folder when the run begins, and without local paths into the checkpoint. It contains the
 arguments of `train` that differ from their defaults, the recipe, the training arguments, the sources of model, teacher and
-dataset with a fingerprint of each, and the versions. Python objects (a loaded model, a list of samples) cannot be written: their
-entry is `given: true`, and they have to be given again.
+dataset with a fingerprint of each, and the versions. Python objects (a loaded model, a list of samples) cannot be written:
+their entry is `given: true`, and they have to be given again.
 """
 
 from __future__ import annotations
