@@ -27,6 +27,7 @@ def run(name: str, args: Namespace) -> int:
     """
     from grace_plugin.run.outputs import kept_streams
 
+    # a closed pipe (`grace train ... | head`) must not end a run of hours
     with kept_streams():
         try:
             command_of(name)(args)
@@ -114,6 +115,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
     from grace_plugin.run.train import train
 
+    # so that --set model=... is not taken for a training argument that does not exist
     own = [name for name, one in inspect.signature(train).parameters.items() if one.kind is not one.VAR_KEYWORD]
     found = dict(given)
     for name, value in given.items():
@@ -133,6 +135,7 @@ def _show(verification: Mapping[str, Any]) -> None:
 
 def _show_result(result: Any) -> None:
     """Print the proofs and the folder of a checkpoint, in the first of several processes."""
+    # RANK and not torch.distributed, whose process group has ended by now
     if os.environ.get("RANK", "0") == "0":
         _show(result.verification)
         print(f"verified checkpoint: {result.checkpoint}")
@@ -160,20 +163,11 @@ def _train(args: Namespace) -> None:
         )
     from_file = read_yaml_mapping(args.config, "file of training arguments") if args.config else {}
     given = _settings(from_file) | _settings(_pairs(args.settings))
-    read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})  # before a dataset is read
-    names = (
-        "model",
-        "teacher",
-        "max_length",
-        "max_pixels",
-        "max_bad_samples",
-        "packing",
-        "resume_from_checkpoint",
-        "allow_resume_changes",
-        "save_minutes",
-        "save_on_signal",
-    )
-    given |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    # before a dataset is read, which may take minutes
+    read_arguments({name: value for name, value in given.items() if name not in _SWITCHES})
+    names = "model teacher max_length max_pixels max_bad_samples packing resume_from_checkpoint allow_resume_changes"
+    names += " save_minutes save_on_signal"
+    given |= {name: value for name in names.split() if (value := getattr(args, name)) is not None}
     if args.special_tokens:
         given["special_tokens"] = args.special_tokens
     if args.recipe is not None:

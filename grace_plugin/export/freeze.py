@@ -28,6 +28,7 @@ def freeze_layers(groups: Sequence[QuantizedLayerGroup]) -> tuple[dict[str, tupl
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
     differing: dict[str, int] = {}
     for group in groups:
+        # Compared layer by layer: the dense weights of all layers at once would double the model's memory.
         codes = group.freeze()
         differing |= group.count_forward_mismatches(codes)
         frozen |= codes
@@ -79,5 +80,6 @@ def set_upstream_scales(model: Any, frozen: Mapping[str, tuple[Tensor, Tensor]],
     for name, (_, scale) in frozen.items():
         # a new Parameter, because assigning to the old one's data would keep its dtype
         model.get_submodule(name).weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
+    # every sub-config: transformers loads each tower in the dtype that its own config names
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
         config.dtype = dtype

@@ -87,6 +87,7 @@ def rehearse_save(
         FileExistsError: something is at the destination.
         ValueError: something that the save needs is missing or cannot be used.
     """
+    # first what costs nothing: a full disk is reported before a processor is loaded
     if output_dir is not None:
         check_space(rehearse(output_dir, run_folder), checkpoint_bytes(model))
     name = str(getattr(model, "name_or_path", ""))
@@ -132,6 +133,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
     A model whose layers have no scheme yet is counted with 4 bits a weight, the least that it may need.
     """
+    # by identity of the weight, since `parameters()` gives no modules and names tied weights once
     modules: list[Any] = list(model.modules())
     schemes: dict[int, Any] = {
         id(module.weight): format_of(module.quantization_scheme.weights, torch.bfloat16)

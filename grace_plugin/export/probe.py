@@ -97,6 +97,7 @@ def _noise_sample() -> dict[str, Any]:
     """Return one sample with an image of seeded noise; the global random state is left as it was."""
     from PIL import Image
 
+    # a generator of its own: the global random state is part of what a resumed run must repeat
     noise = torch.randint(0, 256, (*_SQUARES, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     noise = noise.repeat_interleave(_SIDE, dim=0).repeat_interleave(_SIDE, dim=1)
     user = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
@@ -111,6 +112,7 @@ def _noise_sample() -> dict[str, Any]:
 
 def _token_ids(model: Any) -> dict[str, Tensor]:
     """Return seeded token ids [1, 32], none of them a placeholder of an image or video."""
+    # a placeholder without pixels is an error in every family
     placeholders = set(family_of(model).token_ids(model.config).values())
     rows = model.get_input_embeddings().weight.shape[0]
     allowed = torch.tensor([i for i in range(rows) if i not in placeholders])
@@ -132,6 +134,7 @@ def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     A probe without labels, or without a supervised token, is read at its last positions.
     """
     device = next(p.device for p in model.parameters())
+    # without dropout, or the logits would differ from pass to pass
     was_training = model.training
     model.eval()
     inputs = {k: v.to(device) for k, v in probe.items() if k != "labels"}

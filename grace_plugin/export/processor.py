@@ -94,6 +94,7 @@ def plan_processor(source: Path, processor: Any, rows: int) -> ProcessorFiles:
         raise ValueError(f"cannot read the processor files of {source}: {error}") from error
     if processor is None:
         return ProcessorFiles("source" if own else "none", own)
+    # compared as the files that they save, because processors define no equality
     given, loaded = _saved(processor), _loaded(source, processor)
     expected = _saved(loaded) if loaded is not None else {}
     if loaded is not None and _comparable(given) == _comparable(expected):

@@ -35,6 +35,7 @@ def run_on_all_ranks(work: Callable[[], T], device: torch.device | str = "cpu") 
     if several and dist.get_backend() == "nccl":
         device = "cuda"  # NCCL reduces nothing in host memory, to which a save may have moved the model
     failures = torch.tensor(float(error is not None), device=device)
+    # unconditional: a rank that skipped this because of its own error would leave the others waiting
     if several:
         dist.all_reduce(failures)
     if error is not None:

@@ -83,6 +83,7 @@ def dense_digests(model: nn.Module, quantized: set[str]) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Return the versions and the device on which it depends whether two runs give the same bits."""
+    # threads and capability: they change the order in which oneDNN sums, and so the last bits
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     packages = ("torch", "transformers", "compressed-tensors", "llmcompressor")
     return {
@@ -117,7 +118,7 @@ def fingerprint(source: str | Path, revision: str = "main") -> dict[str, str] | 
     """Return the commit of a hub snapshot or the digests of a folder's config and weights; None where it has neither."""
     try:
         return open_checkpoint(str(source), revision).fingerprint()
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):  # not a reason to lose a trained model
         return None
 
 
@@ -151,6 +152,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: unreadable, no JSON, without its hash, or edited.
     """
     try:
+        # before it is read: a large file under this name must not fill the memory
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.name} is larger than any record ({path.stat().st_size} bytes)")
         text = path.read_bytes().decode()  # not `read_text`, for which another line ending is the same text
@@ -176,6 +178,7 @@ def files_below(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        # a link to a folder counts as a file, so that it is reported as unknown
         if name in (RECORD, VERIFICATION) or is_description(name) or (path.is_dir() and not path.is_symlink()):
             continue
         try:
@@ -271,6 +274,7 @@ def _fields(recorded: Any, found: Any, name: str) -> list[str]:
         for key in sorted(recorded.keys() | found.keys()):
             nested += _fields(recorded.get(key, _ABSENT), found.get(key, _ABSENT), f"{name}.{key}" if name else key)
         return nested
+    # types too: 1, 1.0 and True are equal in Python, and not to those who read the file
     if type(recorded) is type(found) and recorded == found:
         return []
     return [f"{name or 'all of it'} (recorded {_shown(recorded)}, found {_shown(found)})"]

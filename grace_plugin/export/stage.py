@@ -71,23 +71,16 @@ def check_destination(output_dir: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{path} is a symbolic link to {os.readlink(path)}, which does not exist; create that folder or remove the link"
         )
+    # _INSIDE is what a killed run has left; it is replaced
     if path.exists() and (not path.is_dir() or any(entry.name != _INSIDE for entry in path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another output_dir or remove it")
     return path
 
 
-def _name_limit(path: Path) -> int:
-    near = next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))
-    try:
-        return os.pathconf(near, "PC_NAME_MAX")
-    except (OSError, ValueError):
-        return 255
-
-
-def _check_names(path: Path, name: str | None = None) -> None:
-    for part in [name] if name else path.parts:
+def _check_names(path: Path) -> None:
+    for part in path.parts:
         length = len(os.fsencode(part))
-        if length > 255 and length > _name_limit(Path("/")):
+        if length > 255:
             raise ValueError(
                 f"the name {part[:60]!r}... has {length} bytes, more than a file system takes; use a shorter one"
             )
@@ -100,11 +93,13 @@ def locate(output_dir: str | os.PathLike[str]) -> Destination:
         FileExistsError, ValueError: as `check_destination`.
     """
     path = check_destination(output_dir)
+    # resolved, because renaming onto a symbolic link would replace the link
     folder = path.resolve()
     if folder.is_dir():
         return Destination(path, folder, folder / _INSIDE, True)
+    # next to the destination, so that both are on one file system: a rename is atomic only there
     name = f".{folder.name}.partial"
-    if len(os.fsencode(name)) > 255:
+    if len(os.fsencode(name)) > 255:  # the destination's own name may have 255 bytes
         name = f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:32]}.partial"
     return Destination(path, folder, folder.with_name(name), False)
 
@@ -118,7 +113,7 @@ def rehearse(output_dir: str | os.PathLike[str], run_folder: str | os.PathLike[s
     """
     found = locate(output_dir)
     if run_folder is not None:
-        _check_names(Path(run_folder), Path(run_folder).name)
+        _check_names(Path(run_folder))
     if not is_writer() or os.environ.get("RANK", "0") != "0":  # torchrun sets RANK before the process group exists
         return found
     if found.stage.is_symlink() or (found.stage.exists() and not found.stage.is_dir()):

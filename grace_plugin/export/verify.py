@@ -81,6 +81,7 @@ def each_packed_layer(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Return copies of codes and scales of every layer that is loaded in packed form, by module name."""
+    # copies, because the first forward pass replaces the packed tensors by dense weights
     return {name: (codes.clone(), scales.clone()) for name, codes, scales in each_packed_layer(model)}
 
 
@@ -96,6 +97,7 @@ def check_against_run(folder: Path, frozen: Mapping[str, tuple[Tensor, Tensor]])
     stored = packed_layers(model)
     codes_differing = scales_differing = 0
     for name, (codes, scales) in frozen.items():
+        # a layer that was not stored differs in every element
         found_codes, found_scales = stored.get(name, (codes.new_full((1,), -128), scales.new_full((1,), -1)))
         codes_differing += _differing(codes, found_codes)
         scales_differing += _differing(scales, found_scales)
@@ -140,6 +142,7 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
     try:
         return _verify(folder, record, Path(source) if source is not None else None)
     except (KeyError, TypeError, AttributeError) as error:
+        # whoever edits a record and computes its hash again may leave out any field
         sentence = f"{RECORD} is not what GRACE writes: {type(error).__name__} {str(error)[:100]}"
         return _conclude(folder, {"failed": ["record"]}, [sentence])
 
@@ -148,6 +151,7 @@ def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[s
     result, sentences = compare_files(folder, record)
     if source is not None:
         sentences += _compare_source(folder, record, source, result)
+    # changed weights are loaded all the same, to name the layers
     if set(result["failed"]) - {"weights_changed"}:
         return _conclude(folder, result, sentences)
     try:
@@ -292,6 +296,7 @@ def _conclude(folder: Path, result: dict[str, Any], sentences: list[str]) -> dic
             sentences.append(str(error))
     result["verified"] = not failed
     if is_writer():
+        # a checkpoint on a read-only file system can be verified too
         try:
             write_sealed(folder / VERIFICATION, result)
         except OSError as error:

@@ -99,6 +99,7 @@ class VerifiedSave:
         if not kwargs.get("save_compressed", True):
             raise ValueError("a GRACE checkpoint is written packed; call save_pretrained without save_compressed=False")
         device = next(self.model.parameters()).device
+        # on every rank: nodes may see different file systems
         destination = run_on_all_ranks(lambda: locate(output_dir), device)
         needed = checkpoint_bytes(self.model)
 
@@ -120,7 +121,7 @@ class VerifiedSave:
             verification = run_on_all_ranks(lambda: check_against_run(destination.stage, self.run.frozen), device)
             run_on_all_ranks(rename, device)
             return verification
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             if is_writer():
                 destination.clear()
             raise

@@ -48,6 +48,7 @@ class ComparedCheckpoint:
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_pretrained(self.path, dtype="auto").eval()
+        # experts held as one parameter become linears, as B has them
         family_of(model).unfuse_experts(model)
         return model
 

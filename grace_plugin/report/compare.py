@@ -129,6 +129,7 @@ def compare_checkpoints(
     collator = ConversationCollator(pair.a.processor, max_length)
     given: Any = load_samples(os.fspath(dataset), images) if isinstance(dataset, str | os.PathLike) else dataset
     samples = draw_samples(given, len(given) if limit is None else limit, seed)
+    # from here on samples are collated: everything that can be refused without that has been
     prepared, usable = _usable(samples, collator)
     text_only = _text_only(samples, usable, collator, pair)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grace_plugin.export.stage import check_destination
+from grace_plugin.export.stage import locate
 from grace_plugin.report.charts import bar_chart, has_matplotlib
 
 __all__ = ["PAGE", "REPORT", "label", "write_comparison", "write_report"]
@@ -61,24 +60,22 @@ def write_report(folder: Path, template: str, report: Mapping[str, Any], **shown
     Raises:
         FileExistsError: the folder holds something.
     """
-    check_destination(folder)
+    destination = locate(folder)
+    # strict: a field that a report lacks is an error, not an empty cell
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"label": label, "percent": _percent, "points": _points, "nats": _nats}
     text = environment.get_template(template).render(report=report, has_charts=has_matplotlib(), **shown)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    destination.clear()
     try:
-        partial.mkdir(parents=True)
-        (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        destination.stage.mkdir(parents=True)
+        (destination.stage / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         # samples may hold lone surrogates, which UTF-8 has no bytes for
-        (partial / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        (destination.stage / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
+        destination.publish()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        destination.clear()
         raise
     return folder / PAGE
 

@@ -92,6 +92,7 @@ class LayerErrors:
 
     def _squares(self, error: Tensor, reference: Tensor, *, by_token: bool) -> Tensor:
         """Sum the squares of errors and references (float32 [tokens, width]) over all, visual and text tokens: [3, 2]."""
+        # float64: the sums run over all tokens of a data set
         both = torch.stack([x.square().sum(dim=1, dtype=torch.float64) for x in (error, reference)], dim=1)
         if by_token:
             return self.masks @ both
@@ -127,6 +128,7 @@ class LayerErrors:
                 # (W_B - W_A) x rather than W_B x - W_A x, whose difference would be rounding of two large products
                 gap = other.weight.float() - module.weight.float()
                 bias = None if module.bias is None else other.bias.float() - module.bias.float()
+                # float32: in BF16 the product of a small difference would be lost to rounding
                 error = nn.functional.linear(given.reshape(-1, given.shape[-1]).float(), gap, bias)
                 self.sums[name] += self._squares(error, out.reshape(-1, out.shape[-1]).float(), by_token=by_token)
 

@@ -91,6 +91,7 @@ class PairRunner:
             (1, self.layers.running_b),
             (0, self.layers.running_a),
         ):  # A's hooks compare with B's outputs
+            # one position of logits, which nobody reads: the heads are applied to supervised positions only
             with capture(self.decoders[side]) as caught, hooks() if measure_layers else nullcontext():
                 self.models[side](**inputs, use_cache=False, logits_to_keep=1)
             assert caught.final is not None
@@ -117,6 +118,7 @@ class PairRunner:
                 start=answer_start(batch["labels"][place]),
             )
             parts = {"kl": own.kl, "label": label, "top_a": own.top_a, "top_b": own.top_b}
+            # the number breaks ties, so that equal runs keep the same samples
             heapq.heappush(self._heap, (record.mean, -number, {key: part.tolist() for key, part in parts.items()}))
             if len(self._heap) > self.worst:
                 heapq.heappop(self._heap)

@@ -48,6 +48,7 @@ def type_of(sample: Mapping[str, Any], set_name: str | None = None) -> tuple[str
 
 def set_types(records: Sequence[SampleComparison], types: Mapping[int, tuple[str, str]]) -> None:
     """Set the group of each record to its type."""
+    # an id such as a file name begins differently in each sample, which is no type
     beginnings = {said for where, said in types.values() if where == "id"}
     for record in records:
         where, said = types[record.number]

@@ -20,6 +20,7 @@ __all__ = ["prompt_text", "text_only_sample"]
 
 
 def _supervised(batch: Mapping[str, Tensor]) -> list[int]:
+    # the first token is never predicted
     labels = batch["labels"][0, 1:]
     return labels[labels != IGNORE_INDEX].tolist()
 

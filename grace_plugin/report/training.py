@@ -58,6 +58,7 @@ def _find(run: Path) -> Path | None:
     for folder in (run, run_folder(run)):
         if (folder / METRICS).is_file():
             return folder / METRICS
+        # by number: as text checkpoint-10 comes before checkpoint-9
         states = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda path: _numbered(path.parent))
         found = [folder / STATE, *states[-1:]]
         for path in found:
@@ -70,7 +71,7 @@ def read_log(run: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
     """Return the file and the entries of a run's log, each with its optimizer step.
 
     Args:
-        run: the run's output_dir, its `.run` folder, a checkpoint of it, or one of the two files.
+        run: the run's output_dir, its `.run` folder, a resume state in it, or one of the two files.
 
     Raises:
         ValueError: no log there, or nothing logged yet.
@@ -78,7 +79,7 @@ def read_log(run: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
     path = _find(Path(run))
     if path is None:
         raise ValueError(
-            f"no log of a training at {os.fspath(run)!r}: neither {METRICS} nor a checkpoint's {STATE} there or in "
+            f"no log of a training at {os.fspath(run)!r}: neither {METRICS} nor a resume state's {STATE} there or in "
             f"{run_folder(run)}. Give the output_dir of `grace train`, or two checkpoints with --compare A B --dataset FILE"
         )
     text = path.read_text(encoding="utf-8")

@@ -91,6 +91,7 @@ def ask(
         "return_token_ids": True,
     }
     if top:
+        # ids, because several tokens may have the same text
         body |= {"logprobs": True, "top_logprobs": top, "return_tokens_as_token_ids": True}
     request = urllib.request.Request(
         url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

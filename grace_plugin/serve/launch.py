@@ -151,6 +151,7 @@ def _must_exist(checkpoint: Path, python: Path) -> None:
 
 
 def _free_port() -> int:
+    # Another process may take it before vLLM does; vLLM then ends, and `serve` raises with its message.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

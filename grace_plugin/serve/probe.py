@@ -140,6 +140,7 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
         logprobs = [step[token] for step, token in zip(top, ids, strict=True)]
         answer = Probed(said.text, list(one.prompt_token_ids), ids, logprobs, top)
         answers.append(asdict(answer))
+    # or the next engine of this process finds the memory of this one taken
     del engine
     cleanup_dist_env_and_memory()
     return answers

@@ -150,7 +150,7 @@ def test_training__no_metrics_file__trainer_state_is_read(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        (None, "", r"no log of a training at .*neither metrics.jsonl nor a checkpoint's trainer_state.json"),
+        (None, "", r"no log of a training at .*neither metrics.jsonl nor a resume state's trainer_state.json"),
         ("metrics.jsonl", "", "holds no logged step yet"),
         ("metrics.jsonl", "nonsense\n", "is not the log of a training"),
         ("trainer_state.json", "[]", "is not the log of a training"),
