@@ -13,8 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command_of", "run"]
-
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _LONGEST = 4000  # characters of a message
 

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-__all__ = ["report"]
-
 
 def report(args: Namespace) -> None:
     """Write the report that was asked for, and print its summary.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.trainable import release_masters
 
-__all__ = ["cast_parameters", "freeze_layers", "freeze_model", "set_upstream_scales"]
-
 
 def freeze_layers(groups: Sequence[QuantizedLayerGroup]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, int]]:
     """Read codes and scales of all layers, and prove that the forward pass multiplies by exactly these.

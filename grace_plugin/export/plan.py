@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grace_plugin.export.probe import Probe, make_probe
-from grace_plugin.export.processor import ProcessorFiles, left_out, plan_processor, source_folder
+from grace_plugin.export.processor import (
+    ProcessorFiles,
+    first_line,
+    left_out,
+    plan_processor,
+    saved_files,
+    source_folder,
+)
 from grace_plugin.export.record import GENERATION, provenance
 from grace_plugin.export.stage import check_space, rehearse
 from grace_plugin.schemes import format_of
-
-__all__ = ["ExportPlan", "RunToExport", "checkpoint_bytes", "rehearse_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +46,9 @@ class ExportPlan:
     run_file: str | None = None
 
 
-class RunToExport(Protocol):
-    """What a save reads of a run; a `GraceModifier` has it, which this package does not import: it is called by it."""
-
-    teacher: Any
-    export_plan: Any
-
-    @property
-    def frozen(self) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Codes and scales by layer name."""
-
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """Dtype of the checkpoint."""
-
-    @property
-    def objective(self) -> Any:
-        """The objective, whose `state_dict()` and `forward_proof` are recorded."""
-
-
 def rehearse_save(
     model: Any,
-    run: RunToExport,
+    run: Any,
     *,
     processor: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -76,7 +60,7 @@ def rehearse_save(
 
     Args:
         model: the student, with a real `name_or_path`.
-        run: the GraceModifier of the run, which keeps the plan.
+        run: the GraceModifier of the run, which keeps the plan. Modifiers call this package, so it imports none.
         processor: what the run trains with, and so what is saved; the student's own by default.
         output_dir: where the checkpoint will go, if that is known: stage, rename and free space are tried there.
         run_folder: where the run's own files will go.
@@ -94,7 +78,9 @@ def rehearse_save(
     source = source_folder(name)
     given = plan_processor(source, processor, model.get_input_embeddings().weight.shape[0])
     reads = processor if processor is not None else _processor_of(model)
-    _try_config(model)
+    saved_files(
+        copy.deepcopy(model.config), "student's config"
+    )  # transformers refuses some; found before the first step
     plan = ExportPlan(
         probe=make_probe(model, reads, probe),
         processor=given,
@@ -152,19 +138,6 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return int(total)
 
 
-def _try_config(model: Any) -> None:
-    """Save a copy of the model's config to a temporary folder.
-
-    Raises:
-        ValueError: transformers refuses to write it; its own words.
-    """
-    with tempfile.TemporaryDirectory(prefix="grace-config-") as folder:
-        try:
-            copy.deepcopy(model.config).save_pretrained(folder)
-        except Exception as error:
-            raise ValueError(f"the student's config cannot be saved: {_first_line(error)}") from error
-
-
 def _generation(model: Any, source: Path) -> bytes | None:
     """Return generation_config.json of the checkpoint; None for a model without one.
 
@@ -183,18 +156,5 @@ def _generation(model: Any, source: Path) -> bytes | None:
                 # Copied, not saved: models are shipped with settings that transformers reads and refuses to write.
                 return file.read_bytes()
         except Exception as error:
-            raise ValueError(f"{file} cannot be read: {_first_line(error)}; repair or remove it") from error
-    if own is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="grace-generation-") as folder:
-        try:
-            own.save_pretrained(folder)
-        except Exception as error:
-            raise ValueError(
-                f"the student's generation_config cannot be saved: {_first_line(error)}; correct model.generation_config"
-            ) from error
-        return (Path(folder) / GENERATION).read_bytes()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ValueError(f"{file} cannot be read: {first_line(error)}; repair or remove it") from error
+    return None if own is None else saved_files(own, "student's generation_config")[GENERATION]

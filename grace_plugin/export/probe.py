@@ -18,17 +18,6 @@ from torch import Tensor, nn
 from grace_plugin.data import ConversationCollator
 from grace_plugin.vlm import family_of
 
-__all__ = [
-    "POSITIONS",
-    "Probe",
-    "attention_of",
-    "check_finite",
-    "make_probe",
-    "probe_logits",
-    "read_probe",
-    "write_probe",
-]
-
 logger = logging.getLogger(__name__)
 
 POSITIONS = 16

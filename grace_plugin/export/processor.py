@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ProcessorFiles", "is_processor_file", "left_out", "plan_processor", "processor_files", "source_folder"]
-
 _TEMPLATES = "additional_chat_templates"
 # what transformers and vLLM read tokenizers, processors and chat templates from
 _KNOWN = re.compile(
@@ -95,8 +93,8 @@ def plan_processor(source: Path, processor: Any, rows: int) -> ProcessorFiles:
     if processor is None:
         return ProcessorFiles("source" if own else "none", own)
     # compared as the files that they save, because processors define no equality
-    given, loaded = _saved(processor), _loaded(source, processor)
-    expected = _saved(loaded) if loaded is not None else {}
+    given, loaded = saved_files(processor, "processor"), _loaded(source, processor)
+    expected = saved_files(loaded, "processor") if loaded is not None else {}
     if loaded is not None and _comparable(given) == _comparable(expected):
         return ProcessorFiles("source", own)
     _check_rows(processor, loaded, rows)
@@ -117,14 +115,22 @@ def _loaded(source: Path, processor: Any) -> Any:
         return None
 
 
-def _saved(processor: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory(prefix="grace-processor-") as folder:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def saved_files(holder: Any, name: str) -> dict[str, bytes]:
+    """Return what `holder.save_pretrained` writes, by relative name.
+
+    Raises:
+        ValueError: transformers refuses to write it; the sentence calls it `name`.
+    """
+    with tempfile.TemporaryDirectory(prefix="grace-saved-") as folder:
         try:
-            processor.save_pretrained(folder)
+            holder.save_pretrained(folder)
         except Exception as error:
-            raise ValueError(
-                f"the processor cannot be saved ({type(error).__name__}: {error}); repair it first"
-            ) from error
+            raise ValueError(f"the {name} cannot be saved: {first_line(error)}; repair it first") from error
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

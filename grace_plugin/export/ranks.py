@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["is_writer", "run_on_all_ranks"]
-
 T = TypeVar("T")
 
 

@@ -32,29 +32,6 @@ from grace_plugin.digest import file_digest, tensor_digest, value_digest
 from grace_plugin.export.processor import is_processor_file
 from grace_plugin.teacher.checkpoint import open_checkpoint
 
-__all__ = [
-    "CONFIG",
-    "GENERATION",
-    "PROBE",
-    "RECIPE",
-    "RECORD",
-    "RUN_FILE",
-    "VERIFICATION",
-    "checkpoint_digest",
-    "compare_files",
-    "dense_digests",
-    "environment",
-    "files_below",
-    "files_not_covered",
-    "fingerprint",
-    "is_description",
-    "is_local",
-    "provenance",
-    "read_sealed",
-    "seal",
-    "write_sealed",
-]
-
 RECORD, PROBE, VERIFICATION = "grace/record.json", "grace/probe.safetensors", "verification.json"
 RECIPE, GENERATION, CONFIG, RUN_FILE = "recipe.yaml", "generation_config.json", "config.json", "run.yaml"
 

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from grace_plugin.export.ranks import is_writer
 
-__all__ = ["Destination", "check_destination", "check_space", "locate", "rehearse", "sync"]
-
 _INSIDE = ".grace-partial"
 _RESERVE = 16 * 2**20  # bytes of free disk for the small files
 GIB = 2**30

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from grace_plugin.digest import tensor_digest
 from grace_plugin.export.probe import check_finite, probe_logits, read_probe
-from grace_plugin.export.processor import processor_files
+from grace_plugin.export.processor import first_line, processor_files
 from grace_plugin.export.ranks import is_writer
 from grace_plugin.export.record import (
     PROBE,
@@ -45,8 +45,6 @@ from grace_plugin.export.record import (
 from grace_plugin.quantizer.fake_quant import dequantize
 from grace_plugin.upstream import unpack_from_int32
 from grace_plugin.vlm import family_of
-
-__all__ = ["LOGIT_BOUND", "VerificationError", "check_against_run", "verify"]
 
 LOGIT_BOUND = {"bfloat16": 0.15, "float16": 0.02, "float32": 1e-4}
 """Largest difference of a logit in another environment, as a share of the largest recorded logit, by stored dtype.
@@ -86,31 +84,12 @@ def packed_layers(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def check_against_run(folder: Path, frozen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Verify a checkpoint against the codes and scales in memory, element by element, and write `verification.json`.
+    """Verify a checkpoint also against the codes and scales in memory, element by element; writes `verification.json`.
 
     Raises:
         VerificationError: lists the proofs that failed.
     """
-    record = read_sealed(folder / RECORD)
-    files, sentences = compare_files(folder, record)
-    model = load(folder)
-    stored = packed_layers(model)
-    codes_differing = scales_differing = 0
-    for name, (codes, scales) in frozen.items():
-        # a layer that was not stored differs in every element
-        found_codes, found_scales = stored.get(name, (codes.new_full((1,), -128), scales.new_full((1,), -1)))
-        codes_differing += _differing(codes, found_codes)
-        scales_differing += _differing(scales, found_scales)
-    result = {
-        **files,
-        "layers": len(frozen),
-        "layers_stored": len(stored),
-        "codes": sum(codes.numel() for codes, _ in frozen.values()),
-        "codes_differing": codes_differing,
-        "scales_differing": scales_differing,
-    }
-    _prove_model(record, result, model, stored, folder, recorded_here=True)
-    return _conclude(folder, result, sentences)
+    return _verify(folder, read_sealed(folder / RECORD), None, frozen)
 
 
 def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -147,7 +126,9 @@ def verify(checkpoint: str | Path, source: str | Path | None = None) -> dict[str
         return _conclude(folder, {"failed": ["record"]}, [sentence])
 
 
-def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[str, Any]:
+def _verify(
+    folder: Path, record: dict[str, Any], source: Path | None, frozen: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, Any]:
     result, sentences = compare_files(folder, record)
     if source is not None:
         sentences += _compare_source(folder, record, source, result)
@@ -158,9 +139,8 @@ def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[s
         model = load(folder)
         stored = packed_layers(model)
     except Exception as error:  # safetensors, transformers and compressed-tensors raise anything for damaged weights
-        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         result["failed"].append("load")
-        return _conclude(folder, result, [*sentences, f"the weights cannot be loaded: {text}"])
+        return _conclude(folder, result, [*sentences, f"the weights cannot be loaded: {first_line(error)}"])
     missing = [name for name in record["layers"] if name not in stored]
     hashes = {name: {"codes": tensor_digest(c), "scales": tensor_digest(s)} for name, (c, s) in stored.items()}
     differing = {
@@ -175,6 +155,11 @@ def _verify(folder: Path, record: dict[str, Any], source: Path | None) -> dict[s
         "layers_with_other_scales": len(differing["scales"]) + len(missing),
         "layers_differing": sorted({*differing["codes"], *differing["scales"], *missing}),
     }
+    if frozen is not None:
+        # a layer that was not stored differs in every element
+        pairs = [(of_run, stored.get(name, (of_run[0].new_zeros(0),) * 2)) for name, of_run in frozen.items()]
+        for place, kind in enumerate(("codes", "scales")):
+            result[f"{kind}_differing"] = sum(_differing(of_run[place], found[place]) for of_run, found in pairs)
     _prove_model(record, result, model, stored, folder, recorded_here=environment() == record["environment"])
     return _conclude(folder, result, sentences)
 

@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 from grace_plugin.digest import tensor_digest
-from grace_plugin.export.plan import ExportPlan, RunToExport, checkpoint_bytes, rehearse_save
+from grace_plugin.export.plan import ExportPlan, checkpoint_bytes, rehearse_save
 from grace_plugin.export.probe import attention_of, check_finite, probe_logits, write_probe
 from grace_plugin.export.processor import is_processor_file
 from grace_plugin.export.ranks import is_writer, run_on_all_ranks
@@ -43,10 +43,8 @@ from grace_plugin.export.verify import VerificationError, check_against_run
 from grace_plugin.upstream import modify_save_pretrained, running_output_dir
 from grace_plugin.vlm import family_of
 
-__all__ = ["VerifiedSave", "install_save", "rewrite_ignore", "save_checkpoint", "strip_paths"]
 
-
-def save_checkpoint(model: nn.Module, run: RunToExport, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def save_checkpoint(model: nn.Module, run: Any, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Write, verify and rename; returns the verification. Every rank calls it, rank 0 writes, all read it back.
 
     After a failure it can be called again, with another destination.
@@ -58,7 +56,7 @@ def save_checkpoint(model: nn.Module, run: RunToExport, output_dir: str | os.Pat
     return install_save(model, run).publish(output_dir, own_processor=False)
 
 
-def install_save(model: Any, run: RunToExport) -> VerifiedSave:
+def install_save(model: Any, run: Any) -> VerifiedSave:
     """Make `model.save_pretrained` write a verified checkpoint or nothing; returns what it has become.
 
     For upstream's own `oneshot(output_dir=...)`, and for users who save the model themselves.
@@ -74,13 +72,13 @@ class VerifiedSave:
 
     Args:
         model: the student. Where several ranks train on GPUs it is in host memory after a save.
-        run: what it was trained by.
+        run: the GraceModifier that it was trained by.
         compressed_save: llm-compressor's `save_pretrained` of this model.
     """
 
     _overridden = True  # llm-compressor's mark: it does not wrap this method again
 
-    def __init__(self, model: Any, run: RunToExport, compressed_save: Callable[..., None]) -> None:
+    def __init__(self, model: Any, run: Any, compressed_save: Callable[..., None]) -> None:
         self.model, self.run, self.compressed_save = model, run, compressed_save
         self.plan: ExportPlan = run.export_plan or rehearse_save(model, run)
 

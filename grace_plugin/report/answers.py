@@ -16,8 +16,6 @@ from grace_plugin.data import ConversationCollator
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.teacher.base import model_inputs
 
-__all__ = ["accepted", "answer_start", "answers"]
-
 MOST = 64
 """Largest number of generated tokens, where accepted answers are longer."""
 

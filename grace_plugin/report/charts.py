@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["bar_chart", "has_matplotlib", "line_chart"]
-
 COLOURS = ("#3f7fc1", "#d0702c", "#4f9a5f")  # readable on the light and on the dark page
 STYLES = ("-", "--", ":")
 GREY = "#808080"

@@ -11,8 +11,6 @@ from grace_plugin.data import processor_settings
 from grace_plugin.export.verify import load
 from grace_plugin.vlm import Family, family_of, shared_vocabulary
 
-__all__ = ["CheckpointPair", "ComparedCheckpoint", "read_pair"]
-
 SHAPE = (
     "hidden_size",
     "intermediate_size",

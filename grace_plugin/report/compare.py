@@ -36,8 +36,6 @@ from grace_plugin.report.samples import PairRunner, in_batches, worst_entries
 from grace_plugin.report.summary import by_modality, by_type, overall, set_types, type_of
 from grace_plugin.report.text_only import prompt_text, text_only_sample
 
-__all__ = ["compare_checkpoints"]
-
 
 class _TextOnly(NamedTuple):
     """samples: text-only samples by number. with_images: numbers of the samples that have images. said: for the report."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from grace_plugin.losses.distill import full_precision
 from grace_plugin.losses.fused_head_chunks import Head, cut, positions_per_chunk
 
-__all__ = ["TokenComparison", "compare_tokens", "head_of"]
-
 
 class TokenComparison(NamedTuple):
     """Values per position, in host memory.

@@ -16,8 +16,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from grace_plugin.export.stage import locate
 from grace_plugin.report.charts import bar_chart, has_matplotlib
 
-__all__ = ["PAGE", "REPORT", "label", "write_comparison", "write_report"]
-
 REPORT, PAGE = "report.json", "page.html"
 _KINDS = 12  # small charts of layer kinds
 _LISTED = 300  # layers in the page's table; report.json has all

@@ -28,8 +28,6 @@ from grace_plugin.export.verify import each_packed_layer
 from grace_plugin.quantizer import row_blocks
 from grace_plugin.schemes import format_of
 
-__all__ = ["LayerErrors", "stored_formats"]
-
 PARTS = ("all", "visual", "text")
 
 

@@ -19,8 +19,6 @@ from grace_plugin.report.layer_errors import LayerErrors
 from grace_plugin.teacher.base import model_inputs, supervised_positions
 from grace_plugin.vlm import Family, capture
 
-__all__ = ["PairRunner", "SampleComparison", "in_batches", "worst_entries"]
-
 
 @dataclass
 class SampleComparison:

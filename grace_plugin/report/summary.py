@@ -12,8 +12,6 @@ import torch
 
 from grace_plugin.report.samples import SampleComparison
 
-__all__ = ["Z95", "by_modality", "by_type", "interval", "overall", "paired_difference", "set_types", "type_of"]
-
 Z95 = 1.959964
 MANY = 60
 """Number of different beginnings of ids above which ids do not say a sample's type."""

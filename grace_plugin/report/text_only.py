@@ -16,8 +16,6 @@ from grace_plugin.data import ConversationCollator, SampleError, check_sample
 from grace_plugin.data.collate import IGNORE_INDEX
 from grace_plugin.vlm import Family
 
-__all__ = ["prompt_text", "text_only_sample"]
-
 
 def _supervised(batch: Mapping[str, Tensor]) -> list[int]:
     # the first token is never predicted

@@ -20,8 +20,6 @@ from grace_plugin.report.html import write_report
 from grace_plugin.run.grace_run import run_folder
 from grace_plugin.run.metrics import METRICS
 
-__all__ = ["read_log", "training"]
-
 STATE = "trainer_state.json"
 
 RUN_CHARTS = (
