@@ -73,6 +73,7 @@ def decoupled_terms(
         # log(1 - p) comes from the log-odds of y against the others: 1 - exp(log p) is 0 for a confident teacher
         odds_s, log_others_s = _split(student_logits.to(dtype), targets, temperature)
         odds_t, log_others_t = _split(teacher_logits.to(dtype), targets, temperature)
+        # logsigmoid of the log-odds is exact at both ends, where log of a probability near 1 is 0
         tckd = _weighted_gap(logsigmoid(odds_t), logsigmoid(odds_s))
         tckd = tckd + _weighted_gap(logsigmoid(-odds_t), logsigmoid(-odds_s))
         nckd = _weighted_gap(log_others_t, log_others_s).sum(dim=1)
@@ -88,6 +89,7 @@ def _split(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor,
     column = targets.unsqueeze(1)
     scaled = logits / temperature
     target = scaled.gather(1, column)
+    # removed by -inf, not subtracted from the sum: what remains may be smaller than its rounding
     others = scaled.scatter_(1, column, -math.inf)
     mass = torch.logsumexp(others, dim=1, keepdim=True)
     # Without a single other token the mass is -inf, and -inf - (-inf) would be NaN: such a row has no others at all.
@@ -98,6 +100,7 @@ def _split(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor,
 def _weighted_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p * (log p - log q), and 0 where p is 0, whatever q is."""
     p = log_p.exp()
+    # 0 * (-inf) is NaN, where the limit is 0: ids that a vocabulary lacks
     return torch.where(p > 0, p * (log_p - log_q), 0.0)
 
 
@@ -113,8 +116,10 @@ def add_decoupled_gradient(
         weights: two [N] tensors, the weight of each position's TCKD and of its NCKD.
         temperature: as given to :func:`decoupled_terms`.
     """
+    # 1 / T is the inner derivative of logit / T
     weight_tckd, weight_nckd = (weight.unsqueeze(1) / temperature for weight in weights)
     toward_target = weight_tckd * directions.pull.unsqueeze(1)
+    # in place: the gradient is as large as a chunk's logits
     grad_logits.addcmul_(directions.others_s, weight_nckd - toward_target)
     grad_logits.addcmul_(directions.others_t, -weight_nckd)
     return grad_logits.scatter_add_(1, targets.unsqueeze(1), toward_target)
@@ -210,6 +215,7 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
     logits = teacher_logits.to(loss_dtype(teacher_logits))
     log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
+    # 0 * (-inf) again, of ids that are cut
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
     return gate_of_entropy(entropy, (logits > -math.inf).sum(dim=1).to(logits.dtype), sharpness)
 
@@ -217,5 +223,6 @@ def confidence_gate(teacher_logits: Tensor, sharpness: float = 1.0) -> tuple[Ten
 def gate_of_entropy(entropy: Tensor, ids: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
     """Return ``(exp(-k * H / log V), H)`` of entropies H [n] in nats over V = ids [n] tokens; the gate is 1 where V is 1."""
     log_ids = ids.log()
+    # log 1 is 0: a teacher with a single id is certain
     share = torch.where(log_ids > 0, entropy / log_ids, 0.0)
     return torch.exp(-sharpness * share), entropy

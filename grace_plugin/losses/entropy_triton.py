@@ -46,6 +46,7 @@ if triton is not None:
         size = N * SLICES
         tl.store(place, top)
         tl.store(place + size, tl.sum(e, 0))
+        # where: e is 0 for ids that are cut, whose shifted logit is -inf
         tl.store(place + 2 * size, tl.sum(tl.where(e > 0.0, e * shifted, 0.0), 0))
         tl.store(place + 3 * size, tl.sum(tl.where(z > float("-inf"), 1.0, 0.0), 0))
         if MASSES:
@@ -99,6 +100,7 @@ class StreamingEntropy:
         """
         tops, masses, moments, ids, others = self._parts.unbind()
         top = tops.amax(dim=1, keepdim=True)
+        # a block of nothing but -inf has top -inf: its shrink is 0, and 0 * below would be NaN
         below = tops - top
         shrink = below.exp()
         mass = (masses * shrink).sum(dim=1)

@@ -76,6 +76,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False
         product = left @ right
         total.copy_(product) if first else total.add_(product)
         return
+    # on CUDA products of bfloat16 are summed in float32 and can be written in it, without a float32 copy of the factors
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right)
     elif first:
@@ -90,6 +91,7 @@ def defers_target_rows(hidden: Tensor, weight: Tensor, vocabulary: int, dtype: t
     It holds nearly all of the gradient's norm. Added last, it does not make the sum of all else round coarsely, which matters
     where ``dtype`` is bfloat16 and targets are few.
     """
+    # a quarter of the vocabulary: with more targets than that most rows are somebody's target anyway
     few = dtype is not None and dtype.itemsize < 4 and 4 * hidden.shape[0] <= vocabulary
     return few and weight.requires_grad
 
@@ -110,6 +112,7 @@ def add_target_rows(
     if not count:
         return
     numbered = torch.arange(count, device=targets.device)
+    # the first position that has each target: positions of one target are summed in that one's row
     first = numbered.new_full(weight.shape[:1], count).scatter_reduce_(0, targets, numbered, "amin")[targets]
     for start in range(0, width, max(numbers // count, 1)):
         columns = slice(start, start + max(numbers // count, 1))
@@ -170,12 +173,14 @@ class Gradients:
         if self.bias is not None:
             self.bias[:vocabulary] += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         if self.weight is not None:
+            # padded rows of the head are not part of the products; empty_like left anything there
             if self._first:
                 self.weight[vocabulary:].zero_()
             if self._target_rows is not None:
                 targets, kept = self._target_rows
                 column = targets[rows].unsqueeze(1)
                 kept[rows] = grad_logits.gather(1, column).squeeze(1) if target_grads is None else target_grads
+                # left out of the product, because it is added last
                 grad.scatter_(1, column, 0.0)
             _add_product(self.weight[:vocabulary], grad.T, hidden.to(self.product_dtype), self._first)
         self._first = False
@@ -227,9 +232,11 @@ def positions_per_chunk(vocabulary: int, element_size: int, positions: int = 0) 
             half the student's, and positions are divided evenly, into whole tiles at most: 4,096 come in 8 chunks of 512.
     """
     columns = vocabulary + (min(SLICE, vocabulary) if positions else vocabulary // 2)
+    # `python -m benchmarks.speed --rooms chunks` compares sizes: small chunks do not fill the device
     rows = min(max((209 << 20) // max(columns * element_size, 1) // 16 * 16, 16), 4096)
     if not positions:
         return rows
+    # a product works on tiles of 128 rows: a started tile costs as much as a full one
     rows = rows // TILE * TILE or rows
     even = -(-positions // -(-positions // rows))
     return -(-even // 16) * 16
@@ -256,6 +263,7 @@ def eager_chunks(
         if teacher is not None:
             logits_t = teacher.head.logits(teacher.hidden[rows]).to(logits_s.device, settings.dtype)
             pair_t = (capped(logits_t, teacher.head.cap), teacher.gate[rows])
+        # d tanh: the cap is applied before the losses, so its derivative comes last
         slope = None if student.cap is None else 1 - (logits_s / student.cap).square_()
         parts, grad = _chunk(logits_s, pair_t, targets[rows], loss_weights, settings)
         if slope is not None:
@@ -279,6 +287,7 @@ def fused_chunks(
     positions = hidden_s.shape[0]
     chunk = min(settings.chunk, max(positions, 1))
     sliced = teacher is not None and teacher.logsumexp is not None
+    # whole logits of the teacher for half of the positions at a time, or slices of them for all
     half = chunk if sliced else (chunk + 1) // 2
     space_s, space_t = hidden_s.new_empty(chunk, student.weight.shape[0]), None
     width = SLICE if settings.slice is None else settings.slice
@@ -290,6 +299,7 @@ def fused_chunks(
     factors = fused_head_triton.Factors(settings.temperature, settings.alpha, settings.beta_dkd, *caps)
     for start in range(0, positions, chunk):
         rows = slice(start, start + chunk)
+        # into the same memory for every chunk: the allocator would keep several such blocks
         logits_s = student.logits(hidden_s[rows], space_s)
         for first in range(0, logits_s.shape[0], half):
             part = slice(start + first, min(start + first + half, start + chunk, positions))
@@ -304,6 +314,7 @@ def fused_chunks(
         if gradients is not None:
             gradients.add(rows, logits_s, hidden_s[rows], student, losses[3, rows])
     ce_sum, gated = losses[0].sum(), losses[1:3]
+    # gated here, on the sums of positions; the kernels have the gate in the gradient already
     tckd_sum, nckd_sum = (gated if teacher is None else gated * teacher.gate).sum(dim=1).unbind()
     square = settings.temperature * settings.temperature
     dkd_sum = square * (settings.alpha * tckd_sum + settings.beta_dkd * nckd_sum)

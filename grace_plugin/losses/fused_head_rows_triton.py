@@ -124,6 +124,7 @@ if triton is not None:
         place, valid = parts + row * SLICES + slot, slot < SLICES
         z_y = tl.load(losses + 3 * N + row)
         tops = tl.load(place, mask=valid, other=float("-inf"))
+        # streaming log-sum-exp: sums of blocks are made relative to the largest logit of the row
         top = tl.max(tops, 0)
         total, best, lift = tl.sum(tl.load(place + size, mask=valid, other=0.0) * tl.exp(tops - top), 0), 0, 0.0
         if WIDTH > 0:
@@ -133,8 +134,10 @@ if triton is not None:
                 step_w, cap_s, V, WIDTH, BIAS, CAPPED_S, BLOCK
             )  # fmt: skip
             lift = tl.where(best == y, 0.0, z_best - top)  # of what is not the target
+            # the two logits were summed as they were written; the difference to the unrounded ones is added
             total += (tl.exp(z_y - top) - tl.exp(as_written - top)) + (tl.exp(lift) - 1.0)
             tl.store(row_values + 6 * n + row, z_best)
+            # an id in float32 is exact below 2^24, more than any vocabulary
             tl.store(row_values + 7 * n + row, best.to(tl.float32))
             tl.store(row_values + 8 * n + row, lift)
         normaliser = top + tl.log(total)

@@ -97,7 +97,9 @@ if triton is not None:
         z = load_logits(student + row * stride_s + column, column < V, cap_s, CAPPED_S)
         top_s = tl.max(z, 0)
         shifted = z - finite_or_zero(top_s)
+        # exp2 is one instruction, exp two; the factor joins a multiplication that is there anyway
         e = tl.exp2(shifted * (per_t * LOG2_E))
+        # relative to the block's largest logit; `row_sums` makes all blocks relative to the row's
         tl.store(place, top_s)
         tl.store(place + size, tl.sum(e * e if SQUARES else tl.exp2(shifted * LOG2_E), 0))
         if TEACHER > 0:
@@ -112,6 +114,7 @@ if triton is not None:
                 e_t = tl.where(tl.arange(0, BLOCK) == local_y, 0.0, e_t)
             tl.store(place + 3 * size, top_t)
             tl.store(place + 4 * size, tl.sum(e_t, 0))
+            # where: t - z of two ids that are cut is -inf - -inf
             tl.store(place + 5 * size, tl.sum(tl.where(e_t > 0.0, e_t * (t - z), 0.0), 0))
 
     @triton.jit

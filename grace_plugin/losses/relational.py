@@ -42,6 +42,7 @@ class RelationalOutput(NamedTuple):
 
 def _unit_rows(features: Tensor) -> Tensor:
     """Rows of length 1 [..., n, d]; a row of zeros stays zero and its gradient finite."""
+    # where, not clamp: the gradient through the root of 0 is infinite, and 0 * inf is NaN
     square = features.square().sum(dim=-1, keepdim=True)
     return features * torch.where(square > 0, square, 1.0).rsqrt()
 
@@ -59,6 +60,7 @@ def _centred(features: Tensor) -> Tensor:
 def _square_norm(centred: Tensor) -> Tensor:
     """|K~|_F^2 of centred features [b, n, d] -> [b], by the smaller of the two products."""
     tokens, width = centred.shape[-2:]
+    # the two products have the same norm; the smaller one costs less
     kernel = centred @ centred.mT if tokens <= width else centred.mT @ centred
     return kernel.square().sum(dim=(-2, -1))
 
@@ -67,6 +69,7 @@ def _inner(centred_t: Tensor, centred_s: Tensor) -> Tensor:
     """<K~_T, K~_S> of two centred batches [b, n, d_t], [b, n, d_s] -> [b]."""
     tokens, width_t = centred_t.shape[-2:]
     width_s = centred_s.shape[-1]
+    # operations of two n x n kernels against those of one d x d product
     if tokens * (width_t + width_s) <= width_t * width_s:
         return ((centred_t @ centred_t.mT) * (centred_s @ centred_s.mT)).sum(dim=(-2, -1))
     return (centred_t.mT @ centred_s).square().sum(dim=(-2, -1))
@@ -74,6 +77,7 @@ def _inner(centred_t: Tensor, centred_s: Tensor) -> Tensor:
 
 def _degenerate(square_norm: Tensor, tokens: int) -> Tensor:
     """True where |K~| / n is not measurable; False for NaN, which has to be seen."""
+    # a comparison with NaN is False, so a NaN is counted and reaches the loss
     return square_norm <= (DEGENERATE * tokens) ** 2
 
 
@@ -82,6 +86,7 @@ def _alignment(centred_t: Tensor, centred_s: Tensor) -> tuple[Tensor, Tensor]:
     tokens = centred_t.shape[-2]
     square_t, square_s = _square_norm(centred_t), _square_norm(centred_s)
     skip = _degenerate(square_t, tokens) | _degenerate(square_s, tokens)
+    # a masked 1 in the root: the gradient of sqrt(0) would be infinite also where the value is not used
     norms = torch.where(skip, 1.0, square_t).sqrt() * torch.where(skip, 1.0, square_s).sqrt()
     return torch.where(skip, 0.0, _inner(centred_t, centred_s)) / norms, ~skip
 
@@ -180,6 +185,7 @@ def relational_loss(hidden_s: Tensor, hidden_t: Tensor, sizes: Sequence[int]) ->
     dtype = loss_dtype(hidden_s, hidden_t)
     losses, counted = [], []
     with full_precision(hidden_s):
+        # one batch for each size: a loop over images would start their kernels one by one
         for members in _by_size(sizes).values():
             batch_s, batch_t = _batch(hidden_s, sizes, members), _batch(hidden_t.detach(), sizes, members)
             if relational_triton.usable(batch_s, batch_t):

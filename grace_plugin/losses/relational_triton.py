@@ -48,6 +48,7 @@ if triton is not None:
         image, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
         gram += image * n * n
         square = tl.load(gram + row * n + row)
+        # a row of zeros stays a row of zeros
         mine = tl.rsqrt(tl.where(square > 0.0, square, 1.0))
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, BLOCK):
@@ -122,6 +123,7 @@ if triton is not None:
         sums += image * n
         square_t, square_s = _total(sums, n, BLOCK), _total(sums + images * n, n, BLOCK)
         inner = _total(sums + 2 * images * n, n, BLOCK)
+        # NaN is not less than anything: a non-finite state is counted and reaches the loss
         skip = (square_t <= least) | (square_s <= least)
         norm_t, norm_s = tl.sqrt(tl.where(skip, 1.0, square_t)), tl.sqrt(tl.where(skip, 1.0, square_s))
         cka = tl.where(skip, 0.0, inner) / (norm_t * norm_s)
@@ -152,6 +154,7 @@ if triton is not None:
                 _, b = _centred(gram_s, inverse_s, means_s, mine_s, mean_s, middle_s, row, column, inside, n)
                 length = tl.load(inverse_s + column, mask=inside, other=0.0)
                 entry = 2.0 * mine_s * length * (by_s * b - by_t * a) - tl.where(column == row, diagonal, 0.0)
+                # two bfloat16 parts: tensor cores multiply bfloat16, and one part would lose 16 of 24 bits
                 rounded = entry.to(tl.bfloat16)
                 tl.store(high + column, rounded, mask=inside)
                 tl.store(low + column, (entry - rounded.to(tl.float32)).to(tl.bfloat16), mask=inside)

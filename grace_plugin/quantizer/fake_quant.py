@@ -56,6 +56,7 @@ class StepCounter:
 
     def start(self) -> None:
         """Begin to count; a second start changes nothing."""
+        # one hook for all optimizers of the process: a run may use several, and a wrapper (Accelerate) hides the inner one
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(lambda *_: self.advance())
 
@@ -110,9 +111,11 @@ class WeightCache:
         """
         key = self._key((weight, log_scale, *others), dtype)
         if not self._valid(key):
+            # freed before the new value is made, so that never two weights of a layer exist
             self._entry = None
             if self._fill_group is not None:
                 self._fill_group(dtype)
+            # the group does not take every layer: a lone one, an unaligned one, or one that computes in another dtype
             if not self._valid(key):
                 self._store(key, compute())
         assert self._entry is not None
@@ -135,6 +138,7 @@ class WeightCache:
         self._entry = None
 
     def _key(self, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
+        # data_ptr as well as the version: an engine that swaps storage (offloading, `.data =`) leaves the version as it was
         steps = None if self._counter is None else self._counter.steps
         return steps, dtype, *[(t._version, t.data_ptr(), t.dtype, t.device, t.shape) for t in inputs]
 
@@ -166,6 +170,7 @@ class SavedWeights:
         Raises:
             RuntimeError: one of them was written to since.
         """
+        # as torch does for its own saved tensors, which these are not
         if self._versions != [tensor._version for tensor in self._tensors]:
             raise RuntimeError(
                 "a weight or what it is quantized with was modified by an inplace operation between forward and backward; "
@@ -176,6 +181,7 @@ class SavedWeights:
 
 def _quotient(weight: Tensor, scale: Tensor) -> Tensor:
     """v = w / s [rows, groups, group_size]: the one division that forward, backward and export share."""
+    # in float32, as upstream divides when it saves: a quotient rounded to bfloat16 would lie on ties that are none
     return weight.to(compute_dtype(weight)).unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(2)
 
 
@@ -196,6 +202,7 @@ def codes(weight: Tensor, log_scale: Tensor, fmt: QuantFormat) -> Tensor:
     """
     smallest, largest = fmt.code_range
     check_shapes(weight, log_scale)
+    # the scale that the checkpoint will hold, not exp(theta): otherwise codes would be those of another scale
     scale = stored_scale(log_scale, fmt.stored_dtype)
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_blocks(*weight.shape):
@@ -216,6 +223,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         ValueError: scales that do not fit.
     """
     check_shapes(codes, scale)
+    # int8 times the stored dtype gives that dtype, with the one rounding that upstream makes when it loads
     return (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
 
 
@@ -270,9 +278,11 @@ def _backward_in_torch(
     for rows in row_blocks(*weight.shape):
         quotient = _quotient(weight[rows], scale[rows])
         rounded = fmt.quantizer.round(quotient)
+        # of the rounded quotient, not of the quotient: 7.4 is rounded to 7, which is not clipped
         inside = (rounded >= smallest) & (rounded <= largest)
         grad = grad_out[rows].unflatten(1, (scale.shape[1], -1))
         if grad_log_scale is not None:
+            # q - v inside the range (what rounding did), q outside of it, where v has no influence on the value
             step = rounded.clamp_(smallest, largest).sub_(torch.where(inside, quotient, 0.0))
             grad_log_scale[rows] = (grad * step).sum(dim=2) * scale[rows]
         if grad_weight is not None:
@@ -316,6 +326,7 @@ def make_spec(
     """
     check_fit(weight.shape, log_scale.shape, fmt)
     out_dtype = forward_dtype(weight)
+    # float16 weights in a bfloat16 forward pass, say, would be rounded once more than in the checkpoint
     if not holds(out_dtype, fmt.stored_dtype):
         raise ValueError(
             f"the layer computes in {out_dtype}, which cannot hold weights stored as {fmt.stored_dtype}: training would "

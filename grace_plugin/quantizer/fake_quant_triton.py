@@ -111,6 +111,7 @@ if triton is not None:
         """
         if EXACT:
             return tl.div_rn(weight, tl.broadcast_to(scale[:, None], weight.shape))
+        # three operations give the bits of a division, which takes several times as many
         guess = weight * per_scale[:, None]
         rest = tl.fma(-guess, tl.broadcast_to(scale[:, None], weight.shape), weight)
         better = tl.fma(rest, tl.broadcast_to(per_scale[:, None], weight.shape), guess)
@@ -124,6 +125,7 @@ if triton is not None:
     @triton.jit
     def _to_bfloat16(x):
         """The nearest bfloat16 (half to even) of finite float32, still as float32: Triton's interpreter would truncate."""
+        # rounded by hand: the interpreter truncates, and both must agree
         bits = x.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
@@ -131,6 +133,7 @@ if triton is not None:
     def _stored(log_scale, scale, group, groups, tiny, huge, STORED: tl.constexpr):
         """Writes the stored scales of the groups numbered `group`, and gives them back in float32."""
         theta = tl.load(log_scale + group, mask=group < groups, other=0.0).to(tl.float64)
+        # theta in float64: float32 exponentials of host and device differ in the last bit
         s = tl.minimum(tl.maximum(tl.exp(theta), tiny), huge).to(tl.float32)
         s = _to_bfloat16(s) if STORED == tl.bfloat16 else s.to(STORED).to(tl.float32)
         tl.store(scale + group, s, mask=group < groups)
@@ -196,6 +199,7 @@ if triton is not None:
             w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
             g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
             exact = _quotient(w, s, per_s, EXACT)
+            # clipped one beyond the range first: `_nearest` is exact below 2^22 only, and the clip must still be seen
             rounded = _nearest(tl.minimum(tl.maximum(exact, smallest - 1.0), largest + 1.0))
             kept = (rounded >= smallest) & (rounded <= largest)
             if SCALE:

@@ -74,6 +74,7 @@ class QuantFormat:
                 "8-bit codes do not survive being saved as code * scale in bfloat16 (8 significant bits); "
                 "use float16 as the stored dtype (scales.stored_dtype: float16 in a recipe), or at most 7 bits"
             )
+        # the latest row first, so that a format from outside can replace one of ours
         for row in reversed(FORMATS):
             if self.num_bits in row.num_bits and self.symmetric:
                 return row.quantizer
@@ -120,6 +121,7 @@ class IntegerQuantizer:
 
     def round(self, quotient: Tensor) -> Tensor:
         """Return a new tensor with the code of each quotient w / s (float32, any shape) before it is clipped."""
+        # torch rounds half to even, as compressed-tensors does when it saves: any other rule would flip codes at ties
         return quotient.round()
 
 
@@ -141,6 +143,7 @@ def register_format(row: FormatRow) -> None:
     Raises:
         ValueError: a code does not fit into the bits of the format.
     """
+    # float16, because 8 bits cannot be saved in bfloat16 and the range does not depend on the dtype
     for num_bits in row.num_bits:
         fmt = QuantFormat(num_bits, stored_dtype=torch.float16)
         (smallest, largest), (low, high) = row.quantizer.code_range(fmt), fmt.integer_range

@@ -84,6 +84,7 @@ def finalize_deferred_grads(weight: Tensor, log_scale: Tensor, fmt: QuantFormat)
 
     Neither may have changed since the forward passes whose gradients were deferred. ``log_scale.grad`` is replaced.
     """
+    # the backward is linear in dL/dw^, so that of a sum is the sum of those of its parts
     grad = weight.grad
     assert grad is not None
     scale = stored_scale(log_scale, fmt.stored_dtype)
@@ -103,7 +104,9 @@ def finalize_all_deferred_grads(layers: Sequence[Layer], fmt: QuantFormat) -> No
         grads = [layer.weight.grad for layer in several if layer.weight.grad is not None]
         found = grouped_triton.backward([layer[:2] for layer in several], grads, fmt)
         for layer, grad in zip(several, found, strict=True):
+            # replaced, not added: until now it held nothing, or the zeros that DDP waits for
             layer.log_scale.grad = grad
+    # layers that no launch takes are finalized one by one
     done = {id(layer.weight) for several in shared for layer in several}
     for layer in layers:
         if id(layer.weight) not in done:
@@ -182,6 +185,7 @@ class QuantizedLayerGroup:
         After an optimizer's step the host's part of it passes while the device still works on the step.
         """
         states = [state_of(linear) for linear in self._linears.values()]
+        # each layer in the dtype of its latest forward pass: autocast may be on for some of them only
         for dtype in {s.computed_in for s in states if s.scaling is None and s.computed_in is not None}:
             self.fill(dtype)
 
@@ -214,10 +218,12 @@ class QuantizedLayerGroup:
         Returns:
             Numbers by layer, of the layers that have some.
         """
+        # one by one: a launch would fill the caches of all layers, a second model in memory
         self._one_by_one, found = True, {}
         for name, linear in self._linears.items():
             state, device = state_of(linear), linear.weight.device.type
             dtype = state.computed_in or linear.weight.dtype
+            # the run's autocast is over by now, and without it the weight would be taken in another dtype
             with torch.autocast(device, dtype=dtype, enabled=dtype != linear.weight.dtype):
                 weight = forward_weight(linear)
             differing = int((weight != dequantize(*frozen[name])).sum())
@@ -238,6 +244,7 @@ class QuantizedLayerGroup:
             linear = self._linears[name]
             state_of(linear).scaling = None  # the update is in the codes
             linear.weight.grad = None
+            # `.data` keeps the Parameter object, which optimizers and upstream hold
             linear.weight.data = dequantize(integers, scale)
         self.invalidate()
 
@@ -293,6 +300,7 @@ def attach(
         for linear in linears.values():
             own = WeightCache(counter, group.fill) if cache else None
             attach_layer(linear, fmt, own, candidates=candidates, low=low, high=high)
+    # also for KeyboardInterrupt: a part of the layers must not keep a quantized forward
     except BaseException:
         group.detach()
         raise

@@ -95,8 +95,10 @@ def _table(weights: Sequence[Tensor], others: Sequence[Tensor], counts: list[int
     tiles = [0, *accumulate(-(-count // rows) for count in counts)]
     groups = [0, *accumulate(counts)]
     addresses = [[tensor.data_ptr() for tensor in tensors] + [0] for tensors in (weights, others)]
+    # addresses are read from memory: a launch takes a fixed number of arguments, a model has hundreds of layers
     table = torch.tensor(list(zip(*addresses, tiles, groups, strict=True)), dtype=torch.int64)
     device = weights[0].device
+    # pinned and not waited for: a pageable copy would stop the host until the device has caught up
     return (table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table), tiles[-1]
 
 

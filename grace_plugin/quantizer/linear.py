@@ -61,6 +61,7 @@ def _problems(linears: Mapping[str, nn.Linear], fmt: QuantFormat) -> Iterator[st
         seen[id(linear)] = name
         if STATE in linear.__dict__ or PARAMETER in linear._parameters:
             yield f"{name}: carries learned scales already; detach them first"
+        # FSDP flattens or empties weights: scales made from such a shape would round every weight to zero
         if linear.weight.shape != (linear.out_features, linear.in_features):
             yield f"{name}: its weight is {tuple(linear.weight.shape)}; attach before the model is sharded"
         if not holds(linear.weight.dtype, fmt.stored_dtype):
@@ -93,6 +94,7 @@ def attach_layer(linear: nn.Linear, fmt: QuantFormat, cache: WeightCache | None,
     linear.__dict__[STATE] = LayerState(fmt, cache, linear.__dict__.get("forward"))
     theta = start_scales(linear.weight, fmt, **search).to(torch.float32)
     linear.register_parameter(PARAMETER, nn.Parameter(theta))
+    # on the instance, not by a subclass: `isinstance` checks, hooks and state dicts of the model see no difference
     linear.__dict__["forward"] = MethodType(quantized_forward, linear)
 
 
@@ -114,6 +116,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, log_scale: Tensor, bias: Tensor | None, spec: FakeQuantSpec
     ) -> Tensor:
         value, scale = spec.value(weight, log_scale)
+        # autocast does not reach into a function of autograd, so it is applied here as torch would
         if input.dtype != value.dtype and autocasts(input.device.type):
             input = input.to(value.dtype)
         ctx.spec, ctx.saved_weights = spec, SavedWeights(weight, log_scale, scale)
@@ -128,6 +131,7 @@ class _QuantizedLinear(torch.autograd.Function):
         input, *saved = ctx.saved_tensors
         weight, log_scale, scale = ctx.saved_weights.tensors()
         needs = ctx.needs_input_grad
+        # one matrix product for all leading dimensions, as torch.nn.functional.linear has
         rows = grad_out.reshape(-1, grad_out.shape[-1])
         grad_input, grad_weight, grad_log_scale = None, None, None
         if needs[0]:
@@ -156,6 +160,7 @@ def quantized_forward(self: nn.Linear, input: Tensor) -> Tensor:
     if state.scaling is not None:
         return nn.functional.linear(input, _merged_weight(self, state), self.bias)
     weight, theta = self.weight, getattr(self, PARAMETER)
+    # a frozen weight or scale has no gradient to wait for; evaluation must not mark one as pending
     defer = state.defer_grads and torch.is_grad_enabled() and weight.requires_grad and theta.requires_grad
     spec = make_spec(weight, theta, state.fmt, state.cache, defer)
     state.grads_pending, state.computed_in = state.grads_pending or defer, spec.out_dtype

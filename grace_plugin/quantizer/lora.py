@@ -42,6 +42,7 @@ LARGEST_WHOLE = 1 << 26
 def start_lora(linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
     """Register the factors on a layer; drawn on the host, so they do not depend on the device."""
     bound = linear.in_features**-0.5
+    # PEFT's start: A uniform within 1 / sqrt(in), B zero, so that the first forward is that of the loaded weight
     lora_a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
     device = linear.weight.device
     linear.register_parameter(LORA_A, nn.Parameter(lora_a.to(device)))
@@ -61,6 +62,7 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """w of some rows: the one addition that forward, backward and export share."""
     dtype = compute_dtype(weight)
+    # autocast would form the sum in bfloat16, and codes at export would be others than those of training
     with _no_autocast(weight.device.type):
         return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scaling)
 
@@ -116,6 +118,7 @@ class _FakeQuantizeMerged(torch.autograd.Function):
         grad_a, grad_b = torch.zeros_like(lora_a, dtype=dtype), torch.empty_like(lora_b)
         grad_log_scale = torch.empty_like(log_scale)
         with _no_autocast(weight.device.type):
+            # formed again, not saved: the sum has the size of the weight, in float32
             for rows in _blocks(weight):
                 total = _sum(weight[rows], lora_a, lora_b[rows], scaling)
                 scale = stored_scale(log_scale[rows], fmt.stored_dtype)

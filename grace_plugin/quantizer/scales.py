@@ -58,6 +58,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 def scale_limits(dtype: torch.dtype) -> tuple[float, float]:
     """Return the smallest and largest scale stored in ``dtype``: normal numbers whose product with any code is finite."""
     limits = torch.finfo(dtype)
+    # no subnormal numbers: GPUs may flush them to zero, and a scale of zero divides by zero
     return limits.tiny, limits.max / LARGEST_CODE
 
 
@@ -93,6 +94,7 @@ def stored_scale(log_scale: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         [out, groups] in ``dtype``, inside its normal range and at most its largest number / 128.
     """
+    # straight-through: the derivative of the rounded scale by theta is taken to be that of exp, the scale itself
     scale: Tensor = _StoredScale.apply(log_scale, dtype)
     return scale
 
@@ -122,18 +124,22 @@ def start_scales(
     smallest, largest = fmt.code_range
     groups = fmt.groups(weight.shape[1])
     found = torch.empty(weight.shape[0], groups, dtype=compute_dtype(weight), device=weight.device)
+    # by blocks of rows: 20 candidates of a whole layer would take several times its float32 weights
     for rows in row_blocks(*weight.shape):
         block = weight[rows].to(found.dtype).unflatten(1, (groups, -1))
         unit = block.abs().amax(dim=2) / largest
         best = torch.full_like(unit, torch.inf)
         chosen = torch.zeros_like(unit)
         for factor in torch.linspace(low, high, candidates, dtype=torch.float64).tolist():
+            # judged as it will be stored; the best float32 scale may round to one that is worse than its neighbour
             scale = round_scale(unit * factor, fmt.stored_dtype).to(found.dtype)
             codes = fmt.quantizer.round(block / scale.unsqueeze(2)).clamp_(smallest, largest)
             error = codes.mul_(scale.unsqueeze(2)).sub_(block).square_().sum(dim=2)
+            # strictly less: the first of equal candidates wins
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
         found[rows] = torch.where(unit > 0, chosen, 0.0).log()
+    # a group of zeros has no best scale; its weights may grow, so it starts where its neighbours are
     alive = found > -torch.inf
     mean = torch.where(alive, found, 0.0).sum() / alive.sum().clamp(min=1)
     return torch.where(alive, found, mean)
