@@ -1,4 +1,4 @@
-"""`grace data check`: inspect a dataset with a model's processor before any GPU is asked for."""
+"""`grace data check`: inspect a dataset with a model's processor before a GPU is needed."""
 
 from __future__ import annotations
 

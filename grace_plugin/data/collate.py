@@ -232,6 +232,7 @@ class ConversationCollator:
             given["disable_grouping"] = False
         if videos:
             given["videos"] = [video.frames for video in videos]
+            # by default video processors sample the frames again, at a rate of their own
             given["do_sample_frames"] = False
             given["video_metadata"] = [
                 {"fps": v.fps, "total_num_frames": v.total, "frames_indices": list(v.indices)} for v in videos
@@ -240,6 +241,7 @@ class ConversationCollator:
 
     def segments(self, sample: Sample) -> list[Segment]:
         """Return the sample's segments, remembered by what the sample says."""
+        # repr is the cache key: messages are nested dicts, and JSON would refuse values that templates accept
         said = repr((sample.messages, len(sample.images), len(sample.videos), sample.tools))
         found = self._recent.get(said)
         if found is None:

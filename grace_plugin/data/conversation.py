@@ -107,6 +107,7 @@ def _is_same(one: Any, other: Any) -> bool:
     """Return whether two values are one image or video: the same path, bytes, pixels or frames."""
     if one is other:
         return True
+    # numpy arrays compare element by element, tensors too
     equal = one == other  # of PIL images: their pixels
     return equal if isinstance(equal, bool) else bool(np.all(equal))
 

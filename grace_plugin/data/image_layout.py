@@ -198,6 +198,7 @@ class ProcessedSizes:
 
     def _made(self, size: tuple[int, int]) -> int | str | None:
         """Return the pixels of the largest tensor, or why the size is refused, or None if the processor needs values."""
+        # the layout is stated below: processors otherwise infer it from the shape, which is ambiguous for sides of 1 or 3
         blank = torch.empty(3, *size, dtype=torch.uint8, device="meta")
         largest = _Largest()
         try:

@@ -168,6 +168,7 @@ def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
         num_workers=workers,
         collate_fn=_as_they_are,
         worker_init_fn=_quiet_worker,
+        # fork: spawn would import torch again in each worker and pickle all samples to it
         multiprocessing_context="fork" if workers else None,
     )
     try:
@@ -297,6 +298,7 @@ class IndexFile:
             return
         written = ""
         try:
+            # written next to the index and renamed: a reader sees the old entries or the new ones, never a mixture
             handle, written = tempfile.mkstemp(prefix=f"{self.file.stem}-", suffix=".new", dir=self.file.parent)
             try:
                 _whole(handle, _lines(entries))

@@ -97,6 +97,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         """Return the bytes of the index-th sample's line."""
         # a sample is hashed and then parsed
         if self._last[0] != index:
+            # opened for each read: after a fork, workers share the offset of an open file
             handle = os.open(self.path, os.O_RDONLY)
             try:
                 self._last = index, os.pread(handle, int(self.lengths[index]), int(self.offsets[index]))
@@ -133,6 +134,7 @@ def json_list(path: Path) -> list[dict[str, Any]]:
         ValueError: no list, or not JSON, with line, column and the number of the sample.
     """
     check_regular(path)
+    # one invalid byte must not refuse the whole list, so it is decoded to a surrogate and found in its own sample
     text = path.read_bytes().removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
     place, samples = _after_space(text, 0), list[dict[str, Any]]()
     if not text.startswith("[", place):

@@ -73,6 +73,7 @@ def sample_key(sample: Mapping[str, Any], number: int | None = None, special_tok
     if checked.tools:
         parts["tools"] = checked.tools
     said = str((checked.messages, checked.tools)) if special_tokens else ""
+    # `said` is a repr, in which a token's quotes and backslashes are escaped, so the token is escaped alike
     written = sorted(token for token in special_tokens if repr(token)[1:-1] in said)
     if written:
         parts["special_tokens"] = written

@@ -59,6 +59,7 @@ class Entry(NamedTuple):
 
 def _content(value: Any) -> Any:
     if isinstance(value, Image.Image):
+        # of decoded pixels: two PIL images of one file compare equal whatever they were opened from
         return hashlib.sha256(value.tobytes()).hexdigest()
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()

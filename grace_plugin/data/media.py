@@ -40,6 +40,7 @@ from grace_plugin.data.shown import shortened, shown
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image", "image_size", "is_path", "media_source", "shown_source"]
 
 DEFAULT_MAX_PIXELS = 64_000_000  # 192 MB once decoded
+# no EPS: Pillow hands it to Ghostscript, an interpreter of programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 PUT_IT = "put the file there, or pass images= (--images) with the folder that paths are relative to"
 WAY_OUT = "scale it down, or raise max_pixels (--max_pixels)"
@@ -141,6 +142,7 @@ def media_source(given: Any, kind: str, name: str) -> str | bytes:
 @contextmanager
 def _pillow_limit(max_pixels: int | None) -> Iterator[None]:
     """Make Pillow refuse what is larger than `max_pixels` and warn of nothing."""
+    # the limit is a global of Pillow, hence the lock; it warns above the limit and raises only above twice the limit
     with _LIMIT, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         before = Image.MAX_IMAGE_PIXELS
@@ -164,6 +166,7 @@ def _opened(image: Any, name: str) -> Image.Image:
         if image.format == "EPS" and getattr(image, "tile", None):  # not decoded yet
             raise UnidentifiedImageError
         return image
+    # a path is checked before Pillow opens it: opening a FIFO waits for a writer without end
     source = media_source(image, "image", name)
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
@@ -241,6 +244,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     Modes `I;16` are 16-bit, whatever their largest value; `I` and `F` do not say their range, so the largest value does.
     """
+    # Image.convert("RGB") clips 16-bit and float values at 255, which makes most of such an image white
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():

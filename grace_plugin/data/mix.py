@@ -101,6 +101,8 @@ def _beside(path: Path, value: str | None) -> str | None:
     return str(beside) if beside.exists() else value
 
 
+# `datasets.interleave_datasets` draws with probabilities, so an epoch holds no stated number of a set's samples, and needs the
+# same features in all sets; here weight 2 is two passes, and sets of any format mix
 class SampleSet:
     """Samples of one set: a sequence, its name and how much of it is used.
 

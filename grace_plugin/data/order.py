@@ -26,6 +26,7 @@ _STRETCH = 50  # batches that are sorted together
 
 def _mix64(values: np.ndarray) -> np.ndarray:
     """Return the splitmix64 hash of uint64 values."""
+    # wrap-around modulo 2**64 is the algorithm
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -38,6 +39,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = _mix64(state ^ np.array([part % 2**64], dtype=np.uint64))
+    # a stable sort: equal hashes keep the order of the numbers on every platform
     return np.argsort(_mix64(_mix64(np.arange(count, dtype=np.uint64)) ^ state), kind="stable").astype(np.int64)
 
 

@@ -167,6 +167,7 @@ def _set_names(samples: Any) -> tuple[list[str], Callable[[int], int], list[floa
 def _passes(kept: np.ndarray, weight: float, seed: int) -> np.ndarray:
     """Sample numbers of a set as often as its weight asks for."""
     whole, part = int(weight), weight - int(weight)
+    # key 2 of the hash, so that the samples drawn for a weight are independent of those kept by a cap with the same seed
     drawn = np.sort(kept[shuffled(len(kept), seed, 2)[: round(part * len(kept))]])
     return np.concatenate([*[kept] * whole, drawn])
 

@@ -261,6 +261,8 @@ class Segmenter:
 
     def _cut_at_blocks(self, messages: list[dict[str, Any]], tools: Any, trains: list[bool], name: str) -> list[_Cut]:
         """Cut at the template's generation blocks."""
+        # not public in transformers, but it alone returns the character spans of the blocks: apply_chat_template turns them
+        # into token masks, which are wrong where image tokens are expanded (issues above)
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(

@@ -339,6 +339,7 @@ def as_samples(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         datasets_in_it = any(isinstance(value, datasets.Dataset) for value in dataset.values())
         return as_samples(_split(dataset)) if datasets_in_it or _are_splits(dataset) else _table(dataset)
+    # the check before the run, every epoch and a resumed run each read the samples from their beginning
     if isinstance(dataset, Iterator):
         raise ValueError(
             f"the dataset is a {type(dataset).__name__}, which can be read once, and a run reads samples several times; "

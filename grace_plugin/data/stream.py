@@ -73,6 +73,7 @@ class StreamedSamples(IterableDataset[Any]):
     ) -> None:
         self.collator, self.folder, self.rank, self.world_size = collator, folder, rank, world_size
         self.max_bad_samples, self.first = max_bad_samples, first
+        # workers of the loader are processes, so the counts are in shared memory, one line per worker without locks
         self.counts = torch.zeros(_WORKERS, 1 + len(_REASONS), dtype=torch.int64).share_memory_()  # one line per worker
         head = list(itertools.islice(iter(samples), first))
         if not head:
@@ -145,6 +146,7 @@ class StreamedSamples(IterableDataset[Any]):
         device: where the ranks' counts are summed; every rank of several takes part.
         """
         summed = self.counts.sum(dim=0).to(device or torch.device("cpu"))
+        # every rank takes part, also one that dropped nothing: a collective behind a local condition hangs the others
         if self.world_size > 1 and dist.is_initialized():
             dist.all_reduce(summed)
         totals = summed.tolist()

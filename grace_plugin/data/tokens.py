@@ -135,6 +135,7 @@ class Tokens:
 
     def with_images(self, pieces: Sequence[Piece], pixels: Mapping[str, Any]) -> dict[str, Tensor]:
         """Fill the ids of pieces with images and videos (padding and anchors taken off again); what belongs to the pixels."""
+        # right padding: the pieces are cut at their length again, and positions inside a piece must not shift
         anchors = [self._anchor(piece) for piece in pieces]
         out = dict(
             self._padding_processor(
@@ -162,6 +163,7 @@ class Tokens:
         processor = self.segmenter.processor
         if processor.tokenizer.pad_token is not None:
             return processor
+        # a copy: a pad token set on the run's tokenizer would be saved with the checkpoint
         able, tokenizer = copy.copy(processor), copy.deepcopy(processor.tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         able.tokenizer = tokenizer

@@ -19,6 +19,7 @@ from grace_plugin.data.shown import shortened, shown
 __all__ = ["ROLES", "check_order", "read_tools", "read_turn", "split_tags"]
 
 ROLES = ("system", "user", "assistant", "tool")
+# OpenAI's newer name of the system role
 _SAME = {"developer": "system"}
 _WEIGHTS = ("train", "weight", "loss")
 _READ = ("role", "content", "tool_calls", "reasoning_content", "tool_call_id", "name", *_WEIGHTS)

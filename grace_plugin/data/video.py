@@ -135,6 +135,7 @@ def _bytes(frames: list[np.ndarray], name: str) -> np.ndarray:
             f"{name}: the values of a video are from {low:g} to {high:g}; give integers or floats from 0 to 255, or floats "
             "from 0 to 1",
         )
+    # one scale for the whole video: a dark frame of a video in 0 to 255 may have no value above 1
     unit = high <= 1.0 and all(kind.kind in "bf" for kind in kinds)
     scale = 255.0 if unit else 1.0
     return np.stack([np.rint(frame * np.float32(scale)).astype(np.uint8) for frame in frames])
@@ -186,6 +187,7 @@ class _Reader:
 
     def __init__(self, container: Any, shown: str, name: str, max_pixels: int | None) -> None:
         self.container, self.shown, self.name, self.max_pixels = container, shown, name, max_pixels
+        # FFmpeg lists the cover image of a sound file as a video track of one frame
         covers = [s for s in container.streams.video if "attached_pic" in str(s.disposition).lower()]
         tracks = [s for s in container.streams.video if s not in covers]
         if not tracks:
@@ -208,6 +210,7 @@ class _Reader:
         """Return (seconds from the first frame, frame) in order of showing, to the end, which must be where the file says."""
         first, reached, count, packets = None, 0.0, 0, 0
         # of MP4 and AVI, where the index is whole from the start
+        # FFmpeg reports no error where a file ends early: packets are counted against the index, or the stated duration
         indexed = len(self.stream.index_entries)
         for packet in self.container.demux():
             if packet.pts is not None and packet.time_base is not None:
@@ -244,6 +247,7 @@ def _sampled(reader: _Reader, fps: float) -> Video:
             continue
         wanted = math.floor(place) + 1
         reader.check_size(frame.width, frame.height, len(kept) + 1)
+        # decoders ignore the display matrix that phones write instead of turning the pixels
         pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         if kept and pixels.shape != kept[0].shape:
             raise reader.error(f"its frames differ in size: {kept[0].shape} and {pixels.shape}")

@@ -1,13 +1,13 @@
 """Batches of a stream for the Trainer: each process reads its own samples, and all of them make the same steps.
 
-Samples are dealt to ranks where they are read (`grace_plugin.data.StreamedSamples`), so ranks drop different samples and end at
-different times. Before every window they agree, in one collective that each takes part in whatever it holds: how many
-micro-batches the fullest rank has, and whether one of them failed. The window is that long on all; a rank with fewer takes part
-with text of which nothing is supervised, which adds 0 to every sum. An epoch ends when no rank has a sample left: over an epoch
-each usable sample is seen exactly once, for any number of processes, and no rank waits for another.
+Samples are assigned to ranks where they are read (`grace_plugin.data.StreamedSamples`), so ranks drop different samples and end
+at different times. Before every accumulation window the ranks agree, in one collective that each takes part in: how many
+micro-batches the fullest rank has, and whether one of them failed. The window is that long on all; a rank with fewer adds
+micro-batches of text without supervised tokens, which add 0 to every sum. An epoch ends when no rank has a sample left, so each
+usable sample is seen once per epoch, for any number of processes.
 
-A checkpoint holds the epoch of the stream and the windows read of it, so that a resumed run goes on behind them, also in
-a later epoch than the first; samples up to there are read again and thrown away.
+A resume state holds the epoch of the stream and the windows read of it; a resumed run reads the samples up to there again and
+drops them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FILLER = {"messages": [{"role": "user", "content": "-"}, {"role": "assistant", 
 
 
 def worker_seconds(arguments: Any) -> float:
-    """Longest wait for a loader's worker: as long as for a collective (`ddp_timeout`), 0 without workers."""
+    """Return the longest wait for a loader's worker: that for a collective (`ddp_timeout`), 0 without workers."""
     return float(arguments.ddp_timeout) if arguments.dataloader_num_workers else 0.0
 
 
@@ -50,10 +50,11 @@ def _mark(batch: dict[str, Any]) -> list[Any]:
 
 
 class StreamLoader:
-    """Iterable of a rank's batches for an epoch, and what is known of its place in the stream.
+    """Iterable of a rank's batches for an epoch; knows its place in the stream.
 
-    epoch, windows: the stream's epoch and the windows read of it; the same on every rank. digest: of this rank's batches in the
-    epoch so far, each hashed together with the digest before it.
+    Attributes:
+        epoch, windows: the stream's epoch and the accumulation windows read of it, the same on every rank.
+        digest: of this rank's batches in the epoch so far, each hashed together with the digest before it.
     """
 
     def __init__(self, samples: StreamedSamples, collator: ConversationCollator, arguments: Any) -> None:
@@ -61,7 +62,8 @@ class StreamLoader:
         self.epoch = self.windows = 0
         self.digest = ""
         self._expected: str | None = None  # the digest of a resume state, until its batches are read again
-        self._behind = False  # nothing was read yet behind the windows of an earlier run
+        # whether a resumed run has read nothing yet after the windows of the earlier run
+        self._resumed = False
         self._batches: Iterator[dict[str, Any]] = iter(())
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class StreamLoader:
         return {"epoch": self.epoch, "windows": self.windows, "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, Any], *, compare: bool = True) -> None:
-        """Go on at a place in the stream.
+        """Continue at a place in the stream.
 
         Args:
             state: of rank 0, which writes it.
@@ -79,17 +81,17 @@ class StreamLoader:
         self._expected = state.get("digest") if compare and self.arguments.process_index == 0 else None
 
     def write_report(self) -> dict[str, Any]:
-        """Return what became of the samples of all ranks so far, each of which takes part; the first writes it."""
+        """Return the report on the samples of all ranks so far; collective. The first rank writes it."""
         found = self.samples.report(self.arguments.device)
         SideOutput("the report on the data").write(lambda: self.samples.save_report(found))
         return found
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._behind, self._batches = self.windows > 0, self._begin()
+        self._resumed, self._batches = self.windows > 0, self._begin()
         return self._batches
 
     def _begin(self) -> Iterator[dict[str, Any]]:
-        """Return the batches of the epoch behind the windows already read."""
+        """Return the batches of the epoch after the windows already read."""
         self.samples.set_epoch(self.epoch)
         asked = self.arguments
         batches = bounded(
@@ -128,7 +130,8 @@ class StreamLoader:
             self._compare()
             while len(found) < count and (batch := next(self._batches, None)) is not None:
                 found.append(batch)
-        except Exception as error:  # raised below, when the others know
+        except Exception as error:
+            # raised below, once the other ranks know: they would wait in the collective for this one
             failure = error
         most, failed = self._agreed(len(found), failure is not None)
         if failure is not None:
@@ -137,13 +140,14 @@ class StreamLoader:
             raise RuntimeError(f"rank {failed} could not read its samples of the stream; its own message says why")
         if most == 0:
             self.epoch, self.windows = self.epoch + 1, 0
-            if not self._behind:
+            if not self._resumed:
                 return []
-            self._behind, self._batches = False, self._begin()  # the earlier run had read the epoch to its end
+            # the earlier run had read the epoch to its end
+            self._resumed, self._batches = False, self._begin()
             return self.window(count)
         for batch in found:
             self.digest = value_digest([self.digest, _mark(batch)])
-        self.windows, self._behind = self.windows + 1, False
+        self.windows, self._resumed = self.windows + 1, False
         if self.arguments.world_size > 1:
             found += [self.filler() for _ in range(count - len(found))]
         return found

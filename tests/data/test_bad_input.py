@@ -103,7 +103,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_sample_is_counted_under_its_reason(name: str) -> None:
+def test_prepare__bad_sample__counted_under_its_reason(name: str) -> None:
     sample, reason = BAD_ROWS[name]
     found = prepare([*make_samples(1), sample], ConversationCollator(PROCESSORS["llava"]), max_bad_samples=0.5)
     assert (found.numbers.tolist(), found.entries[1].reason) == ([0], reason)
@@ -112,7 +112,7 @@ def test_a_bad_sample_is_counted_under_its_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_an_image_of_one_pixel_is_used(family: str) -> None:
+def test_image__one_pixel__used(family: str) -> None:
     collator = ConversationCollator(PROCESSORS.get(family) or build(family)[1])
     sample = with_images(Image.new("RGB", (1, 1), (200, 0, 0)))
     found = prepare([sample], collator)
@@ -120,12 +120,12 @@ def test_an_image_of_one_pixel_is_used(family: str) -> None:
     assert found.entries[0].visual >= 1
 
 
-def test_an_image_the_processor_refuses_is_counted() -> None:
+def test_image__refused_by_the_processor__counted() -> None:
     assert reason_of(with_images(Image.new("RGB", (3000, 4))), "qwen2_vl") == "image_shape"
     assert reason_of(with_images(Image.new("RGB", (3000, 4))), "llava") == ""
 
 
-def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -> None:
+def test_image__20000_by_20000__refused_from_its_header(tmp_path: Path) -> None:
     line = zlib.compressobj(9)
     data = (
         line.compress(b"\0" * 20001 * 1000) + line.flush()
@@ -151,7 +151,7 @@ def test_an_image_of_20000_by_20000_is_refused_from_its_header(tmp_path: Path) -
     assert Image.MAX_IMAGE_PIXELS == before
 
 
-def test_an_image_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> None:
+def test_image_inside_a_file__above_the_limit__refused(tmp_path: Path) -> None:
     """An icon whose directory says 16 x 16 and whose image has 64 x 64 pixels."""
     path = tmp_path / "a.ico"
     Image.new("RGB", (64, 64), (200, 0, 0)).save(path, sizes=[(64, 64)])
@@ -166,7 +166,7 @@ def test_an_image_inside_a_file_is_held_to_the_limit_too(tmp_path: Path) -> None
     assert caught.value.reason == "image_too_large"
 
 
-def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None:
+def test_pixel_limit__at_and_above__exact_with_both_numbers_named(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     assert read_sample(with_images(tmp_path / "a.png"), max_pixels=600).images[0].size == (30, 20)
     with pytest.raises(
@@ -178,7 +178,7 @@ def test_the_pixel_limit_is_exact_and_names_both_numbers(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["pixels", "text", "data"])
-def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
+def test_zip_bomb__decoded__refused_or_bounded(tmp_path: Path, kind: str) -> None:
     bomb = zlib.compress(b"\0" * 80_000_000, 9)
     small = zlib.compress(b"\0" * 5 * 4)
     if kind == "pixels":
@@ -194,7 +194,7 @@ def test_a_zip_bomb_is_refused_or_bounded(tmp_path: Path, kind: str) -> None:
     assert reason_of(with_images(str(path))) == reason
 
 
-def test_a_truncated_file_is_no_half_grey_image(tmp_path: Path) -> None:
+def test_image__truncated_file__refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.fromarray(noise).save(tmp_path / name)
@@ -204,7 +204,7 @@ def test_a_truncated_file_is_no_half_grey_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+def test_decode_image__exif_rotation__applied(tmp_path: Path, orientation: int) -> None:
     """The oracle rotates the pixels by hand as the EXIF standard defines the eight orientations."""
     pixels = np.zeros((40, 60, 3), dtype=np.uint8)
     pixels[:10, :20] = (250, 0, 0)
@@ -226,7 +226,7 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     assert image_size(str(tmp_path / "a.png"), "r") == upright.shape[:2]
 
 
-def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path) -> None:
+def test_decode_image__16_bit_cmyk_palette__8_bit_rgb(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64, dtype=np.float64).reshape(64, 64)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
     found = np.asarray(decode_image(str(tmp_path / "deep.png"), "r"))
@@ -244,7 +244,7 @@ def test_sixteen_bits_are_scaled_and_cmyk_and_palettes_converted(tmp_path: Path)
         assert np.abs(pixel - (200, 40, 30)).max() <= 6, name
 
 
-def test_images_in_bytes_are_read(tmp_path: Path) -> None:
+def test_decode_image__bytes__read(tmp_path: Path) -> None:
     Image.new("RGB", (16, 8), (1, 2, 3)).save(tmp_path / "a.png")
     sample = with_images({"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"})
     assert read_sample(sample).images[0].getpixel((3, 3)) == (1, 2, 3)
@@ -253,7 +253,7 @@ def test_images_in_bytes_are_read(tmp_path: Path) -> None:
         read_sample(sample)
 
 
-def test_errors_of_videos_are_counted(tmp_path: Path) -> None:
+def test_prepare__bad_videos__counted(tmp_path: Path) -> None:
     def sample(video: Any) -> dict[str, Any]:
         content = [{"type": "video"}, {"type": "text", "text": "q"}]
         return {"messages": [{"role": "user", "content": content}, talk()[1]], "videos": [video]}
@@ -276,7 +276,7 @@ def test_errors_of_videos_are_counted(tmp_path: Path) -> None:
     assert (found.fps, found.indices, found.frames[2, 0, 0, 0]) == (4.0, (0, 1, 2, 3), 100)
 
 
-def test_a_sample_above_the_limit_is_dropped_and_counted() -> None:
+def test_prepare__sample_above_max_length__dropped_and_counted() -> None:
     short, long = {"messages": talk()}, {"id": "long", "messages": talk(text="one two three " * 40)}
     collator = ConversationCollator(PROCESSORS["llava"], max_length=64)
     found = prepare([short, long], collator, max_bad_samples=0.5)
@@ -285,7 +285,7 @@ def test_a_sample_above_the_limit_is_dropped_and_counted() -> None:
     assert "max_length is 64" in found.entries[1].message
 
 
-def test_invalid_utf8_in_a_file_is_counted_in_its_sample(tmp_path: Path) -> None:
+def test_prepare__invalid_utf8_in_a_line__counted_in_its_sample(tmp_path: Path) -> None:
     good = json.dumps({"messages": talk()}).encode()
     (tmp_path / "samples.jsonl").write_bytes(b"\n".join([good, good.replace(b"what", b"wh\xe9t"), good]))
     found = prepare(
@@ -325,7 +325,7 @@ SPELLED = (
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spelled", SPELLED)
 @pytest.mark.parametrize("images", [0, 1])
-def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int) -> None:
+def test_collate__spelled_special_token__stays_text(family: str, spelled: str, images: int) -> None:
     """With them in question and answer, a sample has the special tokens of the same sample without them, and their text."""
     processor = PROCESSORS[family]
     collator, tokenizer = ConversationCollator(processor), processor.tokenizer
@@ -350,7 +350,7 @@ def test_spelled_special_tokens_stay_text(family: str, spelled: str, images: int
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
+def test_collate__each_special_token_spelled__stays_text(family: str) -> None:
     """Each of the family's special tokens in question and answer, beside an image: special tokens as in a plain sample."""
     processor = PROCESSORS.get(family) or build(family)[1]
     collator = ConversationCollator(processor)
@@ -366,7 +366,7 @@ def test_no_special_token_of_its_own_can_be_spelled(family: str) -> None:
     assert all(kept(spelled) == kept("x") for spelled in special)
 
 
-def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> None:
+def test_literal_ids__special_token_in_the_vocabulary__not_used() -> None:
     """Splitting special tokens is not enough where the model itself knows the word: then the string is cut to characters."""
     from examples.bundled_demo.models import make_processor
 
@@ -380,14 +380,14 @@ def test_a_vocabulary_that_holds_a_special_token_as_a_word_does_not_leak() -> No
     assert Segmenter(processor).protected["<image>"] == image
 
 
-def test_a_dataset_without_any_images_says_so() -> None:
+def test_prepare__no_images__reported() -> None:
     found = prepare(make_samples(4, images=0), ConversationCollator(PROCESSORS["llava"]))
     assert found.report["images_and_videos"] == 0
     assert found.report["samples_without_images"] == 4
     assert found.report["visual_tokens"]["sum"] == 0
 
 
-def test_a_missing_file_comes_with_its_way_out() -> None:
+def test_missing_file__message__says_how_to_fix_it() -> None:
     for sample in (
         with_images("/nowhere.png"),
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, talk()[1]], "videos": ["/nowhere.mp4"]},

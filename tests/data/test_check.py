@@ -76,7 +76,7 @@ class Page(HTMLParser):
             self.literal.append(data)
 
 
-def test_the_command_reports_and_writes_a_page(
+def test_data_check__mixed_set__report_and_page(
     mixed: Mixed, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -100,7 +100,7 @@ def test_the_command_reports_and_writes_a_page(
     assert "above --max_bad_samples 1.0%" in capsys.readouterr().err
 
 
-def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path: Path) -> None:
+def test_train__after_a_check__uses_its_index(mixed: Mixed, model: Path, tmp_path: Path) -> None:
     """One index serves both: the run's own inspect the samples, with its own collator, begins no other."""
     given = [str(mixed.mix), "--model", str(model), "--output_dir", str(tmp_path / "out"), "--workers", "0"]
     assert check(*given, "--max_length", "4000") == 0
@@ -113,7 +113,7 @@ def test_a_run_believes_what_the_check_found(mixed: Mixed, model: Path, tmp_path
     assert [path.read_bytes() for path in (tmp_path / "cache").glob("*.jsonl")] == [before]
 
 
-def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
+def test_data_check__nothing_usable__page_and_status_2(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n[1]\n')
@@ -142,14 +142,14 @@ def test_a_dataset_of_which_nothing_can_be_used_still_gets_its_page(
         (["none.jsonl", "--model", "nowhere/at-all"], "cannot read a processor from 'nowhere/at-all'"),
     ],
 )
-def test_errors_of_the_command_are_one_sentence(
+def test_data_check__bad_arguments__one_sentence(
     arguments: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(*[str(model) if part == "MODEL" else part for part in arguments]) == commands.BAD_INPUT
     assert message in capsys.readouterr().err
 
 
-def test_what_a_sample_says_is_text_on_the_page(tmp_path: Path) -> None:
+def test_page__markup_in_a_sample__escaped(tmp_path: Path) -> None:
     """Markup in a sample is escaped, and a spelled special token is shown as such."""
     evil = "<script>alert(1)</script> & <|im_end|>"
     sample: dict[str, Any] = {

@@ -50,7 +50,7 @@ def supervised(processor: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_multi_turn_labels_are_the_assistants_texts(family: str, images: int) -> None:
+def test_collate__several_turns__labels_are_the_assistants_texts(family: str, images: int) -> None:
     processor = PROCESSORS[family]
     sample = conversation(
         "what is it?", "a red square", "and USER: assistant?", "no, two", system="answer in words", images=images
@@ -61,7 +61,7 @@ def test_multi_turn_labels_are_the_assistants_texts(family: str, images: int) ->
 
 @pytest.mark.parametrize("family", GENERATION_MARKS)
 @pytest.mark.parametrize("question", QUESTIONS[:4])
-def test_labels_are_the_templates_generation_mask(family: str, question: str) -> None:
+def test_collate__template_with_generation_blocks__labels_are_its_mask(family: str, question: str) -> None:
     """The oracle is transformers' own mask from the template's generation marks, on text.
 
     Byte-level BPE cuts a turn's text alone as it cuts it inside the whole conversation as long as the seam between prompt
@@ -87,7 +87,7 @@ def test_labels_are_the_templates_generation_mask(family: str, question: str) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_the_prompt_has_the_tokens_it_has_when_served(family: str, images: int) -> None:
+def test_collate__prompt__tokens_are_those_when_served(family: str, images: int) -> None:
     """Up to the last answer, ids are those of the processor's own chat template with a generation prompt."""
     processor = PROCESSORS[family]
     sample = conversation("what is the shape?", "a blue circle", images=images)
@@ -106,7 +106,7 @@ def test_the_prompt_has_the_tokens_it_has_when_served(family: str, images: int) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_are_apply_chat_templates(family: str) -> None:
+def test_collate__ids__those_of_apply_chat_template(family: str) -> None:
     processor = PROCESSORS[family]
     sample = make_samples(1, seed=4)[0]
     batch = ConversationCollator(processor)([sample])
@@ -119,7 +119,7 @@ def test_ids_are_apply_chat_templates(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_are_padded_on_the_right_and_padding_is_no_label(family: str) -> None:
+def test_collate__samples_of_two_lengths__padded_right_without_labels(family: str) -> None:
     processor = PROCESSORS[family]
     collator = ConversationCollator(processor)
     chosen = mixed_samples(6)
@@ -141,7 +141,7 @@ def test_samples_are_padded_on_the_right_and_padding_is_no_label(family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_does_not_change_what_a_sample_computes(family: str) -> None:
+def test_collate__padding__logits_unchanged(family: str) -> None:
     model, processor = build(family)
     collator = ConversationCollator(processor)
     chosen = mixed_samples(6)
@@ -161,7 +161,7 @@ def test_padding_does_not_change_what_a_sample_computes(family: str) -> None:
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_the_user_says_is_never_a_label(family: str, words: list[str]) -> None:
+def test_collate__any_user_text__never_a_label(family: str, words: list[str]) -> None:
     processor = PROCESSORS[family]
     sample = conversation(" ".join(words), "blue", " ".join(reversed(words)), "two")
     batch = ConversationCollator(processor)([sample])
@@ -169,7 +169,7 @@ def test_whatever_the_user_says_is_never_a_label(family: str, words: list[str]) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sample_longer_than_max_length_is_refused_by_name(family: str) -> None:
+def test_collate__longer_than_max_length__refused_by_name(family: str) -> None:
     processor = PROCESSORS[family]
     sample = {**make_samples(1)[0], "id": "train-17"}
     length = ConversationCollator(processor)([sample])["input_ids"].shape[1]
@@ -180,14 +180,14 @@ def test_a_sample_longer_than_max_length_is_refused_by_name(family: str) -> None
         ConversationCollator(processor, max_length=length - 1)([sample])
 
 
-def test_a_processor_without_a_chat_template_is_refused() -> None:
+def test_collator__no_chat_template__refused() -> None:
     _, processor = build("llava")
     processor.chat_template = None
     with pytest.raises(ValueError, match=r"the processor has no chat template"):
         ConversationCollator(processor)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_collate__template_rewrites_earlier_turns__refused() -> None:
     _, processor = build("llava")
     processor.chat_template = (
         "{{ messages | length }}{% for m in messages %}{{ m['role'] }}: {{ m['content'][0]['text'] }}\n{% endfor %}"
@@ -197,7 +197,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         ConversationCollator(processor)([{**conversation("a", "b", "c", "d"), "id": "x"}])
 
 
-def test_no_token_is_added_or_removed_by_a_bos() -> None:
+def test_collate__bos_token__as_the_tokenizer_adds_it() -> None:
     """A tokenizer that puts a start token before every text puts it once before a sample."""
     from tokenizers.processors import TemplateProcessing
 

@@ -107,7 +107,7 @@ def on_disk(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_a_batch_is_bit_for_bit_what_its_samples_are_anew(family: str, tmp_path: Path) -> None:
+def test_collate__remembered_texts__equal_to_fresh_ones_bit_for_bit(family: str, tmp_path: Path) -> None:
     """Cold, warm, in another order, and from a copy in a worker."""
     processor = build(family)[1]
     given = on_disk(tmp_path)
@@ -122,7 +122,7 @@ def test_a_batch_is_bit_for_bit_what_its_samples_are_anew(family: str, tmp_path:
             assert torch.equal(found[key], value), key
 
 
-def test_what_repeats_is_rendered_and_tokenised_once() -> None:
+def test_collate__repeated_texts__rendered_and_tokenized_once() -> None:
     processor = build("qwen2_vl")[1]
     collator = ConversationCollator(processor)
     given = make_samples(4, seed=7, images=0)
@@ -138,7 +138,7 @@ def test_what_repeats_is_rendered_and_tokenised_once() -> None:
     assert all(one.ids["input_ids"] is other.ids["input_ids"] for one, other in zip(*pairs, strict=True))
 
 
-def test_an_error_names_its_own_sample_each_time() -> None:
+def test_collate__same_error_twice__each_names_its_sample() -> None:
     """Only what went well is remembered, and a sample's name is no part of it."""
     processor = build("qwen2_vl")[1]
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
@@ -148,7 +148,7 @@ def test_an_error_names_its_own_sample_each_time() -> None:
             collator([{**make_samples(1)[0], "id": name}])
 
 
-def test_the_memory_is_bounded_and_stays_in_its_process() -> None:
+def test_recent__many_entries__bounded_and_not_pickled() -> None:
     recent: Recent[int] = Recent(entries=2, longest=3)
     for key, value in (("a", 1), ("b", 2)):
         recent.put(key, value, 1)
@@ -161,7 +161,7 @@ def test_the_memory_is_bounded_and_stays_in_its_process() -> None:
 
 
 @pytest.mark.parametrize(("count", "together"), [(1, True), (2, False)])
-def test_small_images_of_a_batch_are_processed_together(count: int, together: bool) -> None:
+def test_collate__small_images__processed_as_one_tensor(count: int, together: bool) -> None:
     collator = ConversationCollator(build("llava")[1])
     side = int((TOGETHER / 1.5) ** 0.5)
     sample = {**make_samples(1)[0], "images": [Image.new("RGB", (side, side))]}
@@ -172,7 +172,7 @@ def test_small_images_of_a_batch_are_processed_together(count: int, together: bo
 
 
 @pytest.mark.parametrize("name", ["plain.png", "animated.png", "plain.jpg", "animated.gif", "animated.webp"])
-def test_a_decoded_file_is_closed(name: str, tmp_path: Path) -> None:
+def test_decode_image__file__closed(name: str, tmp_path: Path) -> None:
     frames = [sample["images"][0].resize((64, 48)) for sample in make_samples(3, seed=5)]
     more = {"save_all": True, "append_images": frames[1:]} if name.startswith("animated") else {}
     frames[0].save(tmp_path / name, **more)

@@ -21,7 +21,7 @@ def turned(image: Image.Image) -> Image.Image:
     return copy
 
 
-def test_what_counts_and_what_does_not() -> None:
+def test_sample_key__changed_fields__content_counts_and_names_do_not() -> None:
     (sample,) = make_samples(1, images=2)
     first, second = sample["images"]
     key = sample_key(sample)
@@ -43,7 +43,7 @@ def test_what_counts_and_what_does_not() -> None:
     assert len(keys) == 5 and key not in keys
 
 
-def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
+def test_sample_key__files__hashed_by_their_bytes(tmp_path: Path) -> None:
     (sample,) = make_samples(1)
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
@@ -62,7 +62,7 @@ def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
         sample_key({**sample, "images": [tmp_path / "none.png"]}, 7)
 
 
-def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
+def test_sample_key__videos_as_frames_arrays_files__told_apart(tmp_path: Path) -> None:
     frames = [sample["images"][0].resize((64, 64)) for sample in make_samples(3)]
     content = [{"type": "video"}, {"type": "text", "text": "what?"}]
     said = [{"role": "user", "content": content}, {"role": "assistant", "content": "this"}]
@@ -75,7 +75,7 @@ def test_videos_as_frames_arrays_and_files(tmp_path: Path) -> None:
     assert sample_key({"messages": said, "videos": [frames], "fps": 2.0}) == keys[0]
 
 
-def test_a_batch_carries_keys_only_when_asked() -> None:
+def test_collate__keys_false__no_keys() -> None:
     _, processor = build("llava")
     dataset = make_samples(2)
     assert "sample_key" not in ConversationCollator(processor)(dataset)
@@ -85,7 +85,7 @@ def test_a_batch_carries_keys_only_when_asked() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
-def test_settings_of_a_processor_read_again_are_the_same(family: str, tmp_path: Path) -> None:
+def test_processor_settings__saved_and_read_again__equal(family: str, tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     model, processor = build(family)

@@ -58,7 +58,7 @@ def talk(*texts: str, images: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", [*EVERY, "demo"])
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
+def test_segments__blocks_and_single_turns__agree(family: str, images: int) -> None:
     """Every family's template, with marks (its own, or put in) and by turns rendered apart."""
     processor = copy.copy(PROCESSORS[family])
     sample = talk(
@@ -80,7 +80,7 @@ def test_marks_and_turns_apart_agree(family: str, images: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("marks", [True, False])
-def test_llavas_published_template(scheme: str, marks: bool) -> None:
+def test_segments__llavas_published_template__as_by_hand(scheme: str, marks: bool) -> None:
     """Prompts are cut as they are served, the space behind an answer is not supervised, and the end of text is."""
     processor = metaspace(scheme)
     processor.chat_template = PUBLISHED_LLAVA
@@ -103,7 +103,7 @@ def test_llavas_published_template(scheme: str, marks: bool) -> None:
         assert labels[len(served)] != -100
 
 
-def test_what_a_template_ends_is_ended_once() -> None:
+def test_segments__template_writes_eos__not_added_again() -> None:
     """An end mark inside or behind the marks is the template's to teach."""
     _, processor = build("qwen3_vl")
     for template in (
@@ -117,7 +117,7 @@ def test_what_a_template_ends_is_ended_once() -> None:
     assert processor.tokenizer.decode([i for i in batch["labels"][0].tolist() if i != -100]) == "red"
 
 
-def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
+def test_segments__image_after_a_spelled_placeholder__one_image() -> None:
     """A tokenizer that marks the start of words is given what stands before a piece; a spelled <image> must not be among it."""
     content = [{"type": "text", "text": "not <image> but "}, {"type": "image"}, {"type": "text", "text": "this"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
@@ -128,7 +128,7 @@ def test_an_image_behind_a_spelled_placeholder_is_the_only_one() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
-def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
+def test_segments__text_only__agrees_with_the_tokenizers_mask(family: str) -> None:
     """transformers computes its mask from characters of the whole text; segments must mark the same tokens."""
     processor = PROCESSORS[family]
     sample = talk("what is the shape?", "a red square", "which colour stands left?", "blue")
@@ -143,7 +143,7 @@ def test_the_tokenizers_own_mask_on_text_agrees(family: str) -> None:
     assert sum(own["assistant_masks"][length:]) == 0
 
 
-def test_only_marked_turns_are_supervised() -> None:
+def test_segments__generation_blocks__only_they_are_supervised() -> None:
     """A template that marks the last turn alone is believed."""
     _, processor = build("qwen3_vl")
     processor.chat_template = QWEN3_TEMPLATE.replace(
@@ -154,14 +154,14 @@ def test_only_marked_turns_are_supervised() -> None:
     assert processor.tokenizer.decode(supervised) == "blue<|im_end|>"
 
 
-def test_a_template_that_drops_images_is_refused() -> None:
+def test_segments__template_drops_images__refused() -> None:
     _, processor = build("qwen2_vl")
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
     with pytest.raises(SampleError, match=r"has 1 image\(s\) and the chat template writes 0 placeholder\(s\)"):
         ConversationCollator(processor)([talk("q", "a", images=1)])
 
 
-def test_a_template_that_raises_is_an_error_of_the_sample() -> None:
+def test_segments__template_raises__error_of_the_sample() -> None:
     _, processor = build("llava")
     processor.chat_template = "{{ raise_exception('no such talk') }}"
     with pytest.raises(SampleError, match=r"sample 'r': the chat template cannot render it: no such talk") as caught:
@@ -169,7 +169,7 @@ def test_a_template_that_raises_is_an_error_of_the_sample() -> None:
     assert caught.value.reason == "template"
 
 
-def test_a_template_that_marks_nothing_is_refused() -> None:
+def test_segments__empty_generation_blocks__refused() -> None:
     _, processor = build("llava")
     processor.chat_template = (
         "{% for m in messages %}{{ m['content'][0]['text'] }}"
@@ -214,7 +214,7 @@ def metaspace(scheme: str) -> LlavaProcessor:
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("images", [0, 1])
-def test_no_word_start_is_invented_in_the_middle_of_a_sample(scheme: str, images: int) -> None:
+def test_tokens__piece_inside_a_sample__no_word_start_added(scheme: str, images: int) -> None:
     """Ids are those of the whole rendered text, as SentencePiece tokenizers cut it in one go."""
     processor = metaspace(scheme)
     sample = talk("what is the shape?", "a red square", "which colour stands left?", "blue", images=images)

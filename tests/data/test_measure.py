@@ -28,7 +28,7 @@ def sample(number: int, images: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_counted_lengths_are_those_of_the_batches(name: str) -> None:
+def test_measure__counted_lengths__those_of_the_batches(name: str) -> None:
     model, processor = build(name)
     collator = ConversationCollator(processor)
     measure = Measure(collator)
@@ -44,7 +44,7 @@ def test_counted_lengths_are_those_of_the_batches(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_token_of_an_image_is_the_models_own(name: str) -> None:
+def test_layout__image_token__the_models_own(name: str) -> None:
     model, processor = build(name)
     own = family_of(model).token_ids(model.config)
     layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
@@ -59,7 +59,7 @@ class Blind(Layout):
 
 
 @pytest.mark.parametrize(("name", "believed"), [("qwen2_vl", True), ("llava_onevision", True), ("pixtral", False)])
-def test_arithmetic_of_a_processor_is_believed_only_where_it_agreed(name: str, believed: bool) -> None:
+def test_layout__stated_counts__used_only_after_they_agreed(name: str, believed: bool) -> None:
     """With arithmetic that is right, no more images are run after three sizes; where text varies with the size, each is."""
     processor = build(name)[1]
     layout = Layout(processor, ConversationCollator(processor).segmenter.placeholders["image"])
@@ -91,7 +91,7 @@ class Changing(Layout):
 
 
 @pytest.mark.parametrize("what", ["text", "arithmetic"])
-def test_arithmetic_is_never_believed_once_it_failed(what: str) -> None:
+def test_layout__stated_counts_wrong_once__never_used(what: str) -> None:
     processor = build("qwen2_vl")[1]
     layout = Changing(processor, ConversationCollator(processor).segmenter.placeholders["image"])
     layout.what = what

@@ -24,20 +24,20 @@ def sampler(count: int, epoch: int = 0, seed: int = 5, batch_size: int = 4, grou
 
 @given(count=st.integers(0, 700), seed=st.integers(0, 2**40), epoch=st.integers(0, 50), batch=st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_sees_every_sample_once(count: int, seed: int, epoch: int, batch: int) -> None:
+def test_epoch_order__any_epoch__every_sample_once(count: int, seed: int, epoch: int, batch: int) -> None:
     lengths = [(7 * n) % 101 for n in range(count)]
     for order in (epoch_order(count, seed, epoch), epoch_order(count, seed, epoch, lengths=lengths, batch_size=batch)):
         assert sorted(order.tolist()) == list(range(count))
 
 
-def test_the_order_is_fixed_for_all_time() -> None:
+def test_epoch_order__known_seed__recorded_order() -> None:
     """A changed hash would change every run that is resumed with a later version."""
     assert shuffled(10, 0, 0).tolist() == [2, 6, 5, 3, 0, 4, 7, 1, 8, 9]
     digest = hashlib.sha256(epoch_order(1000, 7, 3).tobytes()).hexdigest()
     assert digest == "d817f929f234218f358330fd4d816ffb237fd9acfb54c41d25af0812bed5e6c6"
 
 
-def test_seeds_and_epochs_give_other_orders() -> None:
+def test_epoch_order__other_seed_or_epoch__other_order() -> None:
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
     first = np.array([epoch_order(20, 0, epoch)[0] for epoch in range(2000)])
@@ -47,7 +47,7 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [96, 101])
-def test_ranks_get_accelerates_batches(world_size: int, count: int) -> None:
+def test_epoch_order__batches_of_all_ranks__those_of_one_rank_in_order(world_size: int, count: int) -> None:
     """The batches of a step of all ranks are the next batches of a single rank, in order."""
     made = sampler(count)
     ranks = []
@@ -59,14 +59,14 @@ def test_ranks_get_accelerates_batches(world_size: int, count: int) -> None:
     assert dealt[: count // 4] == alone[: count // 4]
 
 
-def test_a_resumed_loader_goes_on_in_the_same_order() -> None:
+def test_epoch_sampler__resumed_loader__same_order() -> None:
     whole = [batch.tolist() for batch in DataLoader(range(40), batch_size=4, sampler=sampler(40, epoch=2))]
     resumed = skip_first_batches(DataLoader(range(40), batch_size=4, sampler=sampler(40, epoch=2)), 6)
     assert [batch.tolist() for batch in resumed] == whole[6:]
     assert whole != [batch.tolist() for batch in DataLoader(range(40), batch_size=4, sampler=sampler(40, epoch=3))]
 
 
-def test_batches_are_grouped_by_length() -> None:
+def test_epoch_order__lengths__little_padding() -> None:
     lengths = np.random.default_rng(1).integers(10, 2000, 4000)
 
     def padding(order: np.ndarray) -> float:

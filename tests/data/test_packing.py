@@ -27,7 +27,7 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PACKING)
-def test_the_loss_and_its_gradient_are_those_of_padded_samples(name: str) -> None:
+def test_packing__loss_and_gradient__those_of_padded_samples(name: str) -> None:
     """CE, distillation and relation of six samples with two, one and no images; only the order of sums differs."""
     first, second = (
         Set(name, quantized=True),
@@ -54,7 +54,7 @@ def test_the_loss_and_its_gradient_are_those_of_padded_samples(name: str) -> Non
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_family_says_truly_whether_its_samples_can_be_packed(name: str, attention: str) -> None:
+def test_packing__family_packs__agrees_with_its_model(name: str, attention: str) -> None:
     model, processor = build(name)
     model.set_attn_implementation(attention)
     samples = mixed_samples(4)
@@ -68,7 +68,7 @@ def test_a_family_says_truly_whether_its_samples_can_be_packed(name: str, attent
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_a_packed_batch_is_its_samples_one_behind_the_other(name: str) -> None:
+def test_packing__batch__samples_in_one_sequence(name: str) -> None:
     _, processor = build(name)
     collator = ConversationCollator(processor, packed=True)
     samples = mixed_samples(4)
@@ -80,7 +80,7 @@ def test_a_packed_batch_is_its_samples_one_behind_the_other(name: str) -> None:
     assert packed["position_ids"].tolist() == [[i for length in lengths for i in range(length)]]
 
 
-def test_the_first_token_of_a_sample_is_no_answer_to_the_sample_before() -> None:
+def test_packing__first_token_of_a_sample__no_label() -> None:
     """A template that marks everything as supervised would otherwise teach one sample to begin the next."""
     _, processor = build("llava")
     said = "{% generation %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endgeneration %}"
@@ -93,7 +93,7 @@ def test_the_first_token_of_a_sample_is_no_answer_to_the_sample_before() -> None
     assert int((packed["labels"] == -100).sum()) == 2
 
 
-def test_packed_videos_keep_their_tokens() -> None:
+def test_packing__videos__keep_their_tokens() -> None:
     model, processor = build("llava_onevision")
     answer = {"role": "assistant", "content": "two"}
     samples = [
@@ -108,7 +108,7 @@ def test_packed_videos_keep_their_tokens() -> None:
     torch.testing.assert_close(logits(model, packed)[0], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_trains_packed_and_is_the_padded_run(llava: Pair, tmp_path: Path) -> None:
+def test_train__packing__equal_to_the_padded_run(llava: Pair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
     padded = run(llava, tmp_path / "padded", mixed_samples(8), **options)
     packed = run(llava, tmp_path / "packed", mixed_samples(8), packing=True, **options)
@@ -118,14 +118,14 @@ def test_a_run_trains_packed_and_is_the_padded_run(llava: Pair, tmp_path: Path) 
         assert (right["images"], right["samples_without_images"]) == (left["images"], left["samples_without_images"])
 
 
-def test_packing_is_refused_where_positions_do_not_allow_it(pair_of: Any, tmp_path: Path) -> None:
+def test_packing__family_with_several_positions__refused(pair_of: Any, tmp_path: Path) -> None:
     """Before any sample is inspected: this one could not be used either."""
     with pytest.raises(ValueError, match=r"samples of family 'qwen2_vl' cannot be packed: .*Leave packing out"):
         run(pair_of("qwen2_vl"), tmp_path / "o/out", [{"messages": []}], packing=True)
     assert not (tmp_path / "o").exists()
 
 
-def test_packing_is_refused_for_the_teachers_sake(llava: Pair, tmp_path: Path) -> None:
+def test_packing__teacher_cannot_pack__refused(llava: Pair, tmp_path: Path) -> None:
     class Other(type(REGISTRY["llava"])):  # type: ignore[misc]
         model_type = "other"
         packs = False

@@ -24,7 +24,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
 
 
 @pytest.mark.parametrize(("family", "workers"), [("llava", 2), ("qwen2_vl", 0), ("qwen3_vl", 0)])
-def test_the_report_accounts_for_every_sample(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
+def test_prepare__report__counts_every_sample(family: str, workers: int, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
     found = prepare(
         load_samples(str(mixed.mix)), collator, max_bad_samples=0.1, workers=workers, cache=tmp_path / "cache"
@@ -48,7 +48,7 @@ def test_the_report_accounts_for_every_sample(family: str, workers: int, mixed: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: Path) -> None:
+def test_prepare__lengths__those_of_the_batches(family: str, mixed: Mixed, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS[family])
     found = prepare(load_samples(str(mixed.mix)), collator, max_bad_samples=0.1, cache=tmp_path)
     for place in range(0, len(found), 5):
@@ -62,7 +62,7 @@ def test_lengths_are_those_of_the_batches(family: str, mixed: Mixed, tmp_path: P
         assert sum(int((batch["input_ids"] == t).sum()) for t in types if t is not None) == entry.visual
 
 
-def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixed, tmp_path: Path) -> None:
+def test_index__torn_last_line__continued_after_the_last_whole_one(mixed: Mixed, tmp_path: Path) -> None:
     """Counts changed by hand in the index come back for every sample that is not inspected again."""
     given, collator = load_samples(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
     assert given.fingerprint is not None
@@ -96,7 +96,7 @@ def test_an_index_is_resumed_behind_its_last_whole_line_and_believed(mixed: Mixe
         ("llava_onevision", "num_image_tokens", 4),
     ],
 )
-def test_the_processors_own_fields_are_of_the_indexs_name(name: str, field: str, value: int, tmp_path: Path) -> None:
+def test_index_file__processor_fields__part_of_its_name(name: str, field: str, value: int, tmp_path: Path) -> None:
     """They decide tokens and lie neither in the image processor nor in the tokenizer."""
     processor = build(name)[1]
     before = index_file("samples", ConversationCollator(processor), True, tmp_path)
@@ -106,7 +106,7 @@ def test_the_processors_own_fields_are_of_the_indexs_name(name: str, field: str,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_samples_whose_images_changed_are_looked_at_again(workers: int, tmp_path: Path) -> None:
+def test_scan__image_files_changed__samples_inspected_again(workers: int, tmp_path: Path) -> None:
     """A image put in place, one replaced, one removed: each sample is judged again, and no other sample."""
     talk = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "red"}]
     lines = [{"id": n, "image": f"{n}.png", "conversations": talk} for n in range(5)]
@@ -129,7 +129,7 @@ def test_samples_whose_images_changed_are_looked_at_again(workers: int, tmp_path
     assert sorted(path.suffix for path in tmp_path.iterdir()).count(".new") == 0
 
 
-def test_a_process_that_does_not_write_leaves_the_index_alone(mixed: Mixed, tmp_path: Path) -> None:
+def test_scan__write_false__index_unchanged(mixed: Mixed, tmp_path: Path) -> None:
     given, collator = load_samples(str(mixed.mix)), ConversationCollator(PROCESSORS["llava"])
     found = prepare(
         given, collator, folder=tmp_path / "out", max_bad_samples=0.1, cache=tmp_path / "cache", write=False
@@ -138,7 +138,7 @@ def test_a_process_that_does_not_write_leaves_the_index_alone(mixed: Mixed, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+def test_load_samples__file_changed__other_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     line = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "red"}]})
     file.write_text(line)
@@ -148,7 +148,7 @@ def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
     assert load_samples(str(file)).fingerprint != before
 
 
-def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
+def test_prepare__more_than_max_bad_samples__refused_and_listed(tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS["llava"])
     given = [*make_samples(18), {"messages": [], "id": "a"}, {"messages": [], "id": "b"}]
     kept = prepare(given, collator, max_bad_samples=0.1)
@@ -197,7 +197,7 @@ def words_of(found: Any) -> list[str]:
     return [found[place]["messages"][0]["content"] for place in range(len(found))]
 
 
-def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
+def test_mix__caps_and_weights__kept(tmp_path: Path) -> None:
     text = "seed: 3\nsets:\n - {path: one.jsonl, cap: 6}\n - {path: two.jsonl, weight: 0.5}\n"
     text += " - {path: three.jsonl, weight: 2.25}\n"
     source = write_mix(tmp_path, text)
@@ -230,12 +230,12 @@ def test_a_mix_keeps_caps_and_weights(tmp_path: Path) -> None:
         ("sets:\n - {path: none.jsonl}", r"no dataset file at none\.jsonl"),
     ],
 )
-def test_errors_of_a_mix_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_mix__errors__named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_samples(write_mix(tmp_path, text))
 
 
-def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
+def test_prepare__duplicates_and_repeated_ids__dropped_and_kept(tmp_path: Path) -> None:
     one, two, three = make_samples(3)
     given = [{**one, "id": "a"}, {**two, "id": "a"}, {**one, "id": "a"}, {**three}, {**three}]
     found = prepare(given, ConversationCollator(PROCESSORS["llava"]), max_bad_samples=0.2)
@@ -248,7 +248,7 @@ def test_duplicates_are_dropped_and_repeated_ids_kept(tmp_path: Path) -> None:
     assert listed["message"] == "sample 'a' (number 2) repeats sample number 0; drop one of them"
 
 
-def test_what_is_made_when_asked_for_is_not_scanned() -> None:
+def test_is_scannable__samples_made_on_access__false() -> None:
     import datasets
 
     class Made:
@@ -264,7 +264,7 @@ def test_what_is_made_when_asked_for_is_not_scanned() -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved", "folder"])
-def test_parquet_and_saved_datasets_are_indexed(tmp_path: Path, kind: str) -> None:
+def test_prepare__parquet_and_saved_dataset__indexed(tmp_path: Path, kind: str) -> None:
     import datasets
 
     features = datasets.Features(

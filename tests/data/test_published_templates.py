@@ -42,7 +42,9 @@ def talk(images: int, system: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, images: int, system: bool) -> None:
+def test_published_template__blocks_and_single_turns__agree_and_prompts_are_served_ones(
+    name: str, images: int, system: bool
+) -> None:
     sample = talk(images, system)
     processor = processor_of(name, plain(PUBLISHED[name]))
     collator = ConversationCollator(processor)
@@ -69,7 +71,7 @@ def test_marks_and_turns_apart_agree_and_prompts_are_the_served_ones(name: str, 
     assert all(torch.equal(other[key], batch[key]) for key in ("input_ids", "labels"))
 
 
-def test_a_decoded_video_that_the_processor_refuses_is_not_called_a_broken_file() -> None:
+def test_video__refused_by_the_processor__not_called_unreadable() -> None:
     """A template that writes videos, of a processor that takes no decoded frames beside the text."""
     template = plain(PUBLISHED["smolvlm"]).replace(
         "{{ '<image>' }}", "{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}"
@@ -89,7 +91,7 @@ def video() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_videos_are_used_or_unsupported_never_unreadable(name: str) -> None:
+def test_published_template__video__used_or_unsupported(name: str) -> None:
     """SmolVLM's processor swaps the template for one that writes videos; that sample must not be called a broken file."""
     collator = ConversationCollator(processor_of(name, plain(PUBLISHED[name])))
     found = prepare([video()], collator, max_bad_samples=1.0, allow_empty=True)

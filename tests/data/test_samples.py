@@ -47,12 +47,12 @@ IMAGE = {"type": "image"}
         ),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_named(sample: dict[str, Any], message: str) -> None:
+def test_check_sample__bad_sample__named(sample: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sample(sample, 3)
 
 
-def test_plain_strings_are_text_parts_and_the_input_is_left_alone() -> None:
+def test_check_sample__plain_strings__text_parts_and_input_unchanged() -> None:
     sample = {"messages": [{"role": "user", "content": "q"}, ANSWER], "image": None}
     before = json.dumps(sample)
     found = check_sample(sample)
@@ -62,7 +62,7 @@ def test_plain_strings_are_text_parts_and_the_input_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("column", ["images", "image"])
-def test_images_of_plain_messages_stand_before_the_first_users_text(column: str) -> None:
+def test_check_sample__images_without_tags__before_the_first_users_text(column: str) -> None:
     """What TRL's SFT and DPO trainers make of a sample whose messages are strings and that has an images column."""
     talked = [
         {"role": "system", "content": "be brief"},
@@ -86,14 +86,14 @@ def test_images_of_plain_messages_stand_before_the_first_users_text(column: str)
         assert caught.value.reason == "placeholder_mismatch"
 
 
-def test_a_sample_without_name_or_number_is_quoted() -> None:
+def test_check_sample__no_name_or_number__quoted() -> None:
     with pytest.raises(ValueError, match=r"where is the dog"):
         check_sample({"messages": [user("where is the dog"), ANSWER], "images": ["x"]})
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1", "I;16"])
 @pytest.mark.parametrize("from_file", [False, True])
-def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str, from_file: bool) -> None:
+def test_read_sample__image_of_any_mode__rgb(tmp_path: Path, mode: str, from_file: bool) -> None:
     original = make_samples(1)[0]["images"][0]
     original = original.convert("L").convert("I;16") if mode == "I;16" else original.convert(mode)
     image: Any = original
@@ -105,7 +105,7 @@ def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str, from_file: boo
     assert found.size == original.size
 
 
-def test_transparency_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
+def test_read_sample__transparency__as_pillow_converts_it(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (10, 200, 30, 128))
     clear.save(tmp_path / "c.png")
     found = read_sample({"messages": [user(IMAGE, "q"), ANSWER], "image": str(tmp_path / "c.png")}).images[0]
@@ -113,7 +113,7 @@ def test_transparency_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"not a picture", b""])
-def test_a_missing_or_unreadable_image_is_named_with_its_path(tmp_path: Path, content: bytes | None) -> None:
+def test_read_sample__missing_or_unreadable_image__named_with_its_path(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "p.png"
     if content is not None:
         path.write_bytes(content)
@@ -121,7 +121,7 @@ def test_a_missing_or_unreadable_image_is_named_with_its_path(tmp_path: Path, co
         read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [str(path)], "id": "r"})
 
 
-def test_a_truncated_image_is_named_with_its_path(tmp_path: Path) -> None:
+def test_read_sample__truncated_image__named_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     make_samples(1)[0]["images"][0].save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -129,14 +129,14 @@ def test_a_truncated_image_is_named_with_its_path(tmp_path: Path) -> None:
         read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [path]})
 
 
-def test_something_else_than_an_image_is_refused() -> None:
+def test_read_sample__no_image__refused() -> None:
     with pytest.raises(
         ValueError, match=r"sample 'r': an image is of type int; give a path, bytes, a data URI or a PIL image"
     ):
         read_sample({"messages": [user(IMAGE, "q"), ANSWER], "images": [7], "id": "r"})
 
 
-def test_check_samples_counts_up_to_its_limit_and_names_the_sample() -> None:
+def test_check_samples__limit__counted_and_sample_named() -> None:
     assert check_samples(make_samples(5), limit=3) == 3
     assert check_samples(make_samples(2)) == 2
     bad = [*make_samples(2), {"messages": []}]
@@ -160,7 +160,9 @@ def written(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_json_sources_with_relative_images(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_samples__json_with_relative_paths__resolved(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / f"samples.{suffix}"
     given = written(tmp_path)
     source.write_text(json.dumps(given) if suffix == "json" else "\n".join(map(json.dumps, given)) + "\n\n")
@@ -171,7 +173,7 @@ def test_json_sources_with_relative_images(tmp_path: Path, suffix: str, monkeypa
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_a_saved_dataset(tmp_path: Path, as_dict: bool) -> None:
+def test_load_samples__saved_dataset__read(tmp_path: Path, as_dict: bool) -> None:
     import datasets
 
     given = datasets.Dataset.from_list([{"messages": r["messages"], "images": r["images"]} for r in make_samples(3)])
@@ -183,7 +185,7 @@ def test_a_saved_dataset(tmp_path: Path, as_dict: bool) -> None:
     assert check_samples(found[i] for i in range(3)) == 3
 
 
-def test_a_line_or_sample_that_cannot_be_read_keeps_its_place_as_a_error(tmp_path: Path) -> None:
+def test_load_samples__unreadable_line__error_in_its_place(tmp_path: Path) -> None:
     good = json.dumps({"messages": [user("q"), ANSWER]})
     (tmp_path / "bad.jsonl").write_bytes(
         b"\n".join([good.encode(), b"", b'{"messages": [}', b"[1]", b'{"messages": "\xff"}', good.encode()])
@@ -213,7 +215,7 @@ def test_a_line_or_sample_that_cannot_be_read_keeps_its_place_as_a_error(tmp_pat
     assert check_sample(found[1], 1).images == ()
 
 
-def test_errors_of_a_source_are_named(tmp_path: Path) -> None:
+def test_load_samples__bad_source__named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no dataset file at {tmp_path}/none\.jsonl"):
         load_samples(str(tmp_path / "none.jsonl"))
     (tmp_path / "bad.json").write_text("{")

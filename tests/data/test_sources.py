@@ -44,7 +44,7 @@ def write(path: Path, given: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_stream_of_samples_with_one_and_several_images_rejects_none(tmp_path: Path, suffix: str) -> None:
+def test_stream_samples__one_and_several_images__none_rejected(tmp_path: Path, suffix: str) -> None:
     given = mixed_types()
     path = write(images(tmp_path / "set") / f"samples{suffix}", given)
     for source in (path, path.parent):
@@ -58,7 +58,7 @@ def test_a_stream_of_samples_with_one_and_several_images_rejects_none(tmp_path: 
     assert list(stream_samples(str(path))) == [load_samples(str(path))[n] for n in range(4)]
 
 
-def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> None:
+def test_stream_samples__broken_line__counted_in_its_place(tmp_path: Path) -> None:
     path = write(images(tmp_path / "set") / "samples.jsonl", mixed_types())
     path.write_text(path.read_text() + "\n{torn")
     stream = StreamedSamples(stream_samples(str(path)), ConversationCollator(build("llava")[1]), max_bad_samples=0.2)
@@ -66,7 +66,7 @@ def test_a_broken_line_of_a_stream_is_counted_in_its_place(tmp_path: Path) -> No
     assert stream.report()["rejected"] == {"not_json": 1}
 
 
-def test_the_images_folder_is_where_paths_begin(tmp_path: Path) -> None:
+def test_stream_samples__images_folder__paths_begin_there(tmp_path: Path) -> None:
     folder = images(tmp_path / "elsewhere")
     path = write(tmp_path / "samples.jsonl", mixed_types())
     collator = ConversationCollator(build("llava")[1])
@@ -78,7 +78,7 @@ def test_the_images_folder_is_where_paths_begin(tmp_path: Path) -> None:
     assert prepare(load_samples(str(tmp_path / "mix.yaml")), collator).report["images_and_videos"] == 4
 
 
-def test_what_cannot_be_streamed_says_what_can(tmp_path: Path) -> None:
+def test_stream_samples__no_stream__says_what_can_be_streamed(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("sets: [{path: samples.jsonl}]")
     with pytest.raises(ValueError, match=r"mix\.yaml is a mix, .*leave streaming out, or stream one of its sets"):
         stream_samples(str(tmp_path / "mix.yaml"))
@@ -95,7 +95,7 @@ def test_what_cannot_be_streamed_says_what_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_configuration_and_a_split_of_a_dataset_laid_out_as_on_the_hub(
+def test_load_samples__configuration_and_split__read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.chdir("/")

@@ -57,7 +57,7 @@ def read(kind: str, rank: int, ranks: int, workers: int) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("kind", STREAMS)
-def test_ranks_share_the_samples_out_and_each_has_its_own_order(kind: str, ranks: int, workers: int) -> None:
+def test_stream__several_ranks__samples_shared_in_own_order(kind: str, ranks: int, workers: int) -> None:
     dealt = [read(kind, rank, ranks, workers) for rank in range(ranks)]
     assert sorted(said for rank in dealt for said in rank) == sorted(
         f"say {number}" for number in range(ROWS) if number % 20 != 7
@@ -71,7 +71,7 @@ def test_ranks_share_the_samples_out_and_each_has_its_own_order(kind: str, ranks
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("kind", STREAMS)
-def test_every_sample_comes_once_whatever_the_workers(kind: str, workers: int, tmp_path: Path) -> None:
+def test_stream__any_workers__every_sample_once(kind: str, workers: int, tmp_path: Path) -> None:
     collator = ConversationCollator(build("llava")[1])
     stream = StreamedSamples(STREAMS[kind](), collator, folder=tmp_path, max_bad_samples=0.1)
     loader = DataLoader(
@@ -89,7 +89,7 @@ def test_every_sample_comes_once_whatever_the_workers(kind: str, workers: int, t
     assert len((tmp_path / "data_rejected.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_stream_that_turns_bad_stops() -> None:
+def test_stream__too_many_bad_samples_later__stops() -> None:
     class Worse(Read):
         def __iter__(self) -> Iterator[dict[str, Any]]:
             yield from map(sample, range(6))

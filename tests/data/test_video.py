@@ -30,7 +30,7 @@ def numbers(frames: np.ndarray) -> list[int]:
     ("name", "codec"),
     [("a.mp4", "libx264"), ("a.mp4", "mpeg4"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")],
 )
-def test_frames_are_sampled_in_time(name: str, codec: str, tmp_path: Path) -> None:
+def test_decode_video__file__frames_sampled_in_time(name: str, codec: str, tmp_path: Path) -> None:
     drawn = write_video(tmp_path / name, codec=codec)
     found = decode_video(tmp_path / name, "r", fps=2.0)
     assert (found.indices, found.total, found.fps) == ((0, 12, 24, 36), 48, 24.0)
@@ -42,19 +42,19 @@ def test_frames_are_sampled_in_time(name: str, codec: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fps", "expected"), [(0.1, [0]), (5.0, [0, 5, 10, 15, 20]), (24.0, [*range(24)]), (99.0, [*range(24)])]
 )
-def test_a_rate_below_above_and_between(fps: float, expected: list[int], tmp_path: Path) -> None:
+def test_decode_video__fps_below_above_between__frames_by_hand(fps: float, expected: list[int], tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=24)
     assert list(decode_video(str(tmp_path / "a.mp4"), "r", fps=fps).indices) == expected
 
 
-def test_a_video_of_one_frame_and_one_in_bytes(tmp_path: Path) -> None:
+def test_decode_video__one_frame_or_bytes__read(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=1)
     found = decode_video({"bytes": (tmp_path / "a.mp4").read_bytes(), "path": "gone.mp4"}, "r")
     assert (found.indices, found.total) == ((0,), 1)
 
 
 @pytest.mark.parametrize("turn", [90, 180, -90])
-def test_a_turned_video_is_upright(turn: int, tmp_path: Path) -> None:
+def test_decode_video__display_matrix__upright(turn: int, tmp_path: Path) -> None:
     """The oracle: where the red half lies after turning the image counter-clockwise."""
     write_video(tmp_path / "a.mp4", frames=2, turn=turn)
     frame = decode_video(tmp_path / "a.mp4", "r").frames[0].astype(int)
@@ -81,7 +81,7 @@ def reason(path: Any, **limits: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.7, 0.9])
 @pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}])
-def test_a_cut_mp4_is_never_half_read(share: float, options: dict[str, str], tmp_path: Path) -> None:
+def test_decode_video__truncated_mp4__refused(share: float, options: dict[str, str], tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", **options)
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(whole[: int(len(whole) * share)])
@@ -89,7 +89,9 @@ def test_a_cut_mp4_is_never_half_read(share: float, options: dict[str, str], tmp
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")])
-def test_other_cut_files_are_refused_half_a_second_before_their_end(name: str, codec: str, tmp_path: Path) -> None:
+def test_decode_video__other_truncated_files__refused_half_a_second_before_the_end(
+    name: str, codec: str, tmp_path: Path
+) -> None:
     write_video(tmp_path / name, codec=codec)
     whole = (tmp_path / name).read_bytes()
     for share in (0.3, 0.6):
@@ -97,7 +99,7 @@ def test_other_cut_files_are_refused_half_a_second_before_their_end(name: str, c
         assert reason(tmp_path / name)[0] == "unreadable_video"
 
 
-def test_sound_text_and_folders_are_no_videos(tmp_path: Path) -> None:
+def test_decode_video__sound_text_folders__refused(tmp_path: Path) -> None:
     write_sound(tmp_path / "a.mp4")
     assert reason(tmp_path / "a.mp4") == (
         "unreadable_video",
@@ -110,12 +112,12 @@ def test_sound_text_and_folders_are_no_videos(tmp_path: Path) -> None:
     assert reason(tmp_path / "c.mp4", fps=-1.0)[0] == "malformed"
 
 
-def test_a_playlist_opens_no_address(tmp_path: Path) -> None:
+def test_decode_video__playlist__opens_no_address(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
     assert reason(tmp_path / "a.mp4")[0] == "unreadable_video"
 
 
-def test_the_pixel_limit_holds_for_one_frame_and_for_all(tmp_path: Path) -> None:
+def test_decode_video__pixel_limit__for_one_frame_and_for_all(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=24)
     assert decode_video(tmp_path / "a.mp4", "r", 6144).total == 24
     kind, text = reason(tmp_path / "a.mp4", max_pixels=6143)
@@ -148,7 +150,7 @@ def written(folder: Path) -> Path:
 EXPECTED = {"unreadable_video": 6, "image_too_large": 2, "missing_file": 2}
 
 
-def test_samples_with_files_are_used_or_counted_by_reason(tmp_path: Path) -> None:
+def test_prepare__video_files__used_or_counted_by_reason(tmp_path: Path) -> None:
     collator = ConversationCollator(build("qwen3_vl")[1], max_pixels=200_000)
     given = load_samples(str(written(tmp_path)))
     found = prepare(given, collator, max_bad_samples=1.0, workers=1, cache=tmp_path / "cache")
@@ -160,13 +162,13 @@ def test_samples_with_files_are_used_or_counted_by_reason(tmp_path: Path) -> Non
         assert batch["input_ids"].shape[1] == found.lengths[number]
 
 
-def test_seconds_of_qwen25_are_those_of_the_file(tmp_path: Path) -> None:
+def test_collate__qwen25_video_seconds__those_of_the_file(tmp_path: Path) -> None:
     """Two frames make a grid step: at 4 frames a second it lasts half a second, whatever the file's own rate."""
     batch = ConversationCollator(build("qwen2_5_vl")[1])([load_samples(str(written(tmp_path)))[1]])
     assert [float(seconds) for seconds in batch["second_per_grid_ts"]] == [0.5]
 
 
-def test_a_video_column_of_a_dataset_is_left_as_bytes(tmp_path: Path) -> None:
+def test_undecoded__video_column__left_as_bytes(tmp_path: Path) -> None:
     import datasets
 
     write_video(tmp_path / "clip.mp4")
@@ -200,7 +202,7 @@ print(prepare(make_samples(2), collator).report["usable"])
 """
 
 
-def test_without_pyav_nothing_is_counted_and_the_way_out_is_said(tmp_path: Path) -> None:
+def test_video__no_pyav__run_stops_and_says_how_to_install_it(tmp_path: Path) -> None:
     """In a process whose `av` cannot be imported."""
     path, cache = written(tmp_path), tmp_path / "cache"
     (tmp_path / "none").mkdir()
