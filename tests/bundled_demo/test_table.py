@@ -50,3 +50,16 @@ def test_summary__low_bits__requested_methods_with_figures_of_the_answers(low_bi
     assert f"{100 * np.mean(found['GRACE INT4'].right):.2f}" in text
     assert "QAT + plain KL INT4" in text and "over the questions" in text
     assert "11 in the training samples, 22 in the test" in text and "33 that trained the bundled teacher" in text
+
+
+def test_summary__intervals__name_what_grace_leads_and_what_it_does_not() -> None:
+    summary = summarise(results(()), None, {"total": 3.0})
+    summary["paired_differences_of_grace_int4"] = {
+        "GPTQ INT4": [0.02, 0.01, 0.03], "student BF16": [0.0, -0.01, 0.01], "teacher BF16": [-0.02, -0.03, -0.01],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=400)
+    print_summary(summary, console)
+    assert (
+        "GRACE INT4 is more accurate than GPTQ INT4; is less accurate than teacher BF16; does not differ significantly from "
+        "student BF16 (95 % intervals over the questions, one seed)"
+    ) in console.file.getvalue()  # type: ignore[attr-defined]
