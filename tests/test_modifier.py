@@ -32,7 +32,7 @@ def decoder_linears(model: Any) -> dict[str, nn.Linear]:
     }
 
 
-def test_initialization_attaches_scales_to_the_decoder_and_records_what_was_inferred(llava: Pair) -> None:
+def test_initialize__defaults__scales_on_decoder_and_inferred_fields_recorded(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
     start(modifier, student)
     carrying = {n for n, m in student.named_modules() if hasattr(m, "weight_log_scale")}
@@ -44,7 +44,7 @@ def test_initialization_attaches_scales_to_the_decoder_and_records_what_was_infe
     assert modifier.frozen == {}
 
 
-def test_master_weights_may_keep_the_loaded_dtype(llava: Pair) -> None:
+def test_initialize__master_weights_keep__loaded_dtype(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher, training={"master_weights": "keep"})), student_of(llava)
     start(modifier, student)
     thetas = {p.dtype for n, p in student.named_parameters() if n.endswith("weight_log_scale")}
@@ -52,7 +52,7 @@ def test_master_weights_may_keep_the_loaded_dtype(llava: Pair) -> None:
     assert student.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_float32_master_weights_hold_the_same_numbers(llava: Pair) -> None:
+def test_initialize__float32_master_weights__same_values(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     start(modifier, student)
@@ -61,7 +61,7 @@ def test_float32_master_weights_hold_the_same_numbers(llava: Pair) -> None:
 
 
 @pytest.mark.parametrize("method", ["scales", "lora"])
-def test_weights_that_do_not_train_keep_their_dtype(llava: Pair, method: str) -> None:
+def test_initialize__weights_that_do_not_train__dtype_kept(llava: Pair, method: str) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher, training={"method": method})), student_of(llava)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     start(modifier, student)
@@ -71,7 +71,7 @@ def test_weights_that_do_not_train_keep_their_dtype(llava: Pair, method: str) ->
     assert carrying == (set(decoder_linears(student)) if method == "lora" else set())
 
 
-def test_low_rank_updates_stand_on_their_targets(llava: Pair) -> None:
+def test_initialize__lora_targets__updates_on_them_alone(llava: Pair) -> None:
     lora = {"rank": 4, "targets": ["re:.*(q|v)_proj$"]}
     modifier = modifier_of(recipe_text(llava.teacher, training={"method": "lora", "lora": lora}))
     student = student_of(llava)
@@ -85,7 +85,7 @@ def test_low_rank_updates_stand_on_their_targets(llava: Pair) -> None:
     ("lora", "message"),
     [({"targets": ["q_proj"]}, "no quantized layer matches"), ({"rank": 128}, "not below the width")],
 )
-def test_low_rank_updates_that_cannot_be_are_refused_before_a_teacher_is_loaded(
+def test_initialize__lora_that_does_not_fit__refused_before_the_teacher_is_loaded(
     llava: Pair, lora: dict[str, Any], message: str
 ) -> None:
     modifier = modifier_of(recipe_text("no/teacher", training={"method": "lora", "lora": lora}))
@@ -95,13 +95,13 @@ def test_low_rank_updates_that_cannot_be_are_refused_before_a_teacher_is_loaded(
     assert not any(hasattr(m, "weight_log_scale") for m in student.modules())
 
 
-def test_no_matching_layer_is_refused(llava: Pair) -> None:
+def test_initialize__no_layer_matches__refused(llava: Pair) -> None:
     modifier = modifier_of(recipe_text(llava.teacher, targets=["re:no_such_layer"]))
     with pytest.raises(ValueError, match=r"no layer matches targets.*no_such_layer"):
         start(modifier, student_of(llava))
 
 
-def test_layers_that_vllm_fuses_need_one_format(llava: Pair) -> None:
+def test_initialize__fused_layers_of_two_formats__refused(llava: Pair) -> None:
     modifier = modifier_of(recipe_text(llava.teacher, ignore=["re:.*layers.1.self_attn.k_proj"]))
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn .*k_proj: not quantized") as caught:
         start(modifier, student_of(llava))
@@ -109,19 +109,19 @@ def test_layers_that_vllm_fuses_need_one_format(llava: Pair) -> None:
     assert "Target or ignore them together" in str(caught.value)
 
 
-def test_what_the_recipe_ignores_stays_unquantized(llava: Pair) -> None:
+def test_initialize__ignored_layers__unquantized(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher, ignore=["re:.*layers.1.mlp.*"])), student_of(llava)
     start(modifier, student)
     bare = {n for n, m in decoder_linears(student).items() if not hasattr(m, "weight_log_scale")}
     assert bare == {f"model.language_model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}
 
 
-def test_the_objective_needs_a_run() -> None:
+def test_objective__before_begin__refused() -> None:
     with pytest.raises(RuntimeError, match=r"no run yet; call begin\(total_steps\)"):
         _ = modifier_of(recipe_text("t")).objective
 
 
-def test_ending_without_a_step_is_refused(llava: Pair) -> None:
+def test_finalize__no_step__refused(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
     with create_session() as session:
         session.initialize(recipe=modifier, model=student, copy_data=False)
@@ -130,7 +130,7 @@ def test_ending_without_a_step_is_refused(llava: Pair) -> None:
             session.finalize()
 
 
-def test_finalizing_hands_codes_and_scales_to_upstream(llava: Pair) -> None:
+def test_finalize__one_step__codes_and_scales_given_to_upstream(llava: Pair) -> None:
     modifier, student = modifier_of(recipe_text(llava.teacher)), student_of(llava)
     _, processor = build("llava")
     batch = ConversationCollator(processor)(make_samples(2))
@@ -156,7 +156,7 @@ def test_finalizing_hands_codes_and_scales_to_upstream(llava: Pair) -> None:
     assert student.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_tokenizers_can_be_given_where_folders_have_none(llava: Pair) -> None:
+def test_initialize__no_tokenizer_folder__processors_given(llava: Pair) -> None:
     teacher, processor = build("llava", seed=1)
     modifier, student = modifier_of(recipe_text(None)), student_of(llava)
     modifier.use_teacher(teacher)
@@ -173,7 +173,7 @@ def test_tokenizers_can_be_given_where_folders_have_none(llava: Pair) -> None:
     assert modifier.teacher.model is None
 
 
-def test_no_teacher_is_loaded_where_no_term_reads_it(llava: Pair) -> None:
+def test_initialize__no_term_reads_a_teacher__none_loaded(llava: Pair) -> None:
     off = {"enabled": False}
     modifier, student = modifier_of(recipe_text("/no/where", distill=off, relational=off)), student_of(llava)
     start(modifier, student)
@@ -182,7 +182,7 @@ def test_no_teacher_is_loaded_where_no_term_reads_it(llava: Pair) -> None:
     assert objective.context.vocabulary == student.lm_head.weight.shape[0]
 
 
-def test_eight_bits_of_a_bfloat16_student_name_the_way_out(llava: Pair) -> None:
+def test_initialize__eight_bits_of_bfloat16__error_says_how_to_fix(llava: Pair) -> None:
     student = student_of(llava)
     with pytest.raises(ValueError, match=r"8-bit codes do not survive.*scales\.stored_dtype: float16 in a recipe"):
         start(modifier_of(recipe_text(llava.teacher, scheme="W8A16")), student)

@@ -34,12 +34,12 @@ BLOCKS = ("teacher", "distill", "relational", "controller", "scales", "training"
 
 
 @pytest.mark.parametrize("block", METHOD)
-def test_defaults_are_the_methods(block: str) -> None:
+def test_defaults__no_block_given__the_methods(block: str) -> None:
     found = getattr(modifier_of(recipe_text("teacher")), block).model_dump()
     assert {key: found[key] for key in METHOD[block]} == METHOD[block]
 
 
-def test_weights_are_four_bit_symmetric_groups_of_128() -> None:
+def test_scheme__w4a16__four_bit_symmetric_groups_of_128() -> None:
     modifier = modifier_of(recipe_text("teacher"))
     (scheme,) = modifier.resolved_config.config_groups.values()
     weights = scheme.weights
@@ -48,7 +48,7 @@ def test_weights_are_four_bit_symmetric_groups_of_128() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_an_unknown_key_of_a_block_is_refused_by_name(block: str) -> None:
+def test_recipe__unknown_key_in_a_block__refused_by_name(block: str) -> None:
     given = {"model": "t", "temprature": 1} if block == "teacher" else {"temprature": 1}
     known = ", ".join(type(getattr(modifier_of(recipe_text("t")), block)).model_fields)
     nearest = "did you mean 'temperature'? " if block == "distill" else ""
@@ -57,7 +57,7 @@ def test_an_unknown_key_of_a_block_is_refused_by_name(block: str) -> None:
     assert str(refused.value) == f"unknown key 'temprature' in {block}; {nearest}known: {known}"
 
 
-def test_an_unknown_key_at_the_top_is_refused_by_name() -> None:
+def test_recipe__unknown_key_at_the_top__refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown key 'distil'") as refused:
         read_recipe(recipe_text("t", distil={"temperature": 2.0}))
     said = str(refused.value)
@@ -78,14 +78,14 @@ def test_unknown_key_at_the_top__only_keys_that_are_accepted_are_listed() -> Non
         assert name not in listed
 
 
-def test_an_inferred_dtype_is_written_back(finished: Finished) -> None:
+def test_recipe__dtype_inferred__written_back(finished: Finished) -> None:
     saved = yaml.safe_load((finished.folder / "recipe.yaml").read_text())
     (stage,) = [value for key, value in saved.items() if key.endswith("_stage")]
     (group,) = [value for key, value in stage.items() if key.endswith("_modifiers")]
     assert group["GraceModifier"]["scales"]["stored_dtype"] == "bfloat16"
 
 
-def test_blocks_are_frozen() -> None:
+def test_blocks__assignment__refused() -> None:
     block = blocks.DistillRecipe()
     with pytest.raises(ValidationError, match=r"frozen"):
         block.temperature = 3.0  # type: ignore[misc]
@@ -125,7 +125,7 @@ def test_blocks_are_frozen() -> None:
         ("oneshot", {"epochs": 0}, "greater than 0"),
     ],
 )
-def test_values_out_of_range_are_refused(block: str, values: dict[str, object], message: str) -> None:
+def test_recipe__value_out_of_range__refused(block: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_recipe(recipe_text("t", **{block: values}))
 
@@ -139,12 +139,12 @@ def test_values_out_of_range_are_refused(block: str, values: dict[str, object], 
         ("controller", {"enabled": True, "tau": 0.7, "eta": 1e-3}),
     ],
 )
-def test_values_at_the_bounds_are_taken(block: str, values: dict[str, float]) -> None:
+def test_recipe__value_at_a_bound__taken(block: str, values: dict[str, float]) -> None:
     found = getattr(modifier_of(recipe_text("t", **{block: values})), block)
     assert {key: getattr(found, key) for key in values} == values
 
 
-def test_what_trains_by_default_and_what_lora_adds() -> None:
+def test_training__lora__default_block_written_in() -> None:
     assert blocks.TrainingRecipe().model_dump() | {"freeze": []} == {
         "method": "full", "norms": False, "lora": None, "freeze": [], "master_weights": "float32", "max_nonfinite_steps": 10,
     }  # fmt: skip
@@ -152,12 +152,12 @@ def test_what_trains_by_default_and_what_lora_adds() -> None:
     assert written == {"rank": 16, "alpha": 32.0, "targets": [], "seed": 0}
 
 
-def test_a_student_that_is_not_quantized_has_no_scales_to_learn() -> None:
+def test_training__scales_without_quantization__refused() -> None:
     with pytest.raises(ValueError, match=r"training\.method 'scales' learns scales; it needs quantize: true"):
         read_recipe(recipe_text("t", scheme=None, quantize=False, training={"method": "scales"}))
 
 
-def test_a_path_a_text_and_a_modifier_are_the_same_recipe(tmp_path: Path) -> None:
+def test_read_recipe__path_text_and_modifier__same_recipe(tmp_path: Path) -> None:
     text = recipe_text("t", distill={"temperature": 3.0})
     file = tmp_path / "r.yaml"
     file.write_text(text)
@@ -167,12 +167,12 @@ def test_a_path_a_text_and_a_modifier_are_the_same_recipe(tmp_path: Path) -> Non
     assert asked(by_text) != asked(modifier_of(recipe_text("t", distill={"temperature": 2.5})))
 
 
-def test_upstreams_own_reader_resolves_the_name() -> None:
+def test_upstream_reader__grace_modifier__resolved() -> None:
     modifiers = Recipe.create_instance(recipe_text("t")).modifiers
     assert [type(m).__name__ for m in modifiers] == ["GraceModifier"]
 
 
-def test_registration_is_idempotent() -> None:
+def test_registration__twice__same_result() -> None:
     import importlib
 
     import grace_plugin
@@ -187,13 +187,13 @@ def test_registration_is_idempotent() -> None:
     assert [type(m).__name__ for m in Recipe.create_instance(recipe_text("t")).modifiers] == ["GraceModifier"]
 
 
-def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+def test_read_recipe__missing_file__named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no recipe at .*missing.yaml"):
         read_recipe(tmp_path / "missing.yaml")
 
 
 @pytest.mark.parametrize("names", [["QuantizationModifier"], ["GraceModifier", "GraceModifier"]])
-def test_exactly_one_grace_modifier_is_needed(names: list[str]) -> None:
+def test_read_recipe__none_or_two_grace_modifiers__refused(names: list[str]) -> None:
     stages = {f"s{i}_stage": {"s_modifiers": {name: {"scheme": "W4A16"}}} for i, name in enumerate(names)}
     message = rf"holds {names.count('GraceModifier')} GraceModifier.*{names[0]}.*needs exactly one"
     with pytest.raises(ValueError, match=message):
@@ -237,12 +237,12 @@ def test_read_recipe__constant_pruning__trains_alongside_but_not_in_oneshot() ->
         check_modifiers(read, oneshot=True)
 
 
-def test_a_teacher_may_be_a_plain_name() -> None:
+def test_teacher__plain_name__is_the_model() -> None:
     text = yaml.safe_dump({"s_stage": {"s_modifiers": {"GraceModifier": {"scheme": "W4A16", "teacher": "some/where"}}}})
     assert modifier_of(text).teacher == blocks.TeacherRecipe(model="some/where")
 
 
-def test_the_saved_recipe_loads_again_as_the_same_recipe() -> None:
+def test_saved_recipe__read_again__same_recipe() -> None:
     modifier = modifier_of(
         recipe_text("t", distill={"temperature": 3.0}, training={"freeze": ["re:.*mlp.*"], "method": "lora"})
     )
@@ -261,13 +261,13 @@ def test_the_saved_recipe_loads_again_as_the_same_recipe() -> None:
         ({"kind": "cached", "cahce": "c"}, "cahce"),
     ],
 )
-def test_a_teacher_block_that_contradicts_itself_is_refused(block: dict[str, str], told: str) -> None:
+def test_teacher__contradicting_keys__refused(block: dict[str, str], told: str) -> None:
     with pytest.raises(ValidationError) as refused:
         blocks.TeacherRecipe(**block)  # type: ignore[arg-type]
     assert told in str(refused.value)
 
 
-def test_the_teacher_is_resident_unless_asked_otherwise() -> None:
+def test_teacher__no_kind__resident() -> None:
     assert blocks.TeacherRecipe().model_dump() == {
         "kind": "resident", "model": None, "revision": "main", "dtype": "auto", "cache": None, "check_cache": True,
     }  # fmt: skip

@@ -46,7 +46,7 @@ def expected_terms(made: Set, batch: dict[str, Tensor]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
+def test_loss__all_terms__is_the_sum_of_the_reference_terms(family: str) -> None:
     made = Set(family, steps=10)
     batch = made.collate(mixed_samples(4))
     expected = expected_terms(made, batch)
@@ -59,7 +59,7 @@ def test_the_loss_is_the_sum_of_the_oracles_terms(family: str) -> None:
     assert loss.item() == pytest.approx(total, rel=2e-5)
 
 
-def test_one_loss_per_batch_of_the_window(llava: Set) -> None:
+def test_compute_loss__more_calls_than_batches__refused(llava: Set) -> None:
     batch = llava.collate(make_samples(1))
     with pytest.raises(RuntimeError, match=r"call begin_step.. once per step"):
         llava.grace.compute_loss(llava.student, batch)
@@ -70,12 +70,12 @@ def test_one_loss_per_batch_of_the_window(llava: Set) -> None:
     llava.grace.cancel_step()
 
 
-def test_measure_needs_a_window(llava: Set) -> None:
+def test_reduce_metrics__no_step_begun__refused(llava: Set) -> None:
     with pytest.raises(RuntimeError, match="no step is open"):
         llava.grace.reduce_metrics()
 
 
-def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
+def test_begin_step__several_batches__returns_their_supervised_tokens(llava: Set) -> None:
     batches = [llava.collate(mixed_samples(4)), llava.collate(make_samples(2, images=0))]
     assert llava.grace.begin_step(batches) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     llava.grace.cancel_step()
@@ -83,7 +83,7 @@ def test_the_window_counts_its_supervised_tokens(llava: Set) -> None:
     llava.grace.cancel_step()
 
 
-def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -> None:
+def test_begin_step__step_before_not_reduced__error_says_what_to_call(llava: Set) -> None:
     """A compute_loss that opens a window per micro-batch would divide by each alone, and so sum twice the loss."""
     first, second = llava.collate(make_samples(1)), llava.collate(make_samples(2, images=0))
     llava.grace.begin_step([first, second])
@@ -101,7 +101,7 @@ def test_window__step_before_not_measured__error_says_what_to_call(llava: Set) -
     assert llava.step(second)[1].tokens == int((second["labels"][:, 1:] != -100).sum())
 
 
-def test_a_batch_without_images_contributes_exactly_no_relation(llava: Set) -> None:
+def test_relational_term__no_image__exact_zero(llava: Set) -> None:
     text = llava.collate(make_samples(3, images=0))
     loss, record = llava.step(text)
     assert (record.rcka, record.images, record.samples_without_images) == (0.0, 0, 3)
@@ -112,7 +112,7 @@ def test_a_batch_without_images_contributes_exactly_no_relation(llava: Set) -> N
     assert all(torch.equal(with_relation[name], without[name]) for name in without)
 
 
-def test_no_supervised_token_contributes_nothing_and_moves_no_controller(llava: Set) -> None:
+def test_step__no_supervised_token__no_loss_and_no_controller_update(llava: Set) -> None:
     batch = llava.collate(make_samples(2, images=0))
     batch["labels"].fill_(-100)
     loss, record = llava.step(batch)
@@ -126,14 +126,14 @@ def test_no_supervised_token_contributes_nothing_and_moves_no_controller(llava: 
     assert llava.grace.steps == 1
 
 
-def test_a_micro_batch_without_labels_leaves_the_others_alone(llava: Set) -> None:
+def test_gradient__micro_batch_without_labels__equals_that_of_the_others(llava: Set) -> None:
     given, mute = llava.collate(make_samples(2, images=0)), llava.collate(make_samples(2, seed=9, images=0))
     mute["labels"].fill_(-100)
     alone, beside = llava.gradients(given), llava.gradients(given, mute)
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
-def test_omega_warms_up_over_five_percent_of_the_run() -> None:
+def test_omega__short_run__warms_up_over_five_percent() -> None:
     made = Set(steps=80)
     text = made.collate(make_samples(1, images=0))
     seen = []
@@ -143,14 +143,14 @@ def test_omega_warms_up_over_five_percent_of_the_run() -> None:
     assert seen == pytest.approx([0.75, 1.5, 2.25, 3.0, 3.0, 3.0])
 
 
-def test_omega_warms_up_over_the_steps_asked_for() -> None:
+def test_omega__warmup_steps_given__warms_up_over_them() -> None:
     made = Set(steps=10_000, relational=RelationalRecipe(weight=2.0, warmup_steps=8))
     assert made.grace.omega == pytest.approx(0.25)
     made.grace.steps = 7
     assert made.grace.omega == 2.0
 
 
-def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
+def test_controller__two_micro_batches__one_update_with_their_value() -> None:
     made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
     a, b = made.collate(make_samples(2, images=0)), made.collate(mixed_samples(4))
     _, record = made.step(a, b)
@@ -164,7 +164,7 @@ def test_the_controller_moves_once_per_step_on_the_windows_value() -> None:
     assert made.grace.controller_state.step == 2
 
 
-def test_beta_is_the_weight_of_the_next_step() -> None:
+def test_beta__after_a_step__is_the_weight_of_the_next() -> None:
     made = Set(controller=ControllerRecipe(enabled=True, tau=1.0, eta=0.01))
     batch = made.collate(make_samples(2, images=0))
     made.step(batch)

@@ -12,7 +12,7 @@ from tests.pairs import mixed_samples
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
-def test_a_forward_pass_runs_the_head_on_one_position_of_a_row_at_most(family: str) -> None:
+def test_forward_pass__long_samples__head_on_one_position_at_most(family: str) -> None:
     made = Set(family)
     seen: dict[str, list[int]] = {"student": [], "teacher": []}
 

@@ -8,7 +8,7 @@ from tests.objective.parts import Set
 from tests.pairs import mixed_samples
 
 
-def test_cross_entropy_is_that_of_capped_logits() -> None:
+def test_cross_entropy__softcap__of_capped_logits() -> None:
     made = Set("gemma3")
     batch = made.collate(mixed_samples(4))
     losses = []

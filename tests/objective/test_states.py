@@ -21,7 +21,7 @@ def llava() -> Set:
     return Set()
 
 
-def test_a_disabled_controller_keeps_beta() -> None:
+def test_controller__disabled__beta_constant() -> None:
     made = Set(controller=ControllerRecipe(enabled=False, beta_start=0.3))
     for _ in range(3):
         made.step(made.collate(make_samples(1, images=0)))
@@ -29,7 +29,7 @@ def test_a_disabled_controller_keeps_beta() -> None:
     assert made.grace.controller_logs() == {}
 
 
-def test_without_distillation_only_relation_and_ce_remain() -> None:
+def test_loss__distillation_disabled__ce_and_relational_term() -> None:
     made = Set(distill=DistillRecipe(enabled=False), steps=10)
     loss, record = made.step(made.collate(make_samples(2)))
     assert made.grace.beta == 0.0
@@ -41,7 +41,7 @@ def test_without_distillation_only_relation_and_ce_remain() -> None:
     assert made.grace.controller_state.step == 0
 
 
-def test_without_teacher_terms_no_teacher_is_needed() -> None:
+def test_prepare__no_term_reads_a_teacher__none_needed() -> None:
     student, processor = build("llava")
     grace = GraceObjective(DistillRecipe(enabled=False), RelationalRecipe(enabled=False))
     assert not grace.needs_teacher
@@ -55,20 +55,20 @@ def test_without_teacher_terms_no_teacher_is_needed() -> None:
     assert (record.gdkd, record.rcka) == (0.0, 0.0)
 
 
-def test_a_teacher_is_asked_for_where_one_is_needed() -> None:
+def test_prepare__teacher_missing__refused() -> None:
     student, _ = build("llava")
     with pytest.raises(ValueError, match=r"set teacher\.model in the recipe, pass teacher=, or\s+disable"):
         GraceObjective().prepare(student, None, vocabulary=9, total_steps=2)
 
 
-def test_a_run_needs_a_step() -> None:
+def test_prepare__no_step__refused() -> None:
     student, _ = build("llava")
     teacher, _ = build("llava")
     with pytest.raises(ValueError, match="at least 1 optimizer step, got total_steps=0"):
         GraceObjective().prepare(student, teacher, vocabulary=9, total_steps=0)
 
 
-def test_what_trains_and_what_is_frozen_by_the_recipe() -> None:
+def test_prepare__freeze_patterns__named_parameters_frozen() -> None:
     made = Set(training=TrainingRecipe(freeze=("re:.*embed_tokens.*", "lm_head.weight")))
     frozen = {name for name, p in made.student.named_parameters() if not p.requires_grad}
     assert "lm_head.weight" in frozen
@@ -79,7 +79,7 @@ def test_what_trains_and_what_is_frozen_by_the_recipe() -> None:
     assert not any(p.requires_grad for p in made.teacher.parameters())
 
 
-def test_a_decoder_frozen_as_a_whole_is_refused() -> None:
+def test_compute_loss__whole_decoder_frozen__refused() -> None:
     made = Set(training=TrainingRecipe(freeze=("re:model.*",)))
     batch = made.collate(make_samples(1))
     made.grace.begin_step([batch])
@@ -87,7 +87,7 @@ def test_a_decoder_frozen_as_a_whole_is_refused() -> None:
         made.grace.compute_loss(made.student, batch)
 
 
-def test_a_label_outside_the_shared_vocabulary_is_refused(llava: Set) -> None:
+def test_begin_step__label_outside_the_vocabulary__refused(llava: Set) -> None:
     batch = llava.collate(make_samples(1))
     batch["labels"][0, -1] = llava.size
     with pytest.raises(ValueError, match=rf"label {llava.size} lies outside the {llava.size} token ids"):
@@ -97,7 +97,7 @@ def test_a_label_outside_the_shared_vocabulary_is_refused(llava: Set) -> None:
     llava.grace.cancel_step()
 
 
-def test_a_batch_without_labels_supervises_the_text_it_reads(llava: Set) -> None:
+def test_begin_step__batch_without_labels__text_tokens_supervised(llava: Set) -> None:
     batch = llava.collate(mixed_samples(5))
     del batch["labels"]
     image = llava.student.config.image_token_id
@@ -109,7 +109,7 @@ def test_a_batch_without_labels_supervises_the_text_it_reads(llava: Set) -> None
     llava.grace.cancel_step()
 
 
-def test_images_with_too_few_tokens_are_skipped_and_counted() -> None:
+def test_relational_term__images_of_one_token__skipped_and_counted() -> None:
     made = Set("qwen2_vl", steps=10)
     batch = made.collate(make_samples(2, images=0))
     ids = torch.full((2, 6), 9)
@@ -124,7 +124,7 @@ def test_images_with_too_few_tokens_are_skipped_and_counted() -> None:
     assert record.samples_without_images == 0
 
 
-def test_weights_are_quantized_once_per_step_whatever_the_cut_and_the_checkpointing() -> None:
+def test_quantizer__micro_batches_and_checkpointing__once_per_step() -> None:
     made = Set(quantized=True)
     (attached,) = made.attached
     batches = [made.collate(make_samples(1, seed=s)) for s in range(3)]
@@ -141,7 +141,7 @@ def test_weights_are_quantized_once_per_step_whatever_the_cut_and_the_checkpoint
         assert attached.quantizations == number * len(attached)
 
 
-def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) -> None:
+def test_end_step__any__prefetches_the_next_steps_weights(llava: Set) -> None:
     asked: list[int] = []
 
     class Scales:
@@ -157,7 +157,7 @@ def test_the_next_step_s_weights_are_asked_for_behind_the_optimizer(llava: Set) 
         llava.grace.attached = ()
 
 
-def test_skipped_steps_are_counted_and_too_many_end_the_run() -> None:
+def test_end_step__too_many_skipped__run_ends() -> None:
     made = Set(training=TrainingRecipe(max_nonfinite_steps=2))
     batch = made.collate(make_samples(1, images=0))
     before = made.grace.controller_state
@@ -171,14 +171,14 @@ def test_skipped_steps_are_counted_and_too_many_end_the_run() -> None:
         made.step(batch, skipped=True)
 
 
-def test_an_infinite_pixel_is_a_record_that_is_not_finite(llava: Set) -> None:
+def test_record__infinite_pixel__not_finite(llava: Set) -> None:
     batch = llava.collate(make_samples(1))
     batch["pixel_values"].view(-1)[0] = float("inf")
     _, record = llava.step(batch, skipped=True)
     assert not record.finite
 
 
-def test_state_survives_json_and_another_length_is_refused() -> None:
+def test_state_dict__through_json__restored_and_other_length_refused() -> None:
     made = Set(steps=50)
     for _ in range(3):
         made.step(made.collate(make_samples(1, images=0)))
@@ -191,7 +191,7 @@ def test_state_survives_json_and_another_length_is_refused() -> None:
         Set(steps=49).grace.load_state_dict(saved)
 
 
-def test_logs_of_gates_and_controller() -> None:
+def test_logs__after_a_step__gates_and_controller() -> None:
     made = Set(steps=100)
     batch = made.collate(make_samples(4, images=0))
     assert made.grace.gate_quantiles() == {}
@@ -234,7 +234,7 @@ def test_controller__teacher_swapped_half_way__beta_answers() -> None:
     assert betas[0] < 0.5 < betas[1]
 
 
-def test_finalize_bakes_the_codes_and_casts_parameters_but_no_buffer() -> None:
+def test_finalize__quantized__codes_in_weights_and_buffers_kept() -> None:
     made = Set(quantized=True)
     buffers = {name: b.dtype for name, b in made.student.named_buffers()}
     frozen = made.grace.finalize(torch.bfloat16)

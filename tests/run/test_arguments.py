@@ -38,7 +38,7 @@ def other(name: str) -> Any:
     return {"key": 1} if "config" in name else ["other"] if isinstance(value, list) else "other"
 
 
-def test_every_field_of_the_installed_training_arguments_has_a_rule() -> None:
+def test_arguments__every_installed_field__has_a_rule() -> None:
     assert set(ARGUMENTS) == set(FIELDS)
     assert all(rule.reason for rule in ARGUMENTS.values() if rule.status != "works")
     assert set(NEEDS) <= {name for name, rule in ARGUMENTS.items() if rule.status == "works"}
@@ -46,7 +46,7 @@ def test_every_field_of_the_installed_training_arguments_has_a_rule() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_field_is_taken_at_its_default_alone_and_says_why(name: str) -> None:
+def test_refused_field__not_at_its_default__error_says_why(name: str) -> None:
     engine = name in ("fsdp", "deepspeed")
     with pytest.raises(ValueError, match="shards the student" if engine else rf"^{name}=.* cannot be used: .{{20}}"):
         read_arguments({name: other(name) if name != "remove_unused_columns" else True})
@@ -54,7 +54,7 @@ def test_a_refused_field_is_taken_at_its_default_alone_and_says_why(name: str) -
         assert read_arguments({name: default(name)})[name] == default(name)
 
 
-def test_a_secret_is_not_repeated() -> None:
+def test_refused_field__secret__not_repeated() -> None:
     with pytest.raises(ValueError, match="hub_token") as raised:
         read_arguments({"hub_token": "hf_abcdef"})
     assert "hf_abcdef" not in str(raised.value)
@@ -79,7 +79,7 @@ def test_a_secret_is_not_repeated() -> None:
         ("include_num_input_tokens_seen", "non_padding", "non_padding"),
     ],
 )
-def test_text_becomes_the_type_of_its_field(name: str, text: str, value: Any) -> None:
+def test_read_arguments__text__type_of_its_field(name: str, text: str, value: Any) -> None:
     read = read_arguments({name: text, "report_to": "none"} if name != "run_name" else {name: text, "report_to": "all"})
     assert read[name] == value and type(read[name]) is type(value)
 
@@ -125,7 +125,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "sentence"), WRONG, ids=[str(given)[:60] for given, _ in WRONG])
-def test_a_wrong_value_is_one_short_sentence(given: dict[str, Any], sentence: str) -> None:
+def test_read_arguments__wrong_value__one_short_sentence(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as raised:
         read_arguments(given, others=["max_length"])
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 800
@@ -167,7 +167,7 @@ def asked(folder: Path, **options: Any) -> Any:
     ],
     ids=str,
 )
-def test_arguments_are_refused_before_anything_is_read_or_written(
+def test_train__bad_argument__refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -188,7 +188,7 @@ def test_arguments_are_refused_before_anything_is_read_or_written(
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "PARALLELISM_CONFIG shards the student"),
     ],
 )
-def test_what_a_launcher_asks_for_is_refused_too(
+def test_train__launcher_environment__refused_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -203,14 +203,14 @@ def test_what_a_launcher_asks_for_is_refused_too(
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "does nothing with a stream"),
     ],
 )
-def test_options_without_effect_on_a_stream_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+def test_data_options__no_effect_on_a_stream__refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     stream = IterableDataset.from_generator(lambda: iter(make_samples(1)))
     with pytest.raises(ValueError, match=sentence):
         asked(tmp_path, dataset=stream, max_steps=1, **options)
 
 
 @pytest.mark.parametrize("name", ["a", "x/a", "/x/a", "a/."])
-def test_the_run_folder_stands_next_to_the_checkpoint(name: str) -> None:
+def test_run_folder__output_dir__next_to_the_checkpoint(name: str) -> None:
     assert run_folder(name) == Path(name.removesuffix("/.") + ".run")
 
 
@@ -227,7 +227,7 @@ def plain(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (run(llava, tmp_path_factory.mktemp("plain") / "out").checkpoint / "model.safetensors").read_bytes()
 
 
-def test_options_that_change_no_bit_change_none(llava: Pair, tmp_path: Path, plain: bytes) -> None:
+def test_train__options_without_influence__same_bits(llava: Pair, tmp_path: Path, plain: bytes) -> None:
     options: dict[str, Any] = {
         "full_determinism": True, "torch_empty_cache_steps": 1, "include_num_input_tokens_seen": "non_padding",
         "skip_memory_metrics": False, "logging_first_step": True, "train_sampling_strategy": "group_by_length",
@@ -241,7 +241,7 @@ def test_options_that_change_no_bit_change_none(llava: Pair, tmp_path: Path, pla
     assert len(list((tmp_path / "out.run").glob("checkpoint-*"))) == 1
 
 
-def test_the_noise_of_neftune_trains_and_leaves_no_hook(llava: Pair, tmp_path: Path, plain: bytes) -> None:
+def test_train__neftune__no_hook_left(llava: Pair, tmp_path: Path, plain: bytes) -> None:
     class Fail(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             raise KeyError("stop")
@@ -256,7 +256,7 @@ def test_the_noise_of_neftune_trains_and_leaves_no_hook(llava: Pair, tmp_path: P
     assert structure(student) == before
 
 
-def test_a_run_leaves_the_use_of_a_cache_in_the_config_as_it_was(llava: Pair, tmp_path: Path) -> None:
+def test_train__use_cache_in_config__as_before(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     student.config.use_cache = True
     result = run(llava, tmp_path / "out", model=student, max_steps=1)

@@ -32,7 +32,7 @@ run(Pair("llava", sys.argv[3] + "/no_student", sys.argv[3] + "/no_teacher"), sys
 
 
 @pytest.mark.parametrize("optim", LIBRARIES)
-def test_a_missing_library_is_named_before_a_model_is_loaded(optim: str, tmp_path: Path) -> None:
+def test_optim__library_missing__named_before_a_model_is_loaded(optim: str, tmp_path: Path) -> None:
     line = [sys.executable, "-c", WITHOUT, LIBRARIES[optim], optim, str(tmp_path)]
     done = subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode
@@ -73,9 +73,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.mark.parametrize("optim", LIBRARIES)
-def test_scales_keep_their_group_and_float32_states_under_an_8_bit_optimizer(
-    optim: str, wide: Pair, tmp_path: Path
-) -> None:
+def test_optim__8_bit__scales_keep_group_and_float32_states(optim: str, wide: Pair, tmp_path: Path) -> None:
     pytest.importorskip(LIBRARIES[optim])
     watch = States()
     recipe = recipe_text(wide.teacher, scheme=None, config_groups=GROUPS, training={"method": "lora", "norms": True})
@@ -107,14 +105,16 @@ def test_scales_keep_their_group_and_float32_states_under_an_8_bit_optimizer(
 @pytest.mark.parametrize(
     "option", [{"activation_offloading": True}, {"gradient_checkpointing_kwargs": {"determinism_check": "none"}}]
 )
-def test_options_of_checkpointing_without_it_are_refused(option: dict[str, Any], llava: Pair, tmp_path: Path) -> None:
+def test_checkpointing_options__without_checkpointing__refused(
+    option: dict[str, Any], llava: Pair, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(option))} needs gradient_checkpointing=True"):
         run(llava, tmp_path / "out", **option)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["full", "scales", "lora"])
-def test_checkpointing_and_offloading_change_no_bit(method: str, llava: Pair, tmp_path: Path) -> None:
+def test_train__checkpointing_and_offloading__same_bits(method: str, llava: Pair, tmp_path: Path) -> None:
     recipe = recipe_text(llava.teacher, training={"method": method})
     found = []
     for number, option in enumerate([{}, {"gradient_checkpointing": True, "activation_offloading": True}]):
@@ -128,7 +128,7 @@ def test_checkpointing_and_offloading_change_no_bit(method: str, llava: Pair, tm
     assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
 
 
-def test_no_gradient_reaches_the_vision_tower_under_checkpointing(llava: Pair, tmp_path: Path) -> None:
+def test_checkpointing__frozen_vision_tower__no_gradient(llava: Pair, tmp_path: Path) -> None:
     """transformers' checkpointing asks for gradients of every embedding, the frozen tower's too."""
     seen: list[bool] = []
 
@@ -150,7 +150,7 @@ class Exponential(nn.Module):
         return self.kept.sum()
 
 
-def test_what_is_saved_for_backward_passes_through_the_host() -> None:
+def test_offloaded__saved_tensors__through_host_memory() -> None:
     """Without the hooks torch notices that a saved tensor was written to."""
     model = Exponential()
     for call, noticed in ((model, True), (offloaded(model), False)):
@@ -167,7 +167,7 @@ def test_what_is_saved_for_backward_passes_through_the_host() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offloading_frees_device_memory_and_keeps_the_gradient() -> None:
+def test_offloaded__cuda__less_memory_and_same_gradient() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
     for layer in layers:

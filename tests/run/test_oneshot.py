@@ -37,7 +37,7 @@ def loader(pair: Pair, **change: Any) -> DataLoader:
     return DataLoader(make_samples(8, seed=41), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__grace_pipeline__verified_checkpoint(llava: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     upstream_oneshot(
         model=loaded(llava), recipe=recipe_text(llava.teacher, oneshot=ONESHOT), dataset=loader(llava), pipeline="grace",
@@ -52,7 +52,7 @@ def test_upstreams_oneshot_with_our_pipeline_gives_a_checkpoint_that_verifies(ll
     }  # fmt: skip
 
 
-def test_the_next_oneshot_of_upstream_writes_its_processor_again(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__next_run__writes_its_processor(llava: Pair, tmp_path: Path) -> None:
     """Also behind a run of ours that left its hook: it was over another model."""
     entry = importlib.import_module("llmcompressor.entrypoints.oneshot")
     before = entry.post_process
@@ -76,7 +76,7 @@ def burning(pair: Pair) -> DataLoader:
 
 
 @pytest.mark.parametrize("entry", ["ours", "upstream"])
-def test_a_oneshot_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, entry: str) -> None:
+def test_upstream_oneshot__failure__model_given_back(llava: Pair, tmp_path: Path, entry: str) -> None:
     student = loaded(llava)
     before, start = structure(student), {n: p.clone() for n, p in student.named_parameters()}
     asked = {"epochs": 2, "learning_rate": 1.0e-3, "warmup_share": 0.0}
@@ -99,7 +99,7 @@ def upstream_run(pair: Pair, out: Path, student: Any = None) -> None:
     )  # fmt: skip
 
 
-def test_upstreams_oneshot_refuses_a_full_folder_before_it_trains(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__output_dir_not_empty__refused_before_training(llava: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes").write_text("mine")
@@ -112,7 +112,7 @@ def test_upstreams_oneshot_refuses_a_full_folder_before_it_trains(llava: Pair, t
     assert all(torch.equal(p, start[n]) for n, p in student.named_parameters())
 
 
-def test_upstreams_oneshot_takes_an_empty_folder_and_proves_what_it_wrote(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__empty_output_dir__verified(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     upstream_run(llava, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -150,7 +150,7 @@ def full_disk(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
-def test_upstreams_oneshot_leaves_nothing_where_the_save_is_broken(
+def test_upstream_oneshot__save_broken__nothing_left(
     llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
 ) -> None:
     student = failing(llava, fault)
@@ -161,7 +161,7 @@ def test_upstreams_oneshot_leaves_nothing_where_the_save_is_broken(
     assert grace_plugin.verify(tmp_path / "again")["verified"]
 
 
-def test_a_checkpoint_is_not_saved_unpacked(llava: Pair, tmp_path: Path) -> None:
+def test_save_pretrained__save_compressed_false__refused(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     grace_plugin.oneshot(
         student, recipe=recipe_text(llava.teacher, oneshot=ONESHOT), dataset=loader(llava), output_dir=tmp_path / "out"
@@ -177,7 +177,7 @@ def fail_inside(student: Any, recipe: str) -> None:
         raise ValueError("mine")
 
 
-def test_a_session_left_by_an_error_or_without_saving_gives_the_model_back(llava: Pair) -> None:
+def test_session__error_or_no_save__model_given_back(llava: Pair) -> None:
     student = loaded(llava)
     before = structure(student)
     with pytest.raises(ValueError, match="mine"):
@@ -188,7 +188,7 @@ def test_a_session_left_by_an_error_or_without_saving_gives_the_model_back(llava
     assert structure(student) == before
 
 
-def test_a_model_that_is_refused_is_left_alone(llava: Pair) -> None:
+def test_session__model_refused__left_alone(llava: Pair) -> None:
     """Also what another quantization has put on its layers."""
     student = loaded(llava)
     layer = student.model.language_model.layers[0].mlp.up_proj
@@ -200,7 +200,7 @@ def test_a_model_that_is_refused_is_left_alone(llava: Pair) -> None:
     assert structure(student) == before
 
 
-def test_without_our_pipeline_nothing_was_trained_and_nothing_is_written(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__other_pipeline__nothing_written(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"GRACE trained nothing; call oneshot\(\.\.\., pipeline='grace'\)"):
         upstream_oneshot(
             model=loaded(llava),
@@ -224,7 +224,7 @@ def test_upstreams_oneshot__refused__the_next_reset_says_nothing_more(llava: Pai
     assert not any("trained nothing" in line or "finalizing" in line for line in said)
 
 
-def test_the_pipeline_needs_data(llava: Pair, tmp_path: Path) -> None:
+def test_upstream_oneshot__no_data__refused(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises((ValueError, RuntimeError), match="none was given; pass dataset= to oneshot"):
         upstream_oneshot(
             model=loaded(llava), recipe=recipe_text(llava.teacher), pipeline="grace", output_dir=str(tmp_path / "out")
@@ -232,7 +232,7 @@ def test_the_pipeline_needs_data(llava: Pair, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_ours_verifies_and_copies_the_processor(llava: Pair, tmp_path: Path) -> None:
+def test_oneshot__samples__verified_and_processor_copied(llava: Pair, tmp_path: Path) -> None:
     """8 samples by 2 are 4 batches, two windows an epoch; half an epoch is one step."""
     result = grace_plugin.oneshot(
         str(llava.student), recipe=recipe_text(None, oneshot=ONESHOT), dataset=make_samples(99, seed=41),
@@ -246,7 +246,7 @@ def test_ours_verifies_and_copies_the_processor(llava: Pair, tmp_path: Path) -> 
     assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
 
 
-def test_the_recipes_optimizer_is_taken(llava: Pair, tmp_path: Path) -> None:
+def test_oneshot__optim_in_recipe__used(llava: Pair, tmp_path: Path) -> None:
     """Adafactor (8 bytes a parameter instead of 16) and AdamW move the same student to different codes; both verify."""
     found = {}
     for optim in ("adafactor", "adamw_torch"):
@@ -259,13 +259,13 @@ def test_the_recipes_optimizer_is_taken(llava: Pair, tmp_path: Path) -> None:
     assert found["adafactor"] != found["adamw_torch"]
 
 
-def test_ours_refuses_a_destination_before_it_loads(llava: Pair, tmp_path: Path) -> None:
+def test_oneshot__output_dir_not_empty__refused_before_loading(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("x")
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         grace_plugin.oneshot("/no/where", recipe=recipe_text(None), dataset=make_samples(1), output_dir=tmp_path)
 
 
-def test_a_session_in_ones_own_loop(llava: Pair, tmp_path: Path) -> None:
+def test_session__own_loop__verified_checkpoint(llava: Pair, tmp_path: Path) -> None:
     student = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.float32)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
     windows = [[collator(make_samples(2, seed=s)) for s in (n, n + 1)] for n in (51, 53)]
@@ -305,7 +305,7 @@ def one_step(grace: Any, student: Any, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
-def test_a_session_is_saved_after_a_save_that_failed(
+def test_session_save__after_a_failure__can_be_repeated(
     llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
 ) -> None:
     """A full folder is refused while the run still goes on; a save that breaks can be repeated elsewhere."""
@@ -326,7 +326,7 @@ def test_a_session_is_saved_after_a_save_that_failed(
     assert json.loads((tmp_path / "out/grace/record.json").read_text())["run"]["steps"] == 2
 
 
-def test_weights_that_the_forward_pass_did_not_see_are_refused_and_named(llava: Pair, tmp_path: Path) -> None:
+def test_session_save__weights_changed_behind_torch__refused_and_named(llava: Pair, tmp_path: Path) -> None:
     """A write through .data is counted by nothing: the next forward pass multiplies by what was kept."""
     student = loaded(llava)
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=1) as grace:
@@ -345,7 +345,7 @@ def test_weights_that_the_forward_pass_did_not_see_are_refused_and_named(llava: 
     assert json.loads((tmp_path / "out/grace/record.json").read_text())["forward"]["weights"] == found["codes"]
 
 
-def test_saving_a_session_that_trained_nothing_is_refused(llava: Pair, tmp_path: Path) -> None:
+def test_session_save__no_step__refused(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     with grace_plugin.grace_session(student, recipe_text(llava.teacher), total_steps=2) as grace:
         with pytest.raises(RuntimeError, match="GRACE trained nothing"):

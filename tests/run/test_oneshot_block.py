@@ -66,7 +66,7 @@ def weights_norm(step: Step) -> float:
     return sum(norm**2 for norm in step.norms[:-1]) ** 0.5
 
 
-def test_rate_schedule_warm_up_decay_and_clip_norm_are_the_recipes(llava: Pair) -> None:
+def test_oneshot_block__rate_schedule_decay_clip__used(llava: Pair) -> None:
     seen, _ = go(llava)
     assert [step.rates[0] for step in seen] == pytest.approx([0.0, 1e-3, 2e-3, 1e-3])
     assert [step.rates[-1] for step in seen] == pytest.approx([0.0, 1e-2, 2e-2, 1e-2])
@@ -74,14 +74,14 @@ def test_rate_schedule_warm_up_decay_and_clip_norm_are_the_recipes(llava: Pair) 
     assert [weights_norm(step) for step in seen] == pytest.approx([0.01] * 4, rel=1e-3)
 
 
-def test_another_block_is_another_run(llava: Pair) -> None:
+def test_oneshot_block__other_values__other_weights(llava: Pair) -> None:
     seen, _ = go(llava, learning_rate=5.0e-4, scheduler="constant", weight_decay=0.0, max_grad_norm=0.02)
     assert [step.rates[0] for step in seen] == pytest.approx([5e-4] * 4)
     assert {decay for step in seen for decay in step.decays} == {0.0}
     assert [weights_norm(step) for step in seen] == pytest.approx([0.02] * 4, rel=1e-3)
 
 
-def test_the_seed_alone_decides_the_order_of_the_samples(llava: Pair) -> None:
+def test_oneshot_block__seed__alone_decides_the_order(llava: Pair) -> None:
     ends = []
     for seed, before in ((0, 1), (0, 2), (1, 2)):
         torch.manual_seed(before)

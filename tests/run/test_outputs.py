@@ -27,7 +27,7 @@ def broken_pipe() -> io.TextIOWrapper:
     return open(write, "w", encoding="utf-8")
 
 
-def test_a_pipe_without_a_reader_is_said_once_and_ends_nothing() -> None:
+def test_kept_streams__pipe_without_reader__said_once() -> None:
     said, pipe = io.StringIO(), broken_pipe()
     with redirect_stderr(said), redirect_stdout(pipe), kept_streams():
         for _ in range(3):
@@ -39,7 +39,7 @@ def test_a_pipe_without_a_reader_is_said_once_and_ends_nothing() -> None:
 
 
 @needs_full
-def test_a_full_disk_behind_standard_output_is_said_once() -> None:
+def test_kept_streams__full_disk__said_once() -> None:
     said = io.StringIO()
     with FULL.open("w", buffering=1) as full, redirect_stderr(said):
         with redirect_stdout(full), kept_streams():
@@ -51,7 +51,7 @@ def test_a_full_disk_behind_standard_output_is_said_once() -> None:
     assert said.getvalue() == "grace: nothing more can be printed (No space left on device); the run goes on\n"
 
 
-def test_letters_that_a_terminal_does_not_have_are_written_out() -> None:
+def test_kept_streams__letters_outside_the_encoding__escaped() -> None:
     raw = io.BytesIO()
     with redirect_stdout(io.TextIOWrapper(raw, encoding="ascii", write_through=True)), kept_streams():
         print("f\u00fcr \U0001f600")
@@ -59,7 +59,7 @@ def test_letters_that_a_terminal_does_not_have_are_written_out() -> None:
         assert raw.getvalue() == b"f\\xfcr \\U0001f600\n"
 
 
-def test_streams_are_as_before_afterwards_and_not_wrapped_twice() -> None:
+def test_kept_streams__nested__restored_and_wrapped_once() -> None:
     before = sys.stdout, sys.stderr
     with kept_streams():
         inner = sys.stdout
@@ -69,7 +69,7 @@ def test_streams_are_as_before_afterwards_and_not_wrapped_twice() -> None:
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_a_side_output_ends_at_its_first_failure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_side_output__first_failure__ends_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output, done = SideOutput("notes.txt"), []
     output.write(lambda: done.append(1))
     output.write(lambda: (tmp_path / "no" / "folder").write_text("x"))
@@ -82,9 +82,7 @@ def test_a_side_output_ends_at_its_first_failure(capsys: pytest.CaptureFixture[s
 
 
 @needs_full
-def test_metrics_on_a_full_disk_end_and_the_run_goes_on(
-    llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metrics__full_disk__run_continues(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out.run"
     folder.mkdir()
     for name in (METRICS, "data_report.json"):
@@ -96,7 +94,7 @@ def test_metrics_on_a_full_disk_end_and_the_run_goes_on(
     assert said.count(f"grace: the report on the data in {folder} cannot be written (No space left on device)") == 1
 
 
-def test_a_metrics_file_goes_on_while_it_can_be_written(tmp_path: Path) -> None:
+def test_metrics_file__folder_removed__ends_at_the_first_failure(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "a")
     file.begin([{"step": 1}])
     file.append({"step": 2})
@@ -109,7 +107,7 @@ def test_a_metrics_file_goes_on_while_it_can_be_written(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / METRICS).exists()
 
 
-def test_a_process_whose_output_is_closed_ends_with_its_own_status() -> None:
+def test_kept_streams__output_closed__exit_status_kept() -> None:
     """The interpreter's flush at its end would otherwise make it 120."""
     script = "import sys; from grace_plugin.run.outputs import kept_streams\nwith kept_streams(): print('x' * 99)\nsys.exit(3)"
     read, write = os.pipe()

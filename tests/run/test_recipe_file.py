@@ -36,7 +36,7 @@ def inside(**fields: Any) -> str:
     return yaml.safe_dump({"s_stage": {"s_modifiers": {"GraceModifier": {"scheme": "W4A16", **fields}}}})
 
 
-def test_mutated_recipes_are_read_or_refused_in_our_words() -> None:
+def test_recipe_from__mutated_recipes__read_or_refused_in_our_words() -> None:
     outcomes: dict[str, int] = {}
     for number in range(COUNT):
         found = check(mutant(number))
@@ -45,12 +45,12 @@ def test_mutated_recipes_are_read_or_refused_in_our_words() -> None:
     assert all(outcomes[kind] > COUNT / 100 for kind in ("read", "refused", "refused, a list")), outcomes
 
 
-def test_a_mutant_is_made_from_its_number() -> None:
+def test_mutant__same_number__same_recipe() -> None:
     assert mutant(17) == mutant(17)
     assert len({mutant(number) for number in range(50)}) > 45
 
 
-def test_the_recipe_that_is_mutated_holds_every_field() -> None:
+def test_mutated_recipe__any__holds_every_field() -> None:
     modifier = grace_modifier(read_recipe(COMPLETE))
     (given,) = yaml.safe_load(COMPLETE)["grace_stage"]["grace_modifiers"].values()
     blocks = {name: type(getattr(modifier, name)) for name in GraceModifier.model_fields if name in given}
@@ -105,7 +105,7 @@ def test_the_recipe_that_is_mutated_holds_every_field() -> None:
         (inside(weight_observer="mse"), "weight_observer has no effect on a GraceModifier"),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe_is_named(text: str, said: str) -> None:
+def test_recipe_from__no_recipe__named(text: str, said: str) -> None:
     assert said in refusal(text)
 
 
@@ -150,13 +150,13 @@ def test_what_is_no_recipe_is_named(text: str, said: str) -> None:
         ({"config_groups": {"g": {"targets": ["re:("], "weights": {}}}}, "config_groups.g.targets must hold regular"),
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_be_used_is_named_with_its_key(fields: dict[str, Any], said: str) -> None:
+def test_recipe_from__bad_value__named_with_its_key(fields: dict[str, Any], said: str) -> None:
     text = refusal(inside(**fields))
     assert said in text
     assert "\n" not in text
 
 
-def test_several_values_that_cannot_be_used_are_listed() -> None:
+def test_recipe_from__several_bad_values__listed() -> None:
     asked = {"distill": {"temperature": 0, "alpha": "x", "beta": -1}, "scales": {"candidates": 1}}
     assert refusal(inside(**asked)).split("\n") == [
         "4 values cannot be used:",
@@ -167,23 +167,23 @@ def test_several_values_that_cannot_be_used_are_listed() -> None:
     ]
 
 
-def test_a_long_list_of_problems_is_cut() -> None:
+def test_recipe_from__many_bad_values__list_cut() -> None:
     lines = refusal(inside(ignore=list(range(500)))).split("\n")
     assert lines[0] == "500 values cannot be used:" and lines[-1] == "  and 492 more"
     assert len(lines) == 10
 
 
-def test_a_modifier_made_in_python_says_the_same() -> None:
+def test_modifier__bad_value_in_python__same_message() -> None:
     with pytest.raises(ValueError, match=r"^distill.temperature must be greater than 0, got -1$"):
         GraceModifier(scheme="W4A16", distill={"temperature": -1})  # type: ignore[arg-type]
 
 
-def test_a_fault_of_another_modifier_is_named_with_it() -> None:
+def test_recipe_from__bad_value_of_another_modifier__named_with_it() -> None:
     text = "s_stage: {s_modifiers: {GPTQModifier: {scheme: W4A16, blok_size: 1}, GraceModifier: {scheme: W4A16}}}"
     assert refusal(text) == "GPTQModifier: unknown key blok_size"
 
 
-def test_aliases_of_aliases_are_counted_without_writing_them_out() -> None:
+def test_recipe_from__nested_aliases__counted_without_expansion() -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lines += [
         f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in zip("abcdefghijk", "bcdefghijkl")
@@ -193,7 +193,7 @@ def test_aliases_of_aliases_are_counted_without_writing_them_out() -> None:
     assert time.perf_counter() - start < LONGEST
 
 
-def test_an_alias_is_taken() -> None:
+def test_recipe_from__alias__taken() -> None:
     text = (
         "s_stage: {s_modifiers: {GraceModifier: {scheme: W4A16, ignore: &names [lm_head], training: {freeze: *names}}}}"
     )
@@ -215,7 +215,7 @@ def test_an_alias_is_taken() -> None:
         ("[bold].yaml", b"a: 1", "unknown key 'a' in the recipe"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_recipe_from__file_that_is_no_recipe__named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     for given in (file, str(file)):
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, name: str, content: b
         assert text.startswith(f"recipe {file}: ") and said in text
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_recipe_from__no_regular_file__not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.yaml")
     assert refusal(tmp_path / "fifo.yaml").endswith("fifo.yaml: no regular file; name a YAML file")
     assert refusal(tmp_path).endswith(f"{tmp_path}: a folder; name a YAML file")
@@ -234,11 +234,11 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 5, {"s_stage": {}}, b"a: 1"])
-def test_a_recipe_of_another_type_is_refused(given: Any) -> None:
+def test_recipe_from__other_type__refused(given: Any) -> None:
     assert refusal(given).startswith("a recipe is a path, a YAML text, a GraceModifier or a Recipe; got ")
 
 
-def test_json_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_recipe_from__json_and_byte_order_mark__read(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(
         '{"s_stage": {"s_modifiers": {"GraceModifier": {"scheme": "W4A16", "teacher": "t"}}}}'
     )
@@ -248,7 +248,7 @@ def test_json_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["targets", "ignore", "training.freeze", "training.lora.targets"])
-def test_a_pattern_that_takes_for_ever_is_ended_and_named(llava: Pair, key: str) -> None:
+def test_check_patterns__slow_pattern__ended_and_named(llava: Pair, key: str) -> None:
     """With the names of a real model; ended after five seconds, so it is tried once for each place it may come from."""
     from transformers import AutoModelForImageTextToText
 
@@ -262,7 +262,7 @@ def test_a_pattern_that_takes_for_ever_is_ended_and_named(llava: Pair, key: str)
     assert time.perf_counter() - start < 3.0
 
 
-def test_a_slow_pattern_is_refused_before_a_teacher_is_loaded(llava: Pair) -> None:
+def test_initialize__slow_pattern__refused_before_the_teacher_is_loaded(llava: Pair) -> None:
     from tests.test_modifier import start as begin
     from tests.test_modifier import student_of
 
@@ -271,7 +271,7 @@ def test_a_slow_pattern_is_refused_before_a_teacher_is_loaded(llava: Pair) -> No
         begin(modifier_of(text), student_of(llava))
 
 
-def test_without_a_regular_expression_no_interpreter_is_started() -> None:
+def test_check_patterns__plain_names__no_process_started() -> None:
     start = time.perf_counter()
     for _ in range(100):
         check_patterns({"targets": ["Linear"], "ignore": ["lm_head"]}, nn.Linear(2, 2))

@@ -27,7 +27,7 @@ class Watch(TrainerCallback):
         self.counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or held) for held in (False, True)]
 
 
-def test_a_run_says_its_shape_and_what_it_took_once(
+def test_summary__run__shape_and_throughput_once(
     llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch()
@@ -57,7 +57,7 @@ def test_a_run_says_its_shape_and_what_it_took_once(
     assert found["peak_memory_bytes"] > 10**8
 
 
-def test_a_loader_of_upstreams_oneshot_gives_the_batch(llava: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+def test_header_line__loader_of_upstream__its_batch(llava: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     loader = DataLoader(make_samples(4), batch_size=2, collate_fn=ConversationCollator(processor))  # type: ignore[arg-type]
     upstream_oneshot(model=loaded(llava), recipe=recipe_text(llava.teacher), dataset=loader, pipeline="grace")
@@ -75,7 +75,7 @@ def test_header__with_a_progress_bar__has_a_line_of_its_own(llava: Pair, tmp_pat
     assert said.getvalue().index(header) < said.getvalue().index("0/1 [")
 
 
-def test_a_log_level_silences_it(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_say__log_level_warning__silent(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(llava, tmp_path / "out", max_steps=1, log_level="warning")
     assert "GRACE:" not in capsys.readouterr().out
 
@@ -83,11 +83,11 @@ def test_a_log_level_silences_it(llava: Pair, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (2.5e9, "2.5 GB"), (1e13, "10000.0 GB")]
 )
-def test_bytes_as_text(count: float, text: str) -> None:
+def test_size__bytes__as_text(count: float, text: str) -> None:
     assert size(count) == text
 
 
-def test_tokens_of_a_batch_are_those_that_are_no_padding() -> None:
+def test_count_tokens__padded_batch__padding_excluded() -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
     assert count_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}) == 4
     assert count_tokens({"input_ids": ids}) == 6

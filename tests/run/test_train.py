@@ -48,7 +48,7 @@ class Watch(TrainerCallback):
         self.last = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_scales_have_their_own_group_rate_and_clip_norm(llava: Pair, tmp_path: Path) -> None:
+def test_optimizer__scales__own_group_rate_and_clip_norm(llava: Pair, tmp_path: Path) -> None:
     watch = Watch()
     run(
         llava, tmp_path / "out", max_steps=1, callbacks=[watch], weight_decay=0.1, max_grad_norm=1e-3, warmup_steps=0,
@@ -66,7 +66,7 @@ def test_scales_have_their_own_group_rate_and_clip_norm(llava: Pair, tmp_path: P
     assert watch.norms == [(pytest.approx(1e-3, rel=1e-5), pytest.approx(1e-3, rel=1e-5))]
 
 
-def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
+def test_logs__every_step__all_quantities(finished: Finished) -> None:
     logs = [log for log in finished.result.history if "loss" in log]
     assert len(logs) == 8
     wanted = {
@@ -86,7 +86,7 @@ def test_logs_hold_every_quantity_of_a_step(finished: Finished) -> None:
     assert logs[0]["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def test_training_events_come_in_their_order_once_per_optimizer_step(llava: Pair, tmp_path: Path) -> None:
+def test_lifecycle_events__accumulation__once_per_optimizer_step_in_order(llava: Pair, tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Recorder(Modifier):
@@ -112,7 +112,7 @@ def infinite(pair: Pair) -> Any:
     return processor
 
 
-def test_a_non_finite_loss_moves_nothing_and_ends_the_run(llava: Pair, tmp_path: Path) -> None:
+def test_train__loss_not_finite__nothing_moves_and_run_ends(llava: Pair, tmp_path: Path) -> None:
     watch = Watch()
     recipe = recipe_text(llava.teacher, training={"max_nonfinite_steps": 2})
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_a_non_finite_loss_moves_nothing_and_ends_the_run(llava: Pair, tmp_path:
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_non_finite_gradient_of_a_finite_loss_is_seen(llava: Pair, tmp_path: Path, max_grad_norm: float) -> None:
+def test_train__gradient_not_finite__step_skipped(llava: Pair, tmp_path: Path, max_grad_norm: float) -> None:
     class Blow(Watch):
         def on_train_begin(self, *args: Any, model: Any = None, **rest: Any) -> None:
             super().on_train_begin(*args, model=model, **rest)
@@ -143,7 +143,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_seen(llava: Pair, tmp_path: P
     assert all(torch.equal(watch.first[name], watch.last[name]) for name in watch.last)
 
 
-def test_a_run_of_epochs_with_an_incomplete_last_window(llava: Pair, tmp_path: Path) -> None:
+def test_train__incomplete_last_window__own_step(llava: Pair, tmp_path: Path) -> None:
     """5 samples by 2 are 3 batches, two windows an epoch; two epochs are 4 steps and 4 controller updates."""
     result = run(
         llava, tmp_path / "out", make_samples(5, seed=2), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2,
@@ -155,7 +155,7 @@ def test_a_run_of_epochs_with_an_incomplete_last_window(llava: Pair, tmp_path: P
     assert (state["steps"], state["controller"]["step"], state["total_steps"]) == (4, 4, 4)
 
 
-def test_a_dataset_without_a_length(llava: Pair, tmp_path: Path) -> None:
+def test_train__dataset_without_length__max_steps_needed(llava: Pair, tmp_path: Path) -> None:
     def generate() -> Any:
         yield from make_samples(4, seed=2)
 
@@ -176,7 +176,7 @@ class Fail(TrainerCallback):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the disk is on fire")])
-def test_a_run_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, error: BaseException) -> None:
+def test_train__failure__model_given_back(llava: Pair, tmp_path: Path, error: BaseException) -> None:
     student = loaded(llava)
     before, start = structure(student), {n: p.clone() for n, p in student.named_parameters()}
     with pytest.raises(type(error)) as raised:
@@ -188,7 +188,7 @@ def test_a_run_that_fails_gives_the_model_back(llava: Pair, tmp_path: Path, erro
     assert run(llava, tmp_path / "again", model=student).verification["verified"]
 
 
-def test_a_model_that_an_earlier_run_saved_is_refused(llava: Pair, tmp_path: Path) -> None:
+def test_train__model_of_an_earlier_run__refused(llava: Pair, tmp_path: Path) -> None:
     """Upstream's save packs the weights of the model in memory and leaves a hook that unpacks them once."""
     student = loaded(llava)
     run(llava, tmp_path / "bf16", model=student, recipe=recipe_text(llava.teacher, scheme=None, quantize=False))
@@ -216,7 +216,7 @@ class Sequence:
 
 
 @pytest.mark.parametrize("count", [6, 3])
-def test_a_stream_that_ends_inside_a_window_trains_as_the_same_samples_of_known_length(
+def test_train__stream_ends_inside_a_window__as_samples_of_known_length(
     llava: Pair, tmp_path: Path, count: int
 ) -> None:
     """6 samples are a window of 4 and one of 2, 3 samples a short window each; four steps pass over the samples again."""
@@ -250,7 +250,7 @@ def test_a_stream_that_ends_inside_a_window_trains_as_the_same_samples_of_known_
     assert left.read_bytes() == right.read_bytes()
 
 
-def test_a_resumed_run_writes_the_same_bytes(llava: Pair, tmp_path: Path) -> None:
+def test_train__resumed__same_bytes(llava: Pair, tmp_path: Path) -> None:
     """From a folder given by name; the whole story stands in integration/test_resume.py."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     whole = run(llava, tmp_path / "a", **options)
@@ -266,7 +266,7 @@ def test_a_resumed_run_writes_the_same_bytes(llava: Pair, tmp_path: Path) -> Non
         run(llava, tmp_path / "a", **options)
 
 
-def test_a_run_without_quantization_trains_the_bf16_student(llava: Pair, tmp_path: Path) -> None:
+def test_train__quantize_false__bf16_student(llava: Pair, tmp_path: Path) -> None:
     result = run(
         llava, tmp_path / "out", recipe=recipe_text(llava.teacher, scheme=None, quantize=False), warmup_steps=0
     )
@@ -281,7 +281,7 @@ def test_a_run_without_quantization_trains_the_bf16_student(llava: Pair, tmp_pat
     assert "clip_share" not in result.history[0]
 
 
-def test_two_formats_in_one_recipe(llava: Pair, tmp_path: Path) -> None:
+def test_train__two_formats__both_saved(llava: Pair, tmp_path: Path) -> None:
     four = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     groups = {
@@ -297,7 +297,7 @@ def test_two_formats_in_one_recipe(llava: Pair, tmp_path: Path) -> None:
     assert layer.self_attn.q_proj.weight_scale.dtype == torch.float16
 
 
-def test_a_loaded_teacher_is_taken_and_named_in_the_recipe(llava: Pair, tmp_path: Path) -> None:
+def test_train__loaded_teacher__named_in_the_recipe(llava: Pair, tmp_path: Path) -> None:
     teacher = AutoModelForImageTextToText.from_pretrained(llava.teacher, dtype=torch.float32)
     result = run(llava, tmp_path / "out", recipe=recipe_text(None), teacher=teacher, max_steps=1)
     assert f"model: {llava.teacher.name}\n" in (result.checkpoint / "recipe.yaml").read_text()
@@ -305,7 +305,7 @@ def test_a_loaded_teacher_is_taken_and_named_in_the_recipe(llava: Pair, tmp_path
     assert grace_plugin.verify(by_path.checkpoint)["verified"]
 
 
-def test_a_mixed_precision_run_leaves_no_autocast_on_the_model(llava: Pair, tmp_path: Path) -> None:
+def test_train__mixed_precision__no_autocast_left_on_the_model(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     during = []
     student.model.language_model.norm.register_forward_hook(lambda *_: during.append(torch.is_autocast_enabled("cpu")))
