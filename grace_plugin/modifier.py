@@ -1,4 +1,4 @@
-"""GraceModifier: GRACE as an llm-compressor modifier. Recipe fields and lifecycle only; the arithmetic lies beside it.
+"""GraceModifier: GRACE as an llm-compressor modifier. Recipe fields and lifecycle; the arithmetic is in the objective.
 
 Lifecycle:
     on_initialize   checks everything that can be checked before GPU time is spent, loads the teacher, attaches upstream's
@@ -187,16 +187,18 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         """Plain values only, so that the saved recipe is plain YAML."""
         return super().model_dump(**({"mode": "json"} | kwargs))
 
-    # ---- lifecycle ----------------------------------------------------------------------------------------------------
-
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check the pair and the layers, attach schemes and scales; nothing is changed when a check fails, but that
-        experts held as one parameter are linears by then, which compute the same.
+        """Check the pair and the layers, then attach schemes and scales.
 
-        Keyword `processors` (student's, teacher's) replaces the tokenizers read from the models' own folders.
+        Nothing is changed when a check fails, except that experts held as one parameter are linears by then, which compute
+        the same.
+
+        Args:
+            state: of the session, with the student as `model`.
+            kwargs: `processors` (student's, teacher's) replaces the tokenizers read from the models' own folders.
 
         Raises:
-            ValueError: names the offender and the way out.
+            ValueError: names the offender and how to fix it.
         """
         model: Any = state.model
         check_model(model, "student")
@@ -211,15 +213,17 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
             family.unfuse_experts(model)
             self.ignore = list(dict.fromkeys([*self.ignore, *family.quantization_ignore()]))
         self._resolved_config = None
-        upcast_to_fp32(model, self.training)  # exact, so nothing is lost when a check below fails
+        # bfloat16 to float32 is exact, so nothing is lost when a check below fails
+        upcast_to_fp32(model, self.training)
         self._check_patterns(model)
         formats = self._check_layers(model) if self.quantize else {}
         self._load_teacher(state, kwargs.get("processors", (None, None)))
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.quantize:
             self._attach(model, formats)
+        # upstream chooses the pipeline next, and would recommend `datafree`, which trains nothing
         if running_pipeline() == "grace":
-            log_pipeline_advice(False)  # upstream chooses the pipeline next, and would recommend another one
+            log_pipeline_advice(False)
         return True
 
     def _load_teacher(self, state: State, processors: tuple[Any, Any]) -> None:
@@ -246,7 +250,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     def _check_layers(self, model: nn.Module) -> dict[QuantFormat, dict[str, nn.Linear]]:
         matched = dict(match_named_modules(model, self.resolved_targets, self.ignore))
         if not matched:
-            raise ValueError(f"no layer matches targets {sorted(self.resolved_targets)} beside ignore {self.ignore}")
+            raise ValueError(f"no layer matches targets {sorted(self.resolved_targets)} outside ignore {self.ignore}")
         formats = layers_by_format(self.resolved_config, matched, self._dtype)
         check_fused(formats, model)
         for fmt, linears in formats.items():
@@ -257,7 +261,8 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         return formats
 
     def _attach(self, model: nn.Module, formats: dict[QuantFormat, dict[str, nn.Linear]]) -> None:
-        """Upstream's schemes first, whose forward is then replaced by the one that learns the scales."""
+        """Attach upstream's schemes and our learned scales."""
+        # upstream's schemes first: they replace the layers' forward, and ours has to be the last
         QuantizationMixin.initialize_quantization(self, model)
         asked, lora = self.scales, self.training.lora
         options: dict[str, Any] = {"candidates": asked.candidates, "low": asked.search_low, "high": asked.search_high}
@@ -307,10 +312,10 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         return any(term.reads_visual_states for term in self._new_objective().terms if term.enabled)
 
     def open_store(self) -> StateStore | None:
-        """The store of a cached teacher, opened and checked once, without loading any model; None for another kind.
+        """Return the store of a cached teacher, opened and checked once, without loading a model; None for another kind.
 
         Raises:
-            ValueError: no store, or not the one that the recipe asks for; says what differs and how to write one.
+            ValueError: no store, or not the one that the recipe asks for.
         """
         if self._store is None and self.teacher.kind == "cached" and self.needs_teacher:
             self._store = open_store(self.teacher, visual=self.reads_visual_states)
@@ -334,7 +339,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         return objective
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Bake the codes, hand the scales to upstream's parameters, mark the layers frozen.
+        """Write the quantized weights, give the scales to upstream's parameters, mark the layers frozen.
 
         Raises:
             RuntimeError: the session ends without a single training step, or the forward pass multiplies by other weights.
@@ -353,7 +358,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         return True
 
     def release(self) -> None:
-        """Give back the model of a run that was not finalized: scales, schemes and hooks go, weights stay as they are.
+        """Give back the model of a run that was not finalized: remove scales, schemes and hooks, keep the weights.
 
         A finalized model, one that was refused, and a second call change nothing.
         """

@@ -1,4 +1,4 @@
-"""What may be asked of GRACE: frozen pydantic models behind the blocks of a `GraceModifier` recipe.
+"""The blocks of a `GraceModifier` recipe as frozen pydantic models.
 
 Every default is the decision recorded in the method (arXiv 2601.22709 and the project's own measurements). Unknown keys are
 refused, values are checked on reading, before any model is loaded. The models hold no tensors and import nothing heavy, so a
@@ -40,7 +40,7 @@ _PATTERN_LENGTH, _LISTED, _SHOWN = 1000, 8, 80
 
 
 def shown(value: Any) -> str:
-    """A value of a recipe as a message shows it: cut, and on one line."""
+    """Return a value as a message shows it: cut, and on one line."""
     if value is None or isinstance(value, bool):
         return {None: "nothing (null)", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
@@ -142,13 +142,18 @@ class CheckedKeys:
 
 
 _WANTED = {
-    "float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string", "model": "a mapping",
-    "dict": "a mapping", "list": "a list", "tuple": "a list", "finite_number": "a finite number",
-}  # fmt: skip
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "string": "a string",
+    "finite_number": "a finite number",
+    **dict.fromkeys(("model", "dict"), "a mapping"),
+    **dict.fromkeys(("list", "tuple"), "a list"),
+}
 
 
 def problems(error: ValidationError, given: Mapping[Any, Any]) -> str:
-    """What pydantic found in `given`, in our words: a sentence, or a list with a line for each key."""
+    """Return what pydantic found in `given` in plain words: a sentence, or a list with a line for each key."""
     wanted: dict[str, tuple[list[str], str]] = {}  # a value that fits no part of a union has an error for each part
     told: list[str] = []
     for one in error.errors(include_url=False):
@@ -178,7 +183,7 @@ def problems(error: ValidationError, given: Mapping[Any, Any]) -> str:
 
 
 def _path(parts: Iterable[int | str], given: Any) -> str:
-    """The keys of an error's place; what pydantic adds for the parts of a union is no key."""
+    """Return the keys of an error's location, without what pydantic adds for the parts of a union."""
     path = ""
     for part in parts:
         if isinstance(given, Mapping) and part in given:
@@ -196,7 +201,7 @@ def _cut(text: str, most: int = 300) -> str:
 class TeacherRecipe(Block):
     """Where the teacher's hidden states come from.
 
-    kind: "resident" keeps the teacher in memory beside the student; "offload" keeps it in host memory and streams its layers;
+    kind: "resident" keeps the teacher in memory next to the student; "offload" keeps it in host memory and streams its layers;
         "cached" reads states that `grace teacher cache` wrote, and loads the teacher's head alone; "self" takes the student's
         own unquantized weights, for runs that learn scales and leave the quantized layers' weights as they are.
     model: folder or hub id of the teacher's checkpoint; not needed when a loaded teacher is passed to the entry point. A
@@ -347,8 +352,8 @@ class TrainingRecipe(Block):
     """What trains, and when a run that goes wrong stops.
 
     method: "full" trains projector, decoder and scales; "scales" the scales alone; "lora" scales and low-rank updates. With the
-        last two every other weight stands still in the dtype it was loaded in.
-    norms: train the normalization layers beside scales or LoRA ("full" trains them anyway).
+        last two every other weight keeps its value and the dtype it was loaded in.
+    norms: train the normalization layers in addition to scales or LoRA ("full" trains them anyway).
     lora: the low-rank updates; the default block is written in for method "lora".
     freeze: extra module-name patterns ("re:..." or exact) kept frozen, on top of the family's vision tower.
     master_weights: "float32" trains float32 copies whatever dtype was loaded (BF16 weights do not move at small rates);

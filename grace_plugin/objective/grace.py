@@ -117,7 +117,7 @@ class GraceObjective:
             teacher: a bigger model of the same family, or a `grace_plugin.teacher.Teacher` of any kind; None only when no
                 enabled term reads one.
             vocabulary: token ids that both tokenizers define; logits are cut to it.
-            total_steps: optimizer steps of the run; warm-up, probe and automatic eta follow from it.
+            total_steps: optimizer steps of the run, from which warm-up follows.
             attached: learned scales on the student's linears, one group per format; empty without quantization.
             trains: False to save the end of an earlier run, which needs no teacher.
 
@@ -138,6 +138,7 @@ class GraceObjective:
         self.attached = tuple(attached)
         choose_trainable(student, family, self.training)
         if teacher is not None:
+            # after choose_trainable: a self-teacher keeps copies of what trains
             teacher.begin(student, self.attached)
         for term in self.terms:
             term.bind(self.context)
@@ -231,6 +232,7 @@ class GraceObjective:
         terms = [term for term in self.terms if term.enabled]
         visual = any(term.reads_visual_states for term in terms) and bool(micro_batch.visual.sizes)
         _check_gradient(states, visual=visual)
+        # the student's forward pass is queued by now, so a teacher on a side stream has run at the same time
         window.join()
         losses = [term.loss(micro_batch, states, window, self._weight(term)) for term in terms]
         if not window.pending:
@@ -314,7 +316,7 @@ class GraceObjective:
         return logs
 
     def gate_quantiles(self) -> dict[str, float]:
-        """5th, 50th and 95th percentile of this rank's gates in the latest window; empty without distillation."""
+        """Return the 5th, 50th and 95th percentile of this rank's gates in the latest step; empty without distillation."""
         if self._window is not None:
             self._window.join()
         return self.terms[0].logs(self.steps)
@@ -327,22 +329,24 @@ class GraceObjective:
         return {"ema": state.ema, "share_at_bound": state.share_at_bound}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the model's parameters; JSON-serialisable."""
+        """Return everything that a resumed run needs in addition to the model's parameters, as JSON can carry it."""
         return {
-            "steps": self.steps, "nonfinite_steps": self.nonfinite_steps, "total_steps": self.total_steps,
+            "steps": self.steps,
+            "nonfinite_steps": self.nonfinite_steps,
+            "total_steps": self.total_steps,
             "controller": self.controller_state.to_dict(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`.
 
         Raises:
-            ValueError: the run has another length, so warm-up, probe and eta would differ.
+            ValueError: the run has another length, and so another warm-up.
         """
         if state["total_steps"] != self.total_steps:
             raise ValueError(
-                f"the saved run has {state['total_steps']} optimizer steps and this one {self.total_steps}; warm-up and "
-                "controller follow the length, resume with the same number of steps or start anew"
+                f"the saved run has {state['total_steps']} optimizer steps and this one {self.total_steps}; the "
+                "warm-up follows from the length, so resume with the same number of steps or start again"
             )
         self.steps, self.nonfinite_steps = state["steps"], state["nonfinite_steps"]
         self.controller_state = dual.ControllerState.from_dict(state["controller"])

@@ -182,7 +182,7 @@ _STATES = ("save_strategy", ("steps", "epoch"), "save_strategy=steps or epoch")
 _WORKERS = ("dataloader_num_workers", None, "dataloader_num_workers of at least 1")
 _TRACKIO = ("report_to", ("trackio", "all"), "report_to=trackio")
 
-#: a field that does nothing unless another one has one of these values (None: any but its empty one), and how to say so
+#: a field that does nothing unless another one has one of these values (None: any but its empty one), and that in words
 NEEDS: dict[str, tuple[str, tuple[Any, ...] | None, str]] = {
     "save_steps": ("save_strategy", ("steps",), "save_strategy=steps"),
     "save_total_limit": _STATES,

@@ -1,7 +1,7 @@
-"""Side outputs of a run: the terminal, its log and its reports. Losing one is said once; it never ends a run.
+"""Side outputs of a run: the terminal, its log and its reports. Losing one is a warning and never ends the run.
 
-A pipe whose reader has gone (`grace train ... | head`), a terminal that was closed, a full disk: a run of hours does not end
-for a line that nobody reads. What a run is for, its checkpoint and its resume states, does not go through here.
+Typical causes are a pipe without a reader (`grace train ... | head`), a closed terminal and a full disk. Checkpoints and resume
+states do not go through here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["SideOutput", "kept_streams", "reason"]
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without numbers."""
+    """Return what the system says, without numbers."""
     return error.strerror or str(error) or type(error).__name__
 
 
 class SideOutput:
-    """An output that ends, not the run, when it cannot be written.
+    """An output that is given up with a warning when it cannot be written.
 
     Args:
         what: named in the warning, for instance the file's path.
@@ -31,7 +31,7 @@ class SideOutput:
         self.what, self.lost = what, False
 
     def write(self, action: Callable[[], Any]) -> None:
-        """Do `action`, unless an earlier one failed; a failure is a warning."""
+        """Call `action`, unless an earlier one failed; a failure is a warning."""
         if self.lost:
             return
         try:
@@ -46,7 +46,7 @@ class SideOutput:
 
 
 class _KeptStream:
-    """A text stream whose failures to write end nothing; everything else is the stream's own."""
+    """A text stream whose failures to write raise nothing; everything else is the stream's own."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._name = stream, name
@@ -70,8 +70,9 @@ class _KeptStream:
             self._lose(error, 0)
 
     def _lose(self, error: OSError, written: int) -> int:
-        """Lead the stream to nowhere; the interpreter's own flush at its end then finds a place for what is still buffered."""
+        """Send the stream to the null device from now on."""
         lost, self._stream = self._stream, open(os.devnull, "w")  # open as long as the process
+        # the interpreter flushes its streams at exit and would fail on what is still buffered
         if lost in (sys.__stdout__, sys.__stderr__):
             with suppress(OSError, ValueError):
                 os.dup2(self._stream.fileno(), lost.fileno())
@@ -83,7 +84,7 @@ class _KeptStream:
 
 @contextmanager
 def kept_streams() -> Iterator[None]:
-    """Inside, a standard output or error that can no longer be written is said once, and ends nothing."""
+    """Inside, standard output or error that can no longer be written is one warning and raises nothing."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, _KeptStream) else _KeptStream(stream, name)

@@ -1,4 +1,4 @@
-"""`oneshot(pipeline="grace")`: the same objective over upstream's calibration loader.
+"""`oneshot(pipeline="grace")`: the objective over upstream's calibration loader.
 
 The pipeline trains for the epochs and rate of the recipe's `oneshot` block with the same Trainer as `train`. A loader without
 labels supervises every text token. A caller's own modifiers in the recipe run their own pipelines, in the recipe's order;
@@ -56,7 +56,7 @@ class GracePipeline(CalibrationPipeline):
             ValueError: no calibration data, or a recipe without exactly one GraceModifier or with one that it cannot run with.
             FileExistsError: upstream's `oneshot` would save where something lies.
         """
-        log_pipeline_advice(True)  # this pipeline was chosen: `GraceModifier.on_initialize` has silenced it
+        log_pipeline_advice(True)  # `GraceModifier.on_initialize` has silenced it until this pipeline was chosen
         recipe = active_session().lifecycle.recipe
         grace = grace_modifier(recipe)
         modifiers = list(recipe.modifiers)
@@ -79,7 +79,7 @@ class GracePipeline(CalibrationPipeline):
                     CalibrationPipeline.from_modifiers([modifier])(model, dataloader, dataset_args)
         except BaseException:
             grace.release()
-            # upstream's next reset finalizes every initialized modifier, and would report a run that trained nothing
+            # upstream's next reset would finalize every initialized modifier, and so report a run that trained nothing
             grace.finalized_ = True
             raise
         finally:
@@ -152,7 +152,7 @@ def oneshot(
 
     Upstream's own `llmcompressor.oneshot(..., pipeline="grace", output_dir=...)` runs, verifies and saves the same; this takes
     samples and a checkpoint's path, refuses before anything is loaded, and records the hashes of the processor files. The
-    samples drawn are looked at as by `train`: those that cannot be used are left out and counted in the result's `data` and in
+    samples drawn are checked as by `train`: those that cannot be used are left out and counted in the result's `data` and in
     `<output_dir>.run`.
 
     Args:

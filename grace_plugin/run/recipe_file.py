@@ -1,12 +1,11 @@
-"""Read a recipe from a file or a text, bounded in size and time, and say in a sentence what is wrong with it.
+"""Read a recipe from a file or a text, bounded in size and time, and give one sentence on what is wrong with it.
 
     grace_stage:                 a key that ends in _stage
       grace_modifiers:           a key that ends in _modifiers
         GraceModifier:           the name of a modifier
           scheme: W4A16          its fields
 
-llm-compressor's reader takes more than this and passes over keys of other names, so the form is checked before upstream gets
-the values. `grace_plugin.data.bounded_yaml` bounds the text.
+llm-compressor's reader ignores keys of other names, so the form is checked before upstream gets the values.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _FORM = "write grace_stage: {grace_modifiers: {GraceModifier: {scheme: W4A16, te
 
 
 def recipe_from(given: Any) -> Recipe:
-    """A recipe from a path, a text, a modifier, several, or a recipe.
+    """Return a recipe from a path, a text, a modifier, several, or a recipe.
 
     Raises:
         ValueError: says what is wrong, with the file, the line or the key.
@@ -69,7 +68,7 @@ def recipe_from(given: Any) -> Recipe:
 
 
 class _RecipeError(ValueError):
-    """What is wrong with a recipe, without the name of its file."""
+    """An error in a recipe, without the name of its file."""
 
 
 def _name(path: Path) -> str:
@@ -78,7 +77,7 @@ def _name(path: Path) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a string names a file; a recipe's text has lines or braces, or a colon with a space."""
+    """Whether a string names a file: the text of a recipe has lines or braces, or a colon with a space."""
     if not text.strip() or "\n" in text or len(text) > 4096 or "\0" in text:
         return False
     return (
@@ -89,7 +88,7 @@ def _is_path(text: str) -> bool:
 
 
 def _text(path: Path) -> str:
-    """The text of a recipe file.
+    """Return the text of a recipe file.
 
     Raises:
         _RecipeError: no regular file of at most 256 KiB of UTF-8, or with another ending than a recipe has.
@@ -97,7 +96,8 @@ def _text(path: Path) -> str:
     """
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never ends
+        # opening a pipe waits for a writer, and a device never ends
+        if not stat.S_ISREG(found.st_mode):
             raise _RecipeError(f"{'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}; name a YAML file")
         if path.suffix.lower() not in _ENDINGS:
             raise _RecipeError(f"the name ends in {shown(path.suffix)}, a recipe's in {', '.join(_ENDINGS)}")
@@ -119,7 +119,7 @@ def _text(path: Path) -> str:
 
 
 def _parsed(text: str, is_json: bool) -> Any:
-    """The values of a text.
+    """Return the values of a text.
 
     Raises:
         _RecipeError: no YAML (with line and column), too much of it, a key given twice, or a value of another kind than
@@ -170,7 +170,7 @@ def _count(value: Any, level: int = 0) -> int:
 
 
 def _recipe(values: Any) -> Recipe:
-    """Upstream's recipe of checked values.
+    """Return upstream's recipe of checked values.
 
     Raises:
         _RecipeError: names the key that is wrong.
@@ -178,7 +178,7 @@ def _recipe(values: Any) -> Recipe:
     _check_form(values)
     try:
         return Recipe.from_dict(values)
-    except ValidationError as error:  # of another modifier; a GraceModifier says it itself
+    except ValidationError as error:  # of another modifier; a GraceModifier raises a ValueError
         fields = [given[error.title] for groups in values.values() for given in groups.values() if error.title in given]
         raise _RecipeError(f"{error.title[:80]}: {problems(error, fields[0] if fields else {})}") from None
     except ValueError as error:
@@ -196,7 +196,7 @@ def _recipe(values: Any) -> Recipe:
 
 
 def _check_form(values: Any) -> None:
-    """Refuse what upstream's reader would pass over or fail at.
+    """Refuse what upstream's reader would ignore or fail at.
 
     Raises:
         _RecipeError: names the key.

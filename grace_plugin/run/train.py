@@ -40,18 +40,17 @@ from grace_plugin.upstream import Modifier, Recipe
 
 __all__ = ["train"]
 
-_OWN = (
-    "max_length", "max_pixels", "max_bad_samples", "packing", "activation_offloading", "resume_from_checkpoint", "callbacks",
-    "processor", "teacher_processor", "teacher", "special_tokens", "probe", "allow_resume_changes", "save_minutes",
-    "save_on_signal",
-)  # fmt: skip
-"""Arguments of `train` that are none of TrainingArguments', for suggestions."""
+# arguments of `train` that are none of TrainingArguments', for suggestions
+_OWN = """
+    max_length max_pixels max_bad_samples packing activation_offloading resume_from_checkpoint callbacks processor
+    teacher_processor teacher special_tokens probe allow_resume_changes save_minutes save_on_signal
+""".split()
 
 
 def _arguments(
     folder: Path, resume: bool | str, offload: bool, given: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> Any:
-    """The TrainingArguments of a run, checked; see `grace_plugin.run.settings`."""
+    """Return the TrainingArguments of a run, checked; see `grace_plugin.run.settings`."""
     if offload and not asked.get("gradient_checkpointing"):
         raise ValueError("activation_offloading needs gradient_checkpointing=True")
     if not resume and folder.exists() and states(folder):
@@ -71,7 +70,7 @@ def _check_limits(max_length: int | None, max_pixels: int | None, max_bad_sample
 
 
 def _check_dataset(given: Any, arguments: Any) -> Any:
-    """The samples, once options that their kind does not have, and a stream without a number of steps, are refused."""
+    """Return the samples; options that their kind does not have, and a stream without a number of steps, are refused."""
     dataset = as_samples(given)
     stream = not hasattr(dataset, "__len__")
     check_data_options(arguments, stream=stream, scanned=not stream and is_scannable(dataset))
@@ -81,7 +80,7 @@ def _check_dataset(given: Any, arguments: Any) -> Any:
 
 
 def _total_steps(arguments: Any, samples: int | None) -> int:
-    """Optimizer steps of the run, as Trainer will count them."""
+    """Return the optimizer steps of the run, as Trainer will count them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     if samples is None:
@@ -100,7 +99,7 @@ def _samples(
     max_bad_samples: float,
     store: StateStore | None,
 ) -> TrainingSamples:
-    """The samples that can be used, all of them in the teacher's cache if there is one, and a first batch made of them."""
+    """Return the samples that can be used, after a first batch of them was made and all were found in the teacher's cache."""
     samples = training_samples(dataset, collator, arguments, folder, max_bad_samples)
     if store is not None and arguments.local_process_index == 0:
         check_cached_samples(store, samples.dataset)
@@ -112,29 +111,27 @@ def _samples(
 def _trainer(
     session: GraceSession, arguments: Any, samples: TrainingSamples, collator: ConversationCollator, **options: Any
 ) -> GraceTrainer:
-    """The trainer of a session; options are further arguments of `GraceTrainer`."""
+    """Return the trainer of a session; options are further arguments of `GraceTrainer`."""
     objective, modifier = session.objective, session.modifier
     if collator.packed and objective.teacher is not None:
         objective.teacher.family.check_packing()
     modifier.teacher_to(arguments.device)
     return GraceTrainer(
-        model=session.student, args=arguments, train_dataset=samples.dataset, data_collator=collator, objective=objective,
-        scale_rate=modifier.scales.learning_rate_multiplier, stream=samples.stream, epoch_sampler=samples.sampler, **options,
-    )  # fmt: skip
+        model=session.student,
+        args=arguments,
+        train_dataset=samples.dataset,
+        data_collator=collator,
+        objective=objective,
+        scale_rate=modifier.scales.learning_rate_multiplier,
+        stream=samples.stream,
+        epoch_sampler=samples.sampler,
+        **options,
+    )
 
 
 #: arguments of `train` that are no plain values, and those that are not of the run: where it ends, and that it is resumed
 _OBJECTS = ("processor", "teacher_processor", "probe", "callbacks")
-_APART = (
-    "model",
-    "recipe",
-    "dataset",
-    "output_dir",
-    "teacher",
-    "resume_from_checkpoint",
-    "allow_resume_changes",
-    "given",
-)
+_APART = "model recipe dataset output_dir teacher resume_from_checkpoint allow_resume_changes given".split()
 
 
 def _inputs(
@@ -168,7 +165,7 @@ def _keep_run_file(
 def _result(
     checkpoint: Path, trainer: GraceTrainer, verification: dict[str, Any], data: dict[str, Any], seconds: float
 ) -> TrainResult:
-    """Say what the run took, and give back what it made."""
+    """Print what the run took, and return what it made."""
     say(checkpoint_lines(checkpoint, seconds), trainer.args)
     student, history = trainer.objective.student, list(trainer.state.log_history)
     return TrainResult(checkpoint, student, verification, history, data, dict(trainer.throughput))
@@ -285,11 +282,18 @@ def train(
         resumed = bool(resume_from_checkpoint) and not allow_resume_changes
         content = _keep_run_file(modifier, folder, content, resumed=resumed, record_paths=record_paths)
         trainer = _trainer(
-            session, arguments, samples, collator, callbacks=list(callbacks), activation_offloading=activation_offloading,
-            fingerprint=fingerprint, allow_resume_changes=allow_resume_changes, save_on_signal=save_on_signal,
+            session,
+            arguments,
+            samples,
+            collator,
+            callbacks=list(callbacks),
+            activation_offloading=activation_offloading,
+            fingerprint=fingerprint,
+            allow_resume_changes=allow_resume_changes,
+            save_on_signal=save_on_signal,
             save_minutes=None if "save_strategy" in given else save_minutes,
             save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
-        )  # fmt: skip
+        )
         _fit(trainer, output_dir, samples, content, resume_from_checkpoint)
         verification = save_finished(trainer, session, output_dir)
     return _result(Path(output_dir), trainer, verification, samples.finish(), time.monotonic() - started)

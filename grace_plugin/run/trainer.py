@@ -1,13 +1,14 @@
 """The Hugging Face Trainer with the GRACE objective as its loss.
 
-What differs from a plain Trainer: the accumulation window is looked at before its first backward pass; the loss needs no
-division by accumulation steps; learned scales have their own parameter group (a multiple of the rate, no decay) and their own
-clip norm; a step with a non-finite loss or gradient is skipped and counted; resume states hold the raw state dict, so that a
-resumed run continues with the same bits.
+What differs from a plain Trainer: the objective inspects the micro-batches of a step before the first backward pass and divides
+by all of them; learned scales have their own parameter group (a multiple of the rate, no decay) and their own clip norm; a step
+with a non-finite loss or gradient is skipped and counted; resume states hold the raw state dict, so that a resumed run
+continues with the same bits.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -46,8 +47,8 @@ from grace_plugin.vlm.transfer import to_device
 
 __all__ = ["STATE_FILE", "GraceTrainer"]
 
+# ways to run that leave the sum over micro-batches in `.grad`, where the quantizer's one backward per step finds it
 GRADIENTS_IN_PLACE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-"""Ways to run that leave the sum over micro-batches in `.grad`, where the quantizer's one backward per step finds it."""
 
 
 class GraceTrainer(Trainer):
@@ -88,13 +89,12 @@ class GraceTrainer(Trainer):
         self.activation_offloading = activation_offloading
         self.fingerprint, self.allow_resume_changes, self.save_facts = fingerprint, allow_resume_changes, save_facts
         self.changed: set[str] = set()
-        asked = kwargs.get("args")
-        if asked is not None and asked.ddp_find_unused_parameters is None:
-            asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
-        if asked is not None and stream is not None:
-            asked.ignore_data_skip = True  # a stream finds its place itself
-        if asked is not None:
-            use_one_gpu(asked)
+        if (given := kwargs.get("args")) is not None:
+            asked = kwargs["args"] = use_one_gpu(copy.copy(given))
+            if asked.ddp_find_unused_parameters is None:
+                asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
+            if stream is not None:
+                asked.ignore_data_skip = True  # a stream finds its place itself
         self.config_use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", None)
         self.tokens_seen = 0
         self.throughput: dict[str, float] = {}
@@ -118,7 +118,7 @@ class GraceTrainer(Trainer):
         self.add_callback(self.interrupts)
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
-        """Trainer's, and then the model as it was: accelerate leaves autocast around the forward of mixed-precision runs.
+        """Train as Trainer does, then restore what Trainer and accelerate leave on the model.
 
         A resume state of a run that has trained to its end is restored, and nothing is trained.
 
@@ -141,21 +141,22 @@ class GraceTrainer(Trainer):
             return output
         finally:
             if self.is_in_train and self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
-                deactivate_neftune(
-                    self.model, self.neftune_hook_handle, self.accelerator
-                )  # Trainer's own, after an error
-            if self.config_use_cache is not None:  # Trainer switches it off, and the checkpoint's config would say so
+                # Trainer removes its hook only where training ends without an error
+                deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+            # Trainer sets use_cache to False, and the checkpoint's config would say so
+            if self.config_use_cache is not None:
                 self.model.config.use_cache = self.config_use_cache
-            elif "use_cache" in vars(self.model.config):  # of a config that has none of its own
+            elif "use_cache" in vars(self.model.config):
                 del self.model.config.use_cache
+            # accelerate leaves autocast around the forward of mixed-precision runs
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
                 del model.__dict__["forward"]
 
     def use_averaged_weights(self) -> None:
-        """Put the weights that are to be kept into the student, where an optimizer trains others (schedule-free ones).
+        """Put the weights that are to be kept into the student, where an optimizer trains others (schedule-free optimizers).
 
-        accelerate's wrapper hands `eval` on to an optimizer that has it; for any other, and a second time, nothing changes.
+        For any other optimizer, and a second time, nothing changes.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.optimizer is None or not callable(getattr(inner, "eval", None)):
@@ -164,10 +165,8 @@ class GraceTrainer(Trainer):
         for attached in self.objective.attached:
             attached.invalidate()  # weights changed in place under what is quantized of them
 
-    # ---- data and loss ------------------------------------------------------------------------------------------------
-
     def get_train_dataloader(self) -> Any:
-        """The stream, the given loader or Trainer's own; batches stay in host memory, where the objective looks at them."""
+        """Return the stream, the given loader or Trainer's own; batches stay in host memory, where the objective reads them."""
         if self.stream is not None:
             return self.stream
         if self.train_loader is None:
@@ -184,11 +183,10 @@ class GraceTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Collect the window, as Trainer does, and let the objective look at it.
+        """Collect the micro-batches of a step, as Trainer does, and begin the objective's step with them.
 
-        Trainer steps only after a full count of micro-batches where it does not know the length of the data. A stream that
-        ends inside a window gets empty places for the rest, so that the short window has its own step; left alone, its
-        gradients would join the next epoch's first window.
+        A stream that ends inside a window gets empty micro-batches for the rest: Trainer steps only after a full count where
+        it does not know the length of the data, and the gradients would join the next epoch's first window.
         """
         if self.stream is not None:
             host = self.stream.window(num_batches)
@@ -206,7 +204,7 @@ class GraceTrainer(Trainer):
         return batches + [{}] * (num_batches - len(batches)), tokens
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's forward and backward pass; nothing for an empty place of a short window."""
+        """Run Trainer's forward and backward pass; nothing for an empty micro-batch of a short window."""
         if not inputs:
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -214,16 +212,14 @@ class GraceTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss in training; the model's own cross-entropy in evaluation."""
+        """Return the objective's loss in training, the model's own cross-entropy in evaluation."""
         if not model.training:
             inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_KEY, VISUAL_SPANS)}
             return super().compute_loss(model, inputs, return_outputs, None)
         return self.objective.compute_loss(offloaded(model) if self.activation_offloading else model, inputs)
 
-    # ---- optimizer ----------------------------------------------------------------------------------------------------
-
     def _scales(self, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trainable parameters as (scales, others)."""
+        """Return the trainable parameters as (scales, others)."""
         scales: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
@@ -232,7 +228,7 @@ class GraceTrainer(Trainer):
         return scales, others
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the scales moved to a group of their own."""
+        """Return Trainer's optimizer, with the scales moved to a group of their own."""
         if self.optimizer is not None:
             return self.optimizer
         super().create_optimizer(model)
@@ -249,7 +245,7 @@ class GraceTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip weights and scales apart; returns the norm of the weights' gradient before clipping."""
+        """Clip weights and scales separately; returns the norm of the weights' gradient before clipping."""
         self.objective.finalize_deferred_grads()
         scales, others = self._scales(model)
         limit = self.args.max_grad_norm
@@ -258,20 +254,15 @@ class GraceTrainer(Trainer):
         return norms[0]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm to log; without clipping it is taken here, and looked at."""
+        """Return the norm to log; without clipping it is computed here, and checked."""
         self.objective.finalize_deferred_grads()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is None and norm is not None:
             self.grad_norm_finite = math.isfinite(norm)
         return norm
 
-    # ---- resume states ------------------------------------------------------------------------------------------------
-
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write a resume state, whole or not at all; Trainer's own writes into the folder that a resumed run reads.
-
-        The end of an epoch may ask again for the state of the same step.
-        """
+        """Write a resume state completely or not at all; Trainer would write into the folder that a resumed run reads."""
         self.store_flos()
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         if best and ((known := folder / f"{PREFIX_CHECKPOINT_DIR}-{best}").exists() or best == self.state.global_step):
@@ -279,7 +270,7 @@ class GraceTrainer(Trainer):
         self.states.save()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Raw parameters under their own names, and what GRACE adds; nothing is renamed or compressed."""
+        """Write raw parameters under their own names, and what GRACE adds; nothing is renamed or compressed."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
@@ -294,15 +285,17 @@ class GraceTrainer(Trainer):
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, for any device: torch.load knows the device "cpu", not the "cpu:0" of a rank on the CPU."""
+        """Load as Trainer does, on any device."""
         if checkpoint is None:
             return
+        # torch.load knows the device "cpu", not the "cpu:0" of a rank on the CPU
         place = self.args.device if self.args.world_size > 1 and self.args.device.type != "cpu" else "cpu"
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
         for name, held in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
             held.load_state_dict(torch.load(Path(checkpoint) / name, map_location=place, weights_only=True))
-        if self.changed & SCHEDULE_KEYS:  # a loaded state brings the values of its own run with it
+        # a loaded state brings the rates of its own run with it
+        if self.changed & SCHEDULE_KEYS:
             self._take_new_rates(fresh, rates)
 
     def _take_new_rates(self, fresh: list[dict[str, Any]], rates: list[float]) -> None:
@@ -339,10 +332,8 @@ class GraceTrainer(Trainer):
         for attached in self.objective.attached:
             attached.invalidate()
 
-    # ---- logging ------------------------------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with the loss terms, the controller, the gates and the share of clipped weights."""
+        """Log as Trainer does, with everything that the objective logs."""
         if "loss" in logs and self.objective.record is not None:
             logs |= self.objective.logs()
         super().log(logs, start_time)
