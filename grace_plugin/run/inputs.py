@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grace_plugin.export.write import VerifiedSave
 from grace_plugin.modifier import GraceModifier
 from grace_plugin.run.recipe_file import recipe_from
 from grace_plugin.teacher import StateStore, check_cached_processor
@@ -135,7 +136,7 @@ def load_student(model: str | os.PathLike[str] | nn.Module, method: str = "full"
             earlier run has saved.
     """
     if isinstance(model, nn.Module):
-        if getattr(getattr(model, "save_pretrained", None), "_grace", False):
+        if isinstance(getattr(model, "save_pretrained", None), VerifiedSave):
             raise ValueError(
                 "an earlier GRACE run has saved this model and its weights in memory are packed; load the checkpoint again"
             )

@@ -192,7 +192,7 @@ def test_train__model_of_an_earlier_run__refused(llava: Pair, tmp_path: Path) ->
     """Upstream's save packs the weights of the model in memory and leaves a hook that unpacks them once."""
     student = loaded(llava)
     run(llava, tmp_path / "bf16", model=student, recipe=recipe_text(llava.teacher, scheme=None, quantize=False))
-    with pytest.raises(ValueError, match=r"an earlier GRACE run has saved this model .* load the checkpoint anew"):
+    with pytest.raises(ValueError, match=r"an earlier GRACE run has saved this model .* load the checkpoint again"):
         run(llava, tmp_path / "o/int4", model=student)
     with pytest.raises(ValueError, match="an earlier GRACE run"):
         grace_plugin.oneshot(student, recipe=recipe_text(None), dataset=make_samples(1), output_dir=tmp_path / "o/int4")
