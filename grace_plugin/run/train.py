@@ -125,12 +125,13 @@ def _trainer(
         scale_rate=modifier.scales.learning_rate_multiplier,
         stream=samples.stream,
         epoch_sampler=samples.sampler,
-        **options,
+        **(options | {"callbacks": list(options["callbacks"])}),
     )
 
 
-#: arguments of `train` that are no plain values, and those that are not of the run: where it ends, and that it is resumed
+#: arguments of `train`: that are no plain values; that GraceTrainer takes; that do not decide the run's result
 _OBJECTS = ("processor", "teacher_processor", "probe", "callbacks")
+_OF_TRAINER = "callbacks activation_offloading allow_resume_changes save_on_signal".split()
 _APART = "model recipe dataset output_dir teacher resume_from_checkpoint allow_resume_changes given".split()
 
 
@@ -286,13 +287,10 @@ def train(
             arguments,
             samples,
             collator,
-            callbacks=list(callbacks),
-            activation_offloading=activation_offloading,
             fingerprint=fingerprint,
-            allow_resume_changes=allow_resume_changes,
-            save_on_signal=save_on_signal,
             save_minutes=None if "save_strategy" in given else save_minutes,
             save_facts=save_facts(arguments, student, written, output_dir, modifier.export_plan),
+            **{name: passed[name] for name in _OF_TRAINER},
         )
         _fit(trainer, output_dir, samples, content, resume_from_checkpoint)
         verification = save_finished(trainer, session, output_dir)
