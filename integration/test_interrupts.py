@@ -60,7 +60,7 @@ def wait_for_steps(out: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm__state_kept_and_the_said_command_goes_on(folder: Path) -> None:
+def test_sigterm__one_process__state_kept_and_printed_command_continues(folder: Path) -> None:
     out = folder / "out"
     process = begun(command(folder, out))
     wait_for_steps(out, 2)

@@ -42,7 +42,7 @@ ASCENT = {"enabled": True, "beta_start": 0.4, "tau": 1.0, "eta": 0.01}
 
 
 def go(pair: Pair, out: Path, **options: Any) -> Any:
-    """17 samples in batches of 2, two to a step: five steps an epoch, the fifth of one sample, behind the stop at step 4."""
+    """17 samples in batches of 2, two to a step: five steps an epoch, the fifth of one sample, after the stop at step 4."""
     asked: dict[str, Any] = {
         "max_steps": STEPS, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": STOP,
         "logging_steps": 1, "learning_rate": 2e-3,
@@ -77,7 +77,7 @@ def objective_state(run_folder: Path, step: int) -> dict[str, Any]:
     return json.loads((run_folder / f"checkpoint-{step}" / STATE_FILE).read_text())["objective"]
 
 
-def test_the_resumed_run_ends_with_the_same_bits(llava: Pair, whole: Any, interrupted: Path) -> None:
+def test_resume__stopped_run__same_bits(llava: Pair, whole: Any, interrupted: Path) -> None:
     resumed = go(llava, interrupted, resume_from_checkpoint=True)
     one, two = tensors(whole.checkpoint), tensors(resumed.checkpoint)
     assert one.keys() == two.keys()
@@ -85,10 +85,10 @@ def test_the_resumed_run_ends_with_the_same_bits(llava: Pair, whole: Any, interr
     assert sum(name.endswith("weight_packed") for name in one) == 21
     start = tensors(llava.student)
     assert not torch.equal(start["multi_modal_projector.linear_1.weight"], two["multi_modal_projector.linear_1.weight"])
-    behind = [log for log in whole.history if log["step"] > STOP and "loss" in log]
+    after = [log for log in whole.history if log["step"] > STOP and "loss" in log]
     again = [log for log in resumed.history if log["step"] > STOP and "loss" in log]
-    assert len(behind) == len(again) == STEPS - STOP
-    for expected, found in zip(behind, again, strict=True):
+    assert len(after) == len(again) == STEPS - STOP
+    for expected, found in zip(after, again, strict=True):
         assert found == expected
 
 
@@ -104,7 +104,7 @@ def test_resume__controller__state_restored(llava: Pair, whole: Any, interrupted
     assert after["steps"] == after["controller"]["step"] == STEPS
 
 
-def test_the_checkpoint_holds_theta_in_float32_and_its_optimizer_state(interrupted: Path) -> None:
+def test_resume_state__scales__float32_with_optimizer_state(interrupted: Path) -> None:
     folder = interrupted.with_name("out.run") / f"checkpoint-{STOP}"
     held = tensors(folder)
     theta = {name: t for name, t in held.items() if name.endswith("weight_log_scale")}
@@ -114,7 +114,7 @@ def test_the_checkpoint_holds_theta_in_float32_and_its_optimizer_state(interrupt
     assert len(groups[-1]["params"]) == 21
 
 
-def test_without_resuming_an_earlier_runs_checkpoints_are_refused(llava: Pair, interrupted: Path) -> None:
+def test_train__states_of_an_earlier_run__refused(llava: Pair, interrupted: Path) -> None:
     with pytest.raises(
         FileExistsError, match=r"out\.run holds resume states of an earlier run; pass resume_from_checkpoint=True"
     ):
@@ -122,7 +122,7 @@ def test_without_resuming_an_earlier_runs_checkpoints_are_refused(llava: Pair, i
     assert not interrupted.exists()
 
 
-def test_another_recipes_checkpoint_is_refused(llava: Pair, interrupted: Path) -> None:
+def test_resume__another_recipe__refused(llava: Pair, interrupted: Path) -> None:
     other = recipe_text(llava.teacher, controller=ASCENT, distill={"temperature": 3.0})
     with pytest.raises(
         ValueError, match=r"started with other values.*: recipe.distill.temperature: 2.0 -> 3.0. Resume with"
@@ -131,13 +131,13 @@ def test_another_recipes_checkpoint_is_refused(llava: Pair, interrupted: Path) -
     assert not interrupted.exists()
 
 
-def test_another_length_is_refused(llava: Pair, interrupted: Path) -> None:
+def test_resume__another_length__refused(llava: Pair, interrupted: Path) -> None:
     with pytest.raises(ValueError, match=rf"max_steps: {STEPS} -> {STEPS + 2} .never: warm-up and controller follow"):
         go(llava, interrupted, max_steps=STEPS + 2, resume_from_checkpoint=True)
     assert not interrupted.exists()
 
 
-def test_resuming_where_nothing_lies_is_refused(llava: Pair, tmp_path: Path) -> None:
+def test_resume__no_state__refused(llava: Pair, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out\.run"):
         go(llava, tmp_path / "out", resume_from_checkpoint=True)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-"""Edit a finished checkpoint in many ways and count what `verify` finds: `python -m integration.verify_edits [OUTPUT.json]`.
+"""Edit a checkpoint in many ways and count the edits that `verify` finds: `python -m integration.verify_edits [OUTPUT.json]`.
 
 200 single bytes over all files and 40 fields of the JSON files, each verified with the number of threads that wrote the
-checkpoint and with another. An edit that is found is refused in one sentence.
+checkpoint and with another. An edit counts as found where `verify` fails in one sentence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["edit_all"]
 
 
 def edit_all(folder: Path, *, byte_count: int, field_count: int, threads: int) -> dict[str, Any]:
-    """Make every edit, verify, take it back; returns counts by kind and what passed."""
+    """Make each edit, verify, and undo it; return counts by kind and the edits that passed."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     started, found, longest, passed = time.perf_counter(), Counter[str](), 0, []
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="grace-edits-") as name:
         made = run(pair("llava", Path(name)), Path(name) / "out", max_steps=2)
         runs = [edit_all(made.checkpoint, byte_count=200, field_count=40, threads=threads) for threads in (1, 3)]
-    report = {"environment": environment(), "runs": runs}
+    report = {"command": "python -m integration.verify_edits", "environment": environment(), "runs": runs}
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     raise SystemExit(0 if all(not run["passed"] and run["untouched_verifies"] for run in runs) else 1)

@@ -28,19 +28,19 @@ __all__ = ["SCHEDULE_KEYS", "check_same_run", "dataset_fingerprint", "describe_r
 logger = logging.getLogger(__name__)
 
 #: fields of TrainingArguments that change what a step does
-_ARGUMENTS = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
-    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy", "seed",
-    "data_seed", "bf16", "fp16", "tf32", "full_determinism", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "use_liger_kernel", "neftune_noise_alpha", "label_smoothing_factor", "ignore_data_skip",
-)  # fmt: skip
+_ARGUMENTS = tuple(
+    """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args optim_target_modules
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm per_device_train_batch_size gradient_accumulation_steps
+    dataloader_drop_last train_sampling_strategy seed data_seed bf16 fp16 tf32 full_determinism torch_compile
+    torch_compile_backend torch_compile_mode use_liger_kernel neftune_noise_alpha label_smoothing_factor
+    ignore_data_skip""".split()
+)
 
 #: keys whose change puts the new values into optimizer and schedule
-SCHEDULE_KEYS = {
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "recipe.scales.learning_rate_multiplier",
-}  # fmt: skip
+SCHEDULE_KEYS = set(
+    """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2
+    adam_epsilon recipe.scales.learning_rate_multiplier""".split()
+)
 
 _NEW_VALUE = "the steps from here on use the new value"
 _NEW_ORDER = (
@@ -56,14 +56,14 @@ _NEVER = {
     "recipe.quantize": "the resume state holds other parameters",
     "recipe.training": "the resume state holds other parameters",
 }
+_ORDER_KEYS = """per_device_train_batch_size gradient_accumulation_steps world_size dataloader_drop_last seed data_seed
+    train_sampling_strategy dataset max_length max_pixels""".split()
 _EFFECTS = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
-                    _NEW_ORDER),
-    **dict.fromkeys(("seed", "data_seed", "train_sampling_strategy", "dataset", "max_length", "max_pixels"), _NEW_ORDER),
+    **dict.fromkeys(_ORDER_KEYS, _NEW_ORDER),
     "student": "weights come from the resume state, config and processor from the new student",
     "teacher": "the steps from here on learn from the new teacher",
     "processor": "the steps from here on see other tokens or pixels, and the new processor is saved",
-}  # fmt: skip
+}
 
 
 def _plain(value: Any) -> Any:
@@ -107,15 +107,26 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def describe_run(
-    arguments: Any, student: Any, modifier: GraceModifier, collator: ConversationCollator, dataset: Any,
-    recorded: Mapping[str, Any], *, teacher: Any, total_steps: int,
-) -> dict[str, Any]:  # fmt: skip
+    arguments: Any,
+    student: Any,
+    modifier: GraceModifier,
+    collator: ConversationCollator,
+    dataset: Any,
+    recorded: Mapping[str, Any],
+    *,
+    teacher: Any,
+    total_steps: int,
+) -> dict[str, Any]:
     """Return all that decides a run's result, plain values by key.
 
     Args:
-        arguments: TrainingArguments. student: as loaded, before the session. modifier: of the recipe, before the session.
-        collator: the run's, with its processor and limits. dataset: what the run trains on.
-        recorded: of `RunInputs.content`, with the digests of the files that were given. teacher: as it was passed.
+        arguments: TrainingArguments.
+        student: as loaded, before the session.
+        modifier: of the recipe, before the session.
+        collator: the run's, with its processor and limits.
+        dataset: what the run trains on.
+        recorded: `RunInputs.content`, with the digests of the files that were given.
+        teacher: as it was passed.
         total_steps: optimizer steps.
     """
     recipe = modifier.model_dump(exclude={"index", "initialized_", "finalized_", "started_", "ended_"})
@@ -123,17 +134,23 @@ def describe_run(
     asked = {name: getattr(arguments, name, None) for name in _ARGUMENTS}
     values = {
         **{name: getattr(value, "value", value) for name, value in asked.items()},
-        "max_steps": total_steps, "world_size": arguments.world_size, "max_length": collator.max_length,
-        "max_pixels": collator.max_pixels, "packing": collator.packed,
+        "max_steps": total_steps,
+        "world_size": arguments.world_size,
+        "max_length": collator.max_length,
+        "max_pixels": collator.max_pixels,
+        "packing": collator.packed,
         "special_tokens": sorted(collator.segmenter.special_tokens),
         "dataset": dataset_fingerprint(dataset, recorded["dataset"]["fingerprint"]),
         "student": {
-            **_weights(student, recorded["model"].get("fingerprint")), "config": value_digest(_known_config(student)),
+            **_weights(student, recorded["model"].get("fingerprint")),
+            "config": value_digest(_known_config(student)),
             "attention": getattr(student.config, "_attn_implementation", None),
         },
-        "teacher": _teacher(modifier, teacher), "processor": processor_settings(collator.processor), "recipe": recipe,
+        "teacher": _teacher(modifier, teacher),
+        "processor": processor_settings(collator.processor),
+        "recipe": recipe,
         "environment": environment(),
-    }  # fmt: skip
+    }
     return dict(_flat("", _plain(values)))
 
 

@@ -63,10 +63,9 @@ class SaveFacts:
         if self.probe is not None:
             batch = dict(self.probe)
             write_probe(folder / PROBE, batch, batch["input_ids"].new_zeros(1))
-        return {
-            "model": self.model, "recipe": self.recipe, "output_dir": self.output_dir, "device": self.device,
-            "record_paths": self.record_paths, "provenance": dict(self.provenance),
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in ("model", "recipe", "output_dir", "device", "record_paths")} | {
+            "provenance": dict(self.provenance)
+        }
 
 
 def save_facts(
@@ -94,10 +93,8 @@ def save_finished(trainer: GraceTrainer, session: GraceSession, output_dir: str 
     except BaseException:
         if trainer.args.process_index == 0:
             if keeper.kept is not None:
-                logger.error(
-                    "the run has trained to its end and its save failed; %s is kept. Once the cause is gone, finish it without "
-                    "training by: grace export %s", keeper.kept, keeper.folder,
-                )  # fmt: skip
+                how = f"Once the cause is gone, finish it without training by: grace export {keeper.folder}"
+                logger.error("the run has trained to its end and its save failed; %s is kept. %s", keeper.kept, how)
             else:
                 logger.error("the run has trained to its end, its save failed, and it holds no resume state")
         raise

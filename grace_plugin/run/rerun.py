@@ -22,9 +22,14 @@ logger = logging.getLogger(__name__)
 _COUNT, _SWITCH = ((int, type(None)), "a whole number"), ((bool,), "true or false")
 #: what a run file may say of train() in addition to models, recipe, data and training arguments: types, and how to name them
 _LIMITS: dict[str, tuple[tuple[type, ...], str]] = {
-    "max_length": _COUNT, "max_pixels": _COUNT, "max_bad_samples": ((float, int), "a number"), "packing": _SWITCH,
-    "activation_offloading": _SWITCH, "record_paths": _SWITCH, "special_tokens": ((list,), "a list of tokens"),
-}  # fmt: skip
+    "max_length": _COUNT,
+    "max_pixels": _COUNT,
+    "max_bad_samples": ((float, int), "a number"),
+    "packing": _SWITCH,
+    "activation_offloading": _SWITCH,
+    "record_paths": _SWITCH,
+    "special_tokens": ((list,), "a list of tokens"),
+}
 
 
 def _given_again(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -53,8 +53,8 @@ _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _PIECE, _BLOCK = 2**28, 2**22  # bytes of a hash, and of a read
 _MARGIN = 2**20  # bytes that small files and the folder itself may take
 _DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
-}  # fmt: skip
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EIO EROFS ESTALE EACCES EPERM".split() if hasattr(errno, name)
+}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------------

@@ -239,10 +239,12 @@ class ResumeStates:
             return full or self._tried(lambda: partial.mkdir(parents=True, exist_ok=True), needed)
 
         def end() -> str:
-            facts = {
-                "step": step, "max_steps": trainer.state.max_steps, "ended": ended, "automatic": self.automatic,
-            }  # fmt: skip
-            return self._tried(lambda: publish(partial, final, **facts), needed) if writer and not problem else problem
+            facts = {"max_steps": trainer.state.max_steps, "ended": ended, "automatic": self.automatic}
+            return (
+                self._tried(lambda: publish(partial, final, step=step, **facts), needed)
+                if writer and not problem
+                else problem
+            )
 
         problem = ""
         for part in (begin, write, end):

@@ -195,7 +195,7 @@ class Send(TrainerCallback):
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_signal__step_ends_and_the_resumed_run_ends_with_the_same_bits(
+def test_signal__in_a_step__state_kept_and_resumed_run_has_the_same_bits(
     llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, raised: type[BaseException]
 ) -> None:
     before = signal.getsignal(number)
@@ -237,7 +237,7 @@ def in_child(work: Any) -> int:
 
 
 @pytest.mark.parametrize(("pause", "status"), [(0.0, 0), (1.1, -signal.SIGTERM)])
-def test_second_signal__ends_at_once_unless_it_is_the_same_request(pause: float, status: int) -> None:
+def test_signal__second_one__ends_at_once_unless_within_a_second(pause: float, status: int) -> None:
     def twice() -> None:
         trainer: Any = None
         with ResumeCallback(trainer, on_signal=True, minutes=None).watching():

@@ -48,7 +48,7 @@ def first(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_writes_what_it_was_given(llava: Pair, first: Path) -> None:
+def test_run_file__after_a_run__has_all_inputs(llava: Pair, first: Path) -> None:
     content = read_run_file(first / "out.run")
     assert content["model"]["path"] == str(llava.student) and len(content["model"]["fingerprint"]) == 64
     assert content["teacher"]["path"] == str(llava.teacher) and len(content["teacher"]["fingerprint"]) == 64
@@ -67,7 +67,7 @@ def test_a_run_writes_what_it_was_given(llava: Pair, first: Path) -> None:
     assert content["environment"]["processes"] == 1 and content["environment"]["torch"]
 
 
-def test_a_run_from_its_file_gives_the_same_bits(
+def test_train_from__same_inputs__same_bits(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tests.cli.test_commands import in_process
@@ -81,7 +81,7 @@ def test_a_run_from_its_file_gives_the_same_bits(
     assert "verified checkpoint: again" in capsys.readouterr().out
 
 
-def test_an_argument_replaces_what_is_recorded(first: Path, tmp_path: Path) -> None:
+def test_train_from__argument_given__replaces_the_recorded(first: Path, tmp_path: Path) -> None:
     result = grace_plugin.train_from(first / "out.run", output_dir=tmp_path / "out", max_steps=1, seed=4)
     assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
     content = read_run_file(tmp_path / "out.run")
@@ -106,8 +106,8 @@ def test_option_given_with_the_default_of_train__replaces_what_is_recorded(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("changed", ["an answer", "a picture"])
-def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize("changed", ["an answer", "an image"])
+def test_train_from__another_dataset_in_the_same_place__refused(first: Path, tmp_path: Path, changed: str) -> None:
     shutil.copytree(first / "data", tmp_path / "data")
     content = yaml.safe_load((first / "out.run/run.yaml").read_text())
     content["dataset"]["path"] = str(tmp_path / "data/samples.jsonl")
@@ -116,8 +116,8 @@ def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Pat
         lines = (tmp_path / "data/samples.jsonl").read_text()
         (tmp_path / "data/samples.jsonl").write_text(lines.replace("is", "was", 1))
     else:
-        with next((tmp_path / "data").glob("*.png")).open("ab") as picture:
-            picture.write(b"\0")
+        with next((tmp_path / "data").glob("*.png")).open("ab") as image:
+            image.write(b"\0")
     with pytest.raises(
         ValueError, match=r"the dataset of the run was read from .*, and another one is there now; give"
     ):
@@ -125,7 +125,7 @@ def test_another_dataset_in_the_same_place_is_refused(first: Path, tmp_path: Pat
     assert not (tmp_path / "out.run").exists()
 
 
-def test_a_file_without_paths_asks_for_them(
+def test_train_from__file_without_paths__asks_for_them(
     llava: Pair, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (first / "out/run.yaml").read_text()
@@ -144,7 +144,7 @@ def test_a_file_without_paths_asks_for_them(
         grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher, model=llava.student)
 
 
-def test_objects_are_named_and_have_to_be_given_again(llava: Pair, tmp_path: Path) -> None:
+def test_train_from__python_objects__have_to_be_given_again(llava: Pair, tmp_path: Path) -> None:
     held = make_samples(4)
     result = run(llava, tmp_path / "a", held, model=loaded(llava), max_steps=1)
     content = read_run_file(tmp_path / "a.run")
@@ -157,7 +157,7 @@ def test_objects_are_named_and_have_to_be_given_again(llava: Pair, tmp_path: Pat
     assert left.read_bytes() == right.read_bytes()
 
 
-def test_the_digest_of_a_dataset_follows_its_content_alone(tmp_path: Path) -> None:
+def test_dataset_digest__content__alone_counts(tmp_path: Path) -> None:
     file = write_samples(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     one = dataset_digest(load_samples(str(file)))
@@ -173,7 +173,7 @@ def test_the_digest_of_a_dataset_follows_its_content_alone(tmp_path: Path) -> No
     assert dataset_digest(stream_samples(str(file))) is None
 
 
-def test_the_weights_of_a_mix_are_part_of_its_digest(tmp_path: Path) -> None:
+def test_dataset_digest__weights_of_a_mix__count(tmp_path: Path) -> None:
     write_samples(tmp_path)
     found = set()
     for weight in (1, 2):
@@ -222,7 +222,7 @@ WHOLE = "version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}"
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_file_that_no_run_wrote_is_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_read_run_file__not_written_by_a_run__one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=sentence) as raised:
