@@ -2,7 +2,7 @@
 
     python examples/custom_family.py --model STUDENT --teacher TEACHER --dataset DATA.json --output_dir OUT
 
-A `Family` states where a model's visual tokens and modules are; `grace_plugin/vlm/base.py` describes every fact. For the
+A `Family` states where a model's visual tokens and modules are; `grace_plugin/vlm/family.py` describes every fact. For the
 `grace` command to know the family as well, install the class in a package of your own with an entry point:
 
     [project.entry-points."grace_plugin.families"]

@@ -169,14 +169,16 @@ def build_cache(
             another teacher or processor, or too little disk space; nothing was written.
     """
     started, folder = time.monotonic(), Path(output_dir)
-    if teacher.model is None:
-        raise ValueError(MISSING)
     if min(batch_size, shard_bytes) < 1:
         raise ValueError(f"batch_size and shard_bytes are at least 1, got {batch_size} and {shard_bytes}")
     student, source = _open_pair(model, teacher, visual)
-    collator = _collator(student, source, processor, max_length, max_pixels, special_tokens)
-    identity: dict[str, Any] = {"teacher": teacher_identity(source, teacher.dtype), "visual": visual}
-    identity["processor"] = processor_settings(collator.processor)
+    processor = processor or _processor(student)
+    limits = _limits(student, source, processor)
+    collator = ConversationCollator(
+        processor, max_length, max_pixels, keys=True, special_tokens=special_tokens, **limits
+    )
+    settings, made_by = processor_settings(collator.processor), teacher_identity(source, teacher.dtype)
+    identity: dict[str, Any] = {"teacher": made_by, "processor": settings, "visual": visual}
     made_with = {"teacher": teacher.model, "revision": teacher.revision, **_versions()}
     with ExitStack() as held:
         locked = holds_states(folder)
@@ -213,36 +215,23 @@ def _open_pair(
     model: str | os.PathLike[str], teacher: TeacherRecipe, visual: bool
 ) -> tuple[UnloadedCheckpoint, UnloadedCheckpoint]:
     """Read the student's and the teacher's checkpoints without loading them."""
+    if teacher.model is None:
+        raise ValueError(MISSING)
     student = open_checkpoint(os.fspath(model), role="student")
-    source = open_checkpoint(str(teacher.model), teacher.revision)
+    source = open_checkpoint(teacher.model, teacher.revision)
     # `open_checkpoint` checks as for a cached teacher, which needs the head alone; a build needs all weights.
-    check_checkpoint(str(teacher.model), "teacher", revision=teacher.revision)
+    check_checkpoint(teacher.model, "teacher", revision=teacher.revision)
     if visual:
         check_depth(source.config, "teacher")
     return student, source
 
 
-def _collator(
-    student: UnloadedCheckpoint,
-    source: UnloadedCheckpoint,
-    processor: Any,
-    max_length: int | None,
-    max_pixels: int | None,
-    special_tokens: Sequence[str],
-) -> ConversationCollator:
-    """Make the collator of a training run with keys; refuses a pair with different tokens or pixels."""
-    processor = processor or _processor(student)
+def _limits(student: UnloadedCheckpoint, source: UnloadedCheckpoint, processor: Any) -> dict[str, Any]:
+    """Return the collator's limits for a pair of models; refuses a pair with different tokens or pixels."""
     # The shorter context of the two: the teacher reads the same tokens.
     contexts = [length for one in (student, source) if (length := context_length(one.config)) is not None]
-    return ConversationCollator(
-        processor,
-        max_length,
-        max_pixels,
-        keys=True,
-        special_tokens=special_tokens,
-        vocabulary=check_pair(student, source, (processor, None), student_rows=student.rows, teacher_rows=source.rows),
-        context=min(contexts, default=None),
-    )
+    vocabulary = check_pair(student, source, (processor, None), student_rows=student.rows, teacher_rows=source.rows)
+    return {"vocabulary": vocabulary, "context": min(contexts, default=None)}
 
 
 def _checked(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from transformers.image_processing_utils import select_best_resolution
 
-from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.family import Batch, Family
 from grace_plugin.vlm.registry import register_family
 
 __all__ = ["LlavaNext", "LlavaOnevision"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
-from grace_plugin.vlm.base import Family
+from grace_plugin.vlm.family import Family
 
 __all__ = [
     "check_image_processors",

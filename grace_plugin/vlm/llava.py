@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.family import Batch, Family
 from grace_plugin.vlm.registry import register_family
 
 __all__ = ["Llava", "Mistral3"]

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, vision_utils
 from transformers.utils.generic import get_max_seqlen
 
 from grace_plugin.upstream import linearize_moe, load_quantizable_moe, patch_moe_mappings, remove_module_offload
-from grace_plugin.vlm.base import Batch, Family
+from grace_plugin.vlm.family import Batch, Family
 from grace_plugin.vlm.registry import register_family
 from grace_plugin.vlm.transfer import to_device
 

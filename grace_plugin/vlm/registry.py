@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from grace_plugin.vlm.base import Family
+from grace_plugin.vlm.family import Family
 
 __all__ = ["FAMILIES", "family_of", "register_family"]
 

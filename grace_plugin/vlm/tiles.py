@@ -11,7 +11,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, ClassVar
 
-from grace_plugin.vlm.base import VISUAL_SPANS, Batch, Family, image_token_spans
+from grace_plugin.vlm.family import VISUAL_SPANS, Batch, Family, image_token_spans
 from grace_plugin.vlm.registry import register_family
 
 __all__ = ["Gemma3", "Idefics3", "InternVL", "SmolVLM"]
