@@ -1,9 +1,9 @@
 """Every family end to end: GRACE for 30 steps, a checkpoint on disk, vLLM in its own environment, judged by
 transformers.
 
-All checkpoints are answered in one vLLM process (its import is most of the time), on pictures that training never saw:
+All checkpoints are answered in one vLLM process (its import is most of the time), on images that training never saw:
 one, two or none per prompt. Measured: log-probabilities differ by 0.003 nats on average and 0.03 at most, no token
-differs; with the wrong picture given to transformers the mean is 0.15 to 0.3. The bounds below stand between those
+differs; with the wrong image given to transformers the mean is 0.15 to 0.3. The bounds below are between those
 two.
 """
 
@@ -37,7 +37,7 @@ class Served(NamedTuple):
 
 
 def trained(pair: Pair, output: Path, recipe: str) -> Path:
-    """Thirty steps over rows with one, two and no pictures."""
+    """Thirty steps over samples with one, two and no images."""
     dataset = make_samples(32, seed=1) + make_samples(8, seed=2, images=2) + make_samples(8, seed=3, images=0)
     options = {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
     return run(pair, output, dataset, recipe=recipe, **options).checkpoint
@@ -81,12 +81,14 @@ def parity_of(served: dict[str, Served]) -> Callable[[str], Parity]:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, LEFT_OUT])
-def test_prompts_are_the_same_tokens(parity_of: Callable[[str], Parity], name: str) -> None:
+def test_prompts__vllm_and_transformers__same_tokens(parity_of: Callable[[str], Parity], name: str) -> None:
     assert parity_of(name).prompts_differing == 0
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, LEFT_OUT])
-def test_log_probabilities_agree(parity_of: Callable[[str], Parity], name: str) -> None:
+def test_log_probabilities__vllm_and_transformers__within_the_bound(
+    parity_of: Callable[[str], Parity], name: str
+) -> None:
     parity = parity_of(name)
     assert parity.tokens >= 6 * len(QUESTIONS)
     assert parity.mean < MEAN, str(parity)
@@ -94,26 +96,26 @@ def test_log_probabilities_agree(parity_of: Callable[[str], Parity], name: str) 
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, LEFT_OUT])
-def test_tokens_agree_but_for_near_ties(parity_of: Callable[[str], Parity], name: str) -> None:
+def test_tokens__vllm_and_transformers__equal_but_for_near_ties(parity_of: Callable[[str], Parity], name: str) -> None:
     parity = parity_of(name)
     assert len(parity.margins) <= parity.tokens // 50, str(parity)
     assert max(parity.margins, default=0.0) < NEAR_TIE, str(parity)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_comparison_notices_other_pictures(
+def test_comparison__other_images__noticed(
     served: dict[str, Served], parity_of: Callable[[str], Parity], family: str
 ) -> None:
-    blind = judge(served[family].checkpoint, without_colour(QUESTIONS), served[family].answers)
-    assert blind.prompts_differing == 0
-    assert blind.mean > max(10 * parity_of(family).mean, 3 * MEAN), str(blind)
+    other = judge(served[family].checkpoint, without_colour(QUESTIONS), served[family].answers)
+    assert other.prompts_differing == 0
+    assert other.mean > max(10 * parity_of(family).mean, 3 * MEAN), str(other)
 
 
-def test_vllm_multiplies_by_int4_weights(served: dict[str, Served]) -> None:
+def test_kernel__every_checkpoint__int4(served: dict[str, Served]) -> None:
     assert {one.kernel for one in served.values()} == {INT4_KERNEL}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_words_of_the_task(served: dict[str, Served], family: str) -> None:
+def test_answers__every_family__words_of_the_task(served: dict[str, Served], family: str) -> None:
     texts = [answer.text for answer in served[family].answers]
     assert sum("ground" in text for text in texts) > len(texts) // 2, texts

@@ -1,4 +1,4 @@
-"""Both environments make the same pixels of the same picture.
+"""Both environments make the same pixels of the same image.
 
 vLLM prepares images with the checkpoint's own processor, built by transformers in ITS environment. transformers chooses the
 backend by what is installed: torchvision where it is (both environments have it), else PIL for LLaVA, whose bicubic differs.
@@ -38,29 +38,29 @@ print(json.dumps(out))
 
 
 def pixels_by(python: str | Path, folders: dict[str, str], images: list[str]) -> dict[str, Any]:
-    """What an interpreter's processors make of the pictures: class, backend and a digest of the pixel values."""
+    """What an interpreter's processors make of the images: class, backend and a digest of the pixel values."""
     line = [str(python), "-c", SCRIPT, json.dumps(folders), *images]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_training_and_serving_prepare_equal_pixels(serve_python: Path, tmp_path: Path) -> None:
+def test_pixels__training_and_serving_environment__equal(serve_python: Path, tmp_path: Path) -> None:
     folders = {family: str(save(*build(family), tmp_path / family)) for family in FAMILIES}
     images = []
-    for number, row in enumerate(make_samples(5, seed=41)):
+    for number, sample in enumerate(make_samples(5, seed=41)):
         images.append(str(tmp_path / f"{number}.png"))
-        row["images"][0].save(images[-1])
+        sample["images"][0].save(images[-1])
     here, there = (pixels_by(python, folders, images) for python in (sys.executable, serve_python))
     assert here == there
     assert len({digest for family in here.values() for digest in family["digest"]}) == len(FAMILIES) * len(images)
 
 
-def test_the_backends_themselves_differ(tmp_path: Path) -> None:
+def test_pixels__torchvision_and_pil__differ(tmp_path: Path) -> None:
     folder = save(*build("llava"), tmp_path)
-    picture = make_samples(1, seed=42)[0]["images"]
+    images = make_samples(1, seed=42)[0]["images"]
     made = [
-        AutoProcessor.from_pretrained(folder, backend=backend).image_processor(images=picture, return_tensors="pt")
+        AutoProcessor.from_pretrained(folder, backend=backend).image_processor(images=images, return_tensors="pt")
         for backend in ("torchvision", "pil")
     ]
     first, second = (torch.as_tensor(one["pixel_values"]) for one in made)

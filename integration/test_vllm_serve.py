@@ -47,7 +47,7 @@ def server(checkpoint: Path, serve_python: Path) -> Iterator[Server]:
     assert str(checkpoint) not in left
 
 
-def test_answers_over_http_equal_transformers(server: Server, checkpoint: Path) -> None:
+def test_ask_all__over_http__answers_equal_transformers(server: Server, checkpoint: Path) -> None:
     counted = []
     answers = ask_all(server.url, server.model, QUESTIONS, max_tokens=12, top=3, on_answer=lambda: counted.append(1))
     parity = judge(checkpoint, QUESTIONS, answers)
@@ -59,35 +59,35 @@ def test_answers_over_http_equal_transformers(server: Server, checkpoint: Path) 
     assert len(parity.margins) <= parity.tokens // 50, str(parity)
 
 
-def test_the_kernel_is_named(server: Server) -> None:
+def test_server__int4_checkpoint__kernel_is_named(server: Server) -> None:
     assert server.kernel == INT4_KERNEL
 
 
-def test_order_is_kept_and_text_is_returned(server: Server) -> None:
-    together = ask_all(server.url, server.model, QUESTIONS[:6], max_tokens=8)
-    apart = [ask(server.url, server.model, one["messages"], one["images"], max_tokens=8) for one in QUESTIONS[:6]]
-    assert [answer.text for answer in together] == [answer.text for answer in apart]
-    assert all(answer.text.strip() for answer in together)
-    assert together[0].logprobs == []
+def test_ask_all__many_at_once__order_and_text_as_one_by_one(server: Server) -> None:
+    at_once = ask_all(server.url, server.model, QUESTIONS[:6], max_tokens=8)
+    one_by_one = [ask(server.url, server.model, one["messages"], one["images"], max_tokens=8) for one in QUESTIONS[:6]]
+    assert [answer.text for answer in at_once] == [answer.text for answer in one_by_one]
+    assert all(answer.text.strip() for answer in at_once)
+    assert at_once[0].logprobs == []
 
 
-def test_an_image_too_many_is_refused_with_the_servers_words(server: Server) -> None:
+def test_ask__one_image_too_many__refused_with_the_servers_message(server: Server) -> None:
     one = prompts(make_samples(1, seed=32, images=2))[0]
     with pytest.raises(AskError, match=r"refused a question \(400\).*image"):
         ask(server.url, server.model, one["messages"], one["images"])
 
 
-def test_transparency_is_dropped_before_sending(server: Server) -> None:
-    picture = QUESTIONS[0]["images"][0]
-    clear = picture.convert("RGBA")
-    clear.putalpha(Image.new("L", picture.size, 40))
+def test_ask__transparent_image__same_answer_as_without_alpha(server: Server) -> None:
+    image = QUESTIONS[0]["images"][0]
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.new("L", image.size, 40))
     first, second = (
-        ask(server.url, server.model, QUESTIONS[0]["messages"], [image], top=1) for image in (picture, clear)
+        ask(server.url, server.model, QUESTIONS[0]["messages"], [given], top=1) for given in (image, clear)
     )
     assert first.logprobs == pytest.approx(second.logprobs, abs=1e-3)
 
 
-def test_a_checkpoint_vllm_cannot_read_ends_in_its_own_words(
+def test_serve__checkpoint_vllm_cannot_read__error_with_its_log(
     checkpoint: Path, serve_python: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"

@@ -199,7 +199,8 @@ def _demo(parser: ArgumentParser) -> None:
 
 
 # name, one line of help, arguments
-COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+Commands = tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...]
+COMMANDS: Commands = (
     ("train", "train a student to INT4 with GRACE and write a verified checkpoint", _train),
     ("oneshot", "the same objective over a calibration set, through llm-compressor's oneshot", _oneshot),
     ("export", "finish a run that has trained to its end: write and verify its checkpoint, without training", _export),
@@ -210,12 +211,12 @@ COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
 
 
 # of the group `grace data`
-DATA_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+DATA_COMMANDS: Commands = (
     ("check", "check which samples of a dataset can be used and how long they are, and show some of them", _data_check),
 )
 
 # of the group `grace teacher`
-TEACHER_COMMANDS: tuple[tuple[str, str, Callable[[ArgumentParser], None]], ...] = (
+TEACHER_COMMANDS: Commands = (
     ("cache", "run the teacher once over a dataset and keep the hidden states that training reads", _teacher_cache),
 )
 
@@ -271,11 +272,8 @@ def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser],
     return CommandInfo(name=name, help=help_line, subcommand_class=Command)
 
 
-class DataCommand(BaseOptimumCLICommand):
-    """The `grace data` group."""
-
-    COMMAND = CommandInfo(name="data", help="inspect a dataset before a run")
-    SUBCOMMANDS = tuple(_subcommand(*command, group="data ") for command in DATA_COMMANDS)
+class _Group(BaseOptimumCLICommand):
+    """A group of commands, which are printed where none is given."""
 
     def run(self) -> None:
         """Print the commands where none is given."""
@@ -283,14 +281,21 @@ class DataCommand(BaseOptimumCLICommand):
         sys.exit(2)
 
 
-class TeacherCommand(DataCommand):
+class DataCommand(_Group):
+    """The `grace data` group."""
+
+    COMMAND = CommandInfo(name="data", help="inspect a dataset before a run")
+    SUBCOMMANDS = tuple(_subcommand(*command, group="data ") for command in DATA_COMMANDS)
+
+
+class TeacherCommand(_Group):
     """The `grace teacher` group."""
 
     COMMAND = CommandInfo(name="teacher", help="run a teacher before training")
     SUBCOMMANDS = tuple(_subcommand(*command, group="teacher ") for command in TEACHER_COMMANDS)
 
 
-class GraceCommand(BaseOptimumCLICommand):
+class GraceCommand(_Group):
     """The `optimum-cli grace` group."""
 
     COMMAND = CommandInfo(name="grace", help="INT4 quantization-aware training of vision-language models")
@@ -299,11 +304,6 @@ class GraceCommand(BaseOptimumCLICommand):
         CommandInfo(name="data", help=DataCommand.COMMAND.help, subcommand_class=DataCommand),
         CommandInfo(name="teacher", help=TeacherCommand.COMMAND.help, subcommand_class=TeacherCommand),
     )
-
-    def run(self) -> None:
-        """Print the commands where none is given."""
-        self.parser.print_help()
-        sys.exit(2)
 
 
 def main() -> None:

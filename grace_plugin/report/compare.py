@@ -32,7 +32,7 @@ from grace_plugin.report.answers import accepted, answers
 from grace_plugin.report.checkpoints import CheckpointPair, read_pair
 from grace_plugin.report.html import write_comparison
 from grace_plugin.report.layer_errors import stored_formats
-from grace_plugin.report.samples import PairRunner, in_batches, worst_entries
+from grace_plugin.report.samples import PairRunner, worst_entries
 from grace_plugin.report.summary import by_modality, by_type, overall, set_types, type_of
 from grace_plugin.report.text_only import prompt_text, text_only_sample
 
@@ -177,27 +177,21 @@ def _run(
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, Any]:
     """Run both models over the samples, with images and without."""
-
-    def advance(what: str, total: int) -> Callable[[int], None]:
-        done = 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            if progress is not None:
-                progress(what, done, total)
-
-        return count
-
-    def run(part: list[int]) -> None:
-        runner.run(part, [samples[n] for n in part], text_only.with_images)
-
-    def run_text_only(part: list[int]) -> None:
-        runner.run_text_only(part, [text_only.samples[n] for n in part])
-
-    in_batches(usable, batch_size, run, advance("samples", len(usable)))
     without = [number for number in usable if number in text_only.samples]
-    in_batches(without, batch_size, run_text_only, advance("samples without images", len(without)))
+    passes: tuple[tuple[str, list[int], Callable[[list[int]], None]], ...] = (
+        ("samples", usable, lambda part: runner.run(part, [samples[n] for n in part], text_only.with_images)),
+        (
+            "samples without images",
+            without,
+            lambda part: runner.run_text_only(part, [text_only.samples[n] for n in part]),
+        ),
+    )
+    for what, numbers, run in passes:
+        for first in range(0, len(numbers), batch_size):
+            part = numbers[first : first + batch_size]
+            run(part)
+            if progress is not None:
+                progress(what, first + len(part), len(numbers))
     records = [runner.records[number] for number in sorted(usable)]
     asked = {one.number: one.start for one in records if accepted(samples[one.number])}
     for number, both in answers(runner.models, runner.collator, samples, asked, batch_size).items():

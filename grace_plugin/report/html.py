@@ -34,18 +34,11 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _points(difference: Sequence[float] | None) -> str:
+def _interval(difference: Sequence[float] | None, scale: float, digits: str) -> str:
     if difference is None:
         return "-"
-    mean, low, high = (100 * value for value in difference)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _nats(difference: Sequence[float] | None) -> str:
-    if difference is None:
-        return "-"
-    mean, low, high = difference
-    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    mean, low, high = (f"{scale * value:+{digits}}" for value in difference)
+    return f"{mean} [{low}, {high}]"
 
 
 def write_report(folder: Path, template: str, report: Mapping[str, Any], **shown: Any) -> Path:
@@ -63,7 +56,9 @@ def write_report(folder: Path, template: str, report: Mapping[str, Any], **shown
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"label": label, "percent": _percent, "points": _points, "nats": _nats}
+    environment.filters |= {"label": label, "percent": _percent}
+    environment.filters["points"] = lambda difference: _interval(difference, 100, ".1f")
+    environment.filters["nats"] = lambda difference: _interval(difference, 1, ".3g")
     text = environment.get_template(template).render(report=report, has_charts=has_matplotlib(), **shown)
     destination.clear()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,16 +131,6 @@ class PairRunner:
         """Return numbers and tokens of the samples with the largest KL per token, largest first."""
         ordered = sorted(self._heap, key=lambda one: one[:2], reverse=True)
         return [(-negative, tokens) for _, negative, tokens in ordered]
-
-
-def in_batches(
-    numbers: Sequence[int], size: int, run: Callable[[list[int]], None], progress: Callable[[int], None]
-) -> None:
-    """Call `run` with batches of `numbers` in their order, and `progress` with the size of each."""
-    for first in range(0, len(numbers), size):
-        part = list(numbers[first : first + size])
-        run(part)
-        progress(len(part))
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
