@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from argparse import ArgumentParser
 from typing import Any
 
 import pytest
 
 import grace_plugin.data
+from grace_plugin.cli.register_grace import _data_check
 from grace_plugin.data import BadSamplesError, Prepared, SampleError, load_samples, prepare
 from grace_plugin.deprecation import deprecated_alias, renamed_arguments
 
@@ -57,6 +59,17 @@ def test_data__names_of_0_1__are_the_new_objects(old: str, new: Any) -> None:
 def test_data__unknown_name__attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'grace_plugin\.data' has no attribute 'load_everything'$"):
         grace_plugin.data.load_everything  # noqa: B018
+
+
+@pytest.mark.parametrize("option", ["--max_bad_rows", "--max_bad_samples"])
+def test_data_check__either_name_of_the_share__is_stored(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    _data_check(parser)
+    assert parser.parse_args(["samples.jsonl", "--model", "m", option, "0.25"]).max_bad_samples == 0.25
+    said = "--max_bad_rows is now --max_bad_samples; the old name will be removed in the next release\n"
+    assert capsys.readouterr().err == (said if option == "--max_bad_rows" else "")
+    assert parser.parse_args(["samples.jsonl", "--model", "m"]).max_bad_samples == 1.0
+    assert "max_bad_rows" not in parser.format_help()
 
 
 def test_prepare__max_bad_rows__is_max_bad_samples() -> None:

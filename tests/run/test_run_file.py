@@ -202,6 +202,7 @@ WHOLE = "version: 1, model: {}, recipe: {}, dataset: {}, arguments: {}"
         ("{version: 7, model: {}, recipe: {}, dataset: {}, arguments: {}}", "has version 7; this version .* reads 1"),
         ("{version: 1, model: {}, recipe: {}, dataset: {}, arguments: 3}", "it has no mapping of arguments"),
         (f"{{{WHOLE}, callbacks: 5}}", "has entries that no run writes: callbacks"),
+        (f"{{{WHOLE}, max_bad_rows: many}}", "max_bad_samples takes a number, got 'many'"),
         (f"{{{WHOLE}, output_dir: elsewhere}}", "has entries that no run writes: output_dir"),
         (f"{{{WHOLE}, max_length: abc}}", "max_length takes a whole number, got 'abc'"),
         (f"{{{WHOLE}, packing: maybe}}", "packing takes true or false, got 'maybe'"),
