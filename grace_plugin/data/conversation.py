@@ -7,7 +7,7 @@
 Other formats are translated first (`formats.py`). The k-th image placeholder of the conversation takes the k-th image, and so
 for videos. A placeholder is a content part; a part may hold its image itself (`parts.py`). Where the content of a user turn
 is a plain string and the sample has the field `images`, the tags `<image>` in it are placeholders, in order; where no string
-has a tag, the sample's images stand at the beginning of the first user turn, as TRL puts them. In a sample without that field
+has a tag, the sample's images are put before the text of the first user turn, as TRL puts them. In a sample without that field
 a tag is text; where the field is there and empty, a tag is a placeholder without its image. So it is for `videos` and
 `<video>`, but for the place of videos without a tag, which is not guessed.
 

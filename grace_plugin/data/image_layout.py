@@ -32,8 +32,8 @@ __all__ = ["Layout", "ProcessedSizes", "Written"]
 _BETWEEN = "\ufdd3"
 # an image that every processor takes
 _SHOWN = (448, 448)
-# sizes on which a processor's own arithmetic must agree before it is believed
-_BELIEVED = 3
+# sizes on which a processor's own arithmetic must agree before it is used for other sizes
+_AGREEING = 3
 
 
 class Written(NamedTuple):
@@ -69,7 +69,7 @@ class Layout:
         self.processor, self.placeholder = processor, placeholder
         self._known: dict[tuple[tuple[int, int], bool], Written] = {}
         self._alike: list[Written] = []
-        self._doubted = False
+        self._disagreed = False
 
     def visual_ids(self) -> set[int]:
         """Return ids that stand for visual tokens: the one a processor repeats for an image, and its video token."""
@@ -103,7 +103,7 @@ class Layout:
 
     @cached_property
     def _beside_others(self) -> bool:
-        """Whether an image is laid out otherwise when another stands in its text."""
+        """Whether an image is laid out otherwise when its text has another."""
         return self._expanded(_SHOWN, True) != self._expanded(_SHOWN, False)
 
     def _expanded(self, size: tuple[int, int], alone: bool) -> str:
@@ -122,7 +122,7 @@ class Layout:
         found = Written(short, visual - runs, visual)
         if alone:
             self._alike.append(found)
-            self._doubted |= found.text != self._alike[0].text or self._states(size) != visual
+            self._disagreed |= found.text != self._alike[0].text or self._states(size) != visual
         return found
 
     def _states(self, size: tuple[int, int]) -> int | None:
@@ -132,7 +132,7 @@ class Layout:
 
     def _stated(self, size: tuple[int, int]) -> Written | None:
         """Return the layout by the processor's arithmetic, once it was right for the first sizes; None before."""
-        stated = None if self._doubted or len(self._alike) < _BELIEVED else self._states(size)
+        stated = None if self._disagreed or len(self._alike) < _AGREEING else self._states(size)
         if stated is None:
             return None
         first = self._alike[0]

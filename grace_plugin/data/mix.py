@@ -89,16 +89,16 @@ def read_mix(path: Path) -> list[MixEntry]:
         except ValidationError as error:
             told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             raise ValueError(f"{path}, set {number}: {shortened(told)}") from None
-        here = {key: _beside(path, getattr(entry, key)) for key in ("path", "images")}
+        here = {key: _relative_to(path, getattr(entry, key)) for key in ("path", "images")}
         entries.append(entry.model_copy(update={**here, "name": entry.name or Path(entry.path).name}))
     return entries
 
 
-def _beside(path: Path, value: str | None) -> str | None:
+def _relative_to(path: Path, value: str | None) -> str | None:
     if value is None:
         return None
-    beside = path.parent / value
-    return str(beside) if beside.exists() else value
+    relative = path.parent / value
+    return str(relative) if relative.exists() else value
 
 
 # `datasets.interleave_datasets` draws with probabilities, so an epoch holds no stated number of a set's samples, and needs the
@@ -141,7 +141,7 @@ class SampleSet:
 
 
 class Samples(Sequence[Any]):
-    """The samples of one or more sets, one set behind the other, each sample once.
+    """The samples of one or more sets, one set after the other, each sample once.
 
     source: what `load_samples` was given (path, images), so that a run can be repeated; None for samples made otherwise.
     """

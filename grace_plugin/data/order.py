@@ -61,7 +61,7 @@ def epoch_order(
 
 
 class EpochSampler(Sampler[int]):
-    """`epoch_order` as a torch sampler; accelerate sets the epoch and deals the batches to the ranks."""
+    """`epoch_order` as a torch sampler; accelerate sets the epoch and assigns the batches to the ranks."""
 
     def __init__(
         self, count: int, seed: int, *, lengths: Sequence[int] | np.ndarray | None = None, batch_size: int = 1

@@ -179,7 +179,7 @@ def inline_media(sample: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any],
 
 
 def resolve(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the sample with its image and video paths, at any depth of list and in content parts, put behind `folder`.
+    """Return the sample with its image and video paths, at any depth of list and in content parts, made relative to `folder`.
 
     Web addresses, data URIs and file URLs are no paths and stay as they are.
     """

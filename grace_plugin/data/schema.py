@@ -9,8 +9,7 @@ A sample is a closed schema. Every field that is not None and not empty is one o
   honours it. The sample is left out under `unknown_field`, so a run starts only below `max_bad_samples`;
 - unused: any other field of the sample. It is counted and named in the report and once in the log.
 
-Fields of a turn or of a content part stand where they change the text or the pixels, so that one which is neither read nor
-metadata is refused there.
+Fields of a turn or of a content part change the text or the pixels, so one that is neither read nor metadata is refused.
 """
 
 from __future__ import annotations

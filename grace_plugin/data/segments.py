@@ -198,10 +198,10 @@ class Segmenter:
         found = [piece for part in cut for piece in _split(part.text, part.supervised, literals)]
         # LLaVA-1.5's template ends its last answer with no special token: the model would never learn to stop
         end = self.processor.tokenizer.eos_token
-        behind = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
-        closed = self.special.within("".join(part.text for part in cut[behind:]))
-        if end and not closed and not self.special.ending(cut[behind - 1].text):
-            found.append(Segment(end, cut[behind - 1].supervised))
+        end_of_answers = next(i for i in range(len(cut), 0, -1) if cut[i - 1].answer)
+        closed = self.special.within("".join(part.text for part in cut[end_of_answers:]))
+        if end and not closed and not self.special.ending(cut[end_of_answers - 1].text):
+            found.append(Segment(end, cut[end_of_answers - 1].supervised))
         return found
 
     def _hidden(self, value: Any, literals: list[str]) -> Any:

@@ -305,7 +305,7 @@ def _table(columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """Return a cell of a DataFrame: lists for arrays, None for what is missing."""
-    if isinstance(value, float) and value != value:  # NaN stands for a missing cell
+    if isinstance(value, float) and value != value:  # pandas has NaN for a missing cell
         return None
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
         value = value.tolist()

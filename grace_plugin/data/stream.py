@@ -34,8 +34,8 @@ _REASONS = tuple(REASONS)
 _WORKERS = 256
 
 
-def _deals(samples: Any) -> bool:
-    """Return whether the stream deals its samples to ranks and workers itself."""
+def _splits_itself(samples: Any) -> bool:
+    """Return whether the stream splits its samples over ranks and workers itself."""
     import datasets
 
     return isinstance(samples, datasets.IterableDataset)
@@ -86,8 +86,10 @@ class StreamedSamples(IterableDataset[Any]):
                 f"{len(errors)} of the stream's first {len(head)} samples cannot be used, above max_bad_samples = "
                 f"{max_bad_samples:.1%}. The first: {'; '.join(entry.message for entry in errors[:5])}"
             )
-        self.dealt = _deals(samples)
-        self.samples = split_dataset_by_node(samples, rank, world_size) if self.dealt and world_size > 1 else samples
+        self.splits_itself = _splits_itself(samples)
+        self.samples = (
+            split_dataset_by_node(samples, rank, world_size) if self.splits_itself and world_size > 1 else samples
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to a stream that shuffles by it."""
@@ -115,7 +117,7 @@ class StreamedSamples(IterableDataset[Any]):
 
     def _own(self, info: Any) -> Iterator[tuple[int, Any]]:
         """Return the samples of this worker of this rank, numbered as they were read."""
-        if self.dealt:
+        if self.splits_itself:
             return enumerate(self.samples)
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         return itertools.islice(
@@ -146,7 +148,7 @@ class StreamedSamples(IterableDataset[Any]):
         device: where the ranks' counts are summed; every rank of several takes part.
         """
         summed = self.counts.sum(dim=0).to(device or torch.device("cpu"))
-        # every rank takes part, also one that dropped nothing: a collective behind a local condition hangs the others
+        # every rank takes part, also one that dropped nothing: a collective that depends on a local condition hangs the others
         if self.world_size > 1 and dist.is_initialized():
             dist.all_reduce(summed)
         totals = summed.tolist()

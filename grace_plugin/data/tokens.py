@@ -82,7 +82,7 @@ _ALONG_SEQUENCE = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 @dataclass
 class Piece:
-    """A segment of a sample: tokenized apart, ids without padding. `before` is what stands in front of it in the sample."""
+    """A segment of a sample: tokenized apart, ids without padding. `before` is the text before it in the sample."""
 
     sample: int
     text: str
@@ -99,7 +99,7 @@ class Piece:
         return ids if self.supervised else torch.full_like(ids, IGNORE_INDEX)
 
     def fill(self, ids: Mapping[str, Tensor]) -> None:
-        """Take over the ids of the text, behind those of the prefix."""
+        """Take over the ids of the text, after those of the prefix."""
         self.ids = dict(ids)
         if self.prefix:
             start = torch.tensor(self.prefix)
@@ -175,7 +175,7 @@ class Tokens:
 
     @cached_property
     def _prefixes_space(self) -> bool:
-        """Whether the tokenizer puts a word-start mark before any text, also one that stands in the middle of a sample."""
+        """Whether the tokenizer puts a word-start mark before any text, also one that is in the middle of a sample."""
         tokens = self.segmenter.processor.tokenizer.convert_ids_to_tokens(self.ids("a"))
         return bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
 

@@ -192,5 +192,5 @@ def check_order(messages: list[dict[str, Any]], name: str) -> None:
         listed = ", ".join(roles[:20]) + (", ..." if len(roles) > 20 else "")
         raise SampleError(
             "roles_out_of_order",
-            f"{name}: roles stand in the order {listed}; user and assistant take turns, after one system turn",
+            f"{name}: the roles are in the order {listed}; user and assistant take turns, after one system turn",
         )
