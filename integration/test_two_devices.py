@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grace_plugin.losses import distillation_head, relational_loss, teacher_sums
+from grace_plugin.losses import distillation_head, relational_loss, teacher_gates
 from grace_plugin.quantizer import QuantFormat, attach
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
@@ -25,7 +25,7 @@ def heads(student: str, teacher: str, sliced: bool) -> tuple[Tensor, ...]:
     states, weight = drawn(TOKENS, 64, seed=0).to(student), (drawn(IDS, 64, seed=1) / 4).to(student)
     states_t, weight_t = drawn(TOKENS, 96, seed=2).to(teacher), (drawn(IDS, 96, seed=3) / 4).to(teacher)
     targets = torch.randint(IDS, (TOKENS,), generator=torch.Generator().manual_seed(4)).to(student)
-    gate, _, sums = teacher_sums(states_t, weight_t, None, targets.to(teacher), vocabulary=IDS)
+    gate, _, sums = teacher_gates(states_t, weight_t, None, targets.to(teacher), vocabulary=IDS)
     leaves = [states.requires_grad_(), weight.requires_grad_()]
     out = distillation_head(
         states, weight, None, states_t, weight_t, None, targets, gate.to(student), vocabulary=IDS, ce_weight=1 / TOKENS,

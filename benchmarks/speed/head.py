@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.speed.timing import extra_gib, graphed, median_ms, paired_ms
-from grace_plugin.losses import decoupled_kd, distillation_head, teacher_sums
+from grace_plugin.losses import decoupled_kd, distillation_head, teacher_gates
 from grace_plugin.losses import fused_head_chunks as chunks
 
 __all__ = ["chunks_by_turns", "head"]
@@ -35,7 +35,7 @@ class _Case:
         self.scales = {"ce_weight": 1.0 / tokens, "kd_weight": 0.5 / self.gate.sum()}
 
     def gates(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return teacher_sums(self.hidden_t, self.weight_t, None, self.targets, vocabulary=self.vocabulary)
+        return teacher_gates(self.hidden_t, self.weight_t, None, self.targets, vocabulary=self.vocabulary)
 
     def ours(self, **options: Any) -> tuple[Tensor, ...]:
         options = {"teacher_logsumexp": self.teacher_logsumexp, **options}

@@ -1,7 +1,7 @@
 """What the student is trained on: gated decoupled distillation and relational alignment. Pure torch, float32, nats."""
 
 from grace_plugin.losses.distill import confidence_gate, decoupled_kd, full_precision
-from grace_plugin.losses.fused_head import HeadOutput, distillation_head, teacher_gates, teacher_sums
+from grace_plugin.losses.fused_head import HeadOutput, distillation_head, teacher_gates
 from grace_plugin.losses.fused_head_chunks import Head, cut, positions_per_chunk
 from grace_plugin.losses.relational import RelationalOutput, countable_images, linear_cka, relational_loss
 
@@ -19,5 +19,4 @@ __all__ = [
     "positions_per_chunk",
     "relational_loss",
     "teacher_gates",
-    "teacher_sums",
 ]

@@ -98,37 +98,7 @@ def teacher_gates(
     hidden_t: Tensor,
     weight_t: Tensor,
     bias_t: Tensor | None,
-    *,
-    vocabulary: int,
-    sharpness: float = 1.0,
-    chunk: int | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return gate [N] and entropy [N] (nats) of the teacher's positions from its final hidden states, by chunk.
-
-    Args:
-        hidden_t: [N, d_t], final (normed) hidden states at the supervised positions.
-        weight_t: [V_t, d_t], V_t >= vocabulary.
-        bias_t: [V_t] or None.
-        vocabulary: V, ids that both tokenizers share; further rows are cut.
-        sharpness: exponent of the gate.
-        chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
-        softcap: c where the model's logits are c * tanh(logits / c); None for none.
-
-    Raises:
-        ValueError: the head does not fit the hidden states or the vocabulary.
-    """
-    return teacher_sums(
-        hidden_t, weight_t, bias_t, None, vocabulary=vocabulary, sharpness=sharpness, chunk=chunk, softcap=softcap
-    )[:2]
-
-
-@torch.no_grad()
-def teacher_sums(
-    hidden_t: Tensor,
-    weight_t: Tensor,
-    bias_t: Tensor | None,
-    targets: Tensor | None,
+    targets: Tensor | None = None,
     *,
     vocabulary: int,
     sharpness: float = 1.0,
@@ -136,22 +106,25 @@ def teacher_sums(
     chunk: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what :func:`teacher_gates` does, and the ``teacher_logsumexp`` that `distillation_head` takes.
+    """Return gate and entropy of the teacher's positions from its final hidden states, by chunk, and its log-sum-exp.
 
     Args:
-        hidden_t: as in :func:`teacher_gates`, as are weight_t, bias_t, vocabulary, sharpness, chunk and softcap.
-        weight_t: [V_t, d_t].
+        hidden_t: [N, d_t], final (normed) hidden states at the supervised positions.
+        weight_t: [V_t, d_t], V_t >= vocabulary.
         bias_t: [V_t] or None.
         targets: [N] int64; None leaves the log-sum-exp out.
-        vocabulary: V.
+        vocabulary: V, ids that both tokenizers share; further rows are cut.
         sharpness: exponent of the gate.
         temperature: of the divergences.
-        chunk: positions at one time.
-        softcap: c or None.
+        chunk: positions whose logits exist at one time; None for :func:`positions_per_chunk`.
+        softcap: c where the model's logits are c * tanh(logits / c); None for none.
 
     Returns:
-        Gate [N], entropy [N] (nats), and [2, N] float32 (the log of the sum of exp(z / temperature) over v != y, and the
-        logit of y) or None where Triton does not run.
+        Gate [N], entropy [N] (nats), and the ``teacher_logsumexp`` that `distillation_head` takes: [2, N] float32 (the log of
+        the sum of exp(z / temperature) over v != y, and the logit of y), or None where Triton does not run.
+
+    Raises:
+        ValueError: the head does not fit the hidden states or the vocabulary.
     """
     chunk = positions_per_chunk(vocabulary, hidden_t.element_size()) if chunk is None else chunk
     _check_head("teacher", hidden_t, weight_t, bias_t, vocabulary, chunk, softcap)
@@ -275,8 +248,8 @@ def distillation_head(
         weight_grad_dtype: what the gradient of the head is summed in over chunks, by default float32, which takes 4 bytes a
             weight in addition to the gradient. The dtype of a bfloat16 head saves them and rounds the sum once per chunk; where
             targets are few (`defers_target_rows`) what they add to their own rows, the most, comes last and is rounded once.
-        teacher_logsumexp: of :func:`teacher_sums` for the same targets and temperature; the teacher's logits are then formed by
-            slices of the vocabulary, and more positions fit into a chunk.
+        teacher_logsumexp: of :func:`teacher_gates` for the same targets and temperature; the teacher's logits are then formed
+            by slices of the vocabulary, and more positions fit into a chunk.
         softcaps: c of student and teacher whose logits are c * tanh(logits / c); None for none.
 
     Returns:

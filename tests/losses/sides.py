@@ -21,7 +21,7 @@ def draw(n=7, d_s=5, d_t=6, v=9, pad_s=2, pad_t=3, seed=0, dtype=torch.float64, 
 
 
 def run(sides, targets, v=9, chunk=3, ce_weight=0.3, kd_weight=0.7, sharpness=1.0, **kwargs) -> HeadOutput:
-    gate, _ = teacher_gates(
+    gate, _, _ = teacher_gates(
         sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=v, sharpness=sharpness, chunk=chunk
     )
     scales = {"ce_weight": ce_weight, "kd_weight": kd_weight}

@@ -7,7 +7,7 @@ values it checks what is allocated, how often, and where: a buffer twice too lar
 import pytest
 import torch
 
-from grace_plugin.losses import decoupled_kd, distillation_head, fused_head_triton, teacher_gates, teacher_sums
+from grace_plugin.losses import decoupled_kd, distillation_head, fused_head_triton, teacher_gates
 from grace_plugin.losses import fused_head_chunks as chunks
 from grace_plugin.losses.fused_head_chunks import Gradients, Head
 from tests.losses.sides import two_unrounded
@@ -126,7 +126,7 @@ def test_fused_chunks__other_default_device_and_dtype__same_result():
     try:
         with torch.device("meta"):
             found = chunks.fused_chunks(hidden_s, head_s, teacher, targets, scales, settings(2), None)
-            gates = teacher_sums(hidden_t, head_t.weight, head_t.bias, targets, vocabulary=IDS)
+            gates = teacher_gates(hidden_t, head_t.weight, head_t.bias, targets, vocabulary=IDS)
     finally:
         torch.set_default_dtype(before)
     assert found.dtype == torch.float32
@@ -186,11 +186,11 @@ def test_fused_chunks__vocabulary_of_one_slice__not_divided(ids, columns, ends):
 
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_teacher_sums__logsumexp__equals_float64(dtype, cap):
+def test_teacher_gates__logsumexp__equals_float64(dtype, cap):
     _, (hidden_t, head_t, _), targets = draw(3, caps=(None, cap))
     hidden_t, head_t = hidden_t.to(dtype), Head(head_t.weight.to(dtype), None, cap)
     how = {"vocabulary": IDS, "softcap": cap, "sharpness": 1.5, "chunk": 2}
-    gate, entropy, sliced = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=TEMPERATURE, **how)
+    gate, entropy, sliced = teacher_gates(hidden_t, head_t.weight, None, targets, temperature=TEMPERATURE, **how)
     exact = head_t.logits(hidden_t).double()
     exact = exact if cap is None else cap * torch.tanh(exact / cap)
     log_p = exact.log_softmax(1)
@@ -202,13 +202,13 @@ def test_teacher_sums__logsumexp__equals_float64(dtype, cap):
     normalised = 1.5 * nats / torch.tensor(float(IDS), dtype=torch.float64).log()
     torch.testing.assert_close(gate.double(), (-normalised).exp(), rtol=0, atol=3e-6)
     torch.testing.assert_close(sliced.double(), want, rtol=2e-6, atol=2e-6)
-    usual = teacher_sums(hidden_t, head_t.weight, None, targets, **how)[2]
-    at_two = teacher_sums(hidden_t, head_t.weight, None, targets, temperature=2.0, **how)[2]
+    usual = teacher_gates(hidden_t, head_t.weight, None, targets, **how)[2]
+    at_two = teacher_gates(hidden_t, head_t.weight, None, targets, temperature=2.0, **how)[2]
     assert torch.equal(usual, at_two) and not torch.equal(usual, sliced)
-    plain = teacher_sums(hidden_t, head_t.weight, None, None, **how)
+    plain = teacher_gates(hidden_t, head_t.weight, None, None, **how)
     assert plain[2] is None and torch.equal(plain[0], gate)
     assert torch.equal(teacher_gates(hidden_t, head_t.weight, None, **how)[0], gate)
-    raised = teacher_sums(hidden_t.double(), head_t.weight, None, targets, **how)
+    raised = teacher_gates(hidden_t.double(), head_t.weight, None, targets, **how)
     assert raised[2] is None and raised[0].dtype == torch.float64
 
 

@@ -262,7 +262,7 @@ def test_positions_per_chunk__default__209_mib_of_both_sides():
     hidden, weight = torch.randn(4200, 2), torch.randn(3, 2)
     targets = torch.zeros(4200, dtype=torch.int64)
     with Footprint() as gates:
-        gate, _ = teacher_gates(hidden, weight, None, vocabulary=3)
+        gate, _, _ = teacher_gates(hidden, weight, None, vocabulary=3)
     assert gates.largest == 4096 * 3
     with Footprint() as head:
         distillation_head(hidden, weight, None, hidden, weight, None, targets, gate, vocabulary=3, ce_weight=1.0)

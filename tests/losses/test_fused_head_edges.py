@@ -10,7 +10,7 @@ from tests.losses.sides import NAMES, draw, run
 @pytest.mark.parametrize("chunk", [1, 4, 50])
 def test_teacher_gates__chunks__equal_gates_of_all(chunk):
     sides, _ = draw()
-    gate, entropy = teacher_gates(
+    gate, entropy, _ = teacher_gates(
         sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, sharpness=1.5, chunk=chunk
     )
     logits = (sides["hidden_t"] @ sides["weight_t"].T + sides["bias_t"])[:, :9]
@@ -23,9 +23,9 @@ def test_teacher_gates__defaults__published_gate_without_gradient():
     sides, _ = draw(dtype=torch.float32)
     sides["hidden_t"].requires_grad_()
     arguments = sides["hidden_t"], sides["weight_t"], None
-    gate, _ = teacher_gates(*arguments, vocabulary=9)
+    gate, _, _ = teacher_gates(*arguments, vocabulary=9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, _ = teacher_gates(*arguments, vocabulary=9, sharpness=1.0)
+        inside, _, _ = teacher_gates(*arguments, vocabulary=9, sharpness=1.0)
     assert torch.equal(gate, inside)
     assert gate.dtype == torch.float32
     assert not gate.requires_grad

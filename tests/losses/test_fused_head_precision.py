@@ -45,7 +45,7 @@ def test_head__bfloat16_student_and_float64_teacher__float64_losses():
 
 def test_teacher_gates__bfloat16_teacher__float32_gates():
     sides, _ = draw(dtype=torch.bfloat16)
-    gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)
+    gate, entropy, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=9, chunk=2)
     logits = torch.nn.functional.linear(sides["hidden_t"], sides["weight_t"], sides["bias_t"])[:, :9]
     want, _ = confidence_gate(logits.float())
     assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)

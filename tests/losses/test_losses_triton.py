@@ -11,7 +11,6 @@ from grace_plugin.losses import (
     relational_loss,
     relational_triton,
     teacher_gates,
-    teacher_sums,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +58,7 @@ def relative(found, exact):
 def test_kernels__head_and_gates__equal_float64(vocabulary, temperature, scale, bias):
     sides, targets = draw(7, vocabulary, scale, bias=bias)
     assert fused_head_triton.usable(sides["hidden_s"].new_empty(0, vocabulary))
-    gate, entropy = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=vocabulary)
+    gate, entropy, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], sides["bias_t"], vocabulary=vocabulary)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
     logits_t = torch.nn.functional.linear(exact["hidden_t"], exact["weight_t"], exact["bias_t"])[:, :vocabulary]
     gate64, entropy64 = confidence_gate(logits_t)
@@ -84,9 +83,9 @@ def test_kernels__capped_logits_and_logsumexp__equal_float64(vocabulary, tempera
     sides, targets = draw(3, vocabulary, 4.0)
     teacher = [sides[f"{name}_t"] for name in ("hidden", "weight", "bias")]
     how = {"vocabulary": vocabulary, "temperature": temperature, "softcap": caps[1]}
-    gate, _, sums = teacher_sums(*teacher, targets, **how)
+    gate, _, sums = teacher_gates(*teacher, targets, **how)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
-    gate64, _, none = teacher_sums(*(v if v is None else v.double() for v in teacher), targets, **how)
+    gate64, _, none = teacher_gates(*(v if v is None else v.double() for v in teacher), targets, **how)
     assert none is None
     assert (gate - gate64).abs().max() < 3e-6
     options = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": temperature, "softcaps": caps, "chunk": 2}
@@ -115,7 +114,7 @@ def test_kernels__cross_entropy_alone__equals_float64():
 def test_kernels__non_finite_logits__seen_in_the_loss(bad):
     sides, targets = draw(4, 50)
     sides["hidden_s"][2, 3] = bad
-    gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=50)
+    gate, _, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=50)
     found, _ = losses(sides, targets, gate, 50, ce_weight=1.0, kd_weight=1.0)
     assert not found.loss.isfinite()
 
@@ -136,7 +135,7 @@ def test_streaming_entropy__logits_of_minus_infinity__no_mass():
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 def test_kernels__incoming_gradient__multiplied(factor):
     sides, targets = draw(5, 64)
-    gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=64)
+    gate, _, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=64)
 
     def grad(by):
         hidden = sides["hidden_s"].clone().requires_grad_()
@@ -162,7 +161,7 @@ def test_kernels__second_backward__refused():
 
 def test_kernels__sum_in_heads_dtype__rounded_once_per_chunk():
     sides, targets = draw(64, 100, dtype=torch.bfloat16)
-    gate, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=100)
+    gate, _, _ = teacher_gates(sides["hidden_t"], sides["weight_t"], None, vocabulary=100)
     exact = {k: v if v is None else v.double() for k, v in sides.items()}
     options = {"ce_weight": 1.0, "kd_weight": 1.0, "chunk": 8}
     _, grads64 = losses(exact, targets, gate.double(), 100, **options)

@@ -42,7 +42,7 @@ def test_decoupled_kd_and_gate__on_meta__no_host_read():
 
 def test_head__on_meta__no_host_read():
     hidden, weight, bias = empty(5, 4, grad=True), empty(12, 4, grad=True), empty(12, grad=True)
-    gate, entropy = teacher_gates(empty(5, 6), empty(11, 6), empty(11), vocabulary=9, chunk=2)
+    gate, entropy, _ = teacher_gates(empty(5, 6), empty(11, 6), empty(11), vocabulary=9, chunk=2)
     assert on_meta(gate, entropy)
     assert (gate.dtype, entropy.dtype) == (torch.float32, torch.float32)
     out = distillation_head(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates, teacher_sums
+from grace_plugin.losses import confidence_gate, decoupled_kd, distillation_head, teacher_gates
 from tests.losses.sides import NAMES, draw, two_unrounded
 from tests.reference import distill as oracle
 
@@ -12,7 +12,7 @@ CAPS = [(1.5, 0.8), (2.0, None), (None, 0.5)]
 
 def loss(sides, targets, caps, **options):
     teacher = [sides[name] for name in NAMES[3:]]
-    gate, _ = teacher_gates(*teacher, vocabulary=9, softcap=caps[1])
+    gate, _, _ = teacher_gates(*teacher, vocabulary=9, softcap=caps[1])
     return distillation_head(
         *(sides[name] for name in NAMES), targets, gate, vocabulary=9, ce_weight=0.3, kd_weight=0.7, chunk=3,
         softcaps=caps, **options,
@@ -48,7 +48,7 @@ def test_softcap__bfloat16_logits__capped_in_float32():
     z_t = torch.nn.functional.linear(*(sides[name] for name in NAMES[3:]))[:, :9].double()
     z_s, z_t = (cap * torch.tanh(z / cap) for cap, z in ((1.5, z_s), (0.8, z_t)))
     gate, _ = confidence_gate(z_t)
-    found, _ = teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=0.8)
+    found, _, _ = teacher_gates(*(sides[name] for name in NAMES[3:]), vocabulary=9, softcap=0.8)
     torch.testing.assert_close(found.double(), gate, rtol=0, atol=1e-6)
     tckd, nckd, dkd = decoupled_kd(z_s, z_t, targets)
     for part, each in ((out.gated_tckd_sum, tckd), (out.gated_nckd_sum, nckd), (out.gated_dkd_sum, dkd)):
@@ -67,11 +67,11 @@ def test_softcap__bad_caps__refused(cap):
         distillation_head(*head, targets, torch.ones(7), vocabulary=9, ce_weight=1.0, softcaps=(None, cap))
 
 
-def test_teacher_sums__in_torch__published_gate_without_logsumexp():
+def test_teacher_gates__in_torch__published_gate_without_logsumexp():
     sides, targets = draw(grad=False)
     teacher = [sides[name] for name in NAMES[3:]]
-    gate, entropy, sliced = teacher_sums(*teacher, targets, vocabulary=9)
-    want = teacher_sums(*teacher, targets, vocabulary=9, sharpness=1.0, chunk=2)
+    gate, entropy, sliced = teacher_gates(*teacher, targets, vocabulary=9)
+    want = teacher_gates(*teacher, targets, vocabulary=9, sharpness=1.0, chunk=2)
     torch.testing.assert_close(gate, want[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(entropy, want[1], rtol=1e-12, atol=0)
     assert sliced is None and want[2] is None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_plugin.losses import distillation_head, teacher_sums
+from grace_plugin.losses import distillation_head, teacher_gates
 from grace_plugin.objective.terms.base import Chart, LossTerm
 from grace_plugin.objective.window import AccumulationWindow, MicroBatch, NamedSums
 from grace_plugin.recipe import DistillRecipe
@@ -73,7 +73,7 @@ class HeadTerm(LossTerm):
         if not asked.enabled or teacher is None or micro_batch.teacher is None:
             return
         weight, bias = teacher.head()
-        gate, _, logsumexp = teacher_sums(
+        gate, _, logsumexp = teacher_gates(
             micro_batch.teacher.final,
             weight,
             bias,
