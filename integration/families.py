@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import grace_plugin
-from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
+from grace_plugin.serve.probe import Answer, Job, ProbeError, probe
 from grace_plugin.vlm import family_of
 from integration.parity import judge, prompts, without_colour
 from tests.pairs import pair, recipe_text, run
@@ -138,7 +138,7 @@ def train(result: FamilyResult, folder: Path) -> Path:
     return done.checkpoint
 
 
-def serve(python: Path, jobs: dict[str, Job], kernels: set[str]) -> dict[str, list[Probed] | str]:
+def serve(python: Path, jobs: dict[str, Job], kernels: set[str]) -> dict[str, list[Answer] | str]:
     """Answers of each family from one vLLM process; when that fails, one process each, and a message where it fails.
 
     kernels: takes the names of those that multiplied by INT4 weights.
@@ -155,7 +155,7 @@ def serve(python: Path, jobs: dict[str, Job], kernels: set[str]) -> dict[str, li
     return dict(zip(jobs, answers, strict=True))
 
 
-def compare(result: FamilyResult, checkpoint: Path, asked: list[dict[str, Any]], answers: list[Probed]) -> None:
+def compare(result: FamilyResult, checkpoint: Path, asked: list[dict[str, Any]], answers: list[Answer]) -> None:
     """Judge vLLM's tokens by transformers, reloaded from disk; fills the result."""
     more = greyed(result.family)
     causal, answers, unsure = bool(more), answers[: len(asked)], answers[len(asked) :]

@@ -29,7 +29,7 @@ from transformers import AutoProcessor
 
 from grace_plugin.export.verify import load
 from grace_plugin.serve.launch import kernel_of
-from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
+from grace_plugin.serve.probe import Answer, Job, ProbeError, probe
 from integration.families import MEAN, MOST, NEAR_TIE, FamilyResult, questions, train
 from integration.parity import judge, without_colour
 from tests.tiny import EVERY
@@ -105,7 +105,7 @@ def record(name: str, checkpoint: Path, folder: Path, proved: dict[str, Any]) ->
     asked = questions(name)
     said = [answer(model, processor, question) for question in asked]
     seen = [k for k, question in enumerate(asked) if question["images"] or question.get("videos")]
-    recorded = [Probed("", one["prompt_ids"], one["token_ids"], one["logprobs"]) for one in said]
+    recorded = [Answer("", one["prompt_ids"], one["token_ids"], one["logprobs"]) for one in said]
     blind = judge(checkpoint, without_colour([asked[k] for k in seen]), [recorded[k] for k in seen], device=device)
     found = {"questions": keep(folder / name / "media", asked), "answers": said, "grey": blind.mean, **proved}
     (folder / name / "recorded.json").write_text(json.dumps(found) + "\n")
@@ -121,7 +121,7 @@ def make(name: str, folder: Path, work: Path) -> None:
     print(f"{name}: {row.codes} codes, mean with grey pictures {grey:.3f} nats", flush=True)
 
 
-def compare(said: list[dict[str, Any]], served: list[Probed]) -> dict[str, Any]:
+def compare(said: list[dict[str, Any]], served: list[Answer]) -> dict[str, Any]:
     """Prompts and tokens of both engines side by side, as the module says; nats."""
     differences: list[float] = []
     margins: list[float] = []

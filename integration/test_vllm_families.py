@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from grace_plugin.serve.launch import kernel_of
-from grace_plugin.serve.probe import Job, Probed, probe
+from grace_plugin.serve.probe import Answer, Job, probe
 from integration.parity import INT4_KERNEL, Parity, judge, prompts, without_colour
 from tests.pairs import Pair, pair, recipe_text, run
 from tests.tiny import FAMILIES, make_samples
@@ -32,7 +32,7 @@ class Served(NamedTuple):
     """A checkpoint and what vLLM answered from it; kernels: INT4 kernels named in vLLM's log."""
 
     checkpoint: Path
-    answers: list[Probed]
+    answers: list[Answer]
     kernel: str | None
 
 

@@ -50,6 +50,7 @@ def _report_error(name: str, error: Exception) -> int:
 
     from grace_plugin import VerificationError
 
+    # what the user can correct is status 2, so that scripts can tell it from a run that failed
     unusable = (ValueError, FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     failed = (VerificationError, FloatingPointError, RuntimeError, OSError, MemoryError)
     bugs = (NotImplementedError, RecursionError)  # kinds of RuntimeError that nothing here raises on purpose

@@ -253,6 +253,7 @@ def call(name: str, args: Namespace) -> None:
     if missing:
         print(f"grace {name}: {missing}", file=sys.stderr)
         sys.exit(2)
+    # importing the package imports torch, transformers and llm-compressor
     from grace_plugin.cli import commands
 
     sys.exit(commands.run(name, args))
@@ -272,6 +273,7 @@ def _subcommand(name: str, help_line: str, arguments: Callable[[ArgumentParser],
     return CommandInfo(name=name, help=help_line, subcommand_class=Command)
 
 
+# optimum wants a class for each command, and a group's commands as a field of its class
 class _Group(BaseOptimumCLICommand):
     """A group of commands, which are printed where none is given."""
 

@@ -62,29 +62,26 @@ class CheckpointPair:
     notes: list[str] = field(default_factory=list)
 
 
+def _load(what: type[Any], name: str, path: str, fix: str) -> Any:
+    """Call `from_pretrained` of a class of transformers; `name` and `fix` are of the message."""
+    try:
+        return what.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {name} at {path!r}: {str(error).splitlines()[0]} {fix}") from error
+
+
 def _read(role: str, source: str | os.PathLike[str]) -> ComparedCheckpoint:
     from transformers import AutoConfig
 
-    path = os.fspath(source)
-    try:
-        return ComparedCheckpoint(role, path, AutoConfig.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read checkpoint {role} at {path!r}: {str(error).splitlines()[0]} Give the folder of a checkpoint "
-            "(with config.json) or a hub id"
-        ) from error
+    path, fix = os.fspath(source), "Give the folder of a checkpoint (with config.json) or a hub id"
+    return ComparedCheckpoint(role, path, _load(AutoConfig, f"checkpoint {role}", path, fix))
 
 
 def _processor(checkpoint: ComparedCheckpoint) -> Any:
     from transformers import AutoProcessor
 
-    try:
-        return AutoProcessor.from_pretrained(checkpoint.path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read the processor of checkpoint {checkpoint.role} at {checkpoint.path!r}: "
-            f"{str(error).splitlines()[0]} Copy the tokenizer and processor files into that folder"
-        ) from error
+    fix = "Copy the tokenizer and processor files into that folder"
+    return _load(AutoProcessor, f"the processor of checkpoint {checkpoint.role}", checkpoint.path, fix)
 
 
 def _shape(checkpoint: ComparedCheckpoint, family: Family) -> dict[str, Any]:

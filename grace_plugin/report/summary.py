@@ -27,6 +27,7 @@ def interval(correct: int, questions: int) -> tuple[float, float]:
 
 def paired_difference(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of ours - other over the same samples, with its normal 95 % interval."""
+    # paired: the samples' own difficulty is in both models and cancels
     differences = torch.tensor([float(a) - float(b) for a, b in zip(ours, other, strict=True)], dtype=torch.float64)
     mean = float(differences.mean())
     half = Z95 * float(differences.std(unbiased=True)) / math.sqrt(len(differences))

@@ -126,6 +126,7 @@ def training(run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str] 
     if output_dir is not None:
         check_destination(output_dir)
     path, entries = read_log(run)
+    # an entry of an evaluation or of the end lacks the step's metrics, so the last value of each is taken
     last = {key: value for entry in entries for key, value in entry.items()}
     charts, table = [], []
     for title, unit, names in _charts(entries):

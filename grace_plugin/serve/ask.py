@@ -9,29 +9,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from grace_plugin.serve.probe import Answer
+
 
 class AskError(RuntimeError):
     """The server refused a question, did not answer, or sent something that is no chat completion."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One greedy answer.
-
-    token_ids: the generated tokens, the end token included where the server reports it. prompt_ids: the prompt, with one id per
-    image token. logprobs: of each token, in nats. top: per token, {token id: nats}.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    logprobs: list[float]
-    top: list[dict[int, float]]
 
 
 def data_url(image: Image.Image) -> str:
@@ -131,6 +117,7 @@ def ask_all(
             on_answer()
         return answer
 
+    # threads: each only waits for the server, which batches what arrives together
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, question) for question in questions]
         try:

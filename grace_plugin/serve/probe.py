@@ -43,8 +43,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Probed:
-    """vLLM's answer. prompt_ids: one id per image token. logprobs: of each generated token, in nats. top: {id: nats}."""
+class Answer:
+    """A greedy answer of vLLM.
+
+    prompt_ids: the prompt, with one id per image token. token_ids: the generated tokens, with the end token where vLLM reports
+    it. logprobs: of each of these, in nats. top: per token, {token id: nats}.
+    """
 
     text: str
     prompt_ids: list[int]
@@ -53,7 +57,7 @@ class Probed:
     top: list[dict[int, float]] = field(default_factory=list)
 
 
-def probe(python: str | Path, jobs: Sequence[Job], *, timeout: float = 600.0) -> tuple[list[list[Probed]], str]:
+def probe(python: str | Path, jobs: Sequence[Job], *, timeout: float = 600.0) -> tuple[list[list[Answer]], str]:
     """Run every job in one process of the interpreter `python`.
 
     Returns:
@@ -78,7 +82,7 @@ def probe(python: str | Path, jobs: Sequence[Job], *, timeout: float = 600.0) ->
             raise ProbeError(f"vLLM took longer than {timeout:.0f} s") from error
         if done.returncode:
             raise ProbeError("vLLM failed:\n" + "\n".join(done.stdout.splitlines()[-25:]))
-        return [[_probed(one) for one in job] for job in json.loads((folder / "answers.json").read_text())], done.stdout
+        return [[_answer(one) for one in job] for job in json.loads((folder / "answers.json").read_text())], done.stdout
 
 
 def _written(job: Job, folder: Path, number: int) -> dict[str, Any]:
@@ -104,8 +108,8 @@ def _written(job: Job, folder: Path, number: int) -> dict[str, Any]:
     }
 
 
-def _probed(one: dict[str, Any]) -> Probed:
-    return Probed(**one | {"top": [{int(token): value for token, value in step.items()} for step in one["top"]]})
+def _answer(one: dict[str, Any]) -> Answer:
+    return Answer(**one | {"top": [{int(token): value for token, value in step.items()} for step in one["top"]]})
 
 
 def _main(jobs: str, answers: str) -> None:  # pragma: no cover - runs in the serving interpreter
@@ -138,7 +142,7 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:  # pragma: no cover - run
         top = [{token: value.logprob for token, value in step.items()} for step in said.logprobs]
         ids = list(said.token_ids)
         logprobs = [step[token] for step, token in zip(top, ids, strict=True)]
-        answer = Probed(said.text, list(one.prompt_token_ids), ids, logprobs, top)
+        answer = Answer(said.text, list(one.prompt_token_ids), ids, logprobs, top)
         answers.append(asdict(answer))
     # or the next engine of this process finds the memory of this one taken
     del engine

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from grace_plugin.serve.ask import Answer, AskError, ask, ask_all, data_url, with_images
+from grace_plugin.serve.ask import AskError, ask, ask_all, data_url, with_images
+from grace_plugin.serve.probe import Answer
 from tests.tiny import make_samples
 
 Reply = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -99,7 +100,7 @@ def test_ask__top__log_probabilities_are_read(address: Any) -> None:
     url, bodies = address(completion)
     sample = make_samples(1, seed=6, images=2)[0]
     answer = ask(url, "tiny", sample["messages"][:1], sample["images"], max_tokens=3, top=2)
-    assert answer == Answer("2 images", [7, 8], [1, 2, 3], [-0.5], [{7: -0.5, 9: -1.5}])
+    assert answer == Answer("2 images", [1, 2, 3], [7, 8], [-0.5], [{7: -0.5, 9: -1.5}])
     assert (bodies[0]["model"], bodies[0]["max_tokens"], bodies[0]["temperature"]) == ("tiny", 3, 0.0)
     assert bodies[0]["top_logprobs"] == 2
 
@@ -108,7 +109,7 @@ def test_ask__no_top__log_probabilities_are_not_requested(address: Any) -> None:
     url, bodies = address(completion)
     answer = ask(url, "tiny", make_samples(1, images=0)[0]["messages"][:1])
     assert "logprobs" not in bodies[0]
-    assert answer == Answer("0 images", [7, 8], [1, 2, 3], [], [])
+    assert answer == Answer("0 images", [1, 2, 3], [7, 8], [], [])
 
 
 def test_ask_all__three_workers__order_of_the_questions(address: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grace_plugin.serve.probe import Job, Probed, ProbeError, probe
+from grace_plugin.serve.probe import Answer, Job, ProbeError, probe
 from tests.tiny import make_samples
 
 ANSWERING = """
@@ -42,7 +42,7 @@ def test_probe__two_jobs__questions_written_and_answers_read(tmp_path: Path) -> 
     jobs = [Job(tmp_path, questions, max_tokens=3), Job(tmp_path, questions[:1], max_model_len=64)]
     (first, second), log = probe(interpreter(tmp_path, ANSWERING), jobs, timeout=60)
     width, height = made[0]["images"][0].size
-    assert first[0] == Probed(f"RGB({width}, {height}) RGB(8, 6)", [3, 512], [5], [-0.25], [{5: -0.25}])
+    assert first[0] == Answer(f"RGB({width}, {height}) RGB(8, 6)", [3, 512], [5], [-0.25], [{5: -0.25}])
     assert first[1].text == ""
     assert [one.prompt_ids for one in second] == [[8, 64]]
     assert "ThisLinearKernel" in log
