@@ -115,25 +115,14 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
     def _with_preset(cls, given: Any) -> Any:
         return apply_preset(given) if isinstance(given, dict) else given
 
-    @field_validator("scheme", mode="before")
-    @classmethod
-    def _known_scheme(cls, value: Any) -> Any:
-        return check_preset(value)
-
-    @field_validator("config_groups", mode="before")
-    @classmethod
-    def _typed_groups(cls, value: Any) -> Any:
-        return check_groups(value)
+    _known_scheme = field_validator("scheme", mode="before")(check_preset)
+    _typed_groups = field_validator("config_groups", mode="before")(check_groups)
+    _known_terms = field_validator("terms")(check_terms)
 
     @field_validator("targets", "ignore")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
         return [check_pattern(name) for name in value]
-
-    @field_validator("terms")
-    @classmethod
-    def _known_terms(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_terms(value)
 
     @model_validator(mode="after")
     def _has_effect(self) -> GraceModifier:
@@ -174,6 +163,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
         """Dtype of weights and scales in the checkpoint, known after initialization."""
         return self._dtype
 
+    # a property, because pydantic takes no assignment to a name that is no field
     @property
     def export_plan(self) -> Any:
         """What `grace_plugin.export.rehearse_save` prepared for the save; None before."""
@@ -275,6 +265,7 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     def copied(self) -> GraceModifier:
         """Return a modifier of the same recipe for another run, with the objective and the teacher this one was given."""
+        # what was set alone: a preset fills in what its author did not set
         copy = type(self)(**self.model_dump(exclude_unset=True))
         copy._objective_kind, copy._given_teacher = self._objective_kind, self._given_teacher
         return copy

@@ -154,7 +154,8 @@ _WANTED = {
 
 def problems(error: ValidationError, given: Mapping[Any, Any]) -> str:
     """Return what pydantic found in `given` in plain words: a sentence, or a list with a line for each key."""
-    wanted: dict[str, tuple[list[str], str]] = {}  # a value that fits no part of a union has an error for each part
+    # a value that fits no part of a union has an error for each part
+    wanted: dict[str, tuple[list[str], str]] = {}
     told: list[str] = []
     for one in error.errors(include_url=False):
         path, kind = _path(one["loc"], given), one["type"]

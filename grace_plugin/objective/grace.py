@@ -187,6 +187,7 @@ class GraceObjective:
                 "then compute_loss() for each, reduce_metrics(), the optimizer and end_step(); cancel_step() drops an open "
                 "step, for instance after an exception"
             )
+        # every term's names, enabled or not: the ranks reduce one tensor, and metrics read 0 where a term is off
         device = next(self.student.parameters()).device
         terms = [term for term in self.terms if term.enabled]
         sums = NamedSums((name for term in self.terms for name in term.sums), device)
@@ -238,6 +239,7 @@ class GraceObjective:
         if not window.pending:
             window.copy_to_host()
         world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        # DDP averages gradients over the ranks, and the divisors are those of all ranks already
         return sum(losses[1:], losses[0]) * world_size
 
     def _weight(self, term: LossTerm) -> float:
@@ -277,6 +279,7 @@ class GraceObjective:
                     f"{self.nonfinite_steps} optimizer steps had a non-finite loss or gradient, the last at step {self.steps}; "
                     f"training.max_nonfinite_steps allows {self.training.max_nonfinite_steps}: lower the rate or check the data"
                 )
+        # without a supervised token GDKD is 0 / 0, which says nothing about the constraint
         elif self.distill.enabled and self.record.gate_mean > 0.0:
             self.controller_state = dual.update(self.controller_state, self.record.gdkd)
         for attached in self.attached:

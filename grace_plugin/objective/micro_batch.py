@@ -73,6 +73,7 @@ def prepare_micro_batch(
     """
     device, config = counts.values.device, context.student.config
     with single_thread(device):
+        # in host memory: shapes that depend on values (nonzero, a maximum) would stop the device
         labels = labels_of(host, context.family, config)
         positions = supervised_positions(labels)
         targets = labels.flatten()[positions + 1]
@@ -88,6 +89,7 @@ def prepare_micro_batch(
     counts.add(**{SAMPLES_WITHOUT_IMAGES: to_device(text_only, device)})
     if context.teacher is not None:
         micro_batch.teacher = context.teacher.states(batch, micro_batch.positions, visual, host)
+    # after the teacher's states: the terms count by them
     for term in terms:
         term.prepare(micro_batch, counts)
     return micro_batch

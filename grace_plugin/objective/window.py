@@ -58,9 +58,11 @@ class MicroBatch:
     positions: Tensor  # int64 [N], flat positions in [B * S] whose next token is supervised
     targets: Tensor  # int64 [N]
     visual: VisualTokens
-    host: Mapping[str, Any]  # the batch in host memory, or the batch itself where it is not there
+    # the batch in host memory, or the batch itself where it is not there
+    host: Mapping[str, Any]
     teacher: TeacherStates | None = None
-    prepared: dict[str, Any] = field(default_factory=dict)  # by term name: what its `prepare` keeps for its `loss`
+    # by term name: what its `prepare` keeps for its `loss`
+    prepared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class AccumulationWindow:
 
     counts: NamedSums
     sums: NamedSums
-    stream: torch.cuda.Stream | None = None  # where the counts are still being computed
+    # where the counts are still being computed
+    stream: torch.cuda.Stream | None = None
     pending: deque[MicroBatch] = field(default_factory=deque)
     reduced: bool = False
     _copy: AsyncHostCopy | None = None

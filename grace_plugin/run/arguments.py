@@ -19,7 +19,8 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "logging_steps": 10,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,  # a share of the steps, as everything below 1
+    # a share of the steps, as everything below 1
+    "warmup_steps": 0.05,
     "logging_nan_inf_filter": False,
     "report_to": "none",
 }

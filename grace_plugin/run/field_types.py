@@ -19,7 +19,8 @@ from grace_plugin.run.arguments import ARGUMENTS
 
 __all__ = ["check_name_known", "default_of", "fields", "typed"]
 
-_MOST_VALUES = 10_000  # of a mapping or a list that is given as text
+# of a mapping or a list that is given as text
+_MOST_VALUES = 10_000
 _EMPTY = ("null", "~", "None")
 _KINDS = {
     bool: "true or false",
@@ -90,7 +91,8 @@ def _read_text(text: str, arms: tuple[Any, ...]) -> Any:
         try:
             read = read_yaml(text, values=_MOST_VALUES)
         except YamlTextError:
-            return text  # which its field refuses, with what it takes
+            # which its field refuses, with what it takes
+            return text
         return _numbers(read) if isinstance(read, dict) else read
     return text
 
@@ -125,7 +127,8 @@ def typed(name: str, value: Any) -> Any:
     usable = [choice for choice in choices if choice not in ARGUMENTS[name].values]
     wanted = [f"one of {', '.join(usable)}"] if choices else [_KINDS[arm] for arm in arms if arm in _KINDS]
     if dict in arms:
-        wanted = [_KINDS[dict]]  # text would be the path of a JSON file
+        # text would be the path of a JSON file
+        wanted = [_KINDS[dict]]
     fault = f"{name} takes {' or '.join(wanted)}, got {shown(value)}"
     # Python's True is an int, and nobody means 1 by it
     if isinstance(value, bool) and bool not in arms:

@@ -177,6 +177,7 @@ class GraceRun:
         Raises:
             ValueError: a model, a store of teacher states or a processor that cannot be used.
         """
+        # the cheapest check first: a store is a few small files, a model's headers more, a model gigabytes
         self.store = open_cache(self.modifier, model, self.processor)
         check_models(self.modifier, model)
         self.student = load_student(model, self.modifier.training.method)
@@ -243,4 +244,5 @@ class GraceRun:
                 objective = self.begin(total_steps, next(self.student.parameters()).device)
                 yield GraceSession(self.student, self.modifier, objective, session)
             finally:
+                # nothing to do after a save; without one the caller's model gets its own layers back
                 self.modifier.release()

@@ -90,6 +90,7 @@ def read_recipe(recipe: str | os.PathLike[str] | Recipe | Modifier, *, oneshot: 
 
 def copy_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with a GraceModifier of its own, so that a run leaves the caller's as it is."""
+    # other modifiers are the caller's own, whose state only they know
     modifiers = [m.copied() if isinstance(m, GraceModifier) else m for m in recipe.modifiers]
     return recipe.model_copy(update={"modifiers": modifiers})
 

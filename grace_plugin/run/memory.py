@@ -23,7 +23,8 @@ def check_optimizer(arguments: Any) -> None:
     except ImportError as error:
         raise ValueError(f"optim={getattr(arguments.optim, 'value', arguments.optim)}: {error}") from error
     except ValueError:
-        return  # an optimizer that wants the model, which is not loaded yet
+        # an optimizer that wants the model, which is not loaded yet
+        return
 
 
 def keep_full_precision_states(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

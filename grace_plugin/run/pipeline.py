@@ -56,7 +56,8 @@ class GracePipeline(CalibrationPipeline):
             ValueError: no calibration data, or a recipe without exactly one GraceModifier or with one that it cannot run with.
             FileExistsError: upstream's `oneshot` would save where something lies.
         """
-        log_pipeline_advice(True)  # `GraceModifier.on_initialize` has silenced it until this pipeline was chosen
+        # `GraceModifier.on_initialize` has silenced it until this pipeline was chosen
+        log_pipeline_advice(True)
         recipe = active_session().lifecycle.recipe
         grace = grace_modifier(recipe)
         modifiers = list(recipe.modifiers)

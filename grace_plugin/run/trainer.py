@@ -92,14 +92,16 @@ class GraceTrainer(Trainer):
         if (given := kwargs.get("args")) is not None:
             asked = kwargs["args"] = use_one_gpu(copy.copy(given))
             if asked.ddp_find_unused_parameters is None:
-                asked.ddp_find_unused_parameters = True  # a rank without images leaves its projector unused
+                # a rank without images leaves its projector unused
+                asked.ddp_find_unused_parameters = True
             if stream is not None:
                 asked.ignore_data_skip = True  # a stream finds its place itself
         self.config_use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", None)
         self.tokens_seen = 0
         self.throughput: dict[str, float] = {}
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the objective divides by the window itself; Trainer must not
+        # the objective divides by the window itself; Trainer must not
+        self.model_accepts_loss_kwargs = True
         self.grad_norm_finite = True
         self.states = ResumeStates(self, automatic=save_minutes is not None)
         if self.args.gradient_accumulation_steps > 1 and self.accelerator.distributed_type in GRADIENTS_IN_PLACE:
@@ -132,8 +134,10 @@ class GraceTrainer(Trainer):
                 self._load_from_checkpoint(str(state))
                 self.state = read_state(state)[1]
                 return TrainOutput(self.state.global_step, math.nan, {})
-            say(header_line(self, self.objective.total_steps), self.args)  # Trainer's bar would begin on the same line
-            with kept_streams(), self.interrupts.watching():  # Trainer prints its log, and its progress
+            # Trainer's bar would begin on the same line
+            say(header_line(self, self.objective.total_steps), self.args)
+            # Trainer prints its log, and its progress
+            with kept_streams(), self.interrupts.watching():
                 output = super().train(resume_from_checkpoint=None if state is None else str(state), **kwargs)
             self.use_averaged_weights()  # of a run that a callback ended, too
             self.throughput = throughput(self, time.monotonic() - started, self.tokens_seen)
@@ -163,7 +167,8 @@ class GraceTrainer(Trainer):
             return
         self.optimizer.eval()
         for attached in self.objective.attached:
-            attached.invalidate()  # weights changed in place under what is quantized of them
+            # weights changed in place under what is quantized of them
+            attached.invalidate()
 
     def get_train_dataloader(self) -> Any:
         """Return the stream, the given loader or Trainer's own; batches stay in host memory, where the objective reads them."""
@@ -193,7 +198,8 @@ class GraceTrainer(Trainer):
         else:
             seconds = worker_seconds(self.args) if self.train_loader is None else 0.0
             host = list(itertools.islice(bounded(epoch_iterator, seconds), num_batches))
-        if not host:  # the stream has ended, and the epoch with it
+        # the stream has ended, and the epoch with it
+        if not host:
             self.control.should_epoch_stop = True
             return [], None
         self.tokens_seen += sum(map(count_tokens, host))

@@ -70,7 +70,8 @@ class LossTerm(ABC):
     has_own_block: ClassVar[bool] = False  # a field of GraceModifier, for the terms of the package
     enabled = True
     needs_teacher = False
-    reads_visual_states = False  # of the student, and of the teacher if the term needs one
+    # of the student, and of the teacher if the term needs one
+    reads_visual_states = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -52,6 +52,8 @@ class VisualRelationTerm(LossTerm):
         hidden = states.penultimate.flatten(0, 1).index_select(0, micro_batch.visual.index)
         out = relational_loss(hidden, micro_batch.teacher.visual, micro_batch.visual.sizes)
         window.sums.add(visual_distance=out.loss_sum, images_skipped=out.skipped)
+        # divided by the teacher's count of all ranks, known before the student ran; an image that only the student makes
+        # degenerate contributes 0 to the sum
         return weight * out.loss_sum / window.counts["countable_images"].clamp(min=1.0)
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
