@@ -100,27 +100,44 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     if given.teacher == "cached":
         teacher["cache"] = str(folder / "cache")
         source = TeacherRecipe(model=teacher["model"])
-        clock.take("cache", lambda: build_cache(
-            folder / "student", teacher=source, dataset=data, output_dir=folder / "cache", batch_size=given.batch
-        ))  # fmt: skip
+        clock.take(
+            "cache",
+            lambda: build_cache(
+                folder / "student", teacher=source, dataset=data, output_dir=folder / "cache", batch_size=given.batch
+            ),
+        )
     asked = {"scheme": "W4A16", "teacher": teacher, "training": {"method": given.method}}
     recipe = json.dumps({"grace_stage": {"grace_modifiers": {"GraceModifier": asked}}})  # JSON is YAML
-    done = clock.take("train", lambda: grace_plugin.train(
-        folder / "student", recipe=recipe, dataset=data, output_dir=folder / "out", max_steps=given.steps, logging_steps=1,
-        per_device_train_batch_size=given.batch, gradient_checkpointing=True, learning_rate=1e-5, use_cpu=device == "cpu",
-    ))  # fmt: skip
+    done = clock.take(
+        "train",
+        lambda: grace_plugin.train(
+            folder / "student",
+            recipe=recipe,
+            dataset=data,
+            output_dir=folder / "out",
+            max_steps=given.steps,
+            logging_steps=1,
+            per_device_train_batch_size=given.batch,
+            gradient_checkpointing=True,
+            learning_rate=1e-5,
+            use_cpu=device == "cpu",
+        ),
+    )
     history = done.history
     verified = dict(done.verification)
     del done
     gc.collect()
     again = clock.take("verify", lambda: grace_plugin.verify(folder / "out"))
     found: dict[str, Any] = {
-        "parts": clock.parts, **{name: getattr(given, name) for name in ("teacher", "method", "shrink", "steps", "batch")},
+        "parts": clock.parts,
+        **{name: getattr(given, name) for name in ("teacher", "method", "shrink", "steps", "batch")},
         "loop_seconds": next(row["train_runtime"] for row in history if "train_runtime" in row),
-        "supervised_tokens": history[-2].get("supervised_tokens"), "losses": [row["loss"] for row in history if "loss" in row],
+        "supervised_tokens": history[-2].get("supervised_tokens"),
+        "losses": [row["loss"] for row in history if "loss" in row],
         "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file()),
-        "verification": verified, "verified_again": again["verified"],
-    }  # fmt: skip
+        "verification": verified,
+        "verified_again": again["verified"],
+    }
     if given.serve is not None:
         clock.take("answers", lambda: record("qwen3_vl", folder / "out", given.serve, verified))
     return found

@@ -24,10 +24,19 @@ TESTS = ["losses", "quantizer", "reference", "test_controller.py"]
 KILLED, SURVIVED, UNTESTED, TIMEOUT, NOT_RUN = "killed", "survived", "no tests", "timeout", "not run"
 DEAD = (KILLED, TIMEOUT)
 STATUS = {
-    None: NOT_RUN, 0: SURVIVED, 1: KILLED, 3: KILLED, 5: UNTESTED, 33: UNTESTED,
-    -6: KILLED, -11: KILLED,  # the mutant brings the tests' process down
-    36: TIMEOUT, 24: TIMEOUT, -24: TIMEOUT, 152: TIMEOUT,
-}  # fmt: skip
+    None: NOT_RUN,
+    0: SURVIVED,
+    1: KILLED,
+    3: KILLED,
+    5: UNTESTED,
+    33: UNTESTED,
+    -6: KILLED,
+    -11: KILLED,  # the mutant brings the tests' process down
+    36: TIMEOUT,
+    24: TIMEOUT,
+    -24: TIMEOUT,
+    152: TIMEOUT,
+}
 
 
 class Earlier(NamedTuple):
@@ -191,17 +200,24 @@ def report(work: Path, interpreted: Path, known: Earlier) -> bool:
     summary = {
         "environment": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
         "revision": known.now,
-        "mutants": len(found), "tested": tested, "killed": killed, "share_killed": killed / max(1, tested),
-        "by_status": dict(counts), "killed_at_revision": dict(at),
+        "mutants": len(found),
+        "tested": tested,
+        "killed": killed,
+        "share_killed": killed / max(1, tested),
+        "by_status": dict(counts),
+        "killed_at_revision": dict(at),
         "carried": {
             "verdicts": sum(number for name, number in at.items() if name != (known.now or "uncommitted")),
-            "functions": sum(where in known.killed for where in per), "tests_gone": known.tests_gone,
+            "functions": sum(where in known.killed for where in per),
+            "tests_gone": known.tests_gone,
             "holds_while": "tests since those revisions were added or strengthened, none weakened",
         },
         "killed_in_tritons_interpreter_only": sum(second.get(m) in DEAD and first[m] not in DEAD for m in found),
-        "packages": packages, "survivors_without_reason": sum(s["reason"] is None for s in survivors),
-        "functions": per, "survivors": survivors,
-    }  # fmt: skip
+        "packages": packages,
+        "survivors_without_reason": sum(s["reason"] is None for s in survivors),
+        "functions": per,
+        "survivors": survivors,
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "results.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     lines = [f"# Mutants that survive: {len(survivors)} of {tested} tested ({summary['share_killed']:.1%} killed)", ""]

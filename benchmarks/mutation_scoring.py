@@ -40,9 +40,13 @@ TARGETS = {
     "examples/bundled_demo/disjoint.py": ("x_check_disjoint",),
 }
 TESTS = [
-    "tests/benchmarks/test_statistics.py", "tests/benchmarks/test_scoring.py", "tests/benchmarks/test_captions.py",
-    "tests/report/test_scoring.py", "tests/bundled_demo/test_score.py", "tests/bundled_demo/test_disjoint.py",
-]  # fmt: skip
+    "tests/benchmarks/test_statistics.py",
+    "tests/benchmarks/test_scoring.py",
+    "tests/benchmarks/test_captions.py",
+    "tests/report/test_scoring.py",
+    "tests/bundled_demo/test_score.py",
+    "tests/bundled_demo/test_disjoint.py",
+]
 LEFT_OUT = "not recorded and not page and not the_demo and not tiny_pass and not margins and not greedy and not learned"
 CONFIGURATION = f"""
 [tool.mutmut]
@@ -103,15 +107,20 @@ def report() -> None:
     summary = {
         "command": "python benchmarks/mutation_scoring.py",
         "environment": {"python": platform.python_version(), "machine": platform.machine()},
-        "revision": git("describe", "--always", "--dirty").strip(), "mutants": len(found), "tested": tested, "killed": killed,
-        "share_killed": killed / max(1, tested), "by_status": dict(counts),
+        "revision": git("describe", "--always", "--dirty").strip(),
+        "mutants": len(found),
+        "tested": tested,
+        "killed": killed,
+        "share_killed": killed / max(1, tested),
+        "by_status": dict(counts),
         "by_module": {
             module: {"mutants": len(own), "killed": sum(status in DEAD for status in own)}
             for module in wanted
             if (own := [status for mutant, status in found.items() if mutant.rpartition(".")[0] == module])
         },
-        "survivors_without_reason": sum(one["reason"] is None for one in survivors), "survivors": survivors,
-    }  # fmt: skip
+        "survivors_without_reason": sum(one["reason"] is None for one in survivors),
+        "survivors": survivors,
+    }
     (RESULTS / "scoring.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     lines = [
         f"# Mutants of scoring that survive: {len(survivors)} of {tested} ({summary['share_killed']:.1%} killed)",

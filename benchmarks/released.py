@@ -21,7 +21,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava": ({"size": {"shortest_edge": 336}, "crop_size": _square(336)}, {}),
     "llava_next": (
         {
-            "size": {"shortest_edge": 336}, "crop_size": _square(336),
+            "size": {"shortest_edge": 336},
+            "crop_size": _square(336),
             "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         },
         {},
@@ -39,7 +40,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"size": _square(896)}, {"image_seq_length": 256}),
     "mistral3": ({"size": {"longest_edge": 1540}}, {}),
     "pixtral": ({"size": {"longest_edge": 1024}}, {}),
-}  # fmt: skip
+}
 
 
 def released(family: str) -> Any:

@@ -43,17 +43,30 @@ def measure(steps: int, count: int, folder: Path) -> dict[str, Any]:
     states.publish = timed  # type: ignore[attr-defined]
     started = time.perf_counter()
     try:
-        run(made, folder / "out", make_samples(8, seed=3), max_steps=steps, save_strategy="steps", save_steps=steps // count,
-            save_total_limit=2, logging_steps=steps)  # fmt: skip
+        run(
+            made,
+            folder / "out",
+            make_samples(8, seed=3),
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=steps // count,
+            save_total_limit=2,
+            logging_steps=steps,
+        )
     finally:
         states.publish = publish  # type: ignore[attr-defined]
     seconds = time.perf_counter() - started
     assert all(resume.damage(one) == "" for one in resume.states(folder / "out.run"))
     return {
-        "states": len(added), "steps": steps, "bytes_of_a_state": written[0], "seconds_of_the_run": round(seconds, 2),
-        "seconds_added": round(sum(added), 3), "share": round(sum(added) / seconds, 5),
-        "longest_state_seconds": round(max(added), 4), "bytes_per_second": round(sum(written) / sum(added)),
-    }  # fmt: skip
+        "states": len(added),
+        "steps": steps,
+        "bytes_of_a_state": written[0],
+        "seconds_of_the_run": round(seconds, 2),
+        "seconds_added": round(sum(added), 3),
+        "share": round(sum(added) / seconds, 5),
+        "longest_state_seconds": round(max(added), 4),
+        "bytes_per_second": round(sum(written) / sum(added)),
+    }
 
 
 def main() -> None:

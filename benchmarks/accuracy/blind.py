@@ -79,10 +79,12 @@ def main() -> None:
     folder = Path(__file__).parents[2] / "build" / "accuracy" / "captions"
     said = _captions(given.images, folder) if captions else _scenes()
     entry = {
-        "what": "each question's most frequent answer in the training set, without the image", **said,
-        "environment": environment(), "revision": revision(),
+        "what": "each question's most frequent answer in the training set, without the image",
+        **said,
+        "environment": environment(),
+        "revision": revision(),
         "command": "python -m benchmarks.accuracy.blind" + " --set captions" * captions,
-    }  # fmt: skip
+    }
     (results / FILE).write_text(json.dumps(entry, indent=1) + "\n")
     print(f"{100 * said['accuracy']:.2f} % of {said['questions']} questions without the image")
 

@@ -43,14 +43,31 @@ TOLD = (
 #: test_rows and validation_rows are questions, at least: each image has as many
 CAPTION_SIZES: dict[str, Size] = {
     "gpu": replace(
-        SIZES["gpu"], photos={}, tower_steps=0, teacher_steps=400, student_steps=150, steps=150, seeds=3,
-        test_samples=5000, validation_samples=2500, rates=(2e-4, 6e-4, 1.8e-3, 5.4e-3), weights=2,
+        SIZES["gpu"],
+        photos={},
+        tower_steps=0,
+        teacher_steps=400,
+        student_steps=150,
+        steps=150,
+        seeds=3,
+        test_samples=5000,
+        validation_samples=2500,
+        rates=(2e-4, 6e-4, 1.8e-3, 5.4e-3),
+        weights=2,
     ),
     "cpu": replace(SIZES["cpu"], photos={}, tower_steps=0, teacher_steps=40, student_steps=30),
     "tiny": replace(
-        SIZES["tiny"], photos={}, tower_steps=0, rates=(1e-3,), weights=0, seeds=1, steps=3, teacher_steps=2, student_steps=2
+        SIZES["tiny"],
+        photos={},
+        tower_steps=0,
+        rates=(1e-3,),
+        weights=0,
+        seeds=1,
+        steps=3,
+        teacher_steps=2,
+        student_steps=2,
     ),
-}  # fmt: skip
+}
 
 
 def choice_accuracy(mean: np.ndarray, own: np.ndarray, unlike: np.ndarray, others: int) -> float:

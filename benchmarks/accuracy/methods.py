@@ -105,7 +105,9 @@ METHODS: dict[str, Method] = {
     "grace": _GRACE,
     "torchao": replace(_CE, quantizer="torchao", searched="torchao"),
     "modelopt": replace(_KL, quantizer="modelopt", searched="modelopt"),
-    "grace-calibration": replace(_GRACE, steps=0.1, samples=512, searched="grace-calibration"),  # what `oneshot` is given
+    "grace-calibration": replace(
+        _GRACE, steps=0.1, samples=512, searched="grace-calibration"
+    ),  # what `oneshot` is given
     "grace-default": replace(_GRACE, tuned=False),
     "grace-nogate": replace(_GRACE, distill={"gate_sharpness": 0.0}),
     "grace-k2": replace(_GRACE, distill={"gate_sharpness": 2.0}),
@@ -119,11 +121,13 @@ METHODS: dict[str, Method] = {
     "kl-scalerate1": replace(_KL, scale_rate=1.0),
     "grace-minmax": replace(_GRACE, start="minmax"),
     **{f"grace-{start}": replace(_GRACE, start=start) for start in ("gptq", "awq")},
-    "grace-unmasked": replace(_GRACE, masked=False), "grace-floatscales": replace(_GRACE, float_scales=True),
+    "grace-unmasked": replace(_GRACE, masked=False),
+    "grace-floatscales": replace(_GRACE, float_scales=True),
     **{f"grace-mixed-{how}": replace(_GRACE, mixed=how) for how in ("damage", "error", "reverse")},
     **{
         f"{name}-{teacher}": replace(method, teacher=teacher)
-        for name, method in (("grace", _GRACE), ("kl", _KL)) for teacher in ("teacher-small", "teacher-large")
+        for name, method in (("grace", _GRACE), ("kl", _KL))
+        for teacher in ("teacher-small", "teacher-large")
     },
     "grace-layer-last": replace(_GRACE, layers=((3, 7),)),
     "grace-layers2": replace(_GRACE, layers=((1, 3), (2, 6))),
@@ -135,10 +139,15 @@ METHODS: dict[str, Method] = {
     **{f"grace-{name}": replace(_GRACE, rule=rule) for name, rule in RULES.items()},
     **{f"grace-default-{name}": replace(_GRACE, rule=rule, tuned=False) for name, rule in RULES.items()},
     **{f"grace-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers) for numbers in _PUBLISHED},
-    **{f"grace-default-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers, tuned=False) for numbers in _PUBLISHED},
+    **{
+        f"grace-default-paper{numbers['tau']:g}": replace(_GRACE, controller=numbers, tuned=False)
+        for numbers in _PUBLISHED
+    },
     "grace-scales": replace(_GRACE, scales_alone=True),
     **{f"grace-steps{share:g}": replace(_GRACE, steps=share) for share in (0.1, 0.4)},
-    "kl-steps0.4": replace(_KL, steps=0.4), "ce-steps0.4": replace(_CE, steps=0.4),
+    "kl-steps0.4": replace(_KL, steps=0.4),
+    "ce-steps0.4": replace(_CE, steps=0.4),
     **{f"grace-rows{rows}": replace(_GRACE, samples=rows) for rows in (1024, 4096)},
-    "kl-rows4096": replace(_KL, samples=4096), "ce-rows4096": replace(_CE, samples=4096),
-}  # fmt: skip
+    "kl-rows4096": replace(_KL, samples=4096),
+    "ce-rows4096": replace(_CE, samples=4096),
+}

@@ -71,9 +71,11 @@ def learn_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     questions, answers = sentences()
     tokenizer.train_from_iterator([*topics.values(), *20 * (questions + answers)], trainer)
     return tokenizer
@@ -82,18 +84,31 @@ def learn_tokenizer() -> Tokenizer:
 def processor() -> LlavaProcessor:
     """Return the tokenizer with its chat template and an image processor that keeps 96 x 96 pixels."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=open_tokenizer(), unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        padding_side="left", clean_up_tokenization_spaces=False, chat_template=TEMPLATE,
+        tokenizer_object=open_tokenizer(),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE,
         extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
-    )  # fmt: skip
+    )
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": CANVAS}, crop_size={"height": CANVAS, "width": CANVAS}, image_mean=[0.5] * 3,
-        image_std=[0.5] * 3, do_convert_rgb=True,
-    )  # fmt: skip
+        size={"shortest_edge": CANVAS},
+        crop_size={"height": CANVAS, "width": CANVAS},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
+    )
     return LlavaProcessor(
-        images, fast, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
+        images,
+        fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
 
 
 def sequences(asked: Sequence[str], answered: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -118,18 +133,36 @@ def config(shape: Shape) -> LlavaConfig:
     """Return the config of a model."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=shape.tower_width, intermediate_size=4 * shape.tower_width, num_hidden_layers=shape.tower_layers,
-            num_attention_heads=shape.tower_width // 32, image_size=CANVAS, patch_size=PATCH, projection_dim=128,
+            hidden_size=shape.tower_width,
+            intermediate_size=4 * shape.tower_width,
+            num_hidden_layers=shape.tower_layers,
+            num_attention_heads=shape.tower_width // 32,
+            image_size=CANVAS,
+            patch_size=PATCH,
+            projection_dim=128,
         ),
         text_config=LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=shape.width, intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.width // shape.head,
-            num_key_value_heads=shape.width // shape.head, head_dim=shape.head, max_position_embeddings=256,
-            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=False, initializer_range=0.03,
+            vocab_size=VOCABULARY,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.width // shape.head,
+            num_key_value_heads=shape.width // shape.head,
+            head_dim=shape.head,
+            max_position_embeddings=256,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            tie_word_embeddings=False,
+            initializer_range=0.03,
         ),
-        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default",
-        image_seq_length=VISUAL, tie_word_embeddings=False, pad_token_id=PAD,
-    )  # fmt: skip
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=VISUAL,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+    )
 
 
 def build(shape: Shape, seed: int) -> LlavaForConditionalGeneration:

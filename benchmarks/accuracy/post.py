@@ -48,9 +48,11 @@ def recipe_of(method: str, options: dict[str, Any]) -> Any:
         qkv = [layer + rf"self_attn\.{name}_proj$" for name in "qkv"]
         mlp = [layer + rf"mlp\.{name}_proj$" for name in ("gate", "up", "down")]
         mappings = [
-            AWQMapping(layer + "input_layernorm$", qkv), AWQMapping(qkv[2], [layer + r"self_attn\.o_proj$"]),
-            AWQMapping(layer + "post_attention_layernorm$", mlp[:2]), AWQMapping(mlp[1], mlp[2:]),
-        ]  # fmt: skip
+            AWQMapping(layer + "input_layernorm$", qkv),
+            AWQMapping(qkv[2], [layer + r"self_attn\.o_proj$"]),
+            AWQMapping(layer + "post_attention_layernorm$", mlp[:2]),
+            AWQMapping(mlp[1], mlp[2:]),
+        ]
         return [AWQModifier(mappings=mappings, duo_scaling=False), QuantizationModifier(**options)]
     if method == "autoround":
         from llmcompressor.modifiers.autoround import AutoRoundModifier

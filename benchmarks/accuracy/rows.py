@@ -104,10 +104,15 @@ class Store:
         from grace_plugin.export.record import environment
 
         record = {
-            "row": row.name, "setting": row.setting, "method": row.method, "seed": row.seed, **entries,
-            "environment": environment(), "revision": revision(),
+            "row": row.name,
+            "setting": row.setting,
+            "method": row.method,
+            "seed": row.seed,
+            **entries,
+            "environment": environment(),
+            "revision": revision(),
             "command": f"python -m benchmarks.accuracy {row.name} --again{self.options}",
-        }  # fmt: skip
+        }
         self.put(row, record)
 
     def put(self, row: Row, record: dict[str, Any]) -> None:
@@ -136,6 +141,8 @@ def scored(right: np.ndarray, type_: np.ndarray, names: Sequence[str] = TYPES) -
     parts = {name: right[type_ == number] for number, name in enumerate(names)}
     by_type = {name: float(part.mean()) for name, part in parts.items() if len(part)}
     return {
-        "questions": len(right), "accuracy": float(right.mean()), "by_type": by_type,
+        "questions": len(right),
+        "accuracy": float(right.mean()),
+        "by_type": by_type,
         "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
-    }  # fmt: skip
+    }

@@ -168,12 +168,21 @@ class RuleObjective(GraceObjective):
         hidden = hidden.clone().requires_grad_(True)
         with torch.enable_grad():
             out = distillation_head(
-                hidden, head.weight.detach().to(hidden.dtype), None, item.teacher.final, weight, bias, item.targets,
+                hidden,
+                head.weight.detach().to(hidden.dtype),
+                None,
+                item.teacher.final,
+                weight,
+                bias,
+                item.targets,
                 item.prepared["distill"][0],
                 vocabulary=self.context.vocabulary,
-                ce_weight=ce / window.counts["tokens"], kd_weight=kd / window.counts["gates"],
-                temperature=self.distill.temperature, alpha=self.distill.alpha, beta_dkd=self.distill.beta,
-            )  # fmt: skip
+                ce_weight=ce / window.counts["tokens"],
+                kd_weight=kd / window.counts["gates"],
+                temperature=self.distill.temperature,
+                alpha=self.distill.alpha,
+                beta_dkd=self.distill.beta,
+            )
             out.loss.backward()
         assert hidden.grad is not None
         return float(out.loss), float(hidden.grad.float().norm())
@@ -199,8 +208,14 @@ class RuleObjective(GraceObjective):
 
 #: name of a method (after "grace-") -> its rule; x0.5 and x2 are the sensitivity of the constant
 RULES: dict[str, Rule] = {
-    "schedule": Rule("schedule", 0.25), "schedule-half": Rule("schedule", 0.125), "schedule-twice": Rule("schedule", 0.5),
+    "schedule": Rule("schedule", 0.25),
+    "schedule-half": Rule("schedule", 0.125),
+    "schedule-twice": Rule("schedule", 0.5),
     "rounding": Rule("rounding"),
-    "gradients": Rule("gradients", 1.0), "gradients-half": Rule("gradients", 0.5), "gradients-twice": Rule("gradients", 2.0),
-    "losses": Rule("losses", 1.0), "losses-half": Rule("losses", 0.5), "losses-twice": Rule("losses", 2.0),
-}  # fmt: skip
+    "gradients": Rule("gradients", 1.0),
+    "gradients-half": Rule("gradients", 0.5),
+    "gradients-twice": Rule("gradients", 2.0),
+    "losses": Rule("losses", 1.0),
+    "losses-half": Rule("losses", 0.5),
+    "losses-twice": Rule("losses", 2.0),
+}

@@ -40,10 +40,13 @@ def _line(name: str, runs: Runs, references: list[Runs]) -> str:
     betas = [beta for run in runs.values() for beta in run["beta"]]
     violated = [run["controller"]["violated"] for run in runs.values() if "violated" in run["controller"]]
     cells = [
-        name, f"{100 * mean(run['accuracy'] for run in runs.values()):.2f}", str(len(runs)),
+        name,
+        f"{100 * mean(run['accuracy'] for run in runs.values()):.2f}",
+        str(len(runs)),
         *(_difference(runs, other) for other in references),
-        f"{min(betas):.2f} to {max(betas):.2f}, mean {mean(betas):.2f}", f"{100 * mean(violated):.0f} %" if violated else "",
-    ]  # fmt: skip
+        f"{min(betas):.2f} to {max(betas):.2f}, mean {mean(betas):.2f}",
+        f"{100 * mean(violated):.0f} %" if violated else "",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -95,10 +98,11 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         weights = {row["weight"] for runs in methods.values() for row in runs.values()}
         weight = "default (3)" if default else f"searched ({', '.join(f'{w:g}' for w in sorted(weights, key=str))})"
         parts += [
-            f"## {data}, {SETTINGS[setting]}, relation weight {weight}", "",
+            f"## {data}, {SETTINGS[setting]}, relation weight {weight}",
+            "",
             f"| rule | accuracy % | seeds | {heads} | beta | constraint violated |",
             "|---|---|---|" + "---|" * (len(REFERENCES) + 2),
-        ]  # fmt: skip
+        ]
         order = sorted(methods, key=lambda name: -mean(run["accuracy"] for run in methods[name].values()))
         parts += [_line(name, methods[name], [methods.get(other, {}) for other in REFERENCES]) for name in order]
         parts.append("")

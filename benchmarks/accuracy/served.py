@@ -57,10 +57,14 @@ def compare_engines(
     answers = sentences()[1]
     theirs = np.array([one.text.strip() == answers[right] for one, right in zip(served, samples.answer, strict=True)])
     return {
-        "questions": len(samples), "transformers": 100 * float(mine.mean()), "vllm": 100 * float(theirs.mean()),
-        "points": 100 * float(theirs.mean() - mine.mean()), "disagree": int((mine != theirs).sum()),
-        "kernel": kernel_of(log), "seconds": {"transformers": between - begun, "vllm": time.time() - between},
-    }  # fmt: skip
+        "questions": len(samples),
+        "transformers": 100 * float(mine.mean()),
+        "vllm": 100 * float(theirs.mean()),
+        "points": 100 * float(theirs.mean() - mine.mean()),
+        "disagree": int((mine != theirs).sum()),
+        "kernel": kernel_of(log),
+        "seconds": {"transformers": between - begun, "vllm": time.time() - between},
+    }
 
 
 def main() -> None:
@@ -79,8 +83,13 @@ def main() -> None:
     samples = samples.take(np.arange(given.questions or len(samples)))
     found = compare_engines(given.checkpoint or work.checkpoint(row), samples, work, given.serve_python, given.engine)
     device = environment()["device"]
-    entry = {"row": row.name, **found, "environment": environment(), "revision": revision(),
-             "command": f"python -m benchmarks.accuracy.served {row.name} --serve-python PYTHON"}  # fmt: skip
+    entry = {
+        "row": row.name,
+        **found,
+        "environment": environment(),
+        "revision": revision(),
+        "command": f"python -m benchmarks.accuracy.served {row.name} --serve-python PYTHON",
+    }
     file = RESULTS / "served.json"
     kept = json.loads(file.read_text()) if file.is_file() else []
     kept = [one for one in kept if (one["row"], one["environment"]["device"]) != (row.name, device)]

@@ -26,45 +26,94 @@ BEGIN, END = "<!-- accuracy: made by python -m benchmarks.accuracy --table -->",
 CAPTIONS_BEGIN = "<!-- captions: made by python -m benchmarks.accuracy --set captions --table -->"
 CAPTIONS_END = "<!-- captions: end -->"
 SHOWN = {
-    "bf16": "BF16", "w8g128": "8 bits, group 128", "w4g128": "4 bits, group 128", "w4row": "4 bits, per row",
-    "w3g128": "3 bits, group 128", "w3row": "3 bits, per row", "w2g128": "2 bits, group 128", "w2g32": "2 bits, group 32",
-    "w2g64": "2 bits, group 64", "w2row": "2 bits, per row",
-}  # fmt: skip
+    "bf16": "BF16",
+    "w8g128": "8 bits, group 128",
+    "w4g128": "4 bits, group 128",
+    "w4row": "4 bits, per row",
+    "w3g128": "3 bits, group 128",
+    "w3row": "3 bits, per row",
+    "w2g128": "2 bits, group 128",
+    "w2g32": "2 bits, group 32",
+    "w2g64": "2 bits, group 64",
+    "w2row": "2 bits, per row",
+}
 NAMES = {
-    "student": "student BF16", "teacher": "teacher BF16", "teacher-small": "smaller teacher BF16",
-    "teacher-large": "larger teacher BF16", "rtn": "round-to-nearest", "gptq": "GPTQ", "awq": "AWQ",
-    "autoround": "AutoRound", "kl": "plain KL", "grace": "GRACE", "kl+rtn": "BF16 + plain KL, then round-to-nearest",
-    "kl+gptq": "BF16 + plain KL, then GPTQ", "grace+rtn": "BF16 + GRACE, then round-to-nearest",
-    "grace+gptq": "BF16 + GRACE, then GPTQ", "torchao": "torchao QAT", "modelopt": "ModelOpt QAT + plain KL",
-    "grace-calibration": "GRACE on 512 samples, a tenth of the steps", "grace-default": "GRACE at its defaults",
-}  # fmt: skip
+    "student": "student BF16",
+    "teacher": "teacher BF16",
+    "teacher-small": "smaller teacher BF16",
+    "teacher-large": "larger teacher BF16",
+    "rtn": "round-to-nearest",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "autoround": "AutoRound",
+    "kl": "plain KL",
+    "grace": "GRACE",
+    "kl+rtn": "BF16 + plain KL, then round-to-nearest",
+    "kl+gptq": "BF16 + plain KL, then GPTQ",
+    "grace+rtn": "BF16 + GRACE, then round-to-nearest",
+    "grace+gptq": "BF16 + GRACE, then GPTQ",
+    "torchao": "torchao QAT",
+    "modelopt": "ModelOpt QAT + plain KL",
+    "grace-calibration": "GRACE on 512 samples, a tenth of the steps",
+    "grace-default": "GRACE at its defaults",
+}
 ORDER = (
-    "rtn", "gptq", "awq", "autoround", "kl+rtn", "kl+gptq", "grace+rtn", "grace+gptq", "torchao", "modelopt", "ce", "kl",
-    "grace-calibration", "grace-default", "grace",
-)  # fmt: skip
+    "rtn",
+    "gptq",
+    "awq",
+    "autoround",
+    "kl+rtn",
+    "kl+gptq",
+    "grace+rtn",
+    "grace+gptq",
+    "torchao",
+    "modelopt",
+    "ce",
+    "kl",
+    "grace-calibration",
+    "grace-default",
+    "grace",
+)
 PARTS = {
-    "grace-beta": "beta fixed at", "grace-k": "gate sharpness",
+    "grace-beta": "beta fixed at",
+    "grace-k": "gate sharpness",
     "grace-scalerate": "rate of the scales over the weights' (10 by default):",
-    "kl-scalerate": "plain KL, rate of the scales over the weights':", "grace-max": "controller with beta up to",
+    "kl-scalerate": "plain KL, rate of the scales over the weights':",
+    "grace-max": "controller with beta up to",
     "grace-steps": "share of the steps:",
-    "kl-steps": "plain KL, share of the steps:", "ce-steps": "QAT alone, share of the steps:",
-    "grace-rows": "training samples:", "kl-rows": "plain KL, training samples:", "ce-rows": "QAT alone, training samples:",
-}  # fmt: skip
+    "kl-steps": "plain KL, share of the steps:",
+    "ce-steps": "QAT alone, share of the steps:",
+    "grace-rows": "training samples:",
+    "kl-rows": "plain KL, training samples:",
+    "ce-rows": "QAT alone, training samples:",
+}
 CHANGED = {
-    "grace-kl": "plain KL in place of the decoupled divergence", "grace-norelation": "no relation", "grace-nogate": "no gate",
-    "grace-frozen": "scales not learned", "kl-frozen": "plain KL, scales not learned",
-    "grace-scales": "scales and norms alone learned", "relation": "relation alone",
-    "grace-gptq": "weights and scales start at GPTQ's", "grace-awq": "weights and scales start at AWQ's",
-    "grace-unmasked": "clipped weights have a gradient", "grace-floatscales": "scales rounded to bfloat16 at the end alone",
+    "grace-kl": "plain KL in place of the decoupled divergence",
+    "grace-norelation": "no relation",
+    "grace-nogate": "no gate",
+    "grace-frozen": "scales not learned",
+    "kl-frozen": "plain KL, scales not learned",
+    "grace-scales": "scales and norms alone learned",
+    "relation": "relation alone",
+    "grace-gptq": "weights and scales start at GPTQ's",
+    "grace-awq": "weights and scales start at AWQ's",
+    "grace-unmasked": "clipped weights have a gradient",
+    "grace-floatscales": "scales rounded to bfloat16 at the end alone",
     "grace-mixed-damage": "half of the weights a bit more, half a bit fewer, by measured damage",
-    "grace-mixed-error": "the same by the weights' error", "grace-mixed-reverse": "the same, the least damaged with more bits",
-    "grace-teacher-small": "smaller teacher", "grace-teacher-large": "larger teacher",
-    "kl-teacher-small": "plain KL, smaller teacher", "kl-teacher-large": "plain KL, larger teacher",
-    "grace-layer-last": "relation after the last layer", "grace-layers2": "relation after two layers",
-    "grace-layers3": "relation after three layers", "grace-text": "relation on text tokens too",
+    "grace-mixed-error": "the same by the weights' error",
+    "grace-mixed-reverse": "the same, the least damaged with more bits",
+    "grace-teacher-small": "smaller teacher",
+    "grace-teacher-large": "larger teacher",
+    "kl-teacher-small": "plain KL, smaller teacher",
+    "kl-teacher-large": "plain KL, larger teacher",
+    "grace-layer-last": "relation after the last layer",
+    "grace-layers2": "relation after two layers",
+    "grace-layers3": "relation after three layers",
+    "grace-text": "relation on text tokens too",
     "grace-text-alone": "relation on text tokens alone",
-    "grace-minmax": "scales start at the largest weight", "grace": "GRACE",
-}  # fmt: skip
+    "grace-minmax": "scales start at the largest weight",
+    "grace": "GRACE",
+}
 READING = (
     "Differences are paired by seed, on the same questions, with 95 % t-intervals over the seeds that both rows have. An "
     "interval holds other seeds, not other questions, images or teachers; over two seeds it is wide, or narrow by chance. One "
@@ -74,15 +123,18 @@ READING = (
 BLIND = "without the image: each question's most frequent answer in training"
 #: comparisons that no other table has and that docs/results.md cites: the first row minus the second
 FURTHER = (
-    (("w4g128", "grace"), ("bf16", "grace")), (("w2g128", "grace"), ("bf16", "grace")),
+    (("w4g128", "grace"), ("bf16", "grace")),
+    (("w2g128", "grace"), ("bf16", "grace")),
     *(((setting, "grace-default"), (setting, one)) for setting in ("bf16", "w4g128", "w2g128") for one in ("kl", "ce")),
     *((("w2g128", "grace-default"), ("w2g128", one)) for one in ("modelopt", "grace+gptq")),
     *((("w4g128", "grace-calibration"), ("w4g128", one)) for one in ("rtn", "gptq", "awq", "autoround")),
     *((("w2g128", "grace-calibration"), ("w2g128", one)) for one in ("gptq", "autoround")),
     *((("w2g128", one), ("w2g128", "kl")) for one in ("kl-frozen", "modelopt", "kl-teacher-small", "kl-teacher-large")),
-    (("w2g128", "grace-text-alone"), ("w2g128", "grace-norelation")), (("w2g128", "ce"), ("bf16", "ce")),
-    *((("w4g128", one), ("w4g128", "gptq")) for one in ("ce", "kl")), (("w2g128", "ce"), ("w2g128", "gptq")),
-)  # fmt: skip
+    (("w2g128", "grace-text-alone"), ("w2g128", "grace-norelation")),
+    (("w2g128", "ce"), ("bf16", "ce")),
+    *((("w4g128", one), ("w4g128", "gptq")) for one in ("ce", "kl")),
+    (("w2g128", "ce"), ("w2g128", "gptq")),
+)
 Groups = dict[tuple[str, str], Group]
 
 
@@ -269,10 +321,13 @@ def short_table(groups: Groups) -> str:
     differences = [f"GRACE minus it, {bits}, points" for bits in ("4 bits", "2 bits")]
     lines = [f"| | {' | '.join([*shown.values(), *differences])} |", "|---" * (len(shown) + 3) + "|"]
     told = {
-        "rtn": "student, rounded to nearest", "gptq": "student, GPTQ", "ce": "cross-entropy (BF16: fine-tuning, else QAT)",
-        "kl": "plain KL distillation, weight searched", "grace-default": "GRACE at its defaults",
+        "rtn": "student, rounded to nearest",
+        "gptq": "student, GPTQ",
+        "ce": "cross-entropy (BF16: fine-tuning, else QAT)",
+        "kl": "plain KL distillation, weight searched",
+        "grace-default": "GRACE at its defaults",
         "grace": "GRACE, weight searched",
-    }  # fmt: skip
+    }
     if ("pair", "teacher") in groups:
         lines.append(f"| teacher | {_spread(groups['pair', 'teacher'])} |" + " |" * (len(shown) + 1))
     for method, name in told.items():
@@ -324,9 +379,13 @@ def captions_section(groups: Groups, blind: dict[str, Any] | None = None) -> str
         lines.append(f"| teacher | {_spread(groups['pair', 'teacher'])} | | |")
     lines += [f"| {BLIND} | {100 * blind['accuracy']:.2f} | | |"] if blind is not None else []
     told = {
-        "rtn": "student, rounded to nearest", "gptq": "GPTQ", "ce": "cross-entropy (QAT)", "kl": "plain KL",
-        "grace-default": "GRACE at its defaults", "grace": "GRACE",
-    }  # fmt: skip
+        "rtn": "student, rounded to nearest",
+        "gptq": "GPTQ",
+        "ce": "cross-entropy (QAT)",
+        "kl": "plain KL",
+        "grace-default": "GRACE at its defaults",
+        "grace": "GRACE",
+    }
     for method, name in told.items():
         cells = []
         for setting in settings:
@@ -372,9 +431,13 @@ def write_table(store: Store, results: Path, pages: bool, told: tuple[str, ...] 
     told = (*told, *sorted({record["pictures"] + "." for record in records if "pictures" in record}))
     blind = json.loads((results / FILE).read_text()) if (results / FILE).is_file() else None
     head = [
-        "# Accuracy study", "", f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
-        f"{', '.join(revisions)}. {READING}", "", *(line for one in told for line in (one, "")),
-    ]  # fmt: skip
+        "# Accuracy study",
+        "",
+        f"{len(records)} rows, {hours:.1f} process hours on {', '.join(devices)}, revisions "
+        f"{', '.join(revisions)}. {READING}",
+        "",
+        *(line for one in told for line in (one, "")),
+    ]
     parts = [
         *head,
         *main_table(groups, blind),

@@ -67,9 +67,17 @@ def _names(samples: Samples) -> Tensor:
 
 
 def from_scratch(
-    model: Any, draw: Callable[[int], Any], album: Album, text: Text, *, steps: int, rate: float, seed: int,
-    naming_weight: float = NAMING, log: Callable[[str], None] = lambda line: None,
-) -> None:  # fmt: skip
+    model: Any,
+    draw: Callable[[int], Any],
+    album: Album,
+    text: Text,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    naming_weight: float = NAMING,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
     """Train a model by cross-entropy on `draw(step)`, plus a loss that names visual tokens, at a weight that falls to 0.
 
     naming_weight: 0 for samples that are not scenes.
@@ -107,28 +115,30 @@ def from_scratch(
 
 
 def learn(
-    model: Any, teacher: Any, method: Method, setting: str, samples: Asked, album: Album, text: Text, *, order: np.ndarray,
-    rate: float, scales: dict[str, Tensor] | None = None, deep: Tensor | None = None,
-) -> tuple[dict[str, Any], Frozen]:  # fmt: skip
-    """Train the student `model` by a method in a setting and end it as its checkpoint would be; returns what the run said, and
-    codes and scales by layer.
+    model: Any,
+    teacher: Any,
+    method: Method,
+    setting: str,
+    samples: Asked,
+    album: Album,
+    text: Text,
+    *,
+    order: np.ndarray,
+    rate: float,
+    scales: dict[str, Tensor] | None = None,
+    deep: Tensor | None = None,
+) -> tuple[dict[str, Any], Frozen]:
+    """Train the student `model` by a method and freeze it; return the entries of its record, and codes and scales by layer.
 
-    order: row numbers of each step, [steps, B]. scales: where they start, by layer, for a method that starts from another one.
-    deep: the teacher's states, for a method that relates other places. The model ends with `code * scale` in its weights where
-    it was quantized, all parameters in bfloat16 (float16 at 8 bits, whose products bfloat16 does not hold).
+    order: sample numbers of each step, [steps, B]. scales: start values by layer, for a method that starts from another one.
+    deep: the teacher's states, for a method that relates other layers or tokens. The model ends with `code * scale` in its
+    weights where it was quantized, all parameters in bfloat16 (float16 at 8 bits, whose products bfloat16 does not hold).
     """
     device, steps = album.pixels.device, len(order)
-    distill, relational, controller = method.blocks()
     stored = stored_dtype(setting)
     probe, _ = batch_of(samples.take(order[0]), text, album)
     quantized = quantize(model, method, setting, probe, scales)
-    objective = (PlainObjective if method.plain else GraceObjective)(distill, relational, controller)
-    if deep is not None:
-        objective = RelationObjective(distill, relational, controller)
-        objective.layers, objective.kinds, objective.states = method.layers, method.kinds, deep
-    if method.rule is not None:
-        objective = RuleObjective(distill, relational, controller)
-        objective.rule = method.rule
+    objective = _objective(method, deep)
     objective.prepare(model, teacher, vocabulary=VOCABULARY, total_steps=steps, attached=quantized.attached)
     if method.scales_alone:
         for name, parameter in model.named_parameters():
@@ -167,6 +177,20 @@ def learn(
         said["bits"] = quantized.bits
     frozen = objective.finalize(stored)
     return said, frozen if not method.float_scales else _rounded(model, frozen, stored)
+
+
+def _objective(method: Method, deep: Tensor | None) -> Any:
+    """Return the objective of a method; deep: as for `learn`."""
+    blocks = method.blocks()
+    if method.rule is not None:
+        objective: Any = RuleObjective(*blocks)
+        objective.rule = method.rule
+    elif deep is not None:
+        objective = RelationObjective(*blocks)
+        objective.layers, objective.kinds, objective.states = method.layers, method.kinds, deep
+    else:
+        objective = (PlainObjective if method.plain else GraceObjective)(*blocks)
+    return objective
 
 
 def _rounded(model: Any, frozen: Frozen, stored: torch.dtype) -> Frozen:

@@ -163,9 +163,16 @@ class Work:
 
         log: list[str] = []
         from_scratch(
-            model, draw_step, self.albums[part], self.text, steps=steps, rate=rate, seed=row.seed,
-            naming_weight=self.naming_weight, log=log.append,
-        )  # fmt: skip
+            model,
+            draw_step,
+            self.albums[part],
+            self.text,
+            steps=steps,
+            rate=rate,
+            seed=row.seed,
+            naming_weight=self.naming_weight,
+            log=log.append,
+        )
         pair.save(model.cpu(), self.checkpoint(row))
         count = sum(p.numel() for p in model.parameters())
         entries = {"parameters": count, "steps": steps, "rate": rate, "log": log[-1:], "photos": size.photos[part]}
@@ -206,9 +213,18 @@ class Work:
         begun = time.time()
         teacher = self.teacher(method.teacher) if method.taught else None
         said, frozen = learn(
-            model, teacher, method, row.setting, self.samples["student"], self.albums["student"], self.text, order=order,
-            rate=rate, scales=scales, deep=self.deep(method),
-        )  # fmt: skip
+            model,
+            teacher,
+            method,
+            row.setting,
+            self.samples["student"],
+            self.albums["student"],
+            self.text,
+            order=order,
+            rate=rate,
+            scales=scales,
+            deep=self.deep(method),
+        )
         used = {"weight": weight if method.weight == weight else None, "weight_used": method.weight}
         said |= {"rate": rate, **used, "search": search, "steps": steps, "photos": size.photos["student"]}
         said["train_seconds"] = time.time() - begun

@@ -33,9 +33,10 @@ def heads(device: str, dtype: torch.dtype, small: bool) -> dict[str, Any]:
     """The size of the title, and how cost grows with tokens, vocabulary and width."""
     base = SMALL if small else FULL
     scaled = {
-        "tokens": [base["tokens"] // 4, base["tokens"] * (1 if small else 4)], "vocabulary": [base["vocabulary"] // 4],
+        "tokens": [base["tokens"] // 4, base["tokens"] * (1 if small else 4)],
+        "vocabulary": [base["vocabulary"] // 4],
         "student": [base["student"] // 2, base["student"] * 2],
-    }  # fmt: skip
+    }
     found = {"title": {"sizes": base, **head(base, device, dtype)}, "scaling": []}
     for name, values in scaled.items():
         for value in values:
@@ -83,8 +84,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     found = measure(given.parts, device, given.small or device == "cpu")
-    record = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "environment": environment(),
-              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **found}  # fmt: skip
+    record = {
+        "command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]),
+        "environment": environment(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        **found,
+    }
     out = given.out or RESULTS / f"{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")

@@ -40,9 +40,18 @@ class _Case:
     def ours(self, **options: Any) -> tuple[Tensor, ...]:
         options = {"teacher_logsumexp": self.teacher_logsumexp, **options}
         out = distillation_head(
-            self.hidden_s, self.weight_s, None, self.hidden_t, self.weight_t, None, self.targets, self.gate,
-            vocabulary=self.vocabulary, **self.scales, **options,
-        )  # fmt: skip
+            self.hidden_s,
+            self.weight_s,
+            None,
+            self.hidden_t,
+            self.weight_t,
+            None,
+            self.targets,
+            self.gate,
+            vocabulary=self.vocabulary,
+            **self.scales,
+            **options,
+        )
         return out.loss.detach(), *torch.autograd.grad(out.loss, [self.hidden_s, self.weight_s])
 
     @torch.no_grad()

@@ -19,8 +19,12 @@ def _bars(found: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
     if "head" in found:
         title = found["head"]["title"]
         baseline = title["products_ms"]
-        rows = [("ours", "ours_ms"), ("ours, float32 sum", "ours_float32_sum_ms"), ("torch", "torch_ms"),
-                ("Liger-Kernel's fused linear JSD: no CE, no gate", "liger_ms")]  # fmt: skip
+        rows = [
+            ("ours", "ours_ms"),
+            ("ours, float32 sum", "ours_float32_sum_ms"),
+            ("torch", "torch_ms"),
+            ("Liger-Kernel's fused linear JSD: no CE, no gate", "liger_ms"),
+        ]
         groups.append(
             ("heads and losses; baseline: the four products", [(n, title[k], baseline) for n, k in rows if title[k]])
         )

@@ -30,13 +30,21 @@ from grace_plugin.teacher.self_teacher import unquantized
 __all__ = ["memory", "step"]
 
 STUDENT = {
-    "hidden": 2048, "mlp": 6144, "layers": 28, "heads": 16, "tied": True,
+    "hidden": 2048,
+    "mlp": 6144,
+    "layers": 28,
+    "heads": 16,
+    "tied": True,
     "vision": {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "deepstack_visual_indexes": [5, 11, 17]},
-}  # fmt: skip
+}
 TEACHER = {
-    "hidden": 4096, "mlp": 12288, "layers": 36, "heads": 32, "tied": False,
+    "hidden": 4096,
+    "mlp": 12288,
+    "layers": 36,
+    "heads": 32,
+    "tied": False,
     "vision": {"hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "deepstack_visual_indexes": [8, 16, 24]},
-}  # fmt: skip
+}
 VOCABULARY, IMAGE = 151936, 5
 Variant = Callable[[], AbstractContextManager[object]]
 
@@ -53,15 +61,25 @@ def _config(shape: dict[str, Any], shrink: int) -> Qwen3VLConfig:
     heads = min(shrink, 4)
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     text = {
-        "hidden_size": hidden, "intermediate_size": shape["mlp"] // shrink, "head_dim": 128, "rope_parameters": rope,
-        "num_hidden_layers": max(shape["layers"] // shrink, 2), "num_attention_heads": shape["heads"] // heads,
-        "num_key_value_heads": 8 // heads, "vocab_size": VOCABULARY // shrink, "tie_word_embeddings": shape["tied"],
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "intermediate_size": shape["mlp"] // shrink,
+        "head_dim": 128,
+        "rope_parameters": rope,
+        "num_hidden_layers": max(shape["layers"] // shrink, 2),
+        "num_attention_heads": shape["heads"] // heads,
+        "num_key_value_heads": 8 // heads,
+        "vocab_size": VOCABULARY // shrink,
+        "tie_word_embeddings": shape["tied"],
+    }
     return Qwen3VLConfig(
-        text_config=text, vision_config={"out_hidden_size": hidden, "num_heads": 16 // heads, **vision},
-        tie_word_embeddings=shape["tied"], image_token_id=IMAGE, video_token_id=6, vision_start_token_id=7,
+        text_config=text,
+        vision_config={"out_hidden_size": hidden, "num_heads": 16 // heads, **vision},
+        tie_word_embeddings=shape["tied"],
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
         vision_end_token_id=8,
-    )  # fmt: skip
+    )
 
 
 def shaped(shape: dict[str, Any], device: str, dtype: torch.dtype, shrink: int) -> Any:
@@ -84,10 +102,13 @@ def _batch(rows: int, length: int, vocabulary: int, device: str) -> dict[str, to
     labels = torch.full_like(ids, -100)
     labels[:, -length // 4 :] = ids[:, -length // 4 :]
     batch = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).long(),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long(),
         "pixel_values": torch.randn(rows * 2 * side * side, 3 * 2 * 16 * 16),
-        "image_grid_thw": torch.tensor([[1, side, side]] * (2 * rows)), "labels": labels,
-    }  # fmt: skip
+        "image_grid_thw": torch.tensor([[1, side, side]] * (2 * rows)),
+        "labels": labels,
+    }
     return {key: value.to(device) for key, value in batch.items()}
 
 

@@ -45,8 +45,13 @@ PACKAGE = "emoji-datasource-google@16"
 EASY = ("locate", "cell", "list_row", "list_column", "some_of_category", "some_in_line")
 RELATIONS = (
     *("cell", "list_row", "list_column", "some_of_category", "some_in_line", "some_of_category_in_line"),
-    *("beside",) * 4, *("locate",) * 3, *("most",) * 3, *("some_beside",) * 3, *("tally",) * 2, *("tally_in_line",) * 2,
-)  # fmt: skip
+    *("beside",) * 4,
+    *("locate",) * 3,
+    *("most",) * 3,
+    *("some_beside",) * 3,
+    *("tally",) * 2,
+    *("tally_in_line",) * 2,
+)
 LICENCE = (
     "The images in this folder are from the Noto Emoji set, (c) Google, Apache License 2.0, taken from the npm package\n"
     f"{PACKAGE} (images of 64 x 64 pixels) and scaled to 32 x 32.\n"

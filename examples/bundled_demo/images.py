@@ -28,17 +28,35 @@ ASSETS = Path(__file__).parent / "assets"
 
 # name -> code point of its file in emoji-datasource-google
 ANIMALS = {
-    "dog": "1f436", "cat": "1f431", "pig": "1f437", "frog": "1f438", "tiger": "1f42f", "monkey": "1f412", "penguin": "1f427",
+    "dog": "1f436",
+    "cat": "1f431",
+    "pig": "1f437",
+    "frog": "1f438",
+    "tiger": "1f42f",
+    "monkey": "1f412",
+    "penguin": "1f427",
     "fish": "1f41f",
-}  # fmt: skip
+}
 FOODS = {
-    "apple": "1f34e", "banana": "1f34c", "grapes": "1f347", "strawberry": "1f353", "carrot": "1f955", "pizza": "1f355",
-    "bread": "1f35e", "lemon": "1f34b",
-}  # fmt: skip
+    "apple": "1f34e",
+    "banana": "1f34c",
+    "grapes": "1f347",
+    "strawberry": "1f353",
+    "carrot": "1f955",
+    "pizza": "1f355",
+    "bread": "1f35e",
+    "lemon": "1f34b",
+}
 VEHICLES = {
-    "car": "1f697", "bus": "1f68c", "train": "1f68b", "rocket": "1f680", "boat": "26f5", "truck": "1f69a",
-    "tractor": "1f69c", "helicopter": "1f681",
-}  # fmt: skip
+    "car": "1f697",
+    "bus": "1f68c",
+    "train": "1f68b",
+    "rocket": "1f680",
+    "boat": "26f5",
+    "truck": "1f69a",
+    "tractor": "1f69c",
+    "helicopter": "1f681",
+}
 CODE_POINTS = ANIMALS | FOODS | VEHICLES
 NAMES = tuple(CODE_POINTS)
 CATEGORIES = {"animal": frozenset(ANIMALS), "food": frozenset(FOODS), "vehicle": frozenset(VEHICLES)}

@@ -30,8 +30,16 @@ from grace_plugin.upstream import oneshot
 from grace_plugin.vlm import family_of
 
 __all__ = [
-    "ASSETS", "Budget", "fine_tune", "grace", "load_model", "low_bit_groups", "plain_kl", "post_training", "scored_model",
-]  # fmt: skip
+    "ASSETS",
+    "Budget",
+    "fine_tune",
+    "grace",
+    "load_model",
+    "low_bit_groups",
+    "plain_kl",
+    "post_training",
+    "scored_model",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = ASSETS / "teacher", ASSETS / "student"
@@ -56,11 +64,18 @@ class Budget:
 def arguments() -> dict[str, Any]:
     """Return the TrainingArguments of a demo run."""
     return {
-        "max_steps": Budget.steps, "warmup_steps": Budget.warmup_steps, "learning_rate": Budget.learning_rate,
-        "seed": Budget.seed, "per_device_train_batch_size": Budget.batch_size, "data_seed": Budget.seed, "logging_steps": 25,
-        "use_cpu": not torch.cuda.is_available(), "dataloader_num_workers": 0,
-        "adam_beta2": 0.99, "disable_tqdm": True,
-    }  # fmt: skip
+        "max_steps": Budget.steps,
+        "warmup_steps": Budget.warmup_steps,
+        "learning_rate": Budget.learning_rate,
+        "seed": Budget.seed,
+        "per_device_train_batch_size": Budget.batch_size,
+        "data_seed": Budget.seed,
+        "logging_steps": 25,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": 0,
+        "adam_beta2": 0.99,
+        "disable_tqdm": True,
+    }
 
 
 def low_bit_groups(bits: int) -> dict[str, Any]:
@@ -146,9 +161,12 @@ def plain_kl(bits: int, output_dir: Path, callbacks: Sequence[Any] = (), *, shar
     blocks that are switched off, and does not say that KL replaced the decoupled divergence.
     """
     modifier = GraceModifier(
-        targets=["Linear"], config_groups=low_bit_groups(bits), distill={"gate_sharpness": 0.0},
-        relational={"enabled": False}, controller={"enabled": False, "beta_start": 1.0},
-    )  # fmt: skip
+        targets=["Linear"],
+        config_groups=low_bit_groups(bits),
+        distill={"gate_sharpness": 0.0},
+        relational={"enabled": False},
+        controller={"enabled": False, "beta_start": 1.0},
+    )
     modifier.use_objective(PlainObjective)
     return _distilled(modifier, output_dir, callbacks, shared)
 
@@ -158,9 +176,14 @@ def _distilled(modifier: GraceModifier, output_dir: Path, callbacks: Sequence[An
     samples = training_samples(Budget.data_seed, Budget.steps * Budget.batch_size)
     teacher = SharedTeacher(load_to_train(TEACHER, "auto" if multiplies_bfloat16() else torch.float32), shared)
     return train(
-        load_to_train(STUDENT, torch.float32), recipe=modifier, teacher=teacher, dataset=samples, output_dir=output_dir,
-        callbacks=callbacks, **arguments(),
-    )  # fmt: skip
+        load_to_train(STUDENT, torch.float32),
+        recipe=modifier,
+        teacher=teacher,
+        dataset=samples,
+        output_dir=output_dir,
+        callbacks=callbacks,
+        **arguments(),
+    )
 
 
 def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
@@ -169,9 +192,13 @@ def fine_tune(output_dir: Path, callbacks: Sequence[Any] = ()) -> TrainResult:
     modifier = GraceModifier(quantize=False, distill=off, relational=off, controller=off)
     samples = training_samples(Budget.data_seed, Budget.steps * Budget.batch_size)
     return train(
-        load_to_train(STUDENT, torch.float32), recipe=modifier, dataset=samples, output_dir=output_dir, callbacks=callbacks,
+        load_to_train(STUDENT, torch.float32),
+        recipe=modifier,
+        dataset=samples,
+        output_dir=output_dir,
+        callbacks=callbacks,
         **arguments(),
-    )  # fmt: skip
+    )
 
 
 def post_training(method: str, bits: int, output_dir: Path, processor: Any) -> Path:

@@ -53,18 +53,28 @@ def make_processor() -> LlavaProcessor:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex("[?,.!]"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
-        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
         extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
-    )  # fmt: skip
+    )
     square = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
     )
     return LlavaProcessor(
-        images, fast, patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        images,
+        fast,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
 
 
 def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
@@ -72,18 +82,36 @@ def make_config(width: int, layers: int, inner: int, head: int) -> LlavaConfig:
     token = {word: index for index, word in enumerate(SPECIAL)}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            image_size=SIZE, patch_size=CELL, projection_dim=128,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=CELL,
+            projection_dim=128,
         ),
         text_config=LlamaConfig(
-            vocab_size=ROWS, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=width // head, num_key_value_heads=width // head, head_dim=head, max_position_embeddings=512,
-            bos_token_id=token[BOS], eos_token_id=token[EOS], pad_token_id=token[PAD], tie_word_embeddings=False,
+            vocab_size=ROWS,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=width // head,
+            num_key_value_heads=width // head,
+            head_dim=head,
+            max_position_embeddings=512,
+            bos_token_id=token[BOS],
+            eos_token_id=token[EOS],
+            pad_token_id=token[PAD],
+            tie_word_embeddings=False,
             initializer_range=0.04,
         ),
-        image_token_index=token[IMAGE], vision_feature_layer=-2, vision_feature_select_strategy="default",
-        image_seq_length=VISUAL_TOKENS, tie_word_embeddings=False, pad_token_id=token[PAD],
-    )  # fmt: skip
+        image_token_index=token[IMAGE],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=VISUAL_TOKENS,
+        tie_word_embeddings=False,
+        pad_token_id=token[PAD],
+    )
 
 
 def save_model(model: LlavaForConditionalGeneration, folder: Path) -> None:

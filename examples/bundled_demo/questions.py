@@ -206,14 +206,33 @@ def list_column(cells: Sequence[int], rng: np.random.Generator) -> Question:
 TYPES: dict[str, Asker] = {
     asker.__name__: asker
     for asker in (
-        cell, locate, beside, tally, tally_in_line, most, some_in_line, some_beside, some_of_category,
-        some_of_category_in_line, sharing_line, category_beside, another, list_row, list_column,
+        cell,
+        locate,
+        beside,
+        tally,
+        tally_in_line,
+        most,
+        some_in_line,
+        some_beside,
+        some_of_category,
+        some_of_category_in_line,
+        sharing_line,
+        category_beside,
+        another,
+        list_row,
+        list_column,
     )
-}  # fmt: skip
+}
 
 WEIGHTS = {
-    "beside": 2, "locate": 2, "most": 2, "some_beside": 3, "sharing_line": 4, "category_beside": 4, "another": 3,
-}  # fmt: skip
+    "beside": 2,
+    "locate": 2,
+    "most": 2,
+    "some_beside": 3,
+    "sharing_line": 4,
+    "category_beside": 4,
+    "another": 3,
+}
 """How often a type is drawn relative to the others (1): what the decoder must work out comes more often."""
 MIXTURE = tuple(name for name in TYPES for _ in range(WEIGHTS.get(name, 1)))
 

@@ -34,9 +34,13 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo_llava_w4a16.yam
 
 
 def demo(
-    output_dir: Path, *, serve_python: str | None = None, questions: int | None = None, low_bits: Sequence[int] = (2,),
+    output_dir: Path,
+    *,
+    serve_python: str | None = None,
+    questions: int | None = None,
+    low_bits: Sequence[int] = (2,),
     recipe: Path = RECIPE,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run the demo and return its summary (also written to `output_dir/summary.json`).
 
     Args:

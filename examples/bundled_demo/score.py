@@ -48,8 +48,14 @@ def encode_questions(processor: Any, samples: Sequence[dict[str, Any]], batch_si
             for i in picked
         ]
         images = [samples[i]["images"][0] for i in picked]
-        encoded = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt",
-                            add_special_tokens=False)  # fmt: skip
+        encoded = processor(
+            text=prompts,
+            images=images,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
         batches.append(Encoded({k: v for k, v in encoded.items() if isinstance(v, Tensor)}, picked))
     return batches
 

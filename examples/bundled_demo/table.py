@@ -32,9 +32,13 @@ def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds
         correct, asked = sum(result.right), len(result.right)
         low, high = interval(correct, asked)
         methods[name] = {
-            "questions": asked, "correct": correct, "accuracy": correct / asked, "interval": [low, high],
-            "bytes": result.bytes, "seconds": result.seconds,
-        }  # fmt: skip
+            "questions": asked,
+            "correct": correct,
+            "accuracy": correct / asked,
+            "interval": [low, high],
+            "bytes": result.bytes,
+            "seconds": result.seconds,
+        }
     ours = results[OURS]
     paired = {name: list(paired_difference(ours.right, results[name].right)) for name in ORDER if name != OURS}
     base = methods[STUDENT]["accuracy"]
@@ -46,15 +50,24 @@ def summarise(results: dict[str, Result], served: dict[str, Any] | None, seconds
         lost = base - methods[rounded]["accuracy"]
         gained = methods[learned]["accuracy"] - methods[rounded]["accuracy"]
         difference = list(paired_difference(results[learned].right, results[rounded].right))
-        recovered[f"{bits}-bit"] = {"lost": lost, "gained": gained, "share": gained / lost if lost > 0 else None,
-                                    "difference": difference}  # fmt: skip
+        recovered[f"{bits}-bit"] = {
+            "lost": lost,
+            "gained": gained,
+            "share": gained / lost if lost > 0 else None,
+            "difference": difference,
+        }
     summary: dict[str, Any] = {
-        "methods": methods, "paired_differences_of_grace_int4": paired, "low_bits": recovered,
-        "codes_differing": ours.verification["codes_differing"], "verification": ours.verification,
-        "controller": {k: v for h in ours.history for k, v in h.items() if k in ("beta", "tau", "ema", "share_at_bound")},
+        "methods": methods,
+        "paired_differences_of_grace_int4": paired,
+        "low_bits": recovered,
+        "codes_differing": ours.verification["codes_differing"],
+        "verification": ours.verification,
+        "controller": {
+            k: v for h in ours.history for k, v in h.items() if k in ("beta", "tau", "ema", "share_at_bound")
+        },
         "seconds": {**seconds, **{f"{name}: {k}": v for name, r in results.items() for k, v in r.seconds.items()}},
         "environment": environment(),
-    }  # fmt: skip
+    }
     if served is not None:
         summary |= {"vllm_equal": served["equal"], "vllm_asked": served["asked"], "vllm": served}
     return summary
@@ -102,8 +115,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             f"{served['correct']} against {served['correct_transformers']}; started in {served['start_seconds']:.0f} s"
         )
         for one in served["differing"]:
-            console.print(f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
-                          f"margin {one['margin_nats']:.3f} nats")  # fmt: skip
+            console.print(
+                f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
+                f"margin {one['margin_nats']:.3f} nats"
+            )
     else:
         console.print("vLLM: not run (no --serve_python)")
     console.print(f"seconds: {summary['seconds']['total']:.0f} in all")

@@ -131,9 +131,13 @@ def test_scores_are_those_of_generated_answers() -> None:
         prompt = batch["input_ids"][number : number + 1, : at[number]]
         wanted = [i for i in batch["input_ids"][number, at[number] :].tolist() if i != pair.PAD]
         out = model.generate(
-            input_ids=prompt, pixel_values=batch["pixel_values"][number : number + 1], max_new_tokens=len(wanted),
-            do_sample=False, pad_token_id=pair.PAD, eos_token_id=pair.EOS,
-        )  # fmt: skip
+            input_ids=prompt,
+            pixel_values=batch["pixel_values"][number : number + 1],
+            max_new_tokens=len(wanted),
+            do_sample=False,
+            pad_token_id=pair.PAD,
+            eos_token_id=pair.EOS,
+        )
         assert found[number] == (out[0, at[number] :].tolist() == wanted)
 
 

@@ -45,8 +45,12 @@ SHAPES = ("bar", "column", "square", "corner")
 def painted(colour: str, shape: str) -> np.ndarray:
     """RGBA, transparent around the shape."""
     made = np.zeros((48, 48, 4), np.uint8)
-    samples, columns = {"bar": (slice(16, 32), slice(48)), "column": (slice(48), slice(16, 32)), "square": (slice(8, 40),) * 2,
-                     "corner": (slice(24), slice(24))}[shape]  # fmt: skip
+    samples, columns = {
+        "bar": (slice(16, 32), slice(48)),
+        "column": (slice(48), slice(16, 32)),
+        "square": (slice(8, 40),) * 2,
+        "corner": (slice(24), slice(24)),
+    }[shape]
     made[samples, columns] = (*COLOURS[colour], 255)
     return made
 
@@ -98,8 +102,11 @@ def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
     again = load_images(str(tmp_path / "packed.npz"))
     assert (again.pixels == found.pixels).all()
     assert (again.captions, again.folders, again.mirrored, again.told) == (
-        found.captions, found.folders, found.mirrored, found.told,
-    )  # fmt: skip
+        found.captions,
+        found.folders,
+        found.mirrored,
+        found.told,
+    )
     with pytest.raises(ValueError, match="no pictures"):
         load_images("nowhere")
 
@@ -125,8 +132,10 @@ def test_a_batch_is_what_the_processor_makes(images: CaptionedImages) -> None:
         ]
         made = processor(
             images=[Image.fromarray(images.pixels[image[number]])],
-            text=processor.apply_chat_template(turns, tokenize=False), add_special_tokens=False, return_tensors="pt",
-        )  # fmt: skip
+            text=processor.apply_chat_template(turns, tokenize=False),
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
         ids, labels = batch["input_ids"][number], batch["labels"][number]
         assert torch.equal(made["input_ids"][0], ids[ids != pair.PAD])
         assert processor.tokenizer.decode(labels[labels != -100]) == texts[answer[number]] + "</s>"

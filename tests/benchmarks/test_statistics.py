@@ -148,9 +148,12 @@ def record(seed: int, right: list[bool], **more: Any) -> dict[str, Any]:
 def test_collect__records_in_any_order__groups_by_seed_without_search_and_failures() -> None:
     two, nought = [True, False, True, True, False], [False, False, False, True, False]
     records = [
-        record(2, two, held_out={"accuracy": 0.5}), record(0, nought, held_out={"accuracy": 0.25}),
-        record(1, two, part="validation"), {**record(3, two), "failed": "it did"}, record(0, two, method="kl"),
-    ]  # fmt: skip
+        record(2, two, held_out={"accuracy": 0.5}),
+        record(0, nought, held_out={"accuracy": 0.25}),
+        record(1, two, part="validation"),
+        {**record(3, two), "failed": "it did"},
+        record(0, two, method="kl"),
+    ]
     groups = collect(records)
     assert set(groups) == {("w2g128", "grace"), ("w2g128", "kl")}
     found = groups["w2g128", "grace"]
@@ -214,11 +217,19 @@ def test_found__search_rows_on_disk__the_best_of_those_that_did_not_fail(tmp_pat
 @pytest.mark.parametrize(
     ("method", "found", "wanted"),
     [
-        ("grace", 10.0, 10.0), ("grace", None, 3.0), ("grace-default", 10.0, 3.0), ("grace-norelation", 10.0, None),
-        ("kl", None, 1.0), ("kl", 10.0, 10.0), ("modelopt", 3.0, 3.0), ("ce", None, None), ("torchao", None, None),
-        ("relation", 30.0, 30.0), ("grace-beta0.3", 10.0, 10.0),
+        ("grace", 10.0, 10.0),
+        ("grace", None, 3.0),
+        ("grace-default", 10.0, 3.0),
+        ("grace-norelation", 10.0, None),
+        ("kl", None, 1.0),
+        ("kl", 10.0, 10.0),
+        ("modelopt", 3.0, 3.0),
+        ("ce", None, None),
+        ("torchao", None, None),
+        ("relation", 30.0, 30.0),
+        ("grace-beta0.3", 10.0, 10.0),
     ],
-)  # fmt: skip
+)
 def test_weight__method_and_search__what_is_trained_with(
     method: str, found: float | None, wanted: float | None
 ) -> None:
@@ -370,8 +381,10 @@ def test_blind__most_frequent_answer_by_question__ties_to_the_lowest_and_unseen_
 def test_blind__recorded_figure__computed_again() -> None:
     recorded, size = json.loads((RESULTS / FILE).read_text()), SIZES["gpu"]
     photos = np.zeros((50, 32, 32, 3), np.uint8), np.arange(50) % 10  # others than the command's: they do not matter
-    train, test = (draw(seed, count, photos, augment=more) for seed, count, more in (
-        (TRAIN_SEED, size.samples, True), (TEST_SEED, size.test_samples, False)))  # fmt: skip
+    train, test = (
+        draw(seed, count, photos, augment=more)
+        for seed, count, more in ((TRAIN_SEED, size.samples, True), (TEST_SEED, size.test_samples, False))
+    )
     right = answer_blind(train, test)
     assert (answers_of(recorded) == right).all() and recorded["accuracy"] == right.mean()
     assert 0.25 < right.mean() < 0.28

@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAMED = {"BF16 fine-tuned, same steps and data": "BF16 fine-tuned", "**GRACE INT4**": "GRACE INT4",
-         "QAT + plain KL INT4, same teacher, steps and data": "QAT + plain KL INT4"}  # fmt: skip
+NAMED = {
+    "BF16 fine-tuned, same steps and data": "BF16 fine-tuned",
+    "**GRACE INT4**": "GRACE INT4",
+    "QAT + plain KL INT4, same teacher, steps and data": "QAT + plain KL INT4",
+}
 
 
 def test_results_page__table_of_the_demo__figures_of_the_recorded_run() -> None:

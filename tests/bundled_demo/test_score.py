@@ -34,10 +34,17 @@ def speaker(*words: str) -> Any:
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("cat", True), ("dog", True), ("c", False), ("ca", False), ("cat dog", False), ("cats", False), ("", False),
-        ("Cat", False), ("at", False),
+        ("cat", True),
+        ("dog", True),
+        ("c", False),
+        ("ca", False),
+        ("cat dog", False),
+        ("cats", False),
+        ("", False),
+        ("Cat", False),
+        ("at", False),
     ],
-)  # fmt: skip
+)
 def test_is_right__one_of_the_accepted_answers__and_the_whole_of_it(answer: str, right: bool) -> None:
     assert is_right({"accept": ["dog", "cat"]}, answer) is right
 

@@ -13,9 +13,13 @@ from examples.bundled_demo.jobs import Result, jobs_of
 from examples.bundled_demo.table import print_summary, summarise
 
 PROOF: dict[str, Any] = {
-    "codes": 10, "codes_differing": 0, "scales_differing": 0, "weights_differing": 0, "logits_equal": True,
+    "codes": 10,
+    "codes_differing": 0,
+    "scales_differing": 0,
+    "weights_differing": 0,
+    "logits_equal": True,
     "processor_files_changed": [],
-}  # fmt: skip
+}
 
 
 def results(low_bits: tuple[int, ...]) -> dict[str, Result]:
@@ -55,8 +59,10 @@ def test_summary__low_bits__requested_methods_with_figures_of_the_answers(low_bi
 def test_summary__intervals__name_what_grace_leads_and_what_it_does_not() -> None:
     summary = summarise(results(()), None, {"total": 3.0})
     summary["paired_differences_of_grace_int4"] = {
-        "GPTQ INT4": [0.02, 0.01, 0.03], "student BF16": [0.0, -0.01, 0.01], "teacher BF16": [-0.02, -0.03, -0.01],
-    }  # fmt: skip
+        "GPTQ INT4": [0.02, 0.01, 0.03],
+        "student BF16": [0.0, -0.01, 0.01],
+        "teacher BF16": [-0.02, -0.03, -0.01],
+    }
     console = Console(file=io.StringIO(), width=400)
     print_summary(summary, console)
     assert (
