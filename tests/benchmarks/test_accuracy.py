@@ -119,6 +119,7 @@ def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
     assert losses[1] == pytest.approx(float(ce + kl), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_generated_answers() -> None:
     photos, text, model = coloured(60), Text(), small(2).eval()
     rows, album = draw(6, 20, photos, augment=False), Album(photos, CPU)
@@ -163,6 +164,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path: Path) -> None:
     size, store, packed = SIZES["tiny"], Store(tmp_path / "rows"), tmp_path / "photos.npz"
     pack(load(str(folder)), size.photos, packed)

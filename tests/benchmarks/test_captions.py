@@ -193,6 +193,7 @@ def test_the_choice_is_its_mean_over_all_that_can_be_drawn() -> None:
     assert choice_accuracy(alike + np.eye(4), np.arange(4), ~np.eye(4, dtype=bool), 2) == 1.0
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_the_captions_says_and_chooses_them(images: CaptionedImages) -> None:
     text, easel, model = (
         Text(([PROMPT], images.texts)),
@@ -217,6 +218,7 @@ def test_a_model_that_learned_the_captions_says_and_chooses_them(images: Caption
     assert score(model, plain, text, easel).all()
 
 
+@pytest.mark.slow
 def test_a_tiny_pass_gives_a_table(images: CaptionedImages, tmp_path: Path) -> None:
     size, store, folder = CAPTION_SIZES["tiny"], Store(tmp_path / "rows", " --set captions"), tmp_path / "captions"
     pack_images(images, tmp_path / "pictures.npz")

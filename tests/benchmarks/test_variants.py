@@ -73,6 +73,7 @@ def test_a_weight_beyond_the_clip_learns_when_it_is_not_masked() -> None:
     assert torch.equal(free[1][masked[1] != 0], masked[1][masked[1] != 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["damage", "error", "reverse"])
 def test_half_of_the_weights_get_more_bits_the_damaged_first(scene, how: str) -> None:
     rows, text, album, model = scene

@@ -40,6 +40,7 @@ def test_stream_compositions__stream__those_of_its_images() -> None:
     )
 
 
+@pytest.mark.slow
 def test_demo__compositions_of_all_parts__disjoint() -> None:
     samples = Budget.steps * Budget.batch_size
     assert (Budget.data_seed, scenes.heldout_samples(1).seed) == (scenes.TRAINING_SEED, scenes.TEST_SEED)

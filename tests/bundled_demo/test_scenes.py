@@ -80,6 +80,7 @@ def oracle(text: str, cells: np.ndarray) -> set[str]:
     return {" ".join(grid[:, "abc".index(match[1])])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "samples", [scenes.training_samples(7, COUNT), scenes.heldout_samples(COUNT)], ids=["train", "heldout"]
 )
@@ -100,6 +101,7 @@ def test_samples__several_correct_answers__labels_drawn_evenly():
     assert len(samples) > 200 and np.all(np.abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / len(samples)))
 
 
+@pytest.mark.slow
 def test_samples__training_and_test__disjoint_compositions():
     for samples, wanted in ((scenes.training_samples(11, COUNT), False), (scenes.heldout_samples(COUNT), True)):
         assert all(scenes.is_heldout(scene_of(sample).cells) is wanted for sample in samples)

@@ -65,6 +65,7 @@ def test_states__another_value_in_the_batch__computed_again(tmp_path: Path, key:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_train__shared_states__same_checkpoints_as_without(llava: Pair, tmp_path: Path) -> None:
     """Two numbers of bits; in the second the teacher's weights are changed, so that only stored states give the same result."""
     for bits in (4, 2):
@@ -96,6 +97,7 @@ def test_train__passed_teacher_with_another_kind__refused(llava: Pair, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_use_objective__plain_kl__its_loss_is_trained_and_verified(llava: Pair, tmp_path: Path) -> None:
     """The recipe is the same in both runs, so only the divergence can make the codes differ."""
     blocks = {"distill": {"gate_sharpness": 0.0}, "relational": {"enabled": False}, "controller": {"enabled": False}}

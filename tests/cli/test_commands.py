@@ -93,6 +93,7 @@ def test_group__no_command__prints_them_and_status_2() -> None:
     assert "train" in done.stdout and "verify" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify__untouched__status_0(finished: Finished, tmp_path: Path) -> None:
     done = call(str(BIN / "grace"), "verify", str(shutil.copytree(finished.folder, tmp_path / "good")))
     assert done.returncode == 0, done.stderr
@@ -108,6 +109,7 @@ def test_verify__model_card_added__named_in_a_line(finished: Finished, tmp_path:
     assert "not covered by the verification: README.md\n" in done.stderr
 
 
+@pytest.mark.slow
 def test_verify__changed_checkpoint__one_sentence_and_status_1(finished: Finished, tmp_path: Path) -> None:
     changed = shutil.copytree(finished.folder, tmp_path / "changed")
     (changed / "tokenizer_config.json").write_text("{}")
@@ -136,6 +138,7 @@ def written(pair: Pair, folder: Path) -> tuple[Path, Path]:
     return recipe, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "oneshot"])
 def test_train_and_oneshot__dataset_file__verified_checkpoint(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
@@ -163,6 +166,7 @@ def test_train_and_oneshot__dataset_file__verified_checkpoint(
     assert in_process(monkeypatch, "verify", str(tmp_path / "out"), "--source", str(llava.student)) == 0
 
 
+@pytest.mark.slow
 def test_train__streaming__needs_max_steps(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +277,7 @@ def test_settings__of_fields_and_of_switches__text_and_booleans() -> None:
     }
 
 
+@pytest.mark.slow
 def test_train__config_and_set__set_wins(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

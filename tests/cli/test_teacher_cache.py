@@ -15,6 +15,7 @@ def options(pair: Pair, data: Path, out: Path, **other: str) -> list[str]:
     return [part for name, value in given.items() for part in (name, value)]
 
 
+@pytest.mark.slow
 def test_teacher_cache__damaged_file__dropped_and_completed(
     llava: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

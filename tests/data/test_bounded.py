@@ -25,6 +25,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 # Chat templates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])  # with generation marks and without
 def test_chat_template_that_never_ends__refused_in_one_sentence_after_two_seconds(family: str) -> None:
     processor = build(family)[1]
@@ -48,6 +49,7 @@ def test_chat_template_that_writes_gigabytes__refused_in_one_sentence(text: str)
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
+@pytest.mark.slow
 def test_chat_template_that_never_ends_for_some_samples__counted_and_then_not_tried_again() -> None:
     processor = build("llava")[1]
     processor.chat_template = (

@@ -82,6 +82,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_train_and_oneshot__dataset_that_cannot_be_read__is_refused_before_anything_is_written(
     name: str, llava: Pair, tmp_path: Path

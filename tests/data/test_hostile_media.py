@@ -347,6 +347,7 @@ HUGE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGE)
 def test_message__value_of_a_megabyte__below_500_characters(name: str, tmp_path: Path) -> None:
     collator = ConversationCollator(PROCESSORS["qwen3_vl"])

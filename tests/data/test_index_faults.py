@@ -89,6 +89,7 @@ def entries_of(file: Path) -> list[list[Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["shuffled", "doubled", "of another dataset", "no hash", "damaged", "wrong types"])
 def test_index_with_wrong_lines__each_line_used_for_its_own_sample_only(
     path: Path, truth: list[Any], tmp_path: Path, error: str
@@ -131,6 +132,7 @@ def _check(path: Path, file: Path) -> None:
     scan(load_samples(str(path)), COLLATOR, file=file, progress=lambda _done, _total: time.sleep(0.02))
 
 
+@pytest.mark.slow
 def test_two_processes_killed_together__five_times__final_check_is_right(
     path: Path, truth: list[Any], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_collate__pad_token_outside_the_vocabulary__pads_with_an_id_that_both_mo
     assert batch["attention_mask"][0, -1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_train__token_that_a_model_does_not_have__is_refused_before_the_first_step(
     which: str, llava: Pair, tmp_path: Path
@@ -164,6 +165,7 @@ def test_collate__tokenizer_without_a_pad_token__gives_the_batch_of_one_with_it(
             assert torch.equal(found[key], value)
 
 
+@pytest.mark.slow
 def test_train__pixtral_without_a_pad_token__ends_in_a_checkpoint(pair_of: Any, tmp_path: Path) -> None:
     pair = pair_of("pixtral")
     processor = build("pixtral")[1]

@@ -21,6 +21,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("mutants"))
 
 
+@pytest.mark.slow
 def test_mutated_samples__3_000_of_them__each_used_or_counted(shop: Workshop) -> None:
     outcomes = dict(run(range(3000), shop))
     assert [f"{number}: {outcome}" for number, outcome in outcomes.items() if outcome.startswith("FAULT")] == []

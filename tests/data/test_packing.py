@@ -26,6 +26,7 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKING)
 def test_packing__loss_and_gradient__those_of_padded_samples(name: str) -> None:
     """CE, distillation and relation of six samples with two, one and no images; only the order of sums differs."""
@@ -52,6 +53,7 @@ def test_packing__loss_and_gradient__those_of_padded_samples(name: str) -> None:
     assert compared > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", EVERY)
 def test_packing__family_packs__agrees_with_its_model(name: str, attention: str) -> None:
@@ -108,6 +110,7 @@ def test_packing__videos__keep_their_tokens() -> None:
     torch.testing.assert_close(logits(model, packed)[0], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_train__packing__equal_to_the_padded_run(llava: Pair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
     padded = run(llava, tmp_path / "padded", mixed_samples(8), **options)
@@ -125,6 +128,7 @@ def test_packing__family_with_several_positions__refused(pair_of: Any, tmp_path:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_packing__teacher_cannot_pack__refused(llava: Pair, tmp_path: Path) -> None:
     class Other(type(REGISTRY["llava"])):  # type: ignore[misc]
         model_type = "other"

@@ -39,6 +39,7 @@ def talk(images: int, system: bool) -> dict[str, Any]:
     return {"messages": first + messages, "images": [sample["images"][0] for sample in make_samples(images, seed=2)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -54,6 +54,7 @@ def read(kind: str, rank: int, ranks: int, workers: int) -> list[str]:
     return [found["messages"][1]["content"][0]["text"] for found in loader]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("kind", STREAMS)

@@ -202,6 +202,7 @@ print(prepare(make_samples(2), collator).report["usable"])
 """
 
 
+@pytest.mark.slow
 def test_video__no_pyav__run_stops_and_says_how_to_install_it(tmp_path: Path) -> None:
     """In a process whose `av` cannot be imported."""
     path, cache = written(tmp_path), tmp_path / "cache"

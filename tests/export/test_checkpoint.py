@@ -131,6 +131,7 @@ def test_verify__changed_logits_same_environment__found(copy: Path) -> None:
     assert failed(copy) == ["logits_equal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify__run_of_text_alone__verified_on_an_image_too(family: str, pair_of: Any, tmp_path: Path) -> None:
     result = run(pair_of(family), tmp_path / "out", make_samples(4, images=0), max_steps=1)
@@ -146,6 +147,7 @@ def test_verify__run_of_text_alone__verified_on_an_image_too(family: str, pair_o
     assert failed(result.checkpoint) == ["logits_equal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", {"text_config": "eager", "vision_config": "sdpa"}])
 def test_verify__attention_of_the_run__used_for_the_logits(llava: Pair, tmp_path: Path, attention: Any) -> None:
     student = loaded(llava)
@@ -223,6 +225,7 @@ def test_probe_logits__no_labels__last_positions() -> None:
         assert torch.equal(found, model.eval()(**batch).logits[0, -POSITIONS:])
 
 
+@pytest.mark.slow
 def test_run__twice__same_bytes(finished: Finished, tmp_path: Path) -> None:
     """Also: a saved recipe run again, with the teacher's path that it does not publish, gives the same run."""
     again = run(
@@ -260,6 +263,7 @@ def test_checkpoint__codes__differ_from_rounding_to_nearest(finished: Finished) 
     assert not torch.equal(scale, largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoint__loaded_by_transformers__no_missing_or_unexpected_keys(
     family: str, pair_of: Any, tmp_path: Path
@@ -278,6 +282,7 @@ def test_checkpoint__loaded_by_transformers__no_missing_or_unexpected_keys(
     AutoProcessor.from_pretrained(result.checkpoint)
 
 
+@pytest.mark.slow
 def test_save__proof_fails__nothing_is_left(finished: Finished, tmp_path: Path) -> None:
     """A student whose save path is broken: one packed code of the file is changed before it is verified."""
     student = AutoModelForImageTextToText.from_pretrained(finished.pair.student, dtype=torch.float32)

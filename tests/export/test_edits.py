@@ -28,6 +28,7 @@ def copy(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path_factory.mktemp("edits") / "copy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_of", ["same", "other"])
 def test_verify__edited_bytes_and_fields__all_found(
     copy: Path, threads_of: str, request: pytest.FixtureRequest
@@ -250,6 +251,7 @@ def test_verify__read_only_folder__verified_without_a_file(finished: Finished, t
         subprocess.run(["umount", "-l", str(place)], check=True)  # weights may still be mapped
 
 
+@pytest.mark.slow
 def test_verify__processor_saved_afterwards__named_as_not_proven(llava: Pair, tmp_path: Path) -> None:
     """Somebody who calls the model's own `save_pretrained` may save a processor of their own into the folder."""
     student, out = loaded(llava), tmp_path / "out"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import grace_plugin
 from tests.pairs import pair, run
 
 
+@pytest.mark.slow
 def test_run__mixture_of_experts__stored_one_by_one_and_verified(tmp_path: Path) -> None:
     done = run(pair("qwen3_vl_moe", tmp_path), tmp_path / "out")
     found = grace_plugin.verify(done.checkpoint)

@@ -64,6 +64,7 @@ def kinds_found(folder: Path, wanted: dict[str, set[bytes]]) -> set[str]:
     return {kind for kind, some in wanted.items() if any(piece in content for piece in some for content in contents)}
 
 
+@pytest.mark.slow
 def test_checkpoint__every_file__holds_no_training_data(finished: Finished, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(finished.folder)
     wanted = traces(finished.dataset, processor)
@@ -94,6 +95,7 @@ def test_make_probe__synthetic__same_each_time_and_finite(family: str) -> None:
     assert probe_logits(model, text.batch).isfinite().all()
 
 
+@pytest.mark.slow
 def test_make_probe__given_samples__verified_on(llava: Pair, tmp_path: Path) -> None:
     own = make_samples(1, seed=77)
     result = run(llava, tmp_path / "out", probe=own, max_steps=1)
@@ -104,6 +106,7 @@ def test_make_probe__given_samples__verified_on(llava: Pair, tmp_path: Path) -> 
     assert grace_plugin.verify(result.checkpoint)["logits_equal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("probe", "message"),
     [
@@ -131,6 +134,7 @@ def test_make_probe__no_processor__token_ids_and_a_warning(
     assert "verified on seeded token ids without an image, pass processor=" in caplog.text
 
 
+@pytest.mark.slow
 def test_session__first_batch_of_nan__saved_and_verified(llava: Pair, tmp_path: Path) -> None:
     """The step is skipped, and the probe is no training batch, so the final check has finite logits."""
     processor = AutoProcessor.from_pretrained(llava.student)
@@ -156,6 +160,7 @@ def test_session__first_batch_of_nan__saved_and_verified(llava: Pair, tmp_path: 
     assert all(value.float().isfinite().all() for value in kept.values())
 
 
+@pytest.mark.slow
 def test_save__weights_not_finite__named_and_nothing_written(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava).train()
     batch = ConversationCollator(AutoProcessor.from_pretrained(llava.student))(make_samples(1))

@@ -42,6 +42,7 @@ def student(llava: Pair, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llava.student, tmp_path / "student"))
 
 
+@pytest.mark.slow
 def test_run__student_with_foreign_files__known_files_saved(
     llava: Pair, student: Path, tmp_path: Path, umask: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +85,7 @@ def test_run__student_with_foreign_files__known_files_saved(
     assert grace_plugin.verify(out, source=student)["verified"]
 
 
+@pytest.mark.slow
 def test_run__record_paths__local_paths_kept(llava: Pair, tmp_path: Path) -> None:
     out = run(llava, tmp_path / "out", max_steps=1, record_paths=True).checkpoint
     record = json.loads((out / RECORD).read_text())
@@ -100,6 +102,7 @@ def changed_processor(pair: Pair, *, side: int = 56) -> Any:
     return processor
 
 
+@pytest.mark.slow
 def test_run__given_processor__saved_and_proven(llava: Pair, tmp_path: Path) -> None:
     processor = changed_processor(llava, side=64)
     assert processor.chat_template != AutoProcessor.from_pretrained(llava.student).chat_template
@@ -120,6 +123,7 @@ def test_run__given_processor__saved_and_proven(llava: Pair, tmp_path: Path) -> 
         grace_plugin.verify(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["upstream", "ours", "session"])
 def test_entry_points__given_processor__saved(llava: Pair, tmp_path: Path, entry: str) -> None:
     processor, out = changed_processor(llava), tmp_path / "out"
@@ -176,6 +180,7 @@ def test_plan_processor__changed_tokenizer_alone__image_processor_kept(llava: Pa
     assert planned.files["processor_config.json"] == (llava.student / "processor_config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_plan_processor__tokens_beyond_the_embedding__refused_by_name(llava: Pair, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.tokenizer.add_tokens(["<box>", "</box>"])

@@ -103,6 +103,7 @@ def test_micro_batch__videos__nothing_read(family: str) -> None:
     assert item.visual.index.is_meta and len(item.visual.sizes) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", THREE)
 def test_window_and_losses__on_meta__nothing_read(family: str) -> None:
     made = set_on("meta", family)
@@ -128,6 +129,7 @@ def test_micro_batch__three_threads__one_used(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_begin_step__host_batches_given__same_numbers() -> None:
     losses, records = [], []
     for copied in (False, True):

@@ -8,6 +8,7 @@ from tests.objective.parts import Set
 from tests.pairs import mixed_samples
 
 
+@pytest.mark.slow
 def test_cross_entropy__softcap__of_capped_logits() -> None:
     made = Set("gemma3")
     batch = made.collate(mixed_samples(4))

@@ -124,6 +124,7 @@ def test_relational_term__images_of_one_token__skipped_and_counted() -> None:
     assert record.samples_without_images == 0
 
 
+@pytest.mark.slow
 def test_quantizer__micro_batches_and_checkpointing__once_per_step() -> None:
     made = Set(quantized=True)
     (attached,) = made.attached

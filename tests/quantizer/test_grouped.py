@@ -409,6 +409,7 @@ def test_backward__bfloat16_model__float32_scale_gradients():
     assert torch.equal(result.scales["up"], start_scales(model.up.weight, QuantFormat(4, 16)))
 
 
+@pytest.mark.slow
 def test_ddp__attached_model__trains_scales(tmp_path):
     model, _ = attached(seed=6)
     plain, _ = attached(seed=6)

@@ -76,6 +76,7 @@ def test_lora__value__equals_dequantized_code_of_sum(dtype):
         assert torch.equal(merged(weight, lora_a, lora_b, scaling=SCALING), total)
 
 
+@pytest.mark.slow
 def test_lora__several_blocks__one_weight():
     weight, lora_a, lora_b, theta = draw(rows=2100, columns=2048)
     torch.testing.assert_close(

@@ -151,6 +151,7 @@ def test_hidden_error__against_hidden_states_of_both_models__equal(
     assert found[:2] == pytest.approx((error / reference).sqrt().tolist(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_compare__larger_batches_with_padding__only_rounding_differs(
     llava: Pair, int4: Path, report: dict[str, Any]
 ) -> None:
@@ -160,6 +161,7 @@ def test_compare__larger_batches_with_padding__only_rounding_differs(
         assert (one["name"], one["output_error"]) == (other["name"], pytest.approx(other["output_error"], rel=0.005))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "error"), [(lambda s: s.mul_(2.0), 1.0), (lambda s: s.zero_(), 1.0)], ids=["doubled", "zero"]
 )
@@ -174,6 +176,7 @@ def test_compare__one_edited_layer__ranks_first(
     assert found["decoder_layers"][0]["hidden_error"] < 0.3 < found["decoder_layers"][1]["hidden_error"]
 
 
+@pytest.mark.slow
 def test_compare__one_edited_embedding__the_sample_that_reads_it_ranks_first(int4: Path, tmp_path: Path) -> None:
     """Two INT4 checkpoints that differ in the embedding of one letter, which one sample holds."""
     tokenizer = AutoProcessor.from_pretrained(int4).tokenizer
@@ -191,6 +194,7 @@ def test_compare__one_edited_embedding__the_sample_that_reads_it_ranks_first(int
     assert found["a"]["quantized"]
 
 
+@pytest.mark.slow
 def test_compare__types_and_accepted_answers__counted_by_sample(
     llava: Pair, int4: Path, report: dict[str, Any]
 ) -> None:
@@ -217,6 +221,7 @@ def test_compare__checkpoint_of_a_run__read(finished: Finished) -> None:
     assert all(one["output_error"] > 0 for one in found["layers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "smolvlm", "gemma3", "qwen3_vl_moe"])
 def test_compare__other_families__all_layers_measured(pair_of: Any, tmp_path: Path, family: str) -> None:
     student = pair_of(family).student
@@ -230,6 +235,7 @@ def test_compare__other_families__all_layers_measured(pair_of: Any, tmp_path: Pa
     assert all(0.02 < one["output_error"] < 0.4 for one in used)
 
 
+@pytest.mark.slow
 def test_compare__twice__the_same_bytes(llava: Pair, int4: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         compare_checkpoints(llava.student, int4, asked(), output_dir=tmp_path / name, limit=3)

@@ -69,6 +69,7 @@ def checked(path: Path) -> Checker:
     return found
 
 
+@pytest.mark.slow
 def test_comparison_page__hostile_sample__escaped_and_self_contained(llava: Pair, int4: Path, tmp_path: Path) -> None:
     sample = make_samples(1, seed=31)[0]
     sample |= {"id": HOSTILE, "type": HOSTILE, "accept": [HOSTILE]}

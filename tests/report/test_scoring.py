@@ -59,6 +59,7 @@ def test_answer_start__several_supervised_spans__the_last_one(labels: list[int],
     assert answer_start(torch.tensor(labels)) == start
 
 
+@pytest.mark.slow
 def test_answers__two_models__each_its_own_whole_answer_by_sample() -> None:
     collator = ConversationCollator(build("llava", seed=1)[1])
     given = [

@@ -227,6 +227,7 @@ def plain(llava: Pair, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (run(llava, tmp_path_factory.mktemp("plain") / "out").checkpoint / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_train__options_without_influence__same_bits(llava: Pair, tmp_path: Path, plain: bytes) -> None:
     options: dict[str, Any] = {
         "full_determinism": True, "torch_empty_cache_steps": 1, "include_num_input_tokens_seen": "non_padding",
@@ -241,6 +242,7 @@ def test_train__options_without_influence__same_bits(llava: Pair, tmp_path: Path
     assert len(list((tmp_path / "out.run").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_train__neftune__no_hook_left(llava: Pair, tmp_path: Path, plain: bytes) -> None:
     class Fail(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -256,6 +258,7 @@ def test_train__neftune__no_hook_left(llava: Pair, tmp_path: Path, plain: bytes)
     assert structure(student) == before
 
 
+@pytest.mark.slow
 def test_train__use_cache_in_config__as_before(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     student.config.use_cache = True

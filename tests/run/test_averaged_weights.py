@@ -63,6 +63,7 @@ def session(llava: Pair) -> Any:
         yield running, student, ConversationCollator(processor)
 
 
+@pytest.mark.slow
 def test_trainer__optimizer_with_an_eval_state__average_saved_in_state_and_checkpoint(
     session: Any, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_trainer__optimizer_with_an_eval_state__average_saved_in_state_and_check
     assert torch.equal(dict(saved.named_parameters())[NAME], weight.bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passed", [True, False])
 def test_session_save__optimizer_with_an_eval_state__set_to_it_where_passed(
     session: Any, tmp_path: Path, passed: bool

@@ -67,6 +67,7 @@ class Count(TrainerCallback):
         self.steps += 1
 
 
+@pytest.mark.slow
 def test_resume__ended_inside_an_epoch__trains_nothing_and_saves_the_same(
     llava: Pair, whole: Path, ended: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_resume__ended_inside_an_epoch__trains_nothing_and_saves_the_same(
     assert [log["step"] for log in result.history][-1:] == [3] or not result.history
 
 
+@pytest.mark.slow
 def test_resume__ended_with_an_epoch__saves_the_same(llava: Pair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}  # 4 samples by 2: one epoch
     first = run(llava, tmp_path / "out", **options)
@@ -86,6 +88,7 @@ def test_resume__ended_with_an_epoch__saves_the_same(llava: Pair, tmp_path: Path
     assert differing(tmp_path / "kept", tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_export__ended_run__the_same_files_without_data_and_teacher(
     llava: Pair, whole: Path, ended: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +98,7 @@ def test_export__ended_run__the_same_files_without_data_and_teacher(
     assert len(resume.states(ended.with_name("out.run"))) == 2  # asked for by save_strategy, so they stay
 
 
+@pytest.mark.slow
 def test_export__teacher_is_gone__still_exports(llava: Pair, tmp_path: Path) -> None:
     teacher = shutil.copytree(llava.teacher, tmp_path / "teacher")
     first = run(llava, tmp_path / "out", recipe=recipe_text(teacher), **STEPS)
@@ -104,6 +108,7 @@ def test_export__teacher_is_gone__still_exports(llava: Pair, tmp_path: Path) -> 
     assert differing(tmp_path / "kept", tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_export__processor_and_probe_were_passed__the_same_files(llava: Pair, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     processor.chat_template = processor.chat_template + " "
@@ -140,6 +145,7 @@ class Spoil(TrainerCallback):
         self.place.write_text("in the way")
 
 
+@pytest.mark.slow
 def test_default_run__final_save_fails__end_state_kept_and_exported(
     llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +163,7 @@ def test_default_run__final_save_fails__end_state_kept_and_exported(
     assert resume.states(tmp_path / "out.run") == []
 
 
+@pytest.mark.slow
 def test_default_run__by_the_clock__newest_state_alone_is_kept(llava: Pair, tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
@@ -170,6 +177,7 @@ def test_default_run__by_the_clock__newest_state_alone_is_kept(llava: Pair, tmp_
     assert not list((tmp_path / "none.run").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_save_strategy_no__given__no_state_is_written(
     llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,6 +202,7 @@ class Send(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_signal__in_a_step__state_kept_and_resumed_run_has_the_same_bits(
     llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, raised: type[BaseException]
@@ -213,6 +222,7 @@ def test_signal__in_a_step__state_kept_and_resumed_run_has_the_same_bits(
     assert differing(whole, tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_signal__not_asked_for__left_to_the_caller(llava: Pair, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
     try:

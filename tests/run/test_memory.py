@@ -31,6 +31,7 @@ run(Pair("llava", sys.argv[3] + "/no_student", sys.argv[3] + "/no_teacher"), sys
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", LIBRARIES)
 def test_optim__library_missing__named_before_a_model_is_loaded(optim: str, tmp_path: Path) -> None:
     line = [sys.executable, "-c", WITHOUT, LIBRARIES[optim], optim, str(tmp_path)]
@@ -72,6 +73,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair("llava", tmp_path_factory.mktemp("wide"), student={"hidden": 512, "layers": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", LIBRARIES)
 def test_optim__8_bit__scales_keep_group_and_float32_states(optim: str, wide: Pair, tmp_path: Path) -> None:
     pytest.importorskip(LIBRARIES[optim])
@@ -113,6 +115,7 @@ def test_checkpointing_options__without_checkpointing__refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "scales", "lora"])
 def test_train__checkpointing_and_offloading__same_bits(method: str, llava: Pair, tmp_path: Path) -> None:
     recipe = recipe_text(llava.teacher, training={"method": method})
@@ -128,6 +131,7 @@ def test_train__checkpointing_and_offloading__same_bits(method: str, llava: Pair
     assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
 
 
+@pytest.mark.slow
 def test_checkpointing__frozen_vision_tower__no_gradient(llava: Pair, tmp_path: Path) -> None:
     """transformers' checkpointing asks for gradients of every embedding, the frozen tower's too."""
     seen: list[bool] = []

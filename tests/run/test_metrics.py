@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from grace_plugin.run.metrics import METRICS, MetricsFile
 from tests.conftest import Finished
 from tests.pairs import Pair, run
@@ -21,6 +23,7 @@ def test_metrics_file__finished_run__is_trainers_log(finished: Finished) -> None
     assert [entry["step"] for entry in entries(folder) if "loss_ce" in entry] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_metrics_file__resumed_run__later_lines_dropped(llava: Pair, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     run(llava, tmp_path / "a", **options)

@@ -56,6 +56,7 @@ def test_train__own_checkpoint_as_student__names_its_source(finished: Finished, 
     refused(made, tmp_path / "o", "the student is quantized with compressed-tensors", model=loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_train__weights_that_are_not_finite__named_before_a_step(llava: Pair, tmp_path: Path, value: float) -> None:
     broken = shutil.copytree(llava.student, tmp_path / "broken")
@@ -128,6 +129,7 @@ def states(folder: Path, kind: str = "resident", dtype: str = "float32") -> Any:
     return ask(teacher, ConversationCollator(load_processor(str(folder)))(mixed_samples(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["int4", "fp8"])
 def test_open_teacher__quantized_weights__dense_and_alike_for_every_kind(
     quantized: dict[str, Path], method: str
@@ -151,6 +153,7 @@ def test_open_teacher__own_checkpoint__computes_with_the_saved_codes(finished: F
         assert type(model.get_submodule(name)._parameters) is dict, "a trainer moves it, so it is held plainly"
 
 
+@pytest.mark.slow
 def test_open_teacher__nf4_offloaded__computes_with_the_dequantized_weights(quantized: dict[str, Path]) -> None:
     dense = AutoModelForImageTextToText.from_pretrained(quantized["nf4"], dtype="auto").dequantize().float()
     processor = load_processor(str(quantized["nf4"]))
@@ -171,6 +174,7 @@ def test_open_teacher__quantized_model_passed__refused_where_it_cannot_be_stream
     assert same(ask(teacher, batch), states(finished.folder, dtype="auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resident", "offload", "cached"])
 def test_train__int4_teacher__every_kind_ends_verified(
     quantized: dict[str, Path], llava: Pair, tmp_path: Path, kind: str
@@ -186,6 +190,7 @@ def test_train__int4_teacher__every_kind_ends_verified(
     assert done.verification["verified"]
 
 
+@pytest.mark.slow
 def test_train__nf4_teacher_resident__ends_verified(quantized: dict[str, Path], llava: Pair, tmp_path: Path) -> None:
     block = {"model": str(quantized["nf4"])}
     assert run(llava, tmp_path / "out", recipe=recipe_text(None, teacher=block), max_steps=1).verification["verified"]
@@ -226,6 +231,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair("llava", tmp_path_factory.mktemp("shallow"), student={"layers": 1}, teacher={"layers": 1})
 
 
+@pytest.mark.slow
 def test_train__one_layer_without_relation__ends_verified(shallow: Pair, tmp_path: Path) -> None:
     recipe = recipe_text(shallow.teacher, relational=OFF)
     assert run(shallow, tmp_path / "a", recipe=recipe, max_steps=1).verification["verified"]
@@ -282,6 +288,7 @@ def test_upstreams_oneshot__another_quantization_modifier__refused_before_a_step
         grace_plugin.oneshot(llava.student, recipe=recipe, dataset=make_samples(4), output_dir=tmp_path / "o" / "out")
 
 
+@pytest.mark.slow
 def test_train__constant_pruning_alongside__zeros_stay_and_verify(llava: Pair, tmp_path: Path) -> None:
     sparse, layer = shutil.copytree(llava.student, tmp_path / "sparse"), "model.layers.0.mlp.gate_proj.weight"
     weights = load_file(sparse / "model.safetensors")

@@ -37,6 +37,7 @@ def loader(pair: Pair, **change: Any) -> DataLoader:
     return DataLoader(make_samples(8, seed=41), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_upstream_oneshot__grace_pipeline__verified_checkpoint(llava: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     upstream_oneshot(
@@ -75,6 +76,7 @@ def burning(pair: Pair) -> DataLoader:
     return DataLoader(batches.dataset, batch_size=2, collate_fn=collate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["ours", "upstream"])
 def test_upstream_oneshot__failure__model_given_back(llava: Pair, tmp_path: Path, entry: str) -> None:
     student = loaded(llava)
@@ -112,6 +114,7 @@ def test_upstream_oneshot__output_dir_not_empty__refused_before_training(llava: 
     assert all(torch.equal(p, start[n]) for n, p in student.named_parameters())
 
 
+@pytest.mark.slow
 def test_upstream_oneshot__empty_output_dir__verified(llava: Pair, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     upstream_run(llava, tmp_path / "out")
@@ -149,6 +152,7 @@ def full_disk(folder: Path) -> None:
     raise OSError("no space left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
 def test_upstream_oneshot__save_broken__nothing_left(
     llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
@@ -161,6 +165,7 @@ def test_upstream_oneshot__save_broken__nothing_left(
     assert grace_plugin.verify(tmp_path / "again")["verified"]
 
 
+@pytest.mark.slow
 def test_save_pretrained__save_compressed_false__refused(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     grace_plugin.oneshot(
@@ -177,6 +182,7 @@ def fail_inside(student: Any, recipe: str) -> None:
         raise ValueError("mine")
 
 
+@pytest.mark.slow
 def test_session__error_or_no_save__model_given_back(llava: Pair) -> None:
     student = loaded(llava)
     before = structure(student)
@@ -232,6 +238,7 @@ def test_upstream_oneshot__no_data__refused(llava: Pair, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_oneshot__samples__verified_and_processor_copied(llava: Pair, tmp_path: Path) -> None:
     """8 samples by 2 are 4 batches, two windows an epoch; half an epoch is one step."""
     result = grace_plugin.oneshot(
@@ -246,6 +253,7 @@ def test_oneshot__samples__verified_and_processor_copied(llava: Pair, tmp_path: 
     assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
 
 
+@pytest.mark.slow
 def test_oneshot__optim_in_recipe__used(llava: Pair, tmp_path: Path) -> None:
     """Adafactor (8 bytes a parameter instead of 16) and AdamW move the same student to different codes; both verify."""
     found = {}
@@ -265,6 +273,7 @@ def test_oneshot__output_dir_not_empty__refused_before_loading(llava: Pair, tmp_
         grace_plugin.oneshot("/no/where", recipe=recipe_text(None), dataset=make_samples(1), output_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_session__own_loop__verified_checkpoint(llava: Pair, tmp_path: Path) -> None:
     student = AutoModelForImageTextToText.from_pretrained(llava.student, dtype=torch.float32)
     collator = ConversationCollator(AutoProcessor.from_pretrained(llava.student))
@@ -304,6 +313,7 @@ def one_step(grace: Any, student: Any, pair: Pair) -> None:
     grace.objective.end_step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "error"), [(wrong_code, VerificationError), (full_disk, OSError)])
 def test_session_save__after_a_failure__can_be_repeated(
     llava: Pair, tmp_path: Path, fault: Any, error: type[Exception]
@@ -326,6 +336,7 @@ def test_session_save__after_a_failure__can_be_repeated(
     assert json.loads((tmp_path / "out/grace/record.json").read_text())["run"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_session_save__weights_changed_behind_torch__refused_and_named(llava: Pair, tmp_path: Path) -> None:
     """A write through .data is counted by nothing: the next forward pass multiplies by what was kept."""
     student = loaded(llava)

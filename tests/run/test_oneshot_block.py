@@ -66,6 +66,7 @@ def weights_norm(step: Step) -> float:
     return sum(norm**2 for norm in step.norms[:-1]) ** 0.5
 
 
+@pytest.mark.slow
 def test_oneshot_block__rate_schedule_decay_clip__used(llava: Pair) -> None:
     seen, _ = go(llava)
     assert [step.rates[0] for step in seen] == pytest.approx([0.0, 1e-3, 2e-3, 1e-3])
@@ -74,6 +75,7 @@ def test_oneshot_block__rate_schedule_decay_clip__used(llava: Pair) -> None:
     assert [weights_norm(step) for step in seen] == pytest.approx([0.01] * 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_oneshot_block__other_values__other_weights(llava: Pair) -> None:
     seen, _ = go(llava, learning_rate=5.0e-4, scheduler="constant", weight_decay=0.0, max_grad_norm=0.02)
     assert [step.rates[0] for step in seen] == pytest.approx([5e-4] * 4)
@@ -81,6 +83,7 @@ def test_oneshot_block__other_values__other_weights(llava: Pair) -> None:
     assert [weights_norm(step) for step in seen] == pytest.approx([0.02] * 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_oneshot_block__seed__alone_decides_the_order(llava: Pair) -> None:
     ends = []
     for seed, before in ((0, 1), (0, 2), (1, 2)):

@@ -41,6 +41,7 @@ def asked(pair: Pair, out: Path, dataset: Any, **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_counted_and_left_out(llava: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = asked(llava, tmp_path / "out", load_samples(written(tmp_path, 7)), max_bad_samples=0.1)
     assert done.verification["verified"]

@@ -81,6 +81,7 @@ def test_side_output__first_failure__ends_it(capsys: pytest.CaptureFixture[str],
         SideOutput("x").write(lambda: 1 / 0)
 
 
+@pytest.mark.slow
 @needs_full
 def test_metrics__full_disk__run_continues(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out.run"
@@ -107,6 +108,7 @@ def test_metrics_file__folder_removed__ends_at_the_first_failure(tmp_path: Path)
     assert not (tmp_path / "a" / METRICS).exists()
 
 
+@pytest.mark.slow
 def test_kept_streams__output_closed__exit_status_kept() -> None:
     """The interpreter's flush at its end would otherwise make it 120."""
     script = "import sys; from grace_plugin.run.outputs import kept_streams\nwith kept_streams(): print('x' * 99)\nsys.exit(3)"

@@ -24,6 +24,7 @@ def said() -> Iterator[list[str]]:
     registry.logger.remove(sink)
 
 
+@pytest.mark.slow
 def test_oneshot__grace_pipeline__no_advice_to_train_without_data(llava: Pair, tmp_path: Path, said: list[str]) -> None:
     recipe = recipe_text(llava.teacher, oneshot={"epochs": 1.0, "learning_rate": 1e-3})
     options = {"num_calibration_samples": 2, "batch_size": 2, "output_dir": tmp_path / "out"}

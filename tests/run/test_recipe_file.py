@@ -36,6 +36,7 @@ def inside(**fields: Any) -> str:
     return yaml.safe_dump({"s_stage": {"s_modifiers": {"GraceModifier": {"scheme": "W4A16", **fields}}}})
 
 
+@pytest.mark.slow
 def test_recipe_from__mutated_recipes__read_or_refused_in_our_words() -> None:
     outcomes: dict[str, int] = {}
     for number in range(COUNT):
@@ -262,6 +263,7 @@ def test_check_patterns__slow_pattern__ended_and_named(llava: Pair, key: str) ->
     assert time.perf_counter() - start < 3.0
 
 
+@pytest.mark.slow
 def test_initialize__slow_pattern__refused_before_the_teacher_is_loaded(llava: Pair) -> None:
     from tests.test_modifier import start as begin
     from tests.test_modifier import student_of

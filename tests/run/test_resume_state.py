@@ -148,6 +148,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_train__torn_newest_state__resumes_from_the_older_with_the_same_bits(
     llava: Pair, whole: Path, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +201,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     subprocess.run(["umount", place], capture_output=True)
 
 
+@pytest.mark.slow
 def test_train__disk_full_at_a_resume_state__older_state_kept_and_training_goes_on(
     llava: Pair, whole: Path, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,6 +258,7 @@ def test_train__ends_in_an_error__reserved_space_given_back(llava: Pair, tmp_pat
     assert not (tmp_path / "out.run" / "checkpoint.reserved").exists()
 
 
+@pytest.mark.slow
 def test_train__states_will_not_fit__refused_before_the_first_step(
     llava: Pair, whole: Path, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,6 +284,7 @@ def test_train__checkpoint_will_not_fit_next_to_the_states__refused_before_the_f
         run(llava, disk / "out", **STEPS)
 
 
+@pytest.mark.slow
 def test_train__disk_refuses_a_file_of_a_state__partial_removed_and_older_state_kept(
     llava: Pair, small_disk: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

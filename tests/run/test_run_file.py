@@ -67,6 +67,7 @@ def test_run_file__after_a_run__has_all_inputs(llava: Pair, first: Path) -> None
     assert content["environment"]["processes"] == 1 and content["environment"]["torch"]
 
 
+@pytest.mark.slow
 def test_train_from__same_inputs__same_bits(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_train_from__same_inputs__same_bits(
     assert "verified checkpoint: again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_from__argument_given__replaces_the_recorded(first: Path, tmp_path: Path) -> None:
     result = grace_plugin.train_from(first / "out.run", output_dir=tmp_path / "out", max_steps=1, seed=4)
     assert json.loads((result.checkpoint / "grace/record.json").read_text())["run"]["steps"] == 1
@@ -144,6 +146,7 @@ def test_train_from__file_without_paths__asks_for_them(
         grace_plugin.train_from("run.yaml", output_dir="out", teacher=llava.teacher, model=llava.student)
 
 
+@pytest.mark.slow
 def test_train_from__python_objects__have_to_be_given_again(llava: Pair, tmp_path: Path) -> None:
     held = make_samples(4)
     result = run(llava, tmp_path / "a", held, model=loaded(llava), max_steps=1)

@@ -42,6 +42,7 @@ def resumed(pair: Pair, out: Path, dataset: Any = None, **options: Any) -> Any:
     return run(pair, out, DATA if dataset is None else dataset, resume_from_checkpoint=True, **(STEPS | options))
 
 
+@pytest.mark.slow
 def test_resume__other_arguments_and_samples__each_named_with_both_values(llava: Pair, started: Path) -> None:
     recipe = recipe_text(llava.teacher, relational={"weight": 2.0})
     with pytest.raises(ValueError, match="checkpoint-1 was started with other values") as raised:
@@ -61,12 +62,14 @@ def test_resume__other_arguments_and_samples__each_named_with_both_values(llava:
     assert not started.exists()
 
 
+@pytest.mark.slow
 def test_resume__another_student_of_the_same_shape__refused(llava: Pair, started: Path, tmp_path: Path) -> None:
     save(*build("llava", seed=5), tmp_path / "other")
     with pytest.raises(ValueError, match=r"other values.*: student.files: [0-9a-f]{12} -> [0-9a-f]{12}\. Resume with"):
         resumed(llava, started, model=str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_resume__another_optimizer_or_length__never_allowed(llava: Pair, started: Path) -> None:
     with pytest.raises(
         ValueError, match=r'optim: "adamw_torch_fused" -> "sgd" \(never: its states are another optimizer'
@@ -76,6 +79,7 @@ def test_resume__another_optimizer_or_length__never_allowed(llava: Pair, started
         resumed(llava, started, max_steps=4)
 
 
+@pytest.mark.slow
 def test_resume__allowed_rate__used_from_the_next_step_on_and_said(
     llava: Pair, started: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,6 +27,7 @@ class Watch(TrainerCallback):
         self.counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or held) for held in (False, True)]
 
 
+@pytest.mark.slow
 def test_summary__run__shape_and_throughput_once(
     llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +58,7 @@ def test_summary__run__shape_and_throughput_once(
     assert found["peak_memory_bytes"] > 10**8
 
 
+@pytest.mark.slow
 def test_header_line__loader_of_upstream__its_batch(llava: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     processor = AutoProcessor.from_pretrained(llava.student)
     loader = DataLoader(make_samples(4), batch_size=2, collate_fn=ConversationCollator(processor))  # type: ignore[arg-type]
@@ -65,6 +67,7 @@ def test_header_line__loader_of_upstream__its_batch(llava: Pair, capsys: pytest.
     assert ", micro-batch 2 x accumulation 1 = global batch 2, 2 steps, 1.00 epochs of 4 samples; " in said[0]
 
 
+@pytest.mark.slow
 def test_header__with_a_progress_bar__has_a_line_of_its_own(llava: Pair, tmp_path: Path) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -75,6 +78,7 @@ def test_header__with_a_progress_bar__has_a_line_of_its_own(llava: Pair, tmp_pat
     assert said.getvalue().index(header) < said.getvalue().index("0/1 [")
 
 
+@pytest.mark.slow
 def test_say__log_level_warning__silent(llava: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(llava, tmp_path / "out", max_steps=1, log_level="warning")
     assert "GRACE:" not in capsys.readouterr().out

@@ -48,6 +48,7 @@ class Watch(TrainerCallback):
         self.last = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_optimizer__scales__own_group_rate_and_clip_norm(llava: Pair, tmp_path: Path) -> None:
     watch = Watch()
     run(
@@ -86,6 +87,7 @@ def test_logs__every_step__all_quantities(finished: Finished) -> None:
     assert logs[0]["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lifecycle_events__accumulation__once_per_optimizer_step_in_order(llava: Pair, tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -112,6 +114,7 @@ def infinite(pair: Pair) -> Any:
     return processor
 
 
+@pytest.mark.slow
 def test_train__loss_not_finite__nothing_moves_and_run_ends(llava: Pair, tmp_path: Path) -> None:
     watch = Watch()
     recipe = recipe_text(llava.teacher, training={"max_nonfinite_steps": 2})
@@ -129,6 +132,7 @@ def test_train__loss_not_finite__nothing_moves_and_run_ends(llava: Pair, tmp_pat
     assert not (tmp_path / "o/out").exists() and not (tmp_path / "o/.out.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_train__gradient_not_finite__step_skipped(llava: Pair, tmp_path: Path, max_grad_norm: float) -> None:
     class Blow(Watch):
@@ -143,6 +147,7 @@ def test_train__gradient_not_finite__step_skipped(llava: Pair, tmp_path: Path, m
     assert all(torch.equal(watch.first[name], watch.last[name]) for name in watch.last)
 
 
+@pytest.mark.slow
 def test_train__incomplete_last_window__own_step(llava: Pair, tmp_path: Path) -> None:
     """5 samples by 2 are 3 batches, two windows an epoch; two epochs are 4 steps and 4 controller updates."""
     result = run(
@@ -155,6 +160,7 @@ def test_train__incomplete_last_window__own_step(llava: Pair, tmp_path: Path) ->
     assert (state["steps"], state["controller"]["step"], state["total_steps"]) == (4, 4, 4)
 
 
+@pytest.mark.slow
 def test_train__dataset_without_length__max_steps_needed(llava: Pair, tmp_path: Path) -> None:
     def generate() -> Any:
         yield from make_samples(4, seed=2)
@@ -175,6 +181,7 @@ class Fail(TrainerCallback):
         raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the disk is on fire")])
 def test_train__failure__model_given_back(llava: Pair, tmp_path: Path, error: BaseException) -> None:
     student = loaded(llava)
@@ -188,6 +195,7 @@ def test_train__failure__model_given_back(llava: Pair, tmp_path: Path, error: Ba
     assert run(llava, tmp_path / "again", model=student).verification["verified"]
 
 
+@pytest.mark.slow
 def test_train__model_of_an_earlier_run__refused(llava: Pair, tmp_path: Path) -> None:
     """Upstream's save packs the weights of the model in memory and leaves a hook that unpacks them once."""
     student = loaded(llava)
@@ -215,6 +223,7 @@ class Sequence:
         return self.held[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [6, 3])
 def test_train__stream_ends_inside_a_window__as_samples_of_known_length(
     llava: Pair, tmp_path: Path, count: int
@@ -250,6 +259,7 @@ def test_train__stream_ends_inside_a_window__as_samples_of_known_length(
     assert left.read_bytes() == right.read_bytes()
 
 
+@pytest.mark.slow
 def test_train__resumed__same_bytes(llava: Pair, tmp_path: Path) -> None:
     """From a folder given by name; the whole story stands in integration/test_resume.py."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -266,6 +276,7 @@ def test_train__resumed__same_bytes(llava: Pair, tmp_path: Path) -> None:
         run(llava, tmp_path / "a", **options)
 
 
+@pytest.mark.slow
 def test_train__quantize_false__bf16_student(llava: Pair, tmp_path: Path) -> None:
     result = run(
         llava, tmp_path / "out", recipe=recipe_text(llava.teacher, scheme=None, quantize=False), warmup_steps=0
@@ -281,6 +292,7 @@ def test_train__quantize_false__bf16_student(llava: Pair, tmp_path: Path) -> Non
     assert "clip_share" not in result.history[0]
 
 
+@pytest.mark.slow
 def test_train__two_formats__both_saved(llava: Pair, tmp_path: Path) -> None:
     four = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -297,6 +309,7 @@ def test_train__two_formats__both_saved(llava: Pair, tmp_path: Path) -> None:
     assert layer.self_attn.q_proj.weight_scale.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_train__loaded_teacher__named_in_the_recipe(llava: Pair, tmp_path: Path) -> None:
     teacher = AutoModelForImageTextToText.from_pretrained(llava.teacher, dtype=torch.float32)
     result = run(llava, tmp_path / "out", recipe=recipe_text(None), teacher=teacher, max_steps=1)
@@ -305,6 +318,7 @@ def test_train__loaded_teacher__named_in_the_recipe(llava: Pair, tmp_path: Path)
     assert grace_plugin.verify(by_path.checkpoint)["verified"]
 
 
+@pytest.mark.slow
 def test_train__mixed_precision__no_autocast_left_on_the_model(llava: Pair, tmp_path: Path) -> None:
     student = loaded(llava)
     during = []

@@ -55,6 +55,7 @@ def test_build_cache__predicted_size__exact(pair_of: Any, tmp_path: Path, family
     assert done.bytes < on_disk <= done.bytes + 1024 * 8
 
 
+@pytest.mark.slow
 def test_build_cache__learned_newlines__size_is_upper_bound(pair_of: Any, tmp_path: Path) -> None:
     done = build(pair_of("llava_next"), tmp_path / "cache", make_samples(2))
     assert done.at_most
@@ -67,6 +68,7 @@ def test_build_cache__equal_samples__run_once(llava: Pair, tmp_path: Path) -> No
     assert build(llava, tmp_path / "cache", dataset).samples == 2
 
 
+@pytest.mark.slow
 def test_build_cache__stopped__continues(llava: Pair, tmp_path: Path) -> None:
     dataset, folder = mixed_samples(8), tmp_path / "cache"
     with pytest.raises(StopError):
@@ -89,6 +91,7 @@ def test_build_cache__stopped__continues(llava: Pair, tmp_path: Path) -> None:
     assert (nothing.bytes, nothing.tokens, nothing.stored) == (0, 0, 8)
 
 
+@pytest.mark.slow
 def test_build_cache__longer_dataset__samples_added(llava: Pair, tmp_path: Path) -> None:
     build(llava, tmp_path / "cache", make_samples(2))
     more = build(llava, tmp_path / "cache", make_samples(4), visual=False)
@@ -107,6 +110,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_build_cache__damaged_file__named_and_written_again(llava: Pair, tmp_path: Path, damage: Any) -> None:
     dataset, folder = mixed_samples(6), tmp_path / "cache"
@@ -127,6 +131,7 @@ def test_build_cache__damaged_file__named_and_written_again(llava: Pair, tmp_pat
     open_store(asked(llava, folder), visual=True)
 
 
+@pytest.mark.slow
 def test_build_cache__bad_input__refused_before_loading(llava: Pair, tmp_path: Path) -> None:
     folder, dataset = tmp_path / "cache", make_samples(2)
 
@@ -148,6 +153,7 @@ def test_build_cache__bad_input__refused_before_loading(llava: Pair, tmp_path: P
         check_disk(folder, CachePlan(1, 0, 2**70, 2**70, False, 1))
 
 
+@pytest.mark.slow
 def test_build_cache__folder_of_other_states__left_alone(llava: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     build(llava, folder, make_samples(1), visual=False)
@@ -194,6 +200,7 @@ def test_build_cache__teacher_without_head__refused(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_build_cache__dataset_and_workers__all_samples(llava: Pair, tmp_path: Path) -> None:
     pictures = []
     for number, sample in enumerate(make_samples(3)):

@@ -70,6 +70,7 @@ def apart(resident: ResidentTeacher, batch: dict[str, Any], left: Any, right: An
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_teacher__states__those_of_the_resident_teacher(pair_of: Any, cache_of: Any, family: str) -> None:
     """A sample run alone: the same bits. Samples padded together: the resident teacher's own float32 rounding lies between."""
@@ -85,6 +86,7 @@ def test_cached_teacher__states__those_of_the_resident_teacher(pair_of: Any, cac
     cached.to(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_cached_teacher__same_batch__same_bits(llava: Pair, tmp_path: Path) -> None:
     """Build and batch put the longest sample first, so both pad and order alike."""
     dataset = sorted(mixed_samples(4), key=lambda sample: -len(collator_of(llava)([sample])["input_ids"][0]))
@@ -95,6 +97,7 @@ def test_cached_teacher__same_batch__same_bits(llava: Pair, tmp_path: Path) -> N
     assert same(ask(resident, batch), ask(cached, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_cached_teacher__images_and_videos__in_the_batch_order(pair_of: Any, tmp_path: Path, family: str) -> None:
     """A batch lists its images before its videos, whatever their order in the samples."""
@@ -114,6 +117,7 @@ def test_cached_teacher__images_and_videos__in_the_batch_order(pair_of: Any, tmp
     assert (visual - left.visual).abs().max() > 0.1, "the order of the samples is another than the batch's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_cached_teacher__loss_and_gradients__same_bits_as_resident(pair_of: Any, cache_of: Any, family: str) -> None:
     resident, cached = both(pair_of(family), cache_of(family))
@@ -135,6 +139,7 @@ def test_cached_teacher__loss_and_gradients__same_bits_as_resident(pair_of: Any,
     assert found[0][2].gdkd > 0 and found[0][2].rcka > 0
 
 
+@pytest.mark.slow
 def test_train__cached_teacher__same_bytes_as_resident(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
     resident = run(llava, tmp_path / "a", ROWS, **options)
@@ -144,6 +149,7 @@ def test_train__cached_teacher__same_bytes_as_resident(llava: Pair, cache_of: An
     assert "kind: cached" in (cached.checkpoint / "recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_oneshot_and_session__cached_teacher__same_result(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = cache_of("llava")
     done = grace_plugin.oneshot(
@@ -162,6 +168,7 @@ def test_oneshot_and_session__cached_teacher__same_result(llava: Pair, cache_of:
         assert grace.objective.reduce_metrics().gdkd > 0
 
 
+@pytest.mark.slow
 def test_evaluation__batches_with_keys__accepted(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     student = AutoModelForImageTextToText.from_pretrained(llava.student)
     arguments = TrainingArguments(
@@ -183,6 +190,7 @@ def test_evaluation__batches_with_keys__accepted(llava: Pair, cache_of: Any, tmp
     assert found[0] == found[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_train__cached_teacher__only_the_head_file_read(tmp_path: Path, family: str) -> None:
     """One tensor a file, and every file but the head's is gone; Qwen2.5-VL's head is its embedding."""
@@ -221,6 +229,7 @@ def refused(
     assert not (folder.parent / "out").exists() and not (folder.parent / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_train__cache_that_does_not_fit__refused_before_loading(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
     refused(llava, tmp_path / "none", r"no teacher cache at .*none; write it with `grace teacher cache RECIPE --model")
@@ -247,6 +256,7 @@ def test_train__cache_that_does_not_fit__refused_before_loading(llava: Pair, cac
     run(llava, tmp_path / "fine", ROWS, recipe=cached_recipe(llava, tmp_path / "text", relational={"enabled": False}))
 
 
+@pytest.mark.slow
 def test_check_cached_samples__missing_sample__named(llava: Pair, cache_of: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cache_of("llava"), tmp_path / "cache"))
     new = {**make_samples(1, seed=50)[0], "id": "new-one"}

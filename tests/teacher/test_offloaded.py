@@ -31,6 +31,7 @@ def test_offloaded_teacher__states_and_head__those_of_the_resident_teacher(famil
         offloaded.to(torch.device("meta"))
 
 
+@pytest.mark.slow
 def test_train__offloaded_teacher__same_bytes_as_resident(llava: Pair, tmp_path: Path) -> None:
     block: dict[str, Any] = {"model": str(llava.teacher), "dtype": "float32"}
     left = run(llava, tmp_path / "a", recipe=recipe_text(None, teacher=block))
