@@ -40,7 +40,7 @@ def held(path: Path) -> Iterator[None]:
         OSError: the folder cannot be made or written.
         NotImplementedError: its file system knows no locks.
     """
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0)  # not waited for: the holder may run for days
     try:
         lock.acquire()
     except Timeout:

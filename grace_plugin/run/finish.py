@@ -87,6 +87,7 @@ def save_finished(trainer: GraceTrainer, session: GraceSession, output_dir: str 
     """
     keeper = trainer.states
     if keeper.automatic:
+        # before session.save, which freezes the weights: a state written after it would hold codes times scales
         keeper.save(ended=True, weights_only=True)
     try:
         verification = session.save(output_dir)

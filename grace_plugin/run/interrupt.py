@@ -89,6 +89,7 @@ class ResumeCallback(TrainerCallback):
         now = time.monotonic()
         if self.received and now - self._at < _ONE_REQUEST:
             return
+        # no print and no save here: a handler runs between two bytecodes, maybe inside a write to the same stream
         if self.received:
             before = self._before[number]
             if number == signal.SIGINT and callable(before):

@@ -220,7 +220,9 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `run.yaml` completely or not at all; a disk error is a warning and does not end the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{RUN_FILE}"
+        partial = (
+            folder / f".{RUN_FILE}"
+        )  # and a rename: a kill must not leave half a file, which no run can be repeated from
         partial.write_text(run_text(content), encoding="utf-8")
         partial.replace(folder / RUN_FILE)
     except OSError as error:

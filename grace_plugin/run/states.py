@@ -7,11 +7,12 @@ free, and training continues.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ class ResumeStates:
             kept = max(0, math.ceil(args.num_train_epochs) - 1) if args.max_steps < 1 else 0
         full = ""
         if args.process_index == 0:
-            release_space(self.folder)  # a killed run may have left it
+            release_space(self.folder)  # of a run that was killed
             there = len(states(self.folder)) if self.folder.is_dir() else 0
             shared = nearest_folder(self.folder).stat().st_dev == nearest_folder(Path(output_dir)).stat().st_dev
             checkpoint = checkpoint_bytes(self.trainer.model) if shared and not self.automatic else 0
@@ -225,30 +226,26 @@ class ResumeStates:
         partial = final.with_name(f"{final.name}.partial")
         needed = self._size(weights_only)
 
-        def write() -> str:
-            """Write this rank's part; rank 0 has made the folder in `begin`, and all ranks have waited for it."""
-            return self._tried(lambda: self._write(partial, weights_only), needed) if not problem else problem
+        def begin() -> None:
+            if writer:
+                remove_leftovers(self.folder)
+                if disk_is_full(self.folder, needed):
+                    release_space(self.folder)
+                if disk_is_full(self.folder, needed):
+                    raise OSError(errno.ENOSPC, "no space for a resume state")
+                partial.mkdir(parents=True, exist_ok=True)
 
-        def begin() -> str:
-            if not writer:
-                return ""
-            remove_leftovers(self.folder)
-            full = disk_is_full(self.folder, needed)
-            if full and release_space(self.folder):
-                full = disk_is_full(self.folder, needed)
-            return full or self._tried(lambda: partial.mkdir(parents=True, exist_ok=True), needed)
-
-        def end() -> str:
-            facts = {"max_steps": trainer.state.max_steps, "ended": ended, "automatic": self.automatic}
-            return (
-                self._tried(lambda: publish(partial, final, step=step, **facts), needed)
-                if writer and not problem
-                else problem
-            )
+        def end() -> None:
+            if writer:
+                facts = {"max_steps": trainer.state.max_steps, "ended": ended, "automatic": self.automatic}
+                publish(partial, final, step=step, **facts)
 
         problem = ""
-        for part in (begin, write, end):
-            problem = self._agreed(part)
+        # all ranks wait after each part: the others write into the folder that rank 0 makes, and rank 0 hashes what they wrote
+        for part in (begin, lambda: self._write(partial, weights_only), end):
+            problem = problem or self._agreed(
+                part, needed
+            )  # a problem of one rank is one on all, so none is left waiting
         if problem:
             if writer:
                 remove_leftovers(self.folder)
@@ -270,7 +267,7 @@ class ResumeStates:
             self._tried(lambda: rotate(self.folder, final, 1 if self.automatic else limit, best), 0)
         return final
 
-    def _tried(self, work: Any, needed: int) -> str:
+    def _tried(self, work: Callable[[], Any], needed: int) -> str:
         """Do `work`; an error of the disk is returned as a sentence part, any other is raised."""
         try:
             work()
@@ -281,10 +278,10 @@ class ResumeStates:
             return disk_is_full(self.folder, needed) or f"the disk refused it ({said}); free {needed / 1e6:,.1f} MB"
         return ""
 
-    def _agreed(self, part: Any) -> str:
-        """Return what stopped a part on any rank, "" where nothing did; collective and unconditional."""
+    def _agreed(self, work: Callable[[], Any], needed: int) -> str:
+        """Do `work` on every rank; return what stopped it on any, "" where nothing did; collective."""
         device = self.trainer.args.device
-        problem = run_on_all_ranks(part, device)
+        problem = run_on_all_ranks(lambda: self._tried(work, needed), device)
         if not (dist.is_available() and dist.is_initialized()):
             return problem
         any_problem = torch.tensor(float(bool(problem)), device=device)
@@ -297,6 +294,7 @@ class ResumeStates:
         if trainer.args.should_save:
             trainer._save(str(folder))
         if not weights_only:
+            # private methods: Trainer's own _save_checkpoint writes into the final folder, where a kill leaves a torn state
             trainer._save_optimizer_and_scheduler(str(folder))
             trainer._save_scaler(str(folder))
             trainer._save_rng_state(str(folder))
