@@ -19,19 +19,6 @@ from grace_plugin.losses import fused_head_triton
 from grace_plugin.losses.distill import add_decoupled_gradient, decoupled_terms
 from grace_plugin.losses.fused_head_rows_triton import Product
 
-__all__ = [
-    "Gradients",
-    "Head",
-    "HeadSettings",
-    "TeacherSide",
-    "capped",
-    "cut",
-    "defers_target_rows",
-    "eager_chunks",
-    "fused_chunks",
-    "positions_per_chunk",
-]
-
 
 class Head(NamedTuple):
     """A head cut to the common vocabulary, in the type its hidden states are multiplied in."""

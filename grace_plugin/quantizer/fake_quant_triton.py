@@ -21,20 +21,6 @@ from torch import Tensor
 from grace_plugin.quantizer.format import QuantFormat
 from grace_plugin.quantizer.scales import scale_limits
 
-__all__ = [
-    "ALIGNED",
-    "Kernel",
-    "backward",
-    "backward_tile",
-    "divides",
-    "forward",
-    "forward_tile",
-    "scales",
-    "stored_type",
-    "tile_of",
-    "usable",
-]
-
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
