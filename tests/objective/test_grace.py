@@ -129,8 +129,8 @@ def test_step__no_supervised_token__no_loss_and_no_controller_update(llava: Set)
 def test_gradient__micro_batch_without_labels__equals_that_of_the_others(llava: Set) -> None:
     given, mute = llava.collate(make_samples(2, images=0)), llava.collate(make_samples(2, seed=9, images=0))
     mute["labels"].fill_(-100)
-    alone, beside = llava.gradients(given), llava.gradients(given, mute)
-    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+    alone, together = llava.gradients(given), llava.gradients(given, mute)
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 def test_omega__short_run__warms_up_over_five_percent() -> None:

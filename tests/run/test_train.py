@@ -261,7 +261,7 @@ def test_train__stream_ends_inside_a_window__as_samples_of_known_length(
 
 @pytest.mark.slow
 def test_train__resumed__same_bytes(llava: Pair, tmp_path: Path) -> None:
-    """From a folder given by name; the whole story stands in integration/test_resume.py."""
+    """From a folder given by name; the whole behaviour is tested in integration/test_resume.py."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     whole = run(llava, tmp_path / "a", **options)
     first = str(tmp_path / "a.run" / "checkpoint-1")
