@@ -47,7 +47,10 @@ TESTS = [
     "tests/bundled_demo/test_score.py",
     "tests/bundled_demo/test_disjoint.py",
 ]
-LEFT_OUT = "not recorded and not page and not the_demo and not tiny_pass and not margins and not greedy and not learned"
+LEFT_OUT = (
+    "not recorded and not page and not demo__compositions and not study__tiny and not margins and not greedy "
+    "and not trained_model"
+)
 CONFIGURATION = f"""
 [tool.mutmut]
 source_paths = ["grace_plugin", "benchmarks", "examples"]

@@ -1,4 +1,4 @@
-"""The accuracy study: right questions, a kept teacher that is the teacher, plain KL as it says, rows that resume."""
+"""Test the accuracy study: questions and answers, the kept teacher, plain KL, and rows that resume."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def expected(question: str, cells: list[str], grid: int) -> str:
     return "yes" if words[3] in (cells[number * grid :][:grid] if line == "row" else cells[number::grid]) else "no"
 
 
-def test_every_question_has_its_answer() -> None:
+def test_draw__every_type__answer_of_the_scene() -> None:
     rows = draw(3, 2000, coloured(500), augment=False)
     for number in range(len(rows)):
         grid = int(rows.grid[number])
@@ -65,7 +65,7 @@ def test_every_question_has_its_answer() -> None:
     assert 0.4 < yes.mean() < 0.6
 
 
-def test_scenes_show_the_photographs_in_their_cells() -> None:
+def test_compose__cells__their_photographs() -> None:
     photos = coloured(100)
     rows = draw(4, 50, photos, augment=False)
     pixels = compose(Album(photos, CPU), rows)
@@ -80,7 +80,7 @@ def test_scenes_show_the_photographs_in_their_cells() -> None:
     assert asked[3]["messages"][0]["content"][1]["text"] == QUESTIONS[rows.question[3]]
 
 
-def test_the_processor_gives_the_ids_of_the_study() -> None:
+def test_sequences__processor__same_ids() -> None:
     text, processor = Text(), pair.processor()
     for question, answer in ((0, 3), (12, 29), (150, 27)):
         turns = [
@@ -96,7 +96,7 @@ def small(seed: int) -> pair.LlavaForConditionalGeneration:
     return pair.build(pair.Shape(128, 2, 128), seed)
 
 
-def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
+def test_kept_teacher__states_and_plain_kl__those_of_the_teacher() -> None:
     photos, text = coloured(60), Text()
     rows, album = draw(5, 12, photos, augment=True), Album(photos, CPU)
     student, teacher, numbers = small(0), small(1).eval(), np.array([7, 2, 11])
@@ -120,7 +120,7 @@ def test_kept_states_and_plain_divergence_are_the_teachers() -> None:
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_generated_answers() -> None:
+def test_score__generated_answers__same() -> None:
     photos, text, model = coloured(60), Text(), small(2).eval()
     rows, album = draw(6, 20, photos, augment=False), Album(photos, CPU)
     for parameter in model.model.vision_tower.parameters():  # an answer that does not depend on the image
@@ -142,7 +142,7 @@ def test_scores_are_those_of_generated_answers() -> None:
         assert found[number] == (out[0, at[number] :].tolist() == wanted)
 
 
-def test_names_of_rows_are_read_and_refused() -> None:
+def test_row_parse__names__read_or_refused() -> None:
     for group_name in ("main", "post", "ablation"):
         for row in (*group_of_rows(group_name, SIZES["gpu"]), Row("bf16", "kl", 0, 6e-4)):
             assert Row.parse(row.name) == row
@@ -165,7 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_tiny_study_runs_resumes_and_shows_what_failed(folder: Path, tmp_path: Path) -> None:
+def test_study__tiny__runs_resumes_and_lists_failures(folder: Path, tmp_path: Path) -> None:
     size, store, packed = SIZES["tiny"], Store(tmp_path / "rows"), tmp_path / "photos.npz"
     pack(load(str(folder)), size.photos, packed)
     arguments = (size, store, tmp_path, str(packed))

@@ -1,4 +1,4 @@
-"""The study's second data set: what a caption is, what is held out, views, the held-out choice, a whole tiny pass."""
+"""Test the study's second data set: captions, the held-out split, views, the held-out choice, and a tiny study."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
     return load_images(str(folder))
 
 
-def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
+def test_load_images__folder__captions_read_and_omissions_counted(tmp_path: Path) -> None:
     assert caption_of("\ufeff A  “Fuji”\tapple. \r\nfr.utf8=Une pomme.") == "A “Fuji” apple."
     assert caption_of("fr.utf8=Une pomme.") == caption_of("\nA late line.") == caption_of("") == ""
     wide, white = np.zeros((20, 40, 4), np.uint8), np.full((8, 8, 4), 255, np.uint8)
@@ -111,7 +111,7 @@ def test_captions_are_read_and_what_has_none_is_counted(tmp_path: Path) -> None:
         load_images("nowhere")
 
 
-def test_known_and_held_out_pictures_have_no_caption_in_common() -> None:
+def test_split__captions__disjoint() -> None:
     captions = [f"{'The letter' if number % 3 else 'THE LETTER'} {number % 97}." for number in range(400)]
     parts = split(captions)
     known, held_out = ({captions[number].casefold() for number in part} for part in parts)
@@ -119,7 +119,7 @@ def test_known_and_held_out_pictures_have_no_caption_in_common() -> None:
     assert not known & held_out and (len(known), len(held_out)) == (78, 19)
 
 
-def test_a_batch_is_what_the_processor_makes(images: CaptionedImages) -> None:
+def test_batch_of__captions__those_of_the_processor(images: CaptionedImages) -> None:
     texts, processor = images.texts, pair.processor()
     text, easel = Text(([PROMPT], texts)), Easel(images.pixels, CPU)
     image, answer = np.array([3, 11]), np.array([texts.index(images.captions[3]), 7])
@@ -158,7 +158,7 @@ def seen(pixels: np.ndarray, samples: CaptionSamples, number: int) -> np.ndarray
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_a_row_shows_what_its_numbers_say(images: CaptionedImages, view: bool) -> None:
+def test_easel__sample__pixels_of_its_numbers(images: CaptionedImages, view: bool) -> None:
     mirrored = np.array(images.mirrored)
     samples = draw(5, np.arange(len(mirrored)).repeat(5), images, view=view)
     assert samples.flip.any() and not samples.flip[~mirrored[samples.image]].any()
@@ -168,7 +168,7 @@ def test_a_row_shows_what_its_numbers_say(images: CaptionedImages, view: bool) -
         assert np.abs((shown[number] + 1) * 127.5 - seen(images.pixels, samples, number)).max() < 1e-3, number
 
 
-def test_views_are_not_what_training_shows(images: CaptionedImages) -> None:
+def test_draw__views__differ_from_training(images: CaptionedImages) -> None:
     image = np.zeros(2000, np.int64)
     trained, views, others = draw(1, image, images), *(draw(seed, image, images, view=True) for seed in (2, 3))
     assert np.abs(trained.shift).max() == 6 and (trained.light == (1, 0)).all() and (trained.patch == 96).all()
@@ -179,7 +179,7 @@ def test_views_are_not_what_training_shows(images: CaptionedImages) -> None:
     assert not (views.light == others.light).any() and not (views.light == trained.light).all(1).any()
 
 
-def test_the_choice_is_its_mean_over_all_that_can_be_drawn() -> None:
+def test_choice_accuracy__all_draws__their_mean() -> None:
     rng = np.random.default_rng(3)
     mean, own, unlike = rng.integers(0, 6, (9, 8)).astype(float), rng.integers(0, 8, 9), rng.random((9, 8)) < 0.8
     unlike[np.arange(9), own] = False
@@ -194,7 +194,7 @@ def test_the_choice_is_its_mean_over_all_that_can_be_drawn() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_learned_the_captions_says_and_chooses_them(images: CaptionedImages) -> None:
+def test_score__trained_model__captions_generated_and_chosen(images: CaptionedImages) -> None:
     text, easel, model = (
         Text(([PROMPT], images.texts)),
         Easel(images.pixels, CPU),
@@ -219,7 +219,7 @@ def test_a_model_that_learned_the_captions_says_and_chooses_them(images: Caption
 
 
 @pytest.mark.slow
-def test_a_tiny_pass_gives_a_table(images: CaptionedImages, tmp_path: Path) -> None:
+def test_captions_study__tiny__table(images: CaptionedImages, tmp_path: Path) -> None:
     size, store, folder = CAPTION_SIZES["tiny"], Store(tmp_path / "rows", " --set captions"), tmp_path / "captions"
     pack_images(images, tmp_path / "pictures.npz")
     for name, shape, seed in (("teacher", size.teacher, 1), ("student-0", size.student, 2)):

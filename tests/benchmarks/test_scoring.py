@@ -1,4 +1,4 @@
-"""Scoring: an answer is right when all of it is, its end included, and each row keeps its own verdict."""
+"""Test scoring: an answer is correct when all of it is, its end included, and each sample keeps its own verdict."""
 
 from __future__ import annotations
 

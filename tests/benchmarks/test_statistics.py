@@ -1,4 +1,4 @@
-"""The study's statistics with expectations computed by hand; recorded tables and claims agree with the recorded rows."""
+"""Test the study's statistics against values computed by hand, and recorded tables and claims against the recorded rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the study's ablations change, and that they change nothing else."""
+"""Test what the study's ablations change, and that they change nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scene():
     return rows, text, album, small(1).eval()
 
 
-def test_the_relation_at_graces_own_place_is_graces(scene) -> None:
+def test_relation_objective__default_layers__same_as_grace(scene) -> None:
     rows, text, album, teacher = scene
     numbers = np.array([7, 2, 11])
     batch, host = batch_of(rows.take(numbers), text, album, keys=numbers)
@@ -47,7 +47,7 @@ def test_the_relation_at_graces_own_place_is_graces(scene) -> None:
     assert 0 < visual[1] < 1 and 0 < words[1] < 1 and abs(visual[1] - words[1]) > 1e-3
 
 
-def test_text_is_what_follows_the_picture(scene) -> None:
+def test_tokens_of__text__tokens_after_the_image(scene) -> None:
     rows, text, album, _ = scene
     ids = batch_of(rows, text, album)[0]["input_ids"]
     index, sizes = tokens_of(ids, "text")
@@ -56,7 +56,7 @@ def test_text_is_what_follows_the_picture(scene) -> None:
     assert tokens_of(ids, "visual")[1] == (pair.VISUAL,) * len(rows)
 
 
-def test_a_weight_beyond_the_clip_learns_when_it_is_not_masked() -> None:
+def test_changed_forward__unmasked__clipped_weight_has_a_gradient() -> None:
     model, gradients = small(0), {}
     method = METHODS["grace-unmasked"]
     for name in ("grace", "grace-unmasked"):
@@ -75,7 +75,7 @@ def test_a_weight_beyond_the_clip_learns_when_it_is_not_masked() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["damage", "error", "reverse"])
-def test_half_of_the_weights_get_more_bits_the_damaged_first(scene, how: str) -> None:
+def test_mixed_bits__damage__half_of_the_weights_get_more(scene, how: str) -> None:
     rows, text, album, model = scene
     probe, _ = batch_of(rows, text, album)
     layers = {n: m for n, m in model.named_modules() if ".layers." in n and isinstance(m, torch.nn.Linear)}
@@ -91,7 +91,7 @@ def test_half_of_the_weights_get_more_bits_the_damaged_first(scene, how: str) ->
     assert all(not hasattr(layer, PARAMETER) for layer in layers.values())
 
 
-def test_scales_rounded_at_the_end_are_what_ships(scene) -> None:
+def test_learn__float_scales__rounded_scales_exported(scene) -> None:
     rows, text, album, teacher = scene
     model = small(0)
     kept, order = KeptTeacher(teacher, rows, text, album), np.arange(12).reshape(3, 4)
