@@ -20,8 +20,21 @@ from integration.fault_bench import Bench, Fault
 from integration.fault_kinds import KINDS
 
 
-def inject(kinds: list[str], most: int, folder: Path) -> list[Fault]:
-    """Run the faults of some kinds, at most so many of each, and print each."""
+def write(table: list[Fault], output: Path, *, complete: bool) -> None:
+    """Write the table as JSON; `complete` says whether all faults that were asked for are in it."""
+    result = {
+        "command": "python -m integration.faults " + " ".join(sys.argv[1:]),
+        "environment": environment(),
+        "complete": complete,
+        "injected": len(table),
+        "lost": sum(bool(fault.lost) for fault in table),
+        "rows": [fault._asdict() for fault in table],
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def inject(kinds: list[str], most: int, folder: Path, output: Path | None) -> list[Fault]:
+    """Inject the faults of some kinds, at most so many of each; print each and add it to the output."""
     bench, found = Bench(folder), []
     for kind in kinds:
         source = KINDS[kind](bench)
@@ -33,6 +46,8 @@ def inject(kinds: list[str], most: int, folder: Path) -> list[Fault]:
             fault = fault._replace(seconds=round(time.monotonic() - started, 1))
             found.append(fault)
             print(f"{fault.kind:15} | {fault.injected:50} | {fault.seen:60} | {fault.lost or 'nothing'}", flush=True)
+            if output is not None:  # after each: a run of half an hour may be stopped
+                write(found, output, complete=False)
     return found
 
 
@@ -46,18 +61,14 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="grace-faults-"))
     try:
-        table = inject(args.only, args.rows, folder)
+        table = inject(args.only, args.rows, folder, args.output)
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     lost = [fault for fault in table if fault.lost]
     print(f"{len(table)} faults injected, {len(lost)} lost")
     if args.output is not None:
-        result = {
-            "command": "python -m integration.faults " + " ".join(sys.argv[1:]), "environment": environment(),
-            "injected": len(table), "lost": len(lost), "rows": [fault._asdict() for fault in table],
-        }  # fmt: skip
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(table, args.output, complete=True)
     return 1 if lost else 0
 
 
