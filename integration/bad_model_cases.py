@@ -31,7 +31,7 @@ Weights = dict[str, torch.Tensor]
 
 
 class Materials:
-    """What cases are made from: pairs of tiny models and finished checkpoints, each written when first asked for."""
+    """The materials of cases: pairs of tiny models and finished checkpoints, each written when first asked for."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -89,7 +89,7 @@ def copied(role: str, pair_name: str = "llava") -> Callable[[Materials, Path], P
 
 
 def weights(change: Callable[[Weights], Weights], base: Callable[[Materials, Path], Path]) -> Callable[..., Path]:
-    """The base with other tensors in its one file."""
+    """Return a maker of the base with other tensors in its one file."""
 
     def make(made: Materials, path: Path) -> Path:
         file = base(made, path) / "model.safetensors"
@@ -122,7 +122,7 @@ def with_value(name: str, value: float) -> Callable[[Weights], Weights]:
 def config(
     base: Callable[[Materials, Path], Path], text: dict[str, Any] | None = None, **values: Any
 ) -> Callable[..., Path]:
-    """The base with other values in config.json; `text` in its text_config."""
+    """Return a maker of the base with other values in config.json; `text` in its text_config."""
 
     def make(made: Materials, path: Path) -> Path:
         file = base(made, path) / "config.json"
@@ -136,7 +136,7 @@ def config(
 
 
 def files(base: Callable[[Materials, Path], Path], **contents: str | bytes | None) -> Callable[..., Path]:
-    """The base with files written or (None) removed; "__" in a name stands for a dot."""
+    """Return a maker of the base with files written or (None) removed; "__" in a name stands for a dot."""
 
     def make(made: Materials, path: Path) -> Path:
         base(made, path)
@@ -162,7 +162,7 @@ def sharded(role: str) -> Callable[[Materials, Path], Path]:
 
 
 def one_shard(base: Callable[[Materials, Path], Path], change: Callable[[Path], Any]) -> Callable[..., Path]:
-    """The base with its first shard that does not hold the head changed."""
+    """Return a maker of the base whose first shard without the head is changed."""
 
     def make(made: Materials, path: Path) -> Path:
         base(made, path)
@@ -185,7 +185,7 @@ def as_bin(role: str) -> Callable[[Materials, Path], Path]:
 
 
 def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """FP8 codes of a weight [out, in], its scales by block of 128 x 128, and the weight that they stand for, in BF16."""
+    """Return FP8 codes of a weight [out, in], its scales by block of 128 x 128, and the weight that they stand for, in BF16."""
     blocks = weight.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
     scales = blocks.abs().amax((1, 3)) / 448
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
@@ -231,7 +231,7 @@ def bitsandbytes(role: str, bits: int) -> Callable[[Materials, Path], Path]:
 
 
 def finished(change: Callable[[Path], Any] = lambda _: None) -> Callable[[Materials, Path], Path]:
-    """A finished checkpoint, changed."""
+    """Return a maker of a changed finished checkpoint."""
 
     def make(made: Materials, path: Path) -> Path:
         shutil.copytree(made.finished, path)
@@ -289,7 +289,7 @@ CACHE, HEAD_ALONE = "teacher cache", ("train cached",)
 
 
 class Both:
-    """Makes cases in which a student and a teacher are refused alike; `teacher cache` reads none of a student's weights."""
+    """Make cases in which a student and a teacher are refused alike; `teacher cache` reads none of a student's weights."""
 
     def __init__(self, role: str) -> None:
         self.role, self.base = role, copied(role)

@@ -52,7 +52,7 @@ LINES, CHARACTERS = 10, 2_000
 
 
 class Steps(TrainerCallback):
-    """Counts the steps that a run begins."""
+    """Count the steps that a run begins."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -62,7 +62,7 @@ class Steps(TrainerCallback):
 
 
 def commands(case: Case, made: Materials, folder: Any, out: Path, steps: Steps) -> dict[str, Callable[[], Any]]:
-    """What a case goes through, by name; each call writes to a folder of its own under `out`."""
+    """Return the commands of a case by name; each call writes to a folder of its own under `out`."""
     if case.role == "checkpoint":
         return {"verify": lambda: grace_plugin.verify(folder)}
     given: Pair = getattr(made, case.pair)
@@ -107,7 +107,7 @@ def commands(case: Case, made: Materials, folder: Any, out: Path, steps: Steps) 
 
 @dataclass
 class Outcome:
-    """What a command did with a case. lines: of the message. problem: what it should not have done; empty where it passed."""
+    """The outcome of a command. lines: of the message. problem: what it should not have done; empty where it passed."""
 
     case: str
     command: str
@@ -119,7 +119,7 @@ class Outcome:
 
 
 def listing(folder: Any) -> dict[str, tuple[int, int]]:
-    """Length and time of change of every file under a folder."""
+    """Return length and modification time of every file under a folder."""
     path = Path(folder)
     return {
         str(file.relative_to(path)): (file.stat().st_size, file.stat().st_mtime_ns)
@@ -129,7 +129,7 @@ def listing(folder: Any) -> dict[str, tuple[int, int]]:
 
 
 def attempt(command: Callable[[], Any]) -> tuple[str, str, Any]:
-    """("works" | "refused" | "failed", message, result)."""
+    """Run a command; return ("works" | "refused" | "failed", message, result)."""
     quiet = io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
@@ -143,7 +143,7 @@ def attempt(command: Callable[[], Any]) -> tuple[str, str, Any]:
 
 
 def problem_of(case: Case, name: str, done: tuple[str, str, Any], left: list[str], steps: int, changed: bool) -> str:
-    """What is wrong with an outcome, in words; empty where nothing is."""
+    """Return what is wrong with an outcome, "" where nothing is."""
     outcome, said, result = done
     expected = "works" if case.refused is None or name in case.works_in else "refused"
     if outcome != expected:
@@ -163,7 +163,7 @@ def problem_of(case: Case, name: str, done: tuple[str, str, Any], left: list[str
 
 
 def try_case(case: Case, made: Materials, work: Path, kept: dict[tuple[str, str], bytes]) -> list[Outcome]:
-    """Put a case through its commands; `kept` holds the weights of runs that others must equal."""
+    """Run the commands of a case; `kept` holds the weights of runs that others must equal."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -191,7 +191,7 @@ def try_case(case: Case, made: Materials, work: Path, kept: dict[tuple[str, str]
 
 
 def try_all(chosen: Iterable[Case], work: Path, show: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-    """Every outcome, in order."""
+    """Run the cases and return every outcome, in order."""
     made, kept, found = Materials(work / "materials"), {}, []  # type: ignore[var-annotated]
     (work / "materials").mkdir(parents=True, exist_ok=True)
     for case in chosen:
@@ -211,7 +211,7 @@ def shown(outcome: Outcome) -> None:
 
 
 def main() -> int:
-    """Try every case that was named, or all; the exit status."""
+    """Try every case that was named, or all; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="parts of the names of cases; all by default")
     parser.add_argument("--output", type=Path, help="write every outcome as JSON")

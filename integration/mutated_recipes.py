@@ -1,4 +1,4 @@
-"""Damage recipes at random and see that each is either read or refused in words of our own.
+"""Damage recipes at random and check that each is either read or refused in a sentence of this package.
 
     python -m integration.mutated_recipes --count 1000000 --processes 16
 
@@ -102,7 +102,7 @@ PIECES = (
 
 @lru_cache
 def bases() -> tuple[str, ...]:
-    """Texts that are damaged: every recipe of the folder, and two that hold what those leave out."""
+    """Return the texts to damage: every recipe of the folder, and two with the fields that those leave out."""
     return (*(path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))), *[COMPLETE] * 8, *[TWO] * 4)
 
 
@@ -122,7 +122,7 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def _change_value(values: Any, draw: random.Random) -> Any:
-    """One change of a key or a value somewhere in the structure."""
+    """Return the structure with one change of a key or a value."""
     *above, last = draw.choice([place for place in _places(values) if place] or [(None,)])
     holder = values
     for key in above:
@@ -147,7 +147,7 @@ def _change_value(values: Any, draw: random.Random) -> Any:
 
 
 def _change_text(text: str, draw: random.Random) -> str:
-    """One change of characters or lines."""
+    """Return the text with one change of characters or lines."""
     lines, place = text.split("\n"), draw.randrange(len(text) + 1)
     line, other = draw.randrange(len(lines)), draw.randrange(len(lines))
     kinds: tuple[Callable[[], str], ...] = (
@@ -164,7 +164,7 @@ def _change_text(text: str, draw: random.Random) -> str:
 
 
 def mutant(number: int) -> str:
-    """The text of a mutant; equal for equal numbers."""
+    """Return the text of a mutant; equal for equal numbers."""
     draw = random.Random(f"{SEED} {number}")
     text = draw.choice(bases())
     kind = draw.random()
@@ -204,7 +204,7 @@ def check(given: Any) -> str:
 
 
 def _warm() -> None:
-    """Import what the first recipe of a process imports."""
+    """Import what the first recipe of a process would import within its time."""
     from loguru import logger
 
     logger.remove()

@@ -1,10 +1,9 @@
-"""Damage samples at random and see that each is either used or counted, in bounded time, without a network or a program.
+"""Damage samples at random and check that each is either used or counted, in bounded time, without a network or a program.
 
     python -m integration.mutated_samples --count 100000
 
 A mutant is one of eighteen forms of a sample with one to four changes: fields dropped, doubled, renamed or exchanged,
-values of
-another type, text that is no text, images and videos replaced by damaged, huge or special ones. Every eighth is a line of a
+values of another type, text that is no text, images and videos replaced by damaged, huge or special ones. Every eighth is a line of a
 JSONL file with damaged bytes. It is made from its number alone, so a number that a report names can be made again:
 
     python -m integration.mutated_samples --show 4711
@@ -86,7 +85,7 @@ class Workshop:
             self.seen.append(event)
 
     def path(self, name: str) -> str:
-        """The path of a file."""
+        """Return the path of a file."""
         return str(self.folder / name)
 
 
@@ -95,7 +94,7 @@ def _uri(content: bytes) -> str:
 
 
 def _bases(shop: Workshop) -> list[Any]:
-    """Samples that can be used, of the forms that are read."""
+    """Return usable samples of the forms that are read."""
     image, png = shop.path("a.png"), shop.content["png"]
     ask, say = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a red square"}
     show = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
@@ -131,7 +130,7 @@ def _deep(levels: int) -> Any:
 
 
 def _media(shop: Workshop, draw: random.Random) -> Any:
-    """An image or a video that may be damaged, huge or special."""
+    """Return an image or a video that may be damaged, huge or special."""
     form = draw.choice(sorted(shop.content))
     content = bytearray(shop.content[form])
     for _ in range(draw.randint(0, 6)):
@@ -168,7 +167,7 @@ def _media(shop: Workshop, draw: random.Random) -> Any:
 
 
 def _junk(shop: Workshop, draw: random.Random) -> Any:
-    """A value of any type."""
+    """Return a value of any type."""
     if draw.random() < 0.4:
         return _media(shop, draw)
     return draw.choice((
@@ -201,7 +200,7 @@ KEYS: tuple[Any, ...] = (
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where a value holds others, to a depth of eight."""
+    """Yield the places where a value holds others, to a depth of eight."""
     yield at
     if len(at) < 8:
         inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -210,7 +209,7 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def _changed(value: Any, shop: Workshop, draw: random.Random) -> Any:
-    """The value with one change somewhere."""
+    """Return the value with one change somewhere."""
     *above, last = draw.choice([place for place in _places(value) if place] or [(None,)])
     if last is None:
         return _junk(shop, draw)
@@ -244,7 +243,7 @@ def _changed(value: Any, shop: Workshop, draw: random.Random) -> Any:
 
 
 def mutant(number: int, shop: Workshop) -> Any:
-    """A damaged sample; bytes where it is a line of a file."""
+    """Return a damaged sample; bytes where it is a line of a file."""
     draw = random.Random(f"{SEED} {number}")
     bases = _bases(shop)
     if number % LINES_EVERY == 0:
@@ -269,7 +268,7 @@ def mutant(number: int, shop: Workshop) -> Any:
 
 
 def _judged(sample: Any, entry: Any, number: int, collator: Any) -> str:
-    """ "used", the reason it is counted by, or what is wrong, which begins with FAULT."""
+    """Return "used", the reason it is counted by, or what is wrong, which begins with FAULT."""
     if entry.reason:
         if not 0 < len(entry.message) <= MESSAGE:
             return f"FAULT: a message of {len(entry.message)} characters"
@@ -284,7 +283,7 @@ def _judged(sample: Any, entry: Any, number: int, collator: Any) -> str:
 
 
 def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
-    """The outcomes of some mutants, checked as one dataset."""
+    """Return the outcomes of some mutants, checked as one dataset."""
     from grace_plugin.data import load_samples, prepare
 
     made = {number: mutant(number, shop) for number in numbers}
@@ -315,7 +314,7 @@ def _block(numbers: range, shop: Workshop, collator: Any) -> list[str]:
 
 
 def run(numbers: range, shop: Workshop) -> Iterator[tuple[int, str]]:
-    """(number, outcome) of mutants, in order."""
+    """Yield (number, outcome) of mutants, in order."""
     for start in range(numbers.start, numbers.stop, BLOCK):
         some = range(start, min(start + BLOCK, numbers.stop))
         collator = shop.collators[start // BLOCK % len(shop.collators)]
@@ -331,7 +330,7 @@ def run(numbers: range, shop: Workshop) -> Iterator[tuple[int, str]]:
 
 
 def share(first: int, count: int, seconds: float) -> tuple[Counter[str], list[str]]:
-    """Counts by outcome and the errors of `count` mutants from `first` on; ends early after `seconds`."""
+    """Return counts by outcome and the errors of `count` mutants from `first` on; ends early after `seconds`."""
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="grace-mutants-"))
     started, counts, errors = time.monotonic(), Counter[str](), list[str]()
@@ -362,7 +361,7 @@ def show(number: int) -> None:
 
 
 def main() -> int:
-    """Command line; see the module."""
+    """Parse the command line and run; see the module."""
     parser = argparse.ArgumentParser(description="Mutated samples")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
