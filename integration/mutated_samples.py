@@ -2,8 +2,8 @@
 
     python -m integration.mutated_samples --count 100000
 
-A mutant is one of eighteen forms of a sample with one to four changes: fields dropped, doubled, renamed or exchanged,
-values of another type, text that is no text, images and videos replaced by damaged, huge or special ones. Every eighth is a line of a
+A mutant is one of eighteen forms of a sample with one to four changes: fields dropped, doubled, renamed or exchanged, values of
+another type, text that is no text, images and videos replaced by damaged, huge or special ones. Every eighth is a line of a
 JSONL file with damaged bytes. It is made from its number alone, so a number that a report names can be made again:
 
     python -m integration.mutated_samples --show 4711
