@@ -11,7 +11,7 @@ import torch
 
 import grace_plugin
 from grace_plugin.losses import fused_head_triton, relational_triton
-from grace_plugin.quantizer import fake_quant_triton
+from grace_plugin.quantizer import QuantFormat, fake_quant_triton
 from tests.objective.parts import Set
 from tests.pairs import mixed_samples, pair, recipe_text, run
 
@@ -67,11 +67,11 @@ def test_resumed_run_on_cuda__draws_the_numbers_of_the_uninterrupted_run(tmp_pat
     assert torch.equal(states[1], states[2]) and not torch.equal(states[0], states[1])
 
 
-def test_the_kernels_are_what_runs() -> None:
+def test_kernels__tensors_on_cuda__taken() -> None:
     bfloat16 = torch.empty(1, 8, 32, device="cuda", dtype=torch.bfloat16)
     assert fused_head_triton.usable(bfloat16[0])
     assert relational_triton.usable(bfloat16)
-    assert fake_quant_triton.usable(torch.empty(4, 32, device="cuda"), torch.bfloat16)
+    assert fake_quant_triton.usable(torch.empty(4, 32, device="cuda"), QuantFormat())
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
