@@ -33,9 +33,16 @@ TARGETS = {
     "benchmarks/accuracy/data.py": ("x_score",),
     "benchmarks/accuracy/caption_work.py": ("x_choice_accuracy", "x_likelihood"),
     "benchmarks/accuracy/table.py": ("x_closed", "x_missing_default", "x_label_of"),
-    "grace_plugin/report/intervals.py": ("*",),
     "grace_plugin/report/answers.py": ("x_accepted", "x_answer_start"),
-    "grace_plugin/report/summary.py": ("x__accuracy", "x__of", "x_by_modality", "x_by_type", "x__paired", "x_overall"),
+    "grace_plugin/report/summary.py": (
+        "x_interval",
+        "x_paired_difference",
+        "x__accuracy",
+        "x_by_modality",
+        "x_by_type",
+        "x__paired",
+        "x_overall",
+    ),
     "examples/bundled_demo/score.py": ("x_is_right",),
     "examples/bundled_demo/disjoint.py": ("x_check_disjoint",),
 }

@@ -5,8 +5,8 @@
     ema  <- d * ema + (1 - d) * L_GDKD                        d = ema_decay; ema starts at the first value
     beta <- clip(beta + eta * (ema - tau), beta_min, beta_max)
 
-Without a tau there is no constraint, and beta keeps its start value. That is the recipe's default: on the project's accuracy
-study no rule that moves beta was better than the best constant (``benchmarks/results/controller_rules/table.md``).
+Without a tau there is no constraint, and beta keeps its start value. That is the recipe's default: in no single setting of the
+accuracy study was a rule that moves beta significantly better (``benchmarks/results/controller_rules/table.md``).
 """
 
 import math

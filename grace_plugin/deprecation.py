@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["deprecated_alias", "deprecated_attributes", "renamed_arguments", "warn_renamed"]
+__all__ = ["deprecated_attributes", "deprecated_method", "renamed_arguments", "warn_renamed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,20 +18,14 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     warnings.warn(f"{old} is now {new}; the old name will be removed in the next release", FutureWarning, stacklevel)
 
 
-def deprecated_alias(old: str, new: str, obj: Callable[..., Any]) -> Any:
-    """Return a function that warns and calls `obj`; as an attribute of a class it is a method.
+def deprecated_method(owner: str, old: str, new: str) -> Any:
+    """Return a method that warns and calls the method `new` of its object, a subclass's where it has one."""
 
-    Args:
-        old, new: the names that the warning gives.
-        obj: the function under its new name. For a class use `deprecated_attributes`: `isinstance` and `except` need the
-            class itself.
-    """
+    def alias(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", new)
+        return getattr(self, new)(*args, **kwargs)
 
-    @functools.wraps(obj)
-    def alias(*args: Any, **kwargs: Any) -> Any:
-        warn_renamed(old, new)
-        return obj(*args, **kwargs)
-
+    alias.__name__, alias.__doc__ = old, f"Old name of `{new}`."
     return alias
 
 

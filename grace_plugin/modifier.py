@@ -265,8 +265,9 @@ class GraceModifier(CheckedKeys, Modifier, QuantizationMixin):
 
     def copied(self) -> GraceModifier:
         """Return a modifier of the same recipe for another run, with the objective and the teacher this one was given."""
-        # what was set alone: a preset fills in what its author did not set
-        copy = type(self)(**self.model_dump(exclude_unset=True))
+        # every value, not only those that were set: a list may have been changed in place, and a preset is already filled in
+        states = {"initialized_", "finalized_", "started_", "ended_"}
+        copy = type(self)(**self.model_dump(exclude=states))
         copy._objective_kind, copy._given_teacher = self._objective_kind, self._given_teacher
         return copy
 

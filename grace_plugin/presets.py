@@ -39,7 +39,7 @@ def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     name = given.get("preset")
     if name is None:
         return dict(given)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {shown(name)} is unknown; known: {', '.join(PRESETS)}")
     filled = dict(given)
     for block, values in PRESETS[name].items():

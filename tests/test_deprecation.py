@@ -11,7 +11,7 @@ import pytest
 import grace_plugin.data
 from grace_plugin.cli.register_grace import _data_check
 from grace_plugin.data import BadSamplesError, Prepared, SampleError, load_samples, prepare
-from grace_plugin.deprecation import deprecated_alias, renamed_arguments
+from grace_plugin.deprecation import deprecated_method, renamed_arguments
 
 
 class _Loop:
@@ -19,7 +19,13 @@ class _Loop:
         """Return the number after it."""
         return number + 1
 
-    window = deprecated_alias("window", "begin_step", begin_step)
+    window = deprecated_method("Loop", "window", "begin_step")
+
+
+class _OwnLoop(_Loop):
+    def begin_step(self, number: int) -> int:
+        """Return the number before it."""
+        return number - 1
 
 
 @renamed_arguments(size="length")
@@ -27,12 +33,14 @@ def _double(length: int) -> int:
     return 2 * length
 
 
-def test_deprecated_alias__of_a_method__warns_and_calls_it() -> None:
+def test_deprecated_method__called__warns_and_calls_the_new_one() -> None:
     with pytest.warns(
-        FutureWarning, match=r"^window is now begin_step; the old name will be removed in the next release$"
+        FutureWarning, match=r"^Loop.window is now begin_step; the old name will be removed in the next release$"
     ) as found:
         assert _Loop().window(3) == 4
     assert found[0].filename == __file__
+    with pytest.warns(FutureWarning):
+        assert _OwnLoop().window(3) == 2
 
 
 def test_renamed_arguments__old_name__warns_and_is_passed_on() -> None:

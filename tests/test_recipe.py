@@ -296,3 +296,18 @@ def test_preset__saved_and_read_again__same_recipe() -> None:
 def test_preset__unknown__refused_by_name() -> None:
     with pytest.raises(ValueError, match="preset 'papers' is unknown; known: paper"):
         read_recipe(recipe_text("t", preset="papers"))
+
+
+def test_copy__list_changed_in_place_and_preset_overridden__kept() -> None:
+    modifier = modifier_of(recipe_text("t", preset="paper"))
+    modifier.ignore.append("re:.*lm_head")
+    modifier.controller = ControllerRecipe(beta_start=0.7)
+    copy = modifier.copied()
+    assert "re:.*lm_head" in copy.ignore
+    assert copy.controller == ControllerRecipe(beta_start=0.7)
+    assert asked(copy) == asked(modifier)
+
+
+def test_preset__not_a_name__refused() -> None:
+    with pytest.raises(ValueError, match="preset"):
+        read_recipe(recipe_text("t", preset=["paper"]))

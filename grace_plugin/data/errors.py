@@ -41,7 +41,7 @@ _ERROR = "__grace_error__"
 class SampleError(ValueError):
     """A sample that cannot be used.
 
-    reason: a key of `REASONS`. The text names the sample, what is wrong and the how to fix it; it is cut to `MESSAGE`
+    reason: a key of `REASONS`. The text names the sample, what is wrong and how to fix it; it is cut to `MESSAGE`
     characters, whatever of the sample it quotes.
     """
 

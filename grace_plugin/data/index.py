@@ -172,7 +172,8 @@ def _entries(chunks: _Chunks, workers: int) -> Iterator[list[Entry]]:
         multiprocessing_context="fork" if workers else None,
     )
     try:
-        yield from bounded(loader, WORKER_SECONDS if workers else 0)
+        # the bound is for one sample, and a worker returns a chunk of them
+        yield from bounded(loader, _CHUNK * WORKER_SECONDS if workers else 0)
     except DecoderMissingError as error:  # from a worker it comes with the worker's traceback as its text
         said = [line for line in str(error).splitlines() if line.strip()][-1]
         raise DecoderMissingError(said.partition(f"{DecoderMissingError.__name__}: ")[2] or said) from None

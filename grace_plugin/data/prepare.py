@@ -182,7 +182,7 @@ def _counted_samples(given: Any) -> Sequence[Any]:
     return samples
 
 
-@renamed_arguments(max_bad_rows="max_bad_samples")
+@renamed_arguments(max_bad_rows="max_bad_samples", rows="samples")
 def prepare(
     samples: Sequence[Any],
     collator: ConversationCollator,

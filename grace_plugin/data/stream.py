@@ -27,6 +27,7 @@ from grace_plugin.data.conversation import read_sample
 from grace_plugin.data.errors import REASONS, SampleError
 from grace_plugin.data.measure import Measure
 from grace_plugin.data.prepare import REJECTED, REPORT, BadSamplesError
+from grace_plugin.deprecation import renamed_arguments
 
 __all__ = ["StreamedSamples"]
 
@@ -60,6 +61,7 @@ class StreamedSamples(IterableDataset[Any]):
         ValueError: no samples at all.
     """
 
+    @renamed_arguments(max_bad_rows="max_bad_samples", rows="samples")
     def __init__(
         self,
         samples: Any,

@@ -219,7 +219,7 @@ def positions_per_chunk(vocabulary: int, element_size: int, positions: int = 0) 
             half the student's, and positions are divided evenly, into whole tiles at most: 4,096 come in 8 chunks of 512.
     """
     columns = vocabulary + (min(SLICE, vocabulary) if positions else vocabulary // 2)
-    # `python -m benchmarks.speed --rooms chunks` compares sizes: small chunks do not fill the device
+    # `python -m benchmarks.speed --parts chunks` compares sizes: small chunks do not fill the device
     rows = min(max((209 << 20) // max(columns * element_size, 1) // 16 * 16, 16), 4096)
     if not positions:
         return rows

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grace_plugin import controller as dual
-from grace_plugin.deprecation import deprecated_alias, warn_renamed
+from grace_plugin.deprecation import deprecated_method, warn_renamed
 from grace_plugin.export.freeze import freeze_model
 from grace_plugin.objective.micro_batch import SAMPLES_WITHOUT_IMAGES, prepare_micro_batch
 from grace_plugin.objective.terms import HeadTerm, LossTerm, RunContext, VisualRelationTerm, check_names
@@ -285,9 +285,16 @@ class GraceObjective:
         for attached in self.attached:
             attached.prefetch_quantized_weights()
 
-    window = deprecated_alias("GraceObjective.window", "begin_step", begin_step)
-    loss = deprecated_alias("GraceObjective.loss", "compute_loss", compute_loss)
-    measure = deprecated_alias("GraceObjective.measure", "reduce_metrics", reduce_metrics)
+    loss = deprecated_method("GraceObjective", "loss", "compute_loss")
+    measure = deprecated_method("GraceObjective", "measure", "reduce_metrics")
+
+    def window(self, batches: Sequence[Mapping[str, Any]], host: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
+        """Old name of `begin_step`; it returned the supervised tokens of all ranks, as a tensor."""
+        warn_renamed("GraceObjective.window", "begin_step")
+        tokens = torch.tensor(float(self.begin_step(batches, host)), device=next(self.student.parameters()).device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(tokens)
+        return tokens
 
     def step(self, progress: float | None = None, *, skipped: bool = False) -> None:
         """Old name of `end_step`; the share of the learning rate is not used any more."""

@@ -110,10 +110,13 @@ class IntegerQuantizer:
     the clip does not act.
 
     Attributes:
-        has_kernel: whether the Triton kernels, which round in this way and take the range as an argument, may run.
+        has_kernel: whether the Triton kernels, which round in this way and take the range as an argument, may run; not for a
+            subclass that rounds in another way.
     """
 
-    has_kernel = True
+    @property
+    def has_kernel(self) -> bool:
+        return type(self).round is IntegerQuantizer.round
 
     def code_range(self, fmt: QuantFormat) -> tuple[int, int]:
         """Return the smallest and the largest code, both within ``fmt.integer_range``."""

@@ -47,8 +47,9 @@ _NEW_ORDER = (
     "samples of the running epoch are counted in the new batches and order, so some are seen twice or not at all in it"
 )
 _NEVER = {
-    "max_steps": "warm-up and controller follow the number of steps",
+    "max_steps": "the warm-up follows the number of steps",
     "optim": "its states are another optimizer's",
+    "recipe.controller": "the resume state holds the weight of distillation",
     "recipe.scheme": "the resume state holds other scales",
     "recipe.config_groups": "the resume state holds other scales",
     "recipe.targets": "the resume state holds other scales",
@@ -95,7 +96,9 @@ def _teacher(modifier: GraceModifier, given: Any) -> Any:
         return {"cache": value_digest(_plain(store.identity))}
     if asked.model is None or not modifier.needs_teacher:
         return {"kind": asked.kind}
-    return {"files": checkpoint_digest(asked.model, asked.revision)}
+    found = checkpoint_digest(asked.model, asked.revision)
+    # weights in another format than safetensors have no digest: the name alone identifies them
+    return {"model": asked.model} if found is None else {"files": found}
 
 
 def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from torch import nn
 from grace_plugin.data import ConversationCollator
 from grace_plugin.data.shown import shown
 from grace_plugin.export.plan import rehearse_save
+from grace_plugin.export.processor import source_folder
 from grace_plugin.export.ranks import run_on_all_ranks
 from grace_plugin.export.stage import check_destination
 from grace_plugin.export.write import save_checkpoint
@@ -181,6 +182,7 @@ class GraceRun:
         self.store = open_cache(self.modifier, model, self.processor)
         check_models(self.modifier, model)
         self.student = load_student(model, self.modifier.training.method)
+        source_folder(getattr(self.student, "name_or_path", ""))  # the save copies its files
         return self.student
 
     def collator(

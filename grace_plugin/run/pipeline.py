@@ -25,7 +25,7 @@ from grace_plugin.export.plan import checkpoint_bytes
 from grace_plugin.export.stage import check_space, rehearse
 from grace_plugin.export.write import install_save, save_checkpoint
 from grace_plugin.run.grace_run import GraceRun, TrainResult, run_folder
-from grace_plugin.run.inputs import grace_modifier
+from grace_plugin.run.inputs import grace_modifier, load_processor
 from grace_plugin.run.samples import calibration_samples
 from grace_plugin.run.summary import checkpoint_lines, say
 from grace_plugin.run.trainer import GraceTrainer
@@ -178,10 +178,15 @@ def oneshot(
     rehearse(output_dir, run_folder(output_dir))
     run = GraceRun(recipe, teacher=teacher, processor=processor, oneshot=True)
     student, modifier = run.load(model), run.modifier
-    collator = run.collator(max_length, max_pixels, special_tokens=special_tokens)
-    folder, samples = run_folder(output_dir), None
+    folder, samples, collator = run_folder(output_dir), None, None
+    if isinstance(dataset, DataLoader):
+        run.processor = run.processor or load_processor(
+            student
+        )  # saved with the checkpoint; the batches are made already
+    else:
+        collator = run.collator(max_length, max_pixels, special_tokens=special_tokens)
     run.rehearse(probe=probe, output_dir=output_dir, record_paths=record_paths)
-    if not isinstance(dataset, DataLoader):
+    if collator is not None:
         samples = calibration_samples(
             dataset,
             collator,

@@ -11,6 +11,7 @@ import yaml
 
 from grace_plugin.data import load_samples, stream_samples
 from grace_plugin.data.shown import shown
+from grace_plugin.deprecation import renamed_arguments
 from grace_plugin.export.record import checkpoint_digest, environment
 from grace_plugin.run.grace_run import TrainResult
 from grace_plugin.run.manifest import dataset_digest, read_run_file
@@ -90,6 +91,7 @@ def _check_entries(run_file: str | os.PathLike[str], options: Mapping[str, Any])
             raise ValueError(f"{os.fspath(run_file)}: {name} takes {said}, got {shown(value)}")
 
 
+@renamed_arguments(max_bad_rows="max_bad_samples")
 def train_from(run_file: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **given: Any) -> TrainResult:
     """Repeat a training.
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from grace_plugin.export.processor import source_folder
 from grace_plugin.run.grace_run import GraceRun, GraceSession
 from grace_plugin.teacher import GivenTeacher
 from grace_plugin.upstream import Modifier, Recipe
@@ -57,6 +56,6 @@ def grace_session(
         ValueError: what the recipe asks for cannot be done, or the checkpoint could not be saved.
     """
     run = GraceRun(recipe, teacher=teacher, processor=processor, teacher_processor=teacher_processor)
-    source_folder(getattr(run.load(student), "name_or_path", ""))
+    run.load(student)
     with run.session(total_steps, probe=probe, output_dir=output_dir, record_paths=record_paths) as session:
         yield session

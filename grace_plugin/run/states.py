@@ -185,8 +185,10 @@ class ResumeStates:
             kept = math.ceil(total_steps / every) - 1
         elif kept < 1:
             kept = max(0, math.ceil(args.num_train_epochs) - 1) if args.max_steps < 1 else 0
-        full = ""
-        if args.process_index == 0:
+
+        def check() -> str:
+            if args.process_index != 0:
+                return ""
             release_space(self.folder)  # of a run that was killed
             there = len(states(self.folder)) if self.folder.is_dir() else 0
             shared = nearest_folder(self.folder).stat().st_dev == nearest_folder(Path(output_dir)).stat().st_dev
@@ -194,7 +196,10 @@ class ResumeStates:
             full = disk_is_full(self.folder, size * max(1, kept + 1 - there) + checkpoint)
             if not full and not there:
                 reserve_space(self.folder, size)
-        full = _from_first_rank(full)
+            return full
+
+        # an error of the disk on rank 0 must not leave the others waiting for its answer
+        full = _from_first_rank(run_on_all_ranks(check, args.device))
         if full and self.automatic:
             self.trainer.interrupts.minutes = None
             logger.warning("no resume states are written by the clock in %s: %s", self.folder, full)
@@ -262,7 +267,7 @@ class ResumeStates:
             return None
         self.kept, self._written = final, (step, ended)
         if writer:
-            release_space(self.folder)
+            self._tried(lambda: release_space(self.folder), 0)
             best, limit = trainer.state.best_model_checkpoint, trainer.args.save_total_limit
             self._tried(lambda: rotate(self.folder, final, 1 if self.automatic else limit, best), 0)
         return final

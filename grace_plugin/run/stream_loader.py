@@ -139,7 +139,7 @@ class StreamLoader:
         if failed is not None:
             raise RuntimeError(f"rank {failed} could not read its samples of the stream; its own message says why")
         if most == 0:
-            self.epoch, self.windows = self.epoch + 1, 0
+            self.epoch, self.windows, self.digest = self.epoch + 1, 0, ""
             if not self._resumed:
                 return []
             # the earlier run had read the epoch to its end

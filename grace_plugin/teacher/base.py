@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grace_plugin.data import SAMPLE_KEY
 from grace_plugin.data.collate import IGNORE_INDEX
+from grace_plugin.deprecation import warn_renamed
 from grace_plugin.quantizer import QuantizedLayerGroup
 from grace_plugin.vlm import Family, VisualTokens, capture, family_of
 from grace_plugin.vlm.transfer import single_thread
@@ -72,6 +73,12 @@ class Teacher(ABC):
     side_stream = (
         False  # whether, on CUDA, its passes may run on a stream of their own: they share nothing with the student
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "aside" in vars(cls):
+            warn_renamed(f"{cls.__name__}.aside", "side_stream")
+            cls.side_stream = vars(cls)["aside"]
 
     @property
     def family(self) -> Family:

@@ -77,8 +77,13 @@ def test_objective__two_terms_with_one_sum__refused() -> None:
         name = "other"
 
     terms: list[LossTerm] = [FeatureTerm(FeatureRecipe()), Other(FeatureRecipe())]
-    with pytest.raises(ValueError, match="feature_mse and other both declare 'visual_tokens'"):
+    with pytest.raises(ValueError, match="the loss term feature_mse and other both declare 'visual_tokens'"):
         Set(terms=terms)
+
+
+def test_objective__one_term_twice__refused() -> None:
+    with pytest.raises(ValueError, match="the loss term feature_mse is given twice"):
+        Set(terms=[FeatureTerm(FeatureRecipe()), FeatureTerm(FeatureRecipe())])
 
 
 def test_named_sums__add__by_name_in_float32() -> None:

@@ -86,3 +86,15 @@ def test_register_format__codes_beyond_the_bits__refused():
     with pytest.raises(ValueError, match="format 'wide' has codes from -8 to 8; 4 bits hold -8 to 7"):
         register_format(FormatRow("wide", (4,), Wide()))
     assert before == FORMATS
+
+
+def test_integer_quantizer__subclass_with_its_own_rounding__no_kernel() -> None:
+    class Floor(IntegerQuantizer):
+        def round(self, quotient: torch.Tensor) -> torch.Tensor:
+            return quotient.floor()
+
+    class Narrow(IntegerQuantizer):
+        def code_range(self, fmt: QuantFormat) -> tuple[int, int]:
+            return -1, 1
+
+    assert (Floor().has_kernel, Narrow().has_kernel, IntegerQuantizer().has_kernel) == (False, True, True)

@@ -362,3 +362,16 @@ def test_session_save__no_step__refused(llava: Pair, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="GRACE trained nothing"):
             grace.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_oneshot__ready_batches_and_a_tokenizer__saved_and_verified(llava: Pair, tmp_path: Path) -> None:
+    """Batches that are made already need no processor that renders samples."""
+    tokenizer = AutoProcessor.from_pretrained(llava.student).tokenizer
+    result = grace_plugin.oneshot(
+        loaded(llava),
+        recipe=recipe_text(llava.teacher, oneshot=ONESHOT),
+        dataset=loader(llava),
+        output_dir=tmp_path / "out",
+        processor=tokenizer,
+    )
+    assert result.verification["codes_differing"] == 0

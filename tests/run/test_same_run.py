@@ -75,7 +75,7 @@ def test_resume__another_optimizer_or_length__never_allowed(llava: Pair, started
         ValueError, match=r'optim: "adamw_torch_fused" -> "sgd" \(never: its states are another optimizer'
     ):
         resumed(llava, started, optim="sgd", allow_resume_changes=("optim",))
-    with pytest.raises(ValueError, match=r"max_steps: 3 -> 4 \(never: warm-up and controller follow"):
+    with pytest.raises(ValueError, match=r"max_steps: 3 -> 4 \(never: the warm-up follows"):
         resumed(llava, started, max_steps=4)
 
 
@@ -153,3 +153,19 @@ def test_stream__other_samples_before_the_resume_state__refused(llava: Pair, tmp
         run(llava, tmp_path / "other", Lines(other), resume_from_checkpoint=True, **options)
     options |= {"allow_resume_changes": ["dataset"]}
     run(llava, tmp_path / "allowed", Lines(other), resume_from_checkpoint=True, **options)
+
+
+def test_stream__resumed_at_the_end_of_an_epoch__same_files(llava: Pair, tmp_path: Path) -> None:
+    samples = make_samples(8, seed=3)  # two steps an epoch
+    options: dict[str, Any] = {"max_steps": 5, "save_strategy": "epoch", "gradient_accumulation_steps": 2}
+    whole = run(llava, tmp_path / "whole", Lines(samples), **options).checkpoint
+    (state,) = [path for path in (tmp_path / "whole.run").glob("checkpoint-*") if path.name == "checkpoint-2"]
+    shutil.copytree(state, tmp_path / "again.run" / state.name)
+    again = run(llava, tmp_path / "again", Lines(samples), resume_from_checkpoint=True, **options).checkpoint
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_resume_changes__controller__refused() -> None:
+    one = {"recipe.controller.beta_start": 0.5, "recipe.scheme": "W4A16"}
+    with pytest.raises(ValueError, match=r"0\.5 -> 0\.8 \(never: the resume state holds the weight of distillation"):
+        check_same_run(one, one | {"recipe.controller.beta_start": 0.8}, ["recipe"])

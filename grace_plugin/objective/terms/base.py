@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ValidationError
@@ -143,6 +144,9 @@ def check_terms(blocks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a term that is not registered or has a block of its own, or a value that its block does not take.
     """
+    if not blocks.keys() <= TERMS.keys():  # only now: another package's import error must not break the known terms
+        for entry_point in entry_points(group="grace_plugin.terms"):
+            entry_point.load()
     checked = {}
     added = {name: term for name, term in TERMS.items() if not term.has_own_block}
     for name, block in blocks.items():
@@ -151,8 +155,9 @@ def check_terms(blocks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if name not in added:
             known = ", ".join(sorted(added)) or "none"
             raise ValueError(
-                f"terms: {shown(name)} is no registered loss term (known: {known}); import the module that registers it, with "
-                "grace_plugin.objective.register_term, before the recipe is read"
+                f"terms: {shown(name)} is no registered loss term (known: {known}); import the module that registers it "
+                "with grace_plugin.objective.register_term before the recipe is read, or name it as an entry point "
+                "of the group grace_plugin.terms in its package, which commands need"
             )
         try:
             checked[name] = TERMS[name].recipe.model_validate(block or {}).model_dump(mode="json")
@@ -172,10 +177,11 @@ def check_names(terms: Sequence[LossTerm]) -> None:
     Raises:
         ValueError: names the sum that two terms declare.
     """
-    owner: dict[str, str] = {}
-    for term in terms:
+    owner = {"samples_without_images": "the objective"}
+    for number, term in enumerate(terms):
+        if term.name in [other.name for other in terms[:number]]:
+            raise ValueError(f"the loss term {term.name} is given twice; keep one of them")
         for name in (*term.counts, *term.sums):
-            if owner.setdefault(name, term.name) != term.name:
-                raise ValueError(
-                    f"the loss terms {owner[name]} and {term.name} both declare {name!r}; rename one of them"
-                )
+            if name in owner:
+                raise ValueError(f"{owner[name]} and {term.name} both declare {name!r}; rename the term's")
+            owner[name] = f"the loss term {term.name}"
