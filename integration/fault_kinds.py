@@ -145,7 +145,7 @@ def corruptions(bench: Bench) -> Iterator[Fault]:
             shutil.copytree(run_of(bench.whole) / f"checkpoint-{step}", run_of(out) / f"checkpoint-{step}")
         harm(run_of(out) / "checkpoint-3" / name)
         how, lost = bench.finish(out)
-        told = "not used: checkpoint-3" in out.with_name("again.log").read_text()
+        told = "not used: checkpoint-3" in out.with_name("again0.log").read_text()
         yield Fault(
             "corruption", f"{said} in the newest state", f"{how}, the damaged one named", lost if told else "not named"
         )

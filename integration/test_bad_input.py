@@ -152,7 +152,7 @@ def test_an_unknown_family(llava: Pair, tmp_path: Path) -> None:
     refused(
         llava,
         tmp_path / "o/out",
-        r"'no_family'.*laid out alike, or in a new grace_plugin/vlm/no_family\.py",
+        r"'no_family'.*Pass a subclass of Family to register_family .* or as grace_plugin/vlm/no_family\.py",
         model=model,
     )
 

@@ -205,7 +205,13 @@ def _serve(output_dir: Path, made: Future[Result], python: Path, board: Any) -> 
         "ask_seconds": seconds,
         "seconds": time.monotonic() - begun,
         "differing": [
-            {"id": samples[i]["id"], "vllm": texts[i], "transformers": mine[i], "margin_nats": margin}
-            for i, margin in zip(differing, margins, strict=True)
+            {
+                "id": samples[i]["id"],
+                "vllm": texts[i],
+                "transformers": mine[i],
+                "margin_nats": margin,
+                "resolution_nats": resolution,
+            }
+            for i, (margin, resolution) in zip(differing, margins, strict=True)
         ],
     }
