@@ -81,6 +81,5 @@ def test_demo__whole_run__trained_codes_are_served(summary: dict[str, Any]) -> N
     assert summary["verification"]["verified"]
     assert summary["vllm_asked"] >= 300
     assert summary["vllm_equal"] >= 299
-    # in bfloat16 a logit between 8 and 16 is known to 0.0625 nats: 0.05 would ask for less than the numbers can tell
-    assert all(one["margin_nats"] <= max(0.05, one["resolution_nats"]) for one in summary["vllm"]["differing"])
+    assert all(one["margin_nats"] < 0.05 for one in summary["vllm"]["differing"])
     assert summary["vllm"]["kernel"] == INT4_KERNEL

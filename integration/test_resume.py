@@ -132,7 +132,7 @@ def test_resume__another_recipe__refused(llava: Pair, interrupted: Path) -> None
 
 
 def test_resume__another_length__refused(llava: Pair, interrupted: Path) -> None:
-    with pytest.raises(ValueError, match=rf"max_steps: {STEPS} -> {STEPS + 2} .never: warm-up and controller follow"):
+    with pytest.raises(ValueError, match=rf"max_steps: {STEPS} -> {STEPS + 2} .never: the warm-up follows"):
         go(llava, interrupted, max_steps=STEPS + 2, resume_from_checkpoint=True)
     assert not interrupted.exists()
 

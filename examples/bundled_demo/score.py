@@ -83,12 +83,8 @@ def greedy_answers(
 
 
 @torch.no_grad()
-def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """Return for each sample the smallest gap between best and second token over its greedy answer, and its resolution.
-
-    The resolution is the distance of neighbouring numbers in the model's dtype at the best logit: bfloat16 has 0.0625 between 8
-    and 16. Two engines that round differently may exchange tokens that are no further apart. Both in nats.
-    """
+def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[float]:
+    """Return for each sample the smallest gap in nats between best and second token over its greedy answer."""
     model.eval()
     out = model.generate(
         **_in_dtype_of(model, inputs),
@@ -97,15 +93,11 @@ def answer_margins(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, f
         output_scores=True,
         return_dict_in_generate=True,
     )
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    gaps, resolutions = [], []
+    gaps = []
     for scores in out.scores:
-        best = scores.float().topk(2, dim=-1).values
-        gaps.append(best[:, 0] - best[:, 1])  # of logits as of log-probabilities
-        resolutions.append(eps * 2.0 ** best[:, 0].abs().log2().floor())
-    smallest = torch.stack(gaps).min(dim=0)
-    at = torch.stack(resolutions).gather(0, smallest.indices[None])[0]
-    return list(zip(smallest.values.tolist(), at.tolist(), strict=True))
+        best = torch.log_softmax(scores.float(), dim=-1).topk(2, dim=-1).values
+        gaps.append(best[:, 0] - best[:, 1])
+    return torch.stack(gaps).min(dim=0).values.tolist()
 
 
 def _in_dtype_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         for one in served["differing"]:
             console.print(
                 f"  {one['id']}: vLLM {one['vllm']!r}, transformers {one['transformers']!r}, "
-                f"margin {one['margin_nats']:.4f} nats, resolution of its logits {one['resolution_nats']:.4f}"
+                f"margin {one['margin_nats']:.3f} nats"
             )
     else:
         console.print("vLLM: not run (no --serve_python)")
